@@ -1,0 +1,243 @@
+// The one interface that every device implements.
+//
+// Operators are enqueued in order on the backend's one stream; on the CPU they run at once. Shapes are checked by
+// the caller (native/model, native/rollout, bindings); an operator may assume what its comment says. `T` tokens,
+// `H` hidden size, `V` vocabulary, `R` loss rows, `B` live sequences. "f32|bf16" means that either is accepted and
+// that all tensors so marked in one call share one type, unless it says otherwise. Every operator is deterministic:
+// the same inputs give the same bits, whatever the number of threads.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "backend/tensor.h"
+
+namespace merf {
+
+struct DeviceInfo {
+  std::string name;         // "cpu", "cuda", "cuda-emulated"
+  std::string description;  // processor or card, as its maker names it
+  std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
+  int threads = 1;
+  int64_t memory_bytes = 0;   // total memory of the device
+  bool fast_bf16 = false;     // bfloat16 products in hardware
+  std::vector<std::pair<std::string, std::string>> libraries;  // name, version
+};
+
+// A weight [N, K] (rows are outputs) in the layouts that its products want. Made and refilled by the backend that
+// made it; the source tensor may be changed afterwards without effect until repack.
+class PackedWeight {
+ public:
+  virtual ~PackedWeight() = default;
+  int64_t outputs = 0;  // N
+  int64_t inputs = 0;   // K
+  DType dtype = DType::f32;
+};
+
+// ---- losses -------------------------------------------------------------------------------------------------
+
+// How one row's log-probability becomes loss. With ratio = exp(logprob - old_logprob):
+//   policy_gradient_clip: -min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A)        (PPO, GRPO family)
+//   cispo:  -stop_gradient(min(ratio, 1 + clip_high)) * A * logprob                              (MiniMax-M1)
+//   gspo:   as policy_gradient_clip with ratio_s = exp(mean over the sequence's rows of (logprob - old_logprob)),
+//           one ratio for all rows of a sequence                                                  (GSPO)
+//   cross_entropy: -logprob
+// plus kl_coefficient * (exp(ref - logprob) - (ref - logprob) - 1), the k3 estimator, where ref is given,
+// and minus entropy_coefficient * entropy. The loss is sum over rows of weights[r] * row loss; the normalisation
+// of grpo / dapo / dr_grpo / bnpo is in the weights, which the caller computes over the whole batch.
+enum class LossKind : uint8_t { policy_gradient_clip, cispo, gspo, cross_entropy };
+
+struct LossOptions {
+  LossKind kind = LossKind::policy_gradient_clip;
+  float clip_low = 0.2f;
+  float clip_high = 0.2f;
+  float kl_coefficient = 0.0f;
+  float entropy_coefficient = 0.0f;
+};
+
+// Per loss row, all [R]; empty tensors where the kind does not need them.
+struct LossRows {
+  Tensor weights;            // f32; rows of weight 0 contribute neither loss nor gradient
+  Tensor advantages;         // f32
+  Tensor old_logprobs;       // f32
+  Tensor reference_logprobs; // f32, or empty: no KL term
+  Tensor sequences;          // i32, rising from 0 and contiguous; which completion a row belongs to; gspo only
+};
+
+// ---- sampling -----------------------------------------------------------------------------------------------
+
+struct SamplingOptions {
+  float temperature = 1.0f;  // 0: greedy
+  int32_t top_k = 0;         // 0: off
+  float top_p = 1.0f;        // 1: off
+  float min_p = 0.0f;        // 0: off
+  uint64_t seed = 0;
+};
+
+// ---- decoding -----------------------------------------------------------------------------------------------
+
+constexpr int64_t kPageTokens = 32;  // tokens in one page of the key/value cache
+
+// One layer's pages: keys and values, each [pages, kv_heads, kPageTokens, head_size], f32|bf16.
+struct PagedLayer {
+  Tensor keys;
+  Tensor values;
+};
+
+// Which cached tokens each decoding row attends to, made on the host once a step and shared by all layers.
+// A run is a stretch of cached tokens that all of its rows see whole: the motivation's pages with every row of the
+// batch, a question's pages with the rows of its group, a completion's own pages with one row. The runs of a row
+// are merged in the order in which they stand here.
+struct DecodeRun {
+  int32_t first_page;  // into DecodePlan::pages; the run's tokens fill its pages from the start, in order
+  int32_t tokens;      // > 0
+  int32_t first_row;   // into DecodePlan::rows
+  int32_t row_count;   // > 0
+};
+struct DecodePlan {
+  std::vector<DecodeRun> runs;
+  std::vector<int32_t> pages;
+  std::vector<int32_t> rows;
+};
+
+struct AdamWOptions {
+  float learning_rate = 1e-6f;
+  float beta1 = 0.9f;
+  float beta2 = 0.999f;
+  float epsilon = 1e-8f;
+  float weight_decay = 0.0f;  // decoupled
+  int64_t step = 1;           // 1 at the first update; bias correction as in PyTorch
+  float gradient_scale = 1.0f;  // multiplies gradients first: the factor of global-norm clipping
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual const DeviceInfo& info() const = 0;
+
+  // ---- memory
+  // Contents are undefined. Throws Error("OUT_OF_MEMORY") that names the size asked for.
+  virtual Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) = 0;
+  virtual void upload(const Tensor& destination, const void* host, size_t bytes) = 0;
+  virtual void download(void* host, const Tensor& source, size_t bytes) = 0;  // synchronises
+  virtual void copy(const Tensor& destination, const Tensor& source) = 0;     // equal sizes and types
+  virtual void zero(const Tensor& destination) = 0;
+  virtual void cast(const Tensor& destination, const Tensor& source) = 0;     // between f32 and bf16 (nearest even)
+  virtual void synchronize() = 0;
+  // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
+  virtual int64_t memory_used() const = 0;
+  virtual int64_t memory_peak() const = 0;
+  virtual void reset_peak_memory() = 0;
+
+  // ---- matrix products (a library's work: oneDNN, cuBLASLt)
+  // weight [N, K] f32|bf16. for_backward also prepares the layout of linear_backward_input.
+  virtual std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) = 0;
+  virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;
+  // y[M, N] = x[M, K] * W^T + bias (+ y where accumulate). x and W share a type; y is that type or f32;
+  // bias [N] f32 or empty.
+  virtual void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
+                      bool accumulate = false) = 0;
+  // dx[M, K] = dy[M, N] * W (+ dx where accumulate). dy and W share a type; dx is that type or f32.
+  virtual void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
+                                     bool accumulate = false) = 0;
+  // dw[N, K] += dy[M, N]^T * x[M, K]; dbias[N] += column sums of dy, where given. dw, dbias f32.
+  virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& dbias) = 0;
+
+  // ---- embedding
+  virtual void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) = 0;  // [T] i32, [V, H], [T, H]
+  // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens.
+  virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
+  // y[i] = x[rows[i]]; rows [N] i32.
+  virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
+
+  // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)
+  // Where `delta` [T, H] is given, x += delta first (the residual stream, in place). x f32|bf16; delta and y share a
+  // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
+  virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
+                        const Tensor& rstd) = 0;
+  // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 += . dy of y's type.
+  virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                                 const Tensor& dx, const Tensor& dweight) = 0;
+  // y += x, elementwise; the types may differ.
+  virtual void add(const Tensor& y, const Tensor& x) = 0;
+
+  // ---- RoPE, halves convention (Hugging Face): (x1, x2) -> (x1 cos - x2 sin, x2 cos + x1 sin) with x2 half a head
+  // further. In place; positions [T] i32, inverse_frequencies [head_size / 2] f32 (scaling already in them).
+  // inverse: rotates by the negative angle, which is the backward of the forward. `attention_scale` multiplies
+  // cos and sin.
+  virtual void rope(const HeadsView& x, const Tensor& positions, const Tensor& inverse_frequencies, bool inverse,
+                    float attention_scale = 1.0f) = 0;
+
+  // ---- SwiGLU: gate_up [T, 2F] is gate then up; y[T, F] = silu(gate) * up
+  virtual void swiglu(const Tensor& gate_up, const Tensor& y) = 0;
+  virtual void swiglu_backward(const Tensor& dy, const Tensor& gate_up, const Tensor& dgate_up) = 0;  // overwrites
+
+  // ---- attention over the token forest
+  // Key j is visible to query i exactly when j <= i < visible_until[j] (visible_until [T] i32, host copy given beside
+  // so that blocks can be skipped). q [T, q_heads], k and v [T, kv_heads], head_size a multiple of 8, f32|bf16;
+  // query head h reads key/value head h / (q_heads / kv_heads). out: as q, may be strided; lse [q_heads, T] f32.
+  virtual void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
+                         const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
+                         const Tensor& lse) = 0;
+  // Overwrites dq, dk, dv (strided like q, k, v).
+  virtual void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                                  const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
+                                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
+                                  const HeadsView& dk, const HeadsView& dv) = 0;
+
+  // ---- decoding against the paged cache
+  // slots [N] i32: page * kPageTokens + offset in the page.
+  virtual void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots, const PagedLayer& cache) = 0;
+  // q, out [B, q_heads, head_size]. Every row in the plan attends to the union of its runs.
+  virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan, float scale,
+                                const HeadsView& out) = 0;
+
+  // ---- head and loss: never hold more than a block of rows x vocabulary
+  // logprobs[r] = log softmax(hidden[rows[r]] * W^T)[targets[r]]; entropies [R] of the same distribution or empty.
+  // hidden [T, H] of W's type; rows, targets [R] i32; logprobs f32.
+  virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
+                             const Tensor& logprobs, const Tensor& entropies) = 0;
+  // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
+  // names become 0; hidden's type), dhead [V, H] f32 (+=). logprobs, entropies [R] f32 are outputs. Returns the loss.
+  virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
+                           const LossRows& loss_rows, const LossOptions& options, const Tensor& logprobs,
+                           const Tensor& entropies, const Tensor& dhidden, const Tensor& dhead) = 0;
+  // The loss alone from given log-probabilities (and entropies, needed where entropy_coefficient is not 0):
+  // coefficients[r] = d loss / d logprobs[r]. Returns the loss, without which head_loss could not be composed.
+  virtual double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
+                             const LossOptions& options, const Tensor& coefficients) = 0;
+
+  // ---- sampling
+  // logits [B, V] f32 (left unchanged). Row b draws with Philox4x32-10 keyed by (seed, keys[b]) at counter
+  // positions[b] (native/backend/philox.h), so a draw does not depend on the batch. keys: [B] as 2 x i32 words,
+  // shape [B, 2], low word first. Outputs: tokens [B] i32; logprobs [B] f32 under the distribution drawn from
+  // (temperature and truncation; greedy: 0); raw_logprobs [B] f32 under softmax(logits); entropies [B] f32 of
+  // softmax(logits), or empty.
+  virtual void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
+                             const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
+                             const Tensor& raw_logprobs, const Tensor& entropies) = 0;
+
+  // ---- advantages: rewards [N] f32, group_offsets (host) rising from 0 to N
+  //   group:          (r - mean) / (std + epsilon) within the group, or r - mean where !scale   (GRPO, Dr. GRPO)
+  //   batch:          r - the group's mean, over the standard deviation of the whole batch (where scale)
+  //   leave_one_out:  r - the mean of the group's others                                        (RLOO)
+  // std is the sample standard deviation (n - 1), as in TRL; a group of one has advantage 0.
+  enum class AdvantageKind : uint8_t { group, batch, leave_one_out };
+  virtual void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
+                                bool scale, float epsilon, const Tensor& advantages) = 0;
+
+  // ---- optimiser
+  // master, m, v f32; gradient f32. weight: the copy that the products read, f32|bf16, or empty where it is master.
+  virtual void adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
+                     const Tensor& v, const AdamWOptions& options) = 0;
+  // Sum of squares over all tensors (f32), in float64, in a fixed order. Not finite where any element is not.
+  virtual double sum_of_squares(const std::vector<Tensor>& tensors) = 0;
+};
+
+// The backends compiled in or openable, by name; throws Error("DEVICE_UNAVAILABLE") that says why.
+std::shared_ptr<Backend> open_backend(const std::string& name, int threads);
+std::vector<std::string> backend_names();
+
+}  // namespace merf
