@@ -1,0 +1,82 @@
+/** What went wrong, stable across versions: branch on it instead of on the message. */
+export type MerfErrorCode =
+  | 'INVALID_ARGUMENT'
+  | 'INVALID_CONFIG'
+  | 'FILE_NOT_FOUND'
+  | 'MALFORMED_FILE'
+  | 'UNSUPPORTED'
+  | 'CONTEXT_EXCEEDED'
+  | 'DISPOSED'
+  | 'ABORTED'
+  | 'NON_FINITE'
+  | 'VERIFIER_FAILED'
+  | 'VERIFIER_TIMEOUT'
+  | 'EMPTY_DATASET'
+  | 'DEVICE_UNAVAILABLE'
+  | 'OUT_OF_MEMORY'
+  | 'RESUME_MISMATCH'
+  | 'BUSY'
+  | 'NATIVE_MISSING'
+  | 'INTERNAL';
+
+const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
+  'INVALID_ARGUMENT',
+  'INVALID_CONFIG',
+  'FILE_NOT_FOUND',
+  'MALFORMED_FILE',
+  'UNSUPPORTED',
+  'CONTEXT_EXCEEDED',
+  'DISPOSED',
+  'ABORTED',
+  'NON_FINITE',
+  'VERIFIER_FAILED',
+  'VERIFIER_TIMEOUT',
+  'EMPTY_DATASET',
+  'DEVICE_UNAVAILABLE',
+  'OUT_OF_MEMORY',
+  'RESUME_MISMATCH',
+  'BUSY',
+  'NATIVE_MISSING',
+  'INTERNAL',
+]);
+
+export function isMerfErrorCode(code: unknown): code is MerfErrorCode {
+  return typeof code === 'string' && codes.has(code);
+}
+
+/** Every failure that merf reports itself. The message names the argument, file or key, what was there and what was expected. */
+export class MerfError extends Error {
+  override readonly name = 'MerfError';
+  readonly code: MerfErrorCode;
+
+  constructor(code: MerfErrorCode, message: string, options?: { cause?: unknown }) {
+    super(message, options);
+    this.code = code;
+  }
+}
+
+/** `value` as an error message shows it: short, with its type where the value alone does not say it. */
+export function describeValue(value: unknown): string {
+  if (value === null || value === undefined || typeof value === 'boolean' || typeof value === 'bigint') {
+    return String(value);
+  }
+  if (typeof value === 'number') return String(value);
+  if (typeof value === 'string') {
+    return value.length > 60 ? `${JSON.stringify(value.slice(0, 60))}… of type string` : `${JSON.stringify(value)} of type string`;
+  }
+  if (typeof value === 'function') return `function ${value.name || '(anonymous)'}`;
+  if (Array.isArray(value)) return `array of length ${value.length}`;
+  const constructorName = (value as object).constructor?.name;
+  if (ArrayBuffer.isView(value) && 'length' in value) return `${constructorName} of length ${String(value.length)}`;
+  return `${typeof value} of type ${constructorName ?? 'Object'}`;
+}
+
+/** The error of one form for arguments: "Expected <expected> for <argument> but received <value>". */
+export function invalidArgument(argument: string, expected: string, value: unknown): MerfError {
+  return new MerfError('INVALID_ARGUMENT', `Expected ${expected} for ${argument} but received ${describeValue(value)}`);
+}
+
+/** Throws ABORTED where the signal has fired; `what` names the work, as in "sampling". */
+export function throwIfAborted(signal: AbortSignal | undefined, what: string): void {
+  if (signal?.aborted) throw new MerfError('ABORTED', `${what} was aborted`, { cause: signal.reason });
+}
