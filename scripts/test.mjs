@@ -1,0 +1,95 @@
+// `npm test`: brings the build up to date, runs the native tests and jest, and closes with one line for both.
+//
+//   npm test [-- --strict]
+//     --strict  a test that skipped itself counts as failed, unless its title names what it needs and that thing is
+//               truly absent and not the bootstrap's to bring: [needs ../shared] or [needs python]
+import { spawnSync } from 'node:child_process';
+import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
+import { join, relative } from 'node:path';
+import { bootstrap, root } from './bootstrap.mjs';
+
+const strict = process.argv.includes('--strict');
+const total = { passed: 0, failed: 0, skipped: 0 };
+
+function runNativeTests() {
+  const list = spawnSync('ctest', ['--test-dir', 'build', '--show-only=json-v1'], {
+    cwd: root,
+    encoding: 'utf8',
+  });
+  const programs = list.status === 0 ? JSON.parse(list.stdout).tests : [];
+  if (programs.length === 0) {
+    process.stderr.write('no native tests were found in build/\n');
+    total.failed += 1;
+  }
+  for (const { name, command } of programs) {
+    process.stdout.write(`\nnative: ${name}\n`);
+    const result = spawnSync(command[0], [...command.slice(1), '--no-colors'], {
+      cwd: root,
+      encoding: 'utf8',
+    });
+    process.stdout.write(result.stdout ?? '');
+    process.stderr.write(result.stderr ?? '');
+    const summary = /test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed \|\s*(\d+) skipped/.exec(
+      result.stdout ?? '',
+    );
+    if (summary) {
+      total.passed += Number(summary[1]);
+      total.failed += Number(summary[2]);
+      total.skipped += Number(summary[3]);
+      if (strict) total.failed += Number(summary[3]);
+    }
+    if (!summary || (result.status !== 0 && Number(summary[2]) === 0)) {
+      process.stderr.write(`${name} ended with ${result.signal ?? `exit code ${result.status}`}\n`);
+      total.failed += 1;
+    }
+  }
+}
+
+const mayBeAbsent = {
+  '../shared': !existsSync(join(root, '..', 'shared')),
+  python: !process.env.MERF_PYTHON,
+};
+
+function runJest() {
+  const report = join(root, 'build', 'jest.json');
+  rmSync(report, { force: true });
+  mkdirSync(join(root, 'build'), { recursive: true });
+  const jest = join('node_modules', 'jest', 'bin', 'jest.js');
+  const run = spawnSync(
+    process.execPath,
+    [
+      '--disable-warning=ExperimentalWarning',
+      '--experimental-vm-modules',
+      jest,
+      '--json',
+      `--outputFile=${report}`,
+    ],
+    { cwd: root, stdio: ['ignore', 'ignore', 'inherit'] },
+  );
+  if (!existsSync(report)) {
+    process.stderr.write(`jest left no report and ended with ${run.signal ?? `exit code ${run.status}`}\n`);
+    total.failed += 1;
+    return;
+  }
+  const results = JSON.parse(readFileSync(report, 'utf8'));
+  total.passed += results.numPassedTests;
+  total.failed += results.numFailedTests + results.numRuntimeErrorTestSuites;
+  if (run.status !== 0 && total.failed === 0) total.failed += 1;
+  for (const file of results.testResults) {
+    for (const { fullName, status } of file.assertionResults) {
+      if (status !== 'pending' && status !== 'todo') continue;
+      total.skipped += 1;
+      const need = /\[needs ([^\]]+)\]/.exec(fullName)?.[1];
+      const explained = need !== undefined && mayBeAbsent[need] === true;
+      process.stderr.write(`skipped: ${relative(root, file.name)}: ${fullName}\n`);
+      if (strict && !explained) total.failed += 1;
+    }
+  }
+}
+
+bootstrap({ tests: true });
+runNativeTests();
+runJest();
+const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : '';
+process.stdout.write(`${total.passed} passed, ${total.failed} failed${skipped}\n`);
+process.exitCode = total.failed === 0 ? 0 : 1;
