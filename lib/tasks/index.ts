@@ -1,0 +1,35 @@
+export {
+  type Fields,
+  generatedRows,
+  listField,
+  readRows,
+  requireRows,
+  shuffledRows,
+  splitOf,
+  textField,
+} from './dataset.js';
+export { type Data, defineTask, type TaskDefinition } from './define.js';
+export type { BinaryKind, Claim } from './knights-and-knaves/claim.js';
+export {
+  type KnightsAndKnavesRow,
+  parsePublishedRow,
+  parseStatements,
+} from './knights-and-knaves/dataset.js';
+export { generatePuzzle, type Puzzle, type PuzzleOptions } from './knights-and-knaves/generator.js';
+export {
+  type KnightsAndKnavesOptions,
+  knightsAndKnaves,
+  knightsAndKnavesInstruction,
+} from './knights-and-knaves/index.js';
+export { knightsAndKnavesReward } from './knights-and-knaves/reward.js';
+export { solve } from './knights-and-knaves/solver.js';
+export { Random } from './random.js';
+export { getTask, importModule, type TaskOptions, taskNames } from './registry.js';
+export type { ChatMessage, LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';
+export {
+  formatVerifyReport,
+  type RowProblem,
+  type VerifyOptions,
+  type VerifyReport,
+  verifyDataset,
+} from './verify.js';

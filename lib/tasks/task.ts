@@ -1,0 +1,59 @@
+import type { MotivationView } from '../prompt/motivation.js';
+import type { RewardSpec } from '../reward/spec.js';
+
+export interface ChatMessage {
+  readonly role: 'system' | 'user' | 'assistant';
+  readonly content: string;
+}
+
+/** Training rows, or the rows held out from them. */
+export type Split = 'train' | 'test';
+
+/**
+ * Rows in a seeded random order. A position alone says which row stands there, so a run resumes at the position
+ * where it stopped.
+ */
+export interface RowSource<Row = unknown> {
+  /** How many different positions there are before rows come again; absent where rows are generated without end. */
+  readonly size?: number;
+  /** Equal for equal rows in equal order: a resumed run compares it with the one it stored. */
+  readonly fingerprint: string;
+  /**
+   * The row at a position; a finite source goes on with a new order after `size` positions.
+   *
+   * @param position non-negative integer
+   */
+  at(position: number): Row;
+}
+
+/** A row of a file, or why it is none. `where` names the file and the line or row, as in "a.jsonl, line 3". */
+export type LoadedRow<Row = unknown> =
+  | { readonly number: number; readonly where: string; readonly row: Row }
+  | { readonly number: number; readonly where: string; readonly problem: string };
+
+export interface RowCheck<Row = unknown> {
+  /** What is checked, as in "solver agrees". */
+  readonly name: string;
+  /** What is wrong with the row, undefined where nothing is. */
+  find(row: Row): string | undefined;
+}
+
+/** What a model is trained on: rows, the prompt that each becomes, and the reward of a completion. */
+export interface Task<Row = unknown> {
+  readonly name: string;
+  readonly spec: RewardSpec<Row>;
+  /** The conversation so far. The motivation is a paragraph of its own at the end of the system message. */
+  messages(row: Row, motivation: MotivationView): ChatMessage[];
+  /** The task's own rows: generated, or read when the task was made. No row of one split occurs in the other. */
+  rows(options: { readonly split: Split; readonly seed: number | bigint }): RowSource<Row>;
+  /** Every row of a .jsonl or .parquet file in its order, those that cannot be read with the reason. */
+  read(file: string): Promise<LoadedRow<Row>[]>;
+  /** Every row of a file. @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read */
+  load(file: string): Promise<Row[]>;
+  /** A completion that gets the highest total. */
+  reference?(row: Row): string;
+  /** A completion with worked reasoning that gets the highest total, for supervised warm starts. */
+  demonstrate?(row: Row): string;
+  /** What `merf verify` finds out about a row beyond the reference answer. */
+  readonly check?: RowCheck<Row>;
+}

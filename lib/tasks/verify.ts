@@ -1,0 +1,182 @@
+import { throwIfAborted } from '../errors.js';
+import type { MotivationView } from '../prompt/motivation.js';
+import { parseCompletion } from '../reward/completion.js';
+import { formatScore } from '../reward/describe.js';
+import { identityOf } from './dataset.js';
+import type { ChatMessage, Task } from './task.js';
+
+export interface VerifyOptions {
+  /** Tokens of a prompt, chat template and all (default: its characters are counted and no limit is checked). */
+  readonly countTokens?: (messages: readonly ChatMessage[]) => number;
+  /** The longest prompt that leaves room for a completion, in tokens; needs `countTokens`. */
+  readonly maxPromptTokens?: number;
+  /** The view of the motivation that the prompts show (default `full`, the longest). */
+  readonly motivation?: MotivationView;
+  readonly signal?: AbortSignal;
+}
+
+export interface RowProblem {
+  /** 1 for the first row of the file. */
+  readonly row: number;
+  /** The file and the line or row, as in "a.jsonl, line 3". */
+  readonly where: string;
+  readonly reason: string;
+}
+
+export interface VerifyReport {
+  readonly task: string;
+  readonly file: string;
+  readonly rows: number;
+  /** Absent where the task cannot write reference answers. */
+  readonly references?: {
+    readonly greatestTotal: number;
+    /** How many references get it. */
+    readonly atGreatest: number;
+    /** How many references came to each case, by component. */
+    readonly cases: Readonly<Record<string, Readonly<Record<string, number>>>>;
+  };
+  readonly promptLengths: {
+    readonly unit: 'tokens' | 'characters';
+    readonly least: number;
+    readonly median: number;
+    readonly greatest: number;
+    readonly limit?: number;
+    readonly overLimit: number;
+  };
+  /** Rows whose prompt an earlier row has. */
+  readonly duplicates: number;
+  /** The task's own check (for knights and knaves, the solver against the solution). */
+  readonly check?: { readonly name: string; readonly passed: number };
+  /** What is off, in the order of the rows; empty where nothing is. */
+  readonly problems: readonly RowProblem[];
+}
+
+/**
+ * Checks a data set row by row: that it can be read, that its reference answer gets the greatest total, that its
+ * prompt fits, that it is there once, and what the task itself knows to check.
+ *
+ * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET or MALFORMED_FILE where the file as a whole cannot be
+ * read, ABORTED; what is wrong with single rows is in the report
+ */
+export async function verifyDataset<Row>(
+  task: Task<Row>,
+  file: string,
+  options: VerifyOptions = {},
+): Promise<VerifyReport> {
+  const loaded = await task.read(file);
+  const { greatest } = task.spec.bounds();
+  const cases: Record<string, Record<string, number>> = {};
+  for (const component of task.spec.components) {
+    const names = 'cases' in component ? component.cases.map((option) => option.name) : ['measured'];
+    cases[component.name] = Object.fromEntries(names.map((name) => [name, 0]));
+  }
+  const problems: RowProblem[] = [];
+  const lengths: number[] = [];
+  const firstWith = new Map<string, string>();
+  let atGreatest = 0;
+  let duplicates = 0;
+  let overLimit = 0;
+  let passed = 0;
+
+  for (const entry of loaded) {
+    throwIfAborted(options.signal, 'verifying');
+    const { number, where } = entry;
+    const report = (reason: string) => problems.push({ row: number, where, reason });
+    if ('problem' in entry) {
+      report(entry.problem);
+      continue;
+    }
+    const { row } = entry;
+    try {
+      const messages = task.messages(row, options.motivation ?? 'full');
+      const length =
+        options.countTokens?.(messages) ?? messages.reduce((sum, m) => sum + m.content.length, 0);
+      lengths.push(length);
+      if (options.countTokens && length > (options.maxPromptTokens ?? Number.POSITIVE_INFINITY)) {
+        overLimit++;
+        report(`its prompt has ${length} tokens, ${options.maxPromptTokens} fit`);
+      }
+      const key = identityOf(messages);
+      const earlier = firstWith.get(key);
+      if (earlier !== undefined) {
+        duplicates++;
+        report(`it has the prompt of ${earlier}`);
+      } else firstWith.set(key, where);
+      if (task.reference) {
+        const completion = parseCompletion({ raw: task.reference(row) });
+        const score = await task.spec.score(completion, row, {
+          label: String(number),
+          ...(options.signal ? { signal: options.signal } : {}),
+        });
+        for (const [name, part] of Object.entries(score.parts)) {
+          const counts = cases[name] as Record<string, number>;
+          counts[part.case] = (counts[part.case] ?? 0) + 1;
+        }
+        if (score.total >= greatest) atGreatest++;
+        else {
+          const parts = Object.entries(score.parts).map(([name, part]) => `${name} ${part.case}`);
+          report(
+            `its reference answer gets ${formatScore(score.total)} (${parts.join(', ')}), not ${formatScore(greatest)}`,
+          );
+        }
+      }
+      const wrong = task.check?.find(row);
+      if (wrong === undefined) passed++;
+      else report(wrong);
+    } catch (error) {
+      throwIfAborted(options.signal, 'verifying');
+      report(error instanceof Error ? error.message : String(error));
+    }
+  }
+
+  lengths.sort((a, b) => a - b);
+  return {
+    task: task.name,
+    file,
+    rows: loaded.length,
+    ...(task.reference ? { references: { greatestTotal: greatest, atGreatest, cases } } : {}),
+    promptLengths: {
+      unit: options.countTokens ? 'tokens' : 'characters',
+      least: lengths[0] ?? 0,
+      median: lengths[lengths.length >> 1] ?? 0,
+      greatest: lengths.at(-1) ?? 0,
+      ...(options.maxPromptTokens === undefined ? {} : { limit: options.maxPromptTokens }),
+      overLimit,
+    },
+    duplicates,
+    ...(task.check ? { check: { name: task.check.name, passed } } : {}),
+    problems,
+  };
+}
+
+/** The report in words. @param maxProblems how many offending rows are listed (default 20) */
+export function formatVerifyReport(report: VerifyReport, maxProblems = 20): string {
+  const { promptLengths: lengths, references, problems } = report;
+  const lines = [`${report.file}: ${report.rows} rows for ${report.task}`];
+  const line = (name: string, text: string) => lines.push(`  ${name.padEnd(18)} ${text}`);
+  if (references) {
+    const { atGreatest, greatestTotal, cases } = references;
+    line(
+      'reference answers',
+      `${atGreatest} of ${report.rows} get the highest total, ${formatScore(greatestTotal)}`,
+    );
+    for (const [component, counts] of Object.entries(cases)) {
+      const text = Object.entries(counts).map(([name, count]) => `${name} ${count}`);
+      line(`  ${component}`, text.join(', '));
+    }
+  } else line('reference answers', 'the task has none');
+  if (report.check) line(report.check.name, `${report.check.passed} of ${report.rows}`);
+  const limit =
+    lengths.limit === undefined ? '' : `; ${lengths.limit} fit, ${lengths.overLimit} rows are longer`;
+  line(
+    'prompt length',
+    `${lengths.least} to ${lengths.greatest} ${lengths.unit}, median ${lengths.median}${limit}`,
+  );
+  line('duplicates', String(report.duplicates));
+  if (problems.length === 0) return [...lines, 'Nothing is off.'].join('\n');
+  const rows = new Set(problems.map((problem) => problem.row)).size;
+  lines.push(`${rows} ${rows === 1 ? 'row is' : 'rows are'} off:`);
+  for (const problem of problems.slice(0, maxProblems)) lines.push(`  ${problem.where}: ${problem.reason}`);
+  if (problems.length > maxProblems) lines.push(`  and ${problems.length - maxProblems} more`);
+  return lines.join('\n');
+}
