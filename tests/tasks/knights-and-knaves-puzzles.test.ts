@@ -1,0 +1,340 @@
+import { describe, expect, test } from '@jest/globals';
+import { MerfError } from '../../lib/errors.js';
+import {
+  type Claim,
+  depthOf,
+  evaluateClaim,
+  evaluatePartially,
+  renderClaim,
+  renderSpeech,
+  speechFormCount,
+} from '../../lib/tasks/knights-and-knaves/claim.js';
+import { generatePuzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
+import { answerLines, reasoning, workedSolution } from '../../lib/tasks/knights-and-knaves/reasoning.js';
+import { maxPersons, solve } from '../../lib/tasks/knights-and-knaves/solver.js';
+import { Random } from '../../lib/tasks/random.js';
+
+/** Truth by plain Boolean recursion over whole assignments, independent of the library's three-valued code. */
+function truth(claim: Claim, isKnight: readonly boolean[]): boolean {
+  if (claim.kind === 'knight') return isKnight[claim.person] as boolean;
+  if (claim.kind === 'knave') return !isKnight[claim.person];
+  if (claim.kind === 'not') return !truth(claim.claim, isKnight);
+  const l = truth(claim.left, isKnight);
+  const r = truth(claim.right, isKnight);
+  return { and: l && r, or: l || r, if: !l || r, iff: l === r }[claim.kind];
+}
+
+function assignments(count: number): boolean[][] {
+  return Array.from({ length: 2 ** count }, (_, bits) =>
+    Array.from({ length: count }, (_, i) => !((bits >> (count - 1 - i)) & 1)),
+  );
+}
+
+function bruteForce(statements: readonly Claim[]): boolean[][] {
+  return assignments(statements.length).filter((isKnight) =>
+    statements.every((claim, speaker) => truth(claim, isKnight) === isKnight[speaker]),
+  );
+}
+
+function randomClaim(random: Random, people: number, depth: number): Claim {
+  if (depth === 0 || random.chance(0.2)) {
+    return { kind: random.pick(['knight', 'knave'] as const), person: random.below(people) };
+  }
+  const kind = random.pick(['not', 'and', 'or', 'if', 'iff'] as const);
+  if (kind === 'not') return { kind, claim: randomClaim(random, people, depth - 1) };
+  return {
+    kind,
+    left: randomClaim(random, people, depth - 1),
+    right: randomClaim(random, people, depth - 1),
+  };
+}
+
+/** Reads a rendered claim back: one connective a level, operands atoms or in parentheses. */
+function parse(text: string, names: readonly string[]): Claim {
+  let rest = text;
+  const take = (pattern: RegExp): RegExpMatchArray | null => {
+    const match = rest.match(pattern);
+    if (match) rest = rest.slice(match[0].length);
+    return match;
+  };
+  const operand = (): Claim => {
+    if (take(/^\(/)) {
+      const inner = sentence();
+      if (!take(/^\)/)) throw new Error(`no closing parenthesis before ${rest}`);
+      return inner;
+    }
+    const match = take(/^(\w+) is (not )?a (knight|knave)/);
+    if (!match) throw new Error(`no claim at ${rest}`);
+    const atom: Claim = { kind: match[3] as 'knight' | 'knave', person: names.indexOf(match[1] as string) };
+    return match[2] ? { kind: 'not', claim: atom } : atom;
+  };
+  const sentence = (): Claim => {
+    if (take(/^it is not the case that /)) return { kind: 'not', claim: operand() };
+    if (take(/^if /)) {
+      const left = operand();
+      if (!take(/^ then /)) throw new Error(`no "then" before ${rest}`);
+      return { kind: 'if', left, right: operand() };
+    }
+    const left = operand();
+    const match = take(/^ (if and only if|and|or) /);
+    if (!match) return left;
+    const kind = match[1] === 'if and only if' ? 'iff' : (match[1] as 'and' | 'or');
+    return { kind, left, right: operand() };
+  };
+  const claim = sentence();
+  if (rest !== '') throw new Error(`left over: ${rest}`);
+  return claim;
+}
+
+function thrown(run: () => unknown): MerfError {
+  try {
+    run();
+  } catch (error) {
+    if (error instanceof MerfError) return error;
+    throw error;
+  }
+  throw new Error('nothing was thrown');
+}
+
+describe('claims', () => {
+  test('evaluation agrees with plain Boolean recursion, and what partial evaluation settles holds for every completion', () => {
+    const random = new Random(1);
+    for (let round = 0; round < 500; round++) {
+      const claim = randomClaim(random, 4, 3);
+      const known = Array.from({ length: 4 }, () => random.pick([true, false, undefined]));
+      const partial = evaluatePartially(claim, known);
+      for (const full of assignments(4)) {
+        expect(evaluateClaim(claim, full)).toBe(truth(claim, full));
+        if (partial !== undefined && known.every((value, i) => value === undefined || value === full[i])) {
+          expect(truth(claim, full)).toBe(partial);
+        }
+      }
+    }
+  });
+
+  test('the English of a claim can be read back in one way, at any depth', () => {
+    const random = new Random(2);
+    const names = ['Zoey', 'Ethan', 'Mia', 'Noah'];
+    for (let round = 0; round < 500; round++) {
+      const claim = randomClaim(random, 4, 4);
+      expect(parse(renderClaim(claim, names), names)).toEqual(claim);
+    }
+  });
+
+  test('speech is worded as in the published quizzes', () => {
+    const claim: Claim = {
+      kind: 'if',
+      left: { kind: 'knight', person: 0 },
+      right: { kind: 'knave', person: 1 },
+    };
+    const names = ['Zoey', 'Ethan'];
+    const speeches = Array.from({ length: speechFormCount }, (_, form) =>
+      renderSpeech(1, claim, names, form),
+    );
+    expect(new Set(speeches).size).toBe(speechFormCount);
+    expect(speeches).toContain('"If Zoey is a knight then Ethan is a knave" - Ethan.');
+    expect(speeches).toContain('Ethan said, "If Zoey is a knight then Ethan is a knave."');
+    expect(speeches).toContain('Ethan told you that if Zoey is a knight then Ethan is a knave.');
+    for (const speech of speeches) expect(speech).toMatch(/[iI]f Zoey is a knight then Ethan is a knave/);
+    expect(() => renderSpeech(1, claim, names, speechFormCount)).toThrow(RangeError);
+    expect(() => renderClaim(claim, ['Zoey'])).toThrow(RangeError);
+    expect(() => evaluateClaim(claim, [])).toThrow(RangeError);
+  });
+});
+
+describe('solver', () => {
+  test('finds exactly what brute force finds, in the same order', () => {
+    const random = new Random(3);
+    const counts = new Map<number, number>();
+    for (let round = 0; round < 400; round++) {
+      const people = 1 + random.below(7);
+      const statements = Array.from({ length: people }, () => randomClaim(random, people, 2));
+      const expected = bruteForce(statements);
+      expect(solve(statements)).toEqual(expected);
+      expect(solve(statements, 1)).toEqual(expected.slice(0, 1));
+      expect(solve(statements, 2)).toEqual(expected.slice(0, 2));
+      counts.set(Math.min(expected.length, 2), (counts.get(Math.min(expected.length, 2)) ?? 0) + 1);
+    }
+    for (const solutions of [0, 1, 2]) expect(counts.get(solutions)).toBeGreaterThan(20);
+  });
+
+  test('eight people take no time', () => {
+    const puzzles = Array.from({ length: 50 }, (_, index) =>
+      generatePuzzle({ people: 8, depth: 2, seed: 4, index }),
+    );
+    const start = performance.now();
+    for (const puzzle of puzzles) solve(puzzle.statements);
+    expect((performance.now() - start) / puzzles.length).toBeLessThan(20);
+  });
+
+  test('refuses what it cannot search', () => {
+    const knight = (person: number): Claim => ({ kind: 'knight', person });
+    expect(thrown(() => solve([])).code).toBe('INVALID_ARGUMENT');
+    expect(thrown(() => solve(Array.from({ length: maxPersons + 1 }, () => knight(0)))).message).toContain(
+      '25',
+    );
+    expect(thrown(() => solve([knight(1)])).message).toContain('statement 0');
+    expect(thrown(() => solve([knight(0.5), knight(0)])).message).toContain('0.5');
+    expect(thrown(() => solve([knight(0)], 0)).message).toContain('limit');
+  });
+});
+
+describe('generator', () => {
+  test.each([2, 3, 4, 5, 6, 7, 8])(
+    '%i people: one solution, by brute force, and claims within the depth',
+    (people) => {
+      for (let index = 0; index < 30; index++) {
+        const depth = 1 + (index % 3);
+        const puzzle = generatePuzzle({ people, depth, seed: 5, index });
+        expect(puzzle.names).toHaveLength(people);
+        expect(new Set(puzzle.names).size).toBe(people);
+        expect(bruteForce(puzzle.statements)).toEqual([puzzle.solution]);
+        for (const claim of puzzle.statements) expect(depthOf(claim)).toBeLessThanOrEqual(depth);
+        for (const name of puzzle.names) expect(puzzle.quiz).toContain(name);
+        expect(puzzle.quiz).toContain(`You meet ${people} inhabitants: `);
+        for (const claim of puzzle.statements) {
+          expect(puzzle.quiz.toLowerCase()).toContain(renderClaim(claim, puzzle.names).toLowerCase());
+        }
+      }
+    },
+  );
+
+  test('the same seed and index give the same puzzle, others other ones', () => {
+    const make = (seed: number | bigint, index: number) =>
+      generatePuzzle({ people: 3, depth: 1, seed, index });
+    expect(make(7, 3)).toEqual(make(7, 3));
+    expect(make(7n, 3)).toEqual(make(7, 3));
+    const quizzes = new Set<string>();
+    for (let seed = 0; seed < 20; seed++)
+      for (let index = 0; index < 20; index++) quizzes.add(make(seed, index).quiz);
+    expect(quizzes.size).toBeGreaterThan(398);
+    expect(make(2 ** 40, 0).quiz).not.toBe(make(0, 0).quiz);
+  });
+
+  test('a fixed seed keeps giving the puzzle it gave before', () => {
+    const { quiz, solution } = generatePuzzle({ people: 2, seed: 42 });
+    expect({ quiz, solution }).toMatchInlineSnapshot(`
+{
+  "quiz": "A very special island is inhabited only by knights and knaves. Knights always tell the truth, and knaves always lie. You meet 2 inhabitants: Zoey and Olivia. Zoey commented, "Olivia is not a knight". Olivia commented, "Zoey is a knave if and only if Olivia is a knave". So who is a knight and who is a knave?",
+  "solution": [
+    true,
+    false,
+  ],
+}
+`);
+  });
+
+  test('uses every connective and both kinds of islanders about evenly', () => {
+    const kinds = new Map<string, number>();
+    let knights = 0;
+    for (let index = 0; index < 300; index++) {
+      const { statements, solution } = generatePuzzle({ people: 2, seed: 8, index });
+      for (const { kind } of statements) kinds.set(kind, (kinds.get(kind) ?? 0) + 1);
+      knights += solution.filter(Boolean).length;
+    }
+    for (const kind of ['knight', 'knave', 'not', 'and', 'or', 'if', 'iff'])
+      expect(kinds.get(kind)).toBeGreaterThan(20);
+    expect(knights / 600).toBeGreaterThan(0.35);
+    expect(knights / 600).toBeLessThan(0.75);
+  });
+
+  test('takes names of the caller and refuses bad options', () => {
+    const { names } = generatePuzzle({ people: 2, seed: 1, names: ['Ada', 'Bob'] });
+    expect([...names].sort()).toEqual(['Ada', 'Bob']);
+    expect(thrown(() => generatePuzzle({ people: 1, seed: 1 })).message).toMatch(/2 to 8 for people.*1$/);
+    expect(thrown(() => generatePuzzle({ people: 9, seed: 1 })).code).toBe('INVALID_ARGUMENT');
+    expect(thrown(() => generatePuzzle({ people: 2, depth: 0, seed: 1 })).message).toContain(
+      '1 to 4 for depth',
+    );
+    expect(thrown(() => generatePuzzle({ people: 2, depth: 5, seed: 1 })).message).toContain('depth');
+    expect(thrown(() => generatePuzzle({ people: 2, seed: 0.5 })).message).toContain('seed');
+    expect(thrown(() => generatePuzzle({ people: 2, seed: 1, index: -1 })).message).toContain('index');
+    expect(thrown(() => generatePuzzle({ people: 3, seed: 1, names: ['Ada', 'Bob'] })).message).toContain(
+      'names',
+    );
+    expect(thrown(() => generatePuzzle({ people: 2, seed: 1, names: ['Ada', 'Ada'] })).message).toContain(
+      'twice',
+    );
+  });
+});
+
+describe('reasoning', () => {
+  test('arrives at the solution, and says so of everybody in its last branch', () => {
+    for (let people = 2; people <= 8; people++) {
+      for (let index = 0; index < 40; index++) {
+        const puzzle = generatePuzzle({ people, depth: 1 + (index % 2), seed: 9, index });
+        const { steps, solution } = workedSolution(puzzle);
+        expect(solution).toEqual(puzzle.solution);
+        expect(steps[steps.length - 1]).toBe('All claims fit.');
+        puzzle.names.forEach((name, i) => {
+          const roles = [...reasoning(puzzle).matchAll(new RegExp(`\\b${name} is a (knight|knave)`, 'g'))];
+          expect(roles[roles.length - 1]?.[1]).toBe(puzzle.solution[i] ? 'knight' : 'knave');
+        });
+      }
+    }
+  });
+
+  test('every inference about a claim follows from what was said before it', () => {
+    for (let index = 0; index < 200; index++) {
+      const puzzle = generatePuzzle({ people: 2 + (index % 3), seed: 10, index });
+      const { names, statements } = puzzle;
+      const stack: (boolean | undefined)[][] = [new Array(names.length).fill(undefined)];
+      for (const step of workedSolution(puzzle).steps) {
+        const known = stack[stack.length - 1] as (boolean | undefined)[];
+        const stated = step.match(/(\w+) is a (knight|knave)\.$/);
+        const person = stated ? names.indexOf(stated[1] as string) : -1;
+        const isKnight = stated?.[2] === 'knight';
+        const possible = assignments(names.length).filter((full) =>
+          known.every((v, i) => v === undefined || v === full[i]),
+        );
+        const reason = step.match(/^(\w+) (tells the truth|lies), so/);
+        const says = step.match(/^What (\w+) says is (true|false), so/);
+        if (step.startsWith('Suppose')) {
+          stack.push(known.map((v, i) => (i === person ? isKnight : v)));
+        } else if (step.startsWith('But then the')) {
+          const [, role, name] = step.match(/the (knight|knave) (\w+)/) as RegExpMatchArray;
+          const liar = names.indexOf(name as string);
+          expect(known[liar]).toBe(role === 'knight');
+          for (const full of possible) expect(truth(statements[liar] as Claim, full)).toBe(role === 'knave');
+          stack.pop();
+        } else if (reason || says) {
+          const speaker = names.indexOf((reason ?? says)?.[1] as string);
+          const claimIs = reason ? reason[2] === 'tells the truth' : says?.[2] === 'true';
+          if (reason) expect(known[speaker]).toBe(claimIs);
+          else expect(person).toBe(speaker);
+          for (const full of possible) {
+            if (reason && full[person] !== isKnight)
+              expect(truth(statements[speaker] as Claim, full)).toBe(!claimIs);
+            if (says) expect(truth(statements[speaker] as Claim, full)).toBe(claimIs);
+          }
+          known[person] = isKnight;
+        } else if (step.startsWith('So ')) {
+          known[person] = isKnight;
+        } else {
+          expect(step).toBe('All claims fit.');
+          expect(known).toEqual(puzzle.solution);
+        }
+      }
+    }
+  });
+
+  test('is short for two people', () => {
+    for (let index = 0; index < 100; index++) {
+      expect(reasoning(generatePuzzle({ people: 2, seed: 11, index })).split(' ').length).toBeLessThanOrEqual(
+        50,
+      );
+    }
+  });
+
+  test('answer lines', () => {
+    expect(answerLines(['Zoey', 'Ethan'], [true, false])).toBe('(1) Zoey is a knight\n(2) Ethan is a knave');
+  });
+
+  test('says when there is nothing to find', () => {
+    const paradox: Claim = { kind: 'knave', person: 0 };
+    expect(thrown(() => workedSolution({ names: ['Ada'], statements: [paradox] })).code).toBe(
+      'INVALID_ARGUMENT',
+    );
+    expect(thrown(() => workedSolution({ names: [], statements: [paradox] })).message).toContain('names');
+  });
+});
