@@ -286,6 +286,7 @@ function checkComponents(specName: string, components: readonly Component<never>
     throw new MerfError('INVALID_ARGUMENT', `${message} in the reward ${specName}`);
   };
   if (components.length === 0) fail('Expected at least one component but received none');
+  const implications: { where: string; component: string; target: string; to: string }[] = [];
   components.forEach((component, i) => {
     const { name } = component;
     if (!/^[A-Za-z][\w-]*$/.test(name)) {
@@ -322,6 +323,15 @@ function checkComponents(specName: string, components: readonly Component<never>
             `Expected a case of a later component for what ${where} implies but received ${other}.${otherCase}`,
           );
         }
+        const conflict = implications.find(
+          (e) => e.target === other && e.component !== name && e.to !== otherCase,
+        );
+        if (conflict) {
+          fail(
+            `Expected one case of ${other} to be implied but ${conflict.where} and ${where} imply different ones`,
+          );
+        }
+        implications.push({ where, component: name, target: other, to: otherCase });
       }
     });
   });
