@@ -42,7 +42,8 @@ class CpuBackend final : public Backend {
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
                              bool accumulate) override;
-  void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& dbias) override;
+  void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
+                              const Tensor& dbias) override;
 
   // embedding.cc
   void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) override;
@@ -74,13 +75,14 @@ class CpuBackend final : public Backend {
                           const HeadsView& dk, const HeadsView& dv) override;
 
   // attention_decode.cc
-  void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots, const PagedLayer& cache) override;
+  void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
+                   const PagedLayer& cache) override;
   void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan, float scale,
                         const HeadsView& out) override;
 
   // head.cc
-  void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
-                     const Tensor& logprobs, const Tensor& entropies) override;
+  void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+                     const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) override;
   double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
                    const LossRows& loss_rows, const LossOptions& options, const Tensor& logprobs,
                    const Tensor& entropies, const Tensor& dhidden, const Tensor& dhead) override;
@@ -99,8 +101,8 @@ class CpuBackend final : public Backend {
                         bool scale, float epsilon, const Tensor& advantages) override;
 
   // adamw.cc
-  void adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m, const Tensor& v,
-             const AdamWOptions& options) override;
+  void adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
+             const Tensor& v, const AdamWOptions& options) override;
   double sum_of_squares(const std::vector<Tensor>& tensors) override;
 
  private:

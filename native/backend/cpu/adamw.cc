@@ -1,0 +1,138 @@
+// AdamW and the global norm of gradients: both are bound by memory, so each reads every array once.
+#include "backend/cpu/simd_targets.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/adamw.cc"
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/load_store-inl.h"
+#include "backend/cpu/parallel.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+// Elements summed in one go; fixed, so that the sum does not depend on the number of threads.
+constexpr int64_t kSquaresBlock = 1 << 14;
+
+// As torch.optim.AdamW (Loshchilov and Hutter 2019), in its order of operations:
+//   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = v * beta2 + (1 - beta2) * g^2
+//   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
+template <typename W>
+void adamw_range(int64_t n, float* master, W* weight, const float* gradient, float* m, float* v,
+                 const AdamWOptions& options) {
+  const F32 d;
+  const double beta1 = options.beta1, beta2 = options.beta2;
+  const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(options.step));
+  const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(options.step));
+  const VF32 scale = hn::Set(d, options.gradient_scale);
+  const VF32 keep = hn::Set(d, static_cast<float>(1.0 - static_cast<double>(options.learning_rate) *
+                                                            static_cast<double>(options.weight_decay)));
+  const VF32 take1 = hn::Set(d, static_cast<float>(1.0 - beta1));
+  const VF32 keep2 = hn::Set(d, options.beta2);
+  const VF32 take2 = hn::Set(d, static_cast<float>(1.0 - beta2));
+  const VF32 step = hn::Set(d, static_cast<float>(-static_cast<double>(options.learning_rate) / correction1));
+  const VF32 root2 = hn::Set(d, static_cast<float>(std::sqrt(correction2)));
+  const VF32 epsilon = hn::Set(d, options.epsilon);
+  for_vectors(d, n, [&](size_t i, size_t lanes, auto whole) {
+    const VF32 g = hn::Mul(load_part(d, gradient + i, lanes, whole), scale);
+    const VF32 m0 = load_part(d, m + i, lanes, whole);
+    const VF32 m1 = hn::MulAdd(hn::Sub(g, m0), take1, m0);
+    const VF32 v1 = hn::MulAdd(hn::Mul(g, g), take2, hn::Mul(load_part(d, v + i, lanes, whole), keep2));
+    const VF32 denominator = hn::Add(hn::Div(hn::Sqrt(v1), root2), epsilon);
+    const VF32 p0 = hn::Mul(load_part(d, master + i, lanes, whole), keep);
+    const VF32 p1 = hn::MulAdd(step, hn::Div(m1, denominator), p0);
+    store_part(d, m1, m + i, lanes, whole);
+    store_part(d, v1, v + i, lanes, whole);
+    store_part(d, p1, master + i, lanes, whole);
+    if (weight) store_part(d, p1, weight + i, lanes, whole);
+  });
+}
+
+void adamw(int threads, const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
+           const Tensor& v, const AdamWOptions& options) {
+  const auto run = [&](auto* copy) {
+    parallel_for(threads, master.size(), 1 << 13, [&](int64_t begin, int64_t end) {
+      adamw_range(end - begin, master.as<float>() + begin, copy ? copy + begin : nullptr,
+                  gradient.as<const float>() + begin, m.as<float>() + begin, v.as<float>() + begin, options);
+    });
+  };
+  if (weight.dtype == DType::bf16) {
+    run(weight.as<bf16>());
+  } else {
+    run(weight.as<float>());
+  }
+}
+
+double squares(int64_t n, const float* x) {
+  const F32 d;
+  const hn::ScalableTag<double> dd;
+  const hn::Rebind<float, hn::ScalableTag<double>> dh;
+  auto a = hn::Zero(dd);
+  auto b = hn::Zero(dd);
+  const auto add = [&](const float* p) {
+    const auto lower = hn::PromoteTo(dd, hn::LoadU(dh, p));
+    const auto upper = hn::PromoteTo(dd, hn::LoadU(dh, p + hn::Lanes(dh)));
+    a = hn::MulAdd(lower, lower, a);
+    b = hn::MulAdd(upper, upper, b);
+  };
+  for_vectors(d, n, [&](size_t i, size_t lanes, auto whole) {
+    if constexpr (decltype(whole)::value) {
+      add(x + i);
+    } else {
+      float rest[HWY_MAX_BYTES / sizeof(float)] = {};
+      std::memcpy(rest, x + i, lanes * sizeof(float));
+      add(rest);
+    }
+  });
+  return hn::GetLane(hn::SumOfLanes(dd, hn::Add(a, b)));
+}
+
+// partials: one for each block of the tensor.
+void sum_of_squares(int threads, const Tensor& tensor, double* partials) {
+  const int64_t n = tensor.size();
+  const int64_t blocks = (n + kSquaresBlock - 1) / kSquaresBlock;
+  parallel_for(threads, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kSquaresBlock;
+      partials[block] = squares(std::min(kSquaresBlock, n - first), tensor.as<const float>() + first);
+    }
+  });
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+
+HWY_EXPORT(adamw);
+HWY_EXPORT(sum_of_squares);
+
+void CpuBackend::adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
+                       const Tensor& v, const AdamWOptions& options) {
+  HWY_DYNAMIC_DISPATCH(adamw)(num_threads(), master, weight, gradient, m, v, options);
+}
+
+double CpuBackend::sum_of_squares(const std::vector<Tensor>& tensors) {
+  double sum = 0.0;
+  std::vector<double> partials;
+  for (const Tensor& tensor : tensors) {
+    constexpr int64_t block = HWY_STATIC_DISPATCH(kSquaresBlock);
+    partials.assign(static_cast<size_t>((tensor.size() + block - 1) / block), 0.0);
+    HWY_DYNAMIC_DISPATCH(sum_of_squares)(num_threads(), tensor, partials.data());
+    for (const double partial : partials) sum += partial;
+  }
+  return sum;
+}
+
+}  // namespace merf
+#endif  // HWY_ONCE

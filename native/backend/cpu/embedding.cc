@@ -1,0 +1,93 @@
+// Rows by index, and the sum of gradients back into them.
+#include "backend/cpu/simd_targets.h"
+
+#include <algorithm>
+#include <cstring>
+#include <numeric>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/embedding.cc"
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/load_store-inl.h"
+#include "backend/cpu/parallel.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+template <typename T>
+void add_row(int64_t size, const T* from, float* to) {
+  const F32 d;
+  for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+    store_part(d, hn::Add(load_part(d, to + i, n, whole), load_part(d, from + i, n, whole)), to + i, n,
+               whole);
+  });
+}
+
+// order: tokens by rising id, those of one id in their own order; starts: where each id's tokens begin in it.
+void embedding_backward(int threads, const std::vector<int32_t>& order, const std::vector<int64_t>& starts,
+                        const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+  const int64_t size = dy.row_size();
+  const int32_t* id = ids.as<const int32_t>();
+  parallel_for(threads, static_cast<int64_t>(starts.size()) - 1, 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = starts[begin]; i < starts[end]; ++i) {
+      const int64_t token = order[i];
+      float* to = dtable.as<float>() + id[token] * size;
+      if (dy.dtype == DType::bf16) {
+        add_row(size, dy.as<const bf16>() + token * size, to);
+      } else {
+        add_row(size, dy.as<const float>() + token * size, to);
+      }
+    }
+  });
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+
+HWY_EXPORT(embedding_backward);
+
+void CpuBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) {
+  const size_t bytes = static_cast<size_t>(x.row_size()) * size_of(x.dtype);
+  const int32_t* row = rows.as<const int32_t>();
+  parallel_for(num_threads(), rows.size(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(y.as<char>() + i * bytes, x.as<const char>() + row[i] * bytes, bytes);
+    }
+  });
+}
+
+void CpuBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
+  if (table.dtype == y.dtype) {
+    gather_rows(table, ids, y);
+    return;
+  }
+  const Tensor rows = allocate(table.dtype, {ids.size(), table.row_size()});
+  gather_rows(table, ids, rows);
+  cast(y, rows);
+}
+
+void CpuBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+  const int32_t* id = ids.as<const int32_t>();
+  const int64_t tokens = ids.size();
+  std::vector<int32_t> order(static_cast<size_t>(tokens));
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return id[a] < id[b]; });
+  std::vector<int64_t> starts;
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (i == 0 || id[order[i]] != id[order[i - 1]]) starts.push_back(i);
+  }
+  starts.push_back(tokens);
+  HWY_DYNAMIC_DISPATCH(embedding_backward)(num_threads(), order, starts, ids, dy, dtable);
+}
+
+}  // namespace merf
+#endif  // HWY_ONCE

@@ -1,0 +1,402 @@
+// The language-model head fused with log-softmax, the policy loss and their backward. The logits of one block of
+// rows are all that is ever held: each block goes through product, log-probabilities, coefficients, gradient of the
+// logits (in place) and both backward products before the next one starts.
+//
+// Loss rows that share a source row (the last prompt token predicts the first token of every completion) share its
+// logits, so the products run over the distinct source rows.
+#include "backend/cpu/simd_targets.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/head.cc"
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/exp-inl.h"
+#include "backend/cpu/load_store-inl.h"
+#include "backend/cpu/parallel.h"
+#include "backend/policy_loss_row.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+#ifndef MERF_BACKEND_CPU_HEAD_ONCE_
+#define MERF_BACKEND_CPU_HEAD_ONCE_
+namespace merf {
+
+// Of one row of logits.
+struct RowStatistics {
+  float max = 0.0f;
+  double log_sum = 0.0;  // log of the sum of exp(x - max)
+  double entropy = 0.0;
+};
+
+// One distinct source row and the loss rows that it predicts: order[begin, end).
+struct SourceRow {
+  int32_t row;
+  int64_t begin;
+  int64_t end;
+};
+
+// d loss / d logits of a source row: p * (entropy_weight * (log p + entropy) - coefficient), plus each target's own
+// coefficient at the target.
+struct RowGradient {
+  float coefficient = 0.0f;
+  float entropy_weight = 0.0f;
+  std::vector<std::pair<int32_t, float>> targets;  // distinct
+};
+
+}  // namespace merf
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+constexpr float kLog2E = 1.44269504088896f;
+
+void row_statistics(const float* logits, int64_t size, RowStatistics* statistics) {
+  const F32 d;
+  VF32 greatest = hn::Set(d, -INFINITY);
+  for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+    if constexpr (decltype(whole)::value) {
+      greatest = hn::Max(greatest, load(d, logits + i));
+    } else {
+      for (size_t j = 0; j < n; ++j) greatest = hn::Max(greatest, hn::Set(d, logits[i + j]));
+    }
+  });
+  const float max = hn::GetLane(hn::MaxOfLanes(d, greatest));
+  const VF32 vmax = hn::Set(d, max);
+  const VF32 log2e = hn::Set(d, kLog2E);
+  // Short float32 sums joined in float64: exact enough for any vocabulary.
+  constexpr int64_t kStretch = 2048;
+  double sum = 0.0;
+  double weighted = 0.0;
+  for (int64_t first = 0; first < size; first += kStretch) {
+    VF32 s = hn::Zero(d);
+    VF32 w = hn::Zero(d);
+    for_vectors(d, std::min(kStretch, size - first), [&](size_t i, size_t n, auto whole) {
+      const VF32 x = hn::Sub(load_part(d, logits + first + i, n, whole), vmax);
+      VF32 e = exp2_nonpositive(d, hn::Mul(x, log2e));
+      if constexpr (!decltype(whole)::value) e = hn::IfThenElseZero(hn::FirstN(d, n), e);
+      s = hn::Add(s, e);
+      w = hn::MulAdd(e, x, w);
+    });
+    sum += hn::GetLane(hn::SumOfLanes(d, s));
+    weighted += hn::GetLane(hn::SumOfLanes(d, w));
+  }
+  statistics->max = max;
+  statistics->log_sum = std::log(sum);
+  statistics->entropy = statistics->log_sum - weighted / sum;
+}
+
+void rows_statistics(int threads, const float* logits, int64_t rows, int64_t size,
+                     RowStatistics* statistics) {
+  parallel_for(threads, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) row_statistics(logits + row * size, size, statistics + row);
+  });
+}
+
+template <typename T>
+void row_gradient(const float* logits, int64_t size, const RowStatistics& statistics,
+                  const RowGradient& gradient, T* out) {
+  const F32 d;
+  const float log_sum = static_cast<float>(statistics.log_sum);
+  const float shift = static_cast<float>(statistics.entropy - statistics.log_sum);
+  const float scale = static_cast<float>(std::exp(-statistics.log_sum));
+  // Before the row is overwritten.
+  float at_targets[16];
+  std::vector<float> more;
+  float* values = at_targets;
+  if (gradient.targets.size() > 16) {
+    more.resize(gradient.targets.size());
+    values = more.data();
+  }
+  for (size_t i = 0; i < gradient.targets.size(); ++i) {
+    const float x = logits[gradient.targets[i].first] - statistics.max;
+    const float p = std::exp(x - log_sum);
+    values[i] =
+        p * (gradient.entropy_weight * (x + shift) - gradient.coefficient) + gradient.targets[i].second;
+  }
+  const VF32 vmax = hn::Set(d, statistics.max);
+  const VF32 log2e = hn::Set(d, kLog2E);
+  const VF32 vscale = hn::Set(d, scale);
+  const VF32 vcoefficient = hn::Set(d, -gradient.coefficient);
+  if (gradient.entropy_weight == 0.0f) {
+    const VF32 factor = hn::Mul(vscale, vcoefficient);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      const VF32 x = hn::Sub(load_part(d, logits + i, n, whole), vmax);
+      store_part(d, hn::Mul(exp2_nonpositive(d, hn::Mul(x, log2e)), factor), out + i, n, whole);
+    });
+  } else {
+    const VF32 vshift = hn::Set(d, shift);
+    const VF32 vweight = hn::Set(d, gradient.entropy_weight);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      const VF32 x = hn::Sub(load_part(d, logits + i, n, whole), vmax);
+      const VF32 p = hn::Mul(exp2_nonpositive(d, hn::Mul(x, log2e)), vscale);
+      store_part(d, hn::Mul(p, hn::MulAdd(vweight, hn::Add(x, vshift), vcoefficient)), out + i, n, whole);
+    });
+  }
+  for (size_t i = 0; i < gradient.targets.size(); ++i)
+    out[gradient.targets[i].first] = from_f32<T>(values[i]);
+}
+
+// dlogits may be the logits themselves where it is f32.
+void rows_gradient(int threads, const float* logits, int64_t rows, int64_t size,
+                   const RowStatistics* statistics, const RowGradient* gradients, const Tensor& dlogits) {
+  parallel_for(threads, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* from = logits + row * size;
+      if (dlogits.dtype == DType::bf16) {
+        row_gradient(from, size, statistics[row], gradients[row], dlogits.as<bf16>() + row * size);
+      } else {
+        row_gradient(from, size, statistics[row], gradients[row], dlogits.as<float>() + row * size);
+      }
+    }
+  });
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+
+HWY_EXPORT(rows_statistics);
+HWY_EXPORT(rows_gradient);
+
+namespace {
+
+// Logits held at once. Large enough that the gradient of the head, which every block reads and writes whole, costs
+// little beside the products.
+constexpr int64_t kBlockElements = int64_t{24} << 20;
+
+int64_t rows_of_block(int64_t vocabulary) {
+  return std::clamp<int64_t>(kBlockElements / vocabulary / 32 * 32, 32, 2048);
+}
+
+// The loss rows by source row.
+struct Plan {
+  std::vector<int32_t> order;  // loss rows
+  std::vector<SourceRow> sources;
+};
+
+Plan plan_rows(const Tensor& rows) {
+  const int32_t* row = rows.as<const int32_t>();
+  Plan plan;
+  plan.order.resize(static_cast<size_t>(rows.size()));
+  std::iota(plan.order.begin(), plan.order.end(), 0);
+  const auto before = [&](int32_t a, int32_t b) { return row[a] < row[b]; };
+  if (!std::is_sorted(plan.order.begin(), plan.order.end(), before)) {
+    std::stable_sort(plan.order.begin(), plan.order.end(), before);
+  }
+  for (int64_t i = 0; i < rows.size(); ++i) {
+    const int32_t source = row[plan.order[i]];
+    if (plan.sources.empty() || plan.sources.back().row != source) plan.sources.push_back({source, i, i});
+    plan.sources.back().end = i + 1;
+  }
+  return plan;
+}
+
+// What a block of source rows needs, reused from block to block.
+class HeadBlocks {
+ public:
+  HeadBlocks(CpuBackend& backend, const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+             const Tensor& targets, const Tensor& logprobs, const Tensor& entropies)
+      : backend_(backend),
+        hidden_(hidden),
+        head_(head),
+        targets_(targets.as<const int32_t>()),
+        logprobs_(logprobs.as<float>()),
+        entropies_(entropies.as<float>()),
+        plan_(plan_rows(rows)) {
+    block_ = std::min<int64_t>(rows_of_block(head.outputs), std::max<int64_t>(1, sources()));
+    source_rows_ = backend.allocate(DType::i32, {block_});
+    gathered_ = backend.allocate(hidden.dtype, {block_, head.inputs});
+    logits_ = backend.allocate(DType::f32, {block_, head.outputs});
+    statistics_.resize(static_cast<size_t>(sources()));
+  }
+
+  int64_t sources() const { return static_cast<int64_t>(plan_.sources.size()); }
+  int64_t block() const { return block_; }
+
+  // The logits of source rows [begin, end).
+  void compute_logits(int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) source_rows_.as<int32_t>()[i - begin] = plan_.sources[i].row;
+    const int64_t count = end - begin;
+    hidden_block_ = gathered_.rows(0, count);
+    backend_.gather_rows(hidden_, source_rows_.rows(0, count), hidden_block_);
+    backend_.linear(hidden_block_, head_, {}, logits_.rows(0, count), false);
+  }
+
+  // Their log-probabilities and entropies.
+  void compute_logprobs(int64_t begin, int64_t end) {
+    HWY_DYNAMIC_DISPATCH(rows_statistics)
+    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs,
+     statistics_.data() + begin);
+    for (int64_t i = begin; i < end; ++i) {
+      const SourceRow& source = plan_.sources[i];
+      const RowStatistics& of = statistics_[i];
+      const float* logits = logits_.as<const float>() + (i - begin) * head_.outputs;
+      for (int64_t j = source.begin; j < source.end; ++j) {
+        const int32_t r = plan_.order[j];
+        logprobs_[r] = static_cast<float>(static_cast<double>(logits[targets_[r]]) -
+                                          static_cast<double>(of.max) - of.log_sum);
+        if (entropies_) entropies_[r] = static_cast<float>(of.entropy);
+      }
+    }
+  }
+
+  // Adds the gradients of source rows [begin, end), whose logits have been computed. coefficients and
+  // entropy_weights [R]: d loss / d logprob and -d loss / d entropy.
+  void backward(int64_t begin, int64_t end, const float* coefficients, const float* entropy_weights,
+                const Tensor& dhidden, const Tensor& dhead) {
+    bool any = false;
+    gradients_.assign(static_cast<size_t>(end - begin), {});
+    for (int64_t i = begin; i < end; ++i) {
+      const SourceRow& source = plan_.sources[i];
+      RowGradient& gradient = gradients_[i - begin];
+      std::vector<std::pair<int32_t, float>> all;
+      double coefficient = 0.0;
+      double entropy_weight = 0.0;
+      for (int64_t j = source.begin; j < source.end; ++j) {
+        const int32_t r = plan_.order[j];
+        coefficient += coefficients[r];
+        entropy_weight += entropy_weights[r];
+        all.emplace_back(targets_[r], coefficients[r]);
+        any = any || coefficients[r] != 0.0f || entropy_weights[r] != 0.0f;
+      }
+      std::stable_sort(all.begin(), all.end(),
+                       [](const auto& a, const auto& b) { return a.first < b.first; });
+      for (const auto& [target, of_target] : all) {
+        if (gradient.targets.empty() || gradient.targets.back().first != target) {
+          gradient.targets.emplace_back(target, 0.0f);
+        }
+        gradient.targets.back().second += of_target;
+      }
+      gradient.coefficient = static_cast<float>(coefficient);
+      gradient.entropy_weight = static_cast<float>(entropy_weight);
+    }
+    if (!any) return;
+
+    const int64_t count = end - begin;
+    if (!dhidden_block_) {
+      dhidden_block_ = backend_.allocate(dhidden.dtype, {block_, head_.inputs});
+      dlogits_ =
+          head_.dtype == DType::f32 ? logits_ : backend_.allocate(head_.dtype, {block_, head_.outputs});
+    }
+    const Tensor dlogits = dlogits_.rows(0, count);
+    HWY_DYNAMIC_DISPATCH(rows_gradient)
+    (backend_.num_threads(), logits_.as<const float>(), count, head_.outputs, statistics_.data() + begin,
+     gradients_.data(), dlogits);
+    const Tensor dhidden_rows = dhidden_block_.rows(0, count);
+    backend_.linear_backward_input(dlogits, head_, dhidden_rows, false);
+    const size_t bytes = static_cast<size_t>(head_.inputs) * size_of(dhidden.dtype);
+    for (int64_t i = begin; i < end; ++i) {
+      std::memcpy(dhidden.as<char>() + plan_.sources[i].row * bytes,
+                  dhidden_rows.as<const char>() + (i - begin) * bytes, bytes);
+    }
+    if (dhead) backend_.linear_backward_weight(dlogits, hidden_block_, dhead, {});
+  }
+
+  template <class Body>
+  void for_blocks(Body&& body) {
+    for (int64_t begin = 0; begin < sources(); begin += block_)
+      body(begin, std::min(sources(), begin + block_));
+  }
+
+  // Calls body(loss row) for the loss rows of source rows [begin, end).
+  template <class Body>
+  void for_loss_rows(int64_t begin, int64_t end, Body&& body) {
+    for (int64_t j = plan_.sources[begin].begin; j < plan_.sources[end - 1].end; ++j) body(plan_.order[j]);
+  }
+
+ private:
+  CpuBackend& backend_;
+  const Tensor& hidden_;
+  const PackedWeight& head_;
+  const int32_t* targets_;
+  float* logprobs_;
+  float* entropies_;
+  Plan plan_;
+  int64_t block_ = 0;
+  Tensor source_rows_, gathered_, hidden_block_, logits_, dlogits_, dhidden_block_;
+  std::vector<RowStatistics> statistics_;
+  std::vector<RowGradient> gradients_;
+};
+
+}  // namespace
+
+void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+                               const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) {
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies);
+  blocks.for_blocks([&](int64_t begin, int64_t end) {
+    blocks.compute_logits(begin, end);
+    blocks.compute_logprobs(begin, end);
+  });
+}
+
+double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+                             const Tensor& targets, const LossRows& loss_rows, const LossOptions& options,
+                             const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
+                             const Tensor& dhead) {
+  const int64_t count = rows.size();
+  // The loss reads entropies where it has a term of them, wanted as an output or not.
+  const Tensor own_entropies = entropies ? entropies : allocate(DType::f32, {count});
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies);
+  zero(dhidden);
+
+  const float* weight = loss_rows.weights.as<const float>();
+  std::vector<float> entropy_weights(static_cast<size_t>(count));
+  for (int64_t r = 0; r < count; ++r) {
+    entropy_weights[r] = weight[r] == 0.0f ? 0.0f : options.entropy_coefficient * weight[r];
+  }
+
+  // The ratio of a sequence takes all of its rows, so gspo's logits are computed twice.
+  if (options.kind == LossKind::gspo) {
+    blocks.for_blocks([&](int64_t begin, int64_t end) {
+      blocks.compute_logits(begin, end);
+      blocks.compute_logprobs(begin, end);
+    });
+    const Tensor coefficients = allocate(DType::f32, {count});
+    const double loss = policy_loss(logprobs, own_entropies, loss_rows, options, coefficients);
+    blocks.for_blocks([&](int64_t begin, int64_t end) {
+      if (blocks.sources() > blocks.block()) blocks.compute_logits(begin, end);
+      blocks.backward(begin, end, coefficients.as<const float>(), entropy_weights.data(), dhidden, dhead);
+    });
+    return loss;
+  }
+
+  const bool has_ratio = options.kind != LossKind::cross_entropy;
+  const float* logprob = logprobs.as<const float>();
+  const float* entropy = own_entropies.as<const float>();
+  const float* advantage = loss_rows.advantages.as<const float>();
+  const float* old_logprob = loss_rows.old_logprobs.as<const float>();
+  const float* reference = loss_rows.reference_logprobs.as<const float>();
+  std::vector<float> coefficients(static_cast<size_t>(count));
+  std::vector<double> losses(static_cast<size_t>(count));
+  blocks.for_blocks([&](int64_t begin, int64_t end) {
+    blocks.compute_logits(begin, end);
+    blocks.compute_logprobs(begin, end);
+    blocks.for_loss_rows(begin, end, [&](int64_t r) {
+      if (weight[r] == 0.0f) return;
+      const double log_ratio =
+          has_ratio ? static_cast<double>(logprob[r]) - static_cast<double>(old_logprob[r]) : 0.0;
+      const PolicyLossRow row =
+          policy_loss_row(options, weight[r], logprob[r], log_ratio, has_ratio ? advantage[r] : 0.0f,
+                          reference ? reference + r : nullptr, entropy[r]);
+      losses[r] = row.loss;
+      coefficients[r] = static_cast<float>(row.from_log_ratio + row.from_logprob);
+    });
+    blocks.backward(begin, end, coefficients.data(), entropy_weights.data(), dhidden, dhead);
+  });
+  return std::accumulate(losses.begin(), losses.end(), 0.0);
+}
+
+}  // namespace merf
+#endif  // HWY_ONCE

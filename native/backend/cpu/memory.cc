@@ -1,0 +1,273 @@
+// Allocation for the CPU backend. Tensors come and go at every step with much the same sizes, and fresh pages cost
+// more than the arithmetic done on them (the kernel clears each), so freed blocks are kept for reuse up to a bound.
+#include "backend/cpu/memory.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <string>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/parallel.h"
+
+namespace merf {
+
+namespace {
+
+constexpr size_t kAlignment = 64;
+constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kIdleBytes = size_t{256} << 20;
+// Asking the system what is left costs some microseconds, so only where it matters.
+constexpr size_t kCheckedBytes = size_t{32} << 20;
+constexpr size_t kReserveBytes = size_t{64} << 20;
+
+size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// Steps of an eighth of the power of two below, so that blocks of nearly equal sizes are interchangeable.
+size_t block_size(size_t bytes) {
+  if (bytes <= 4096) return std::max(kAlignment, round_up(bytes, kAlignment));
+  if (bytes >= kHugePage) return round_up(bytes, kHugePage);
+  size_t power = 4096;
+  while (power * 2 <= bytes) power *= 2;
+  return round_up(bytes, power / 8);
+}
+
+std::string in_words(size_t bytes) {
+  if (bytes < (size_t{10} << 20)) return std::to_string(bytes) + " bytes";
+  return std::to_string(bytes >> 20) + " MiB";
+}
+
+size_t read_bytes(const char* path) {
+  std::ifstream file(path);
+  size_t value = 0;
+  return file >> value ? value : std::numeric_limits<size_t>::max();
+}
+
+size_t read_meminfo(const std::string& key) {
+  std::ifstream file("/proc/meminfo");
+  std::string name, unit;
+  size_t value = 0;
+  while (file >> name >> value) {
+    if (name == key) return value * 1024;
+    std::getline(file, unit);
+  }
+  return std::numeric_limits<size_t>::max();
+}
+
+}  // namespace
+
+size_t total_memory() {
+  const long pages = sysconf(_SC_PHYS_PAGES);
+  const long page = sysconf(_SC_PAGE_SIZE);
+  const size_t physical = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page)
+                                                : std::numeric_limits<size_t>::max();
+  return std::min(physical, read_bytes("/sys/fs/cgroup/memory.max"));
+}
+
+size_t available_memory() {
+  size_t available = read_meminfo("MemAvailable:");
+  const size_t limit = read_bytes("/sys/fs/cgroup/memory.max");
+  const size_t current = read_bytes("/sys/fs/cgroup/memory.current");
+  if (limit != std::numeric_limits<size_t>::max() && current != std::numeric_limits<size_t>::max()) {
+    // The page cache counts as current but is given up under pressure.
+    size_t cached = 0;
+    std::ifstream stat("/sys/fs/cgroup/memory.stat");
+    std::string name;
+    for (size_t value = 0; stat >> name >> value;) {
+      if (name == "inactive_file") cached = value;
+    }
+    const size_t held = current - std::min(current, cached);
+    available = std::min(available, limit - std::min(limit, held));
+  }
+  return available;
+}
+
+class PooledStorage final : public Storage {
+ public:
+  PooledStorage(std::shared_ptr<MemoryPool> pool, void* block, size_t block_bytes) : pool_(std::move(pool)) {
+    data = block;
+    bytes = block_bytes;
+  }
+  ~PooledStorage() override { pool_->release(data, bytes); }
+
+ private:
+  std::shared_ptr<MemoryPool> pool_;
+};
+
+MemoryPool::MemoryPool() : limit_(available_memory()) {}
+
+MemoryPool::~MemoryPool() { drop_idle(0); }
+
+std::shared_ptr<Storage> MemoryPool::allocate(size_t requested) {
+  const auto refuse = [&](const std::string& reason) {
+    throw Error("OUT_OF_MEMORY",
+                "Could not allocate " + in_words(requested) + " of memory on cpu: " + reason);
+  };
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (requested > limit_) refuse(in_words(limit_) + " were available at the start");
+  const size_t bytes = block_size(requested);
+  void* data = nullptr;
+  size_t found = 0;
+  auto best = idle_.end();
+  for (auto it = idle_.begin(); it != idle_.end(); ++it) {
+    if (it->bytes >= bytes && it->bytes <= bytes + bytes / 4 &&
+        (best == idle_.end() || it->bytes < best->bytes)) {
+      best = it;
+      if (it->bytes == bytes) break;
+    }
+  }
+  if (best != idle_.end()) {
+    data = best->data;
+    found = best->bytes;
+    idle_bytes_ -= found;
+    idle_.erase(best);
+  } else {
+    if (bytes >= kCheckedBytes) {
+      // Blocks handed out but not yet written to do not show in what the system reports as available, so the sum of
+      // all is held against what there was at the start as well.
+      if (used_ + bytes > limit_) {
+        refuse(in_words(used_) + " are in use of the " + in_words(limit_) + " available at the start");
+      }
+      if (bytes + kReserveBytes > available_memory()) drop_idle(0);
+      const size_t available = available_memory();
+      if (bytes + kReserveBytes > available) refuse(in_words(available) + " are available");
+    }
+    const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
+    data = std::aligned_alloc(alignment, bytes);
+    if (data == nullptr) {
+      drop_idle(0);
+      data = std::aligned_alloc(alignment, bytes);
+    }
+    if (data == nullptr) refuse("the system has no more");
+    if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+    found = bytes;
+  }
+  try {
+    auto storage = std::make_shared<PooledStorage>(shared_from_this(), data, found);
+    used_ += found;
+    peak_ = std::max(peak_, used_);
+    return storage;
+  } catch (...) {
+    std::free(data);
+    throw Error("OUT_OF_MEMORY", "Could not allocate memory on cpu: the system has no more");
+  }
+}
+
+void MemoryPool::release(void* data, size_t bytes) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  used_ -= bytes;
+  if (bytes > kIdleBytes) {
+    std::free(data);
+    return;
+  }
+  try {
+    idle_.push_front({data, bytes});
+  } catch (...) {
+    std::free(data);
+    return;
+  }
+  idle_bytes_ += bytes;
+  drop_idle(kIdleBytes);
+}
+
+void MemoryPool::drop_idle(size_t keep_bytes) {
+  while (idle_bytes_ > keep_bytes) {
+    idle_bytes_ -= idle_.back().bytes;
+    std::free(idle_.back().data);
+    idle_.pop_back();
+  }
+}
+
+int64_t MemoryPool::used() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int64_t>(used_);
+}
+
+int64_t MemoryPool::peak() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return static_cast<int64_t>(peak_);
+}
+
+void MemoryPool::reset_peak() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  peak_ = used_;
+}
+
+Tensor CpuBackend::allocate(DType dtype, std::initializer_list<int64_t> shape) {
+  Tensor tensor;
+  tensor.dtype = dtype;
+  if (shape.size() > tensor.shape.size()) {
+    throw Error("INTERNAL",
+                "Expected a shape of rank 4 at most but received rank " + std::to_string(shape.size()));
+  }
+  tensor.rank = static_cast<int>(shape.size());
+  int64_t bytes = static_cast<int64_t>(size_of(dtype));
+  bool overflow = false;
+  int i = 0;
+  for (const int64_t extent : shape) {
+    if (extent < 0) {
+      throw Error("INVALID_ARGUMENT",
+                  "Expected extents of 0 or more for shape but received " + std::to_string(extent));
+    }
+    tensor.shape[i++] = extent;
+    overflow = __builtin_mul_overflow(bytes, extent, &bytes) || overflow;
+  }
+  if (overflow) {
+    std::string dims;
+    for (const int64_t extent : shape) dims += (dims.empty() ? "" : " x ") + std::to_string(extent);
+    throw Error("OUT_OF_MEMORY", "Could not allocate a tensor of " + dims + " " + name_of(dtype) + " on cpu");
+  }
+  tensor.storage = pool_->allocate(static_cast<size_t>(bytes));
+  tensor.data = tensor.storage->data;
+  return tensor;
+}
+
+namespace {
+constexpr int64_t kCopyGrain = 1 << 18;
+
+void copy_bytes(int threads, void* destination, const void* source, size_t bytes) {
+  parallel_for(threads, static_cast<int64_t>(bytes), kCopyGrain, [&](int64_t begin, int64_t end) {
+    std::memcpy(static_cast<char*>(destination) + begin, static_cast<const char*>(source) + begin,
+                static_cast<size_t>(end - begin));
+  });
+}
+
+void check_size(const char* what, size_t bytes, const Tensor& tensor) {
+  if (bytes > tensor.bytes()) {
+    throw Error("INTERNAL", std::string("Expected ") + std::to_string(tensor.bytes()) +
+                                " bytes at most for " + what + " but received " + std::to_string(bytes));
+  }
+}
+}  // namespace
+
+void CpuBackend::upload(const Tensor& destination, const void* host, size_t bytes) {
+  check_size("upload", bytes, destination);
+  copy_bytes(num_threads(), destination.data, host, bytes);
+}
+
+void CpuBackend::download(void* host, const Tensor& source, size_t bytes) {
+  check_size("download", bytes, source);
+  copy_bytes(num_threads(), host, source.data, bytes);
+}
+
+void CpuBackend::copy(const Tensor& destination, const Tensor& source) {
+  copy_bytes(num_threads(), destination.data, source.data, source.bytes());
+}
+
+void CpuBackend::zero(const Tensor& destination) {
+  parallel_for(
+      num_threads(), static_cast<int64_t>(destination.bytes()), kCopyGrain, [&](int64_t begin, int64_t end) {
+        std::memset(static_cast<char*>(destination.data) + begin, 0, static_cast<size_t>(end - begin));
+      });
+}
+
+int64_t CpuBackend::memory_used() const { return pool_->used(); }
+int64_t CpuBackend::memory_peak() const { return pool_->peak(); }
+void CpuBackend::reset_peak_memory() { pool_->reset_peak(); }
+
+}  // namespace merf

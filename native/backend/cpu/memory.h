@@ -1,0 +1,48 @@
+// Aligned blocks that are kept and handed out again.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <list>
+#include <memory>
+#include <mutex>
+
+#include "backend/tensor.h"
+
+namespace merf {
+
+class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
+ public:
+  MemoryPool();
+  ~MemoryPool();
+  MemoryPool(const MemoryPool&) = delete;
+  MemoryPool& operator=(const MemoryPool&) = delete;
+
+  // Throws Error("OUT_OF_MEMORY") rather than let the system kill the process for memory it does not have.
+  std::shared_ptr<Storage> allocate(size_t bytes);
+  int64_t used() const;
+  int64_t peak() const;
+  void reset_peak();
+
+ private:
+  friend class PooledStorage;
+  struct Block {
+    void* data;
+    size_t bytes;
+  };
+  void release(void* data, size_t bytes);
+  void drop_idle(size_t keep_bytes);
+
+  mutable std::mutex mutex_;
+  std::list<Block> idle_;  // most recently freed first
+  size_t idle_bytes_ = 0;
+  size_t used_ = 0;
+  size_t peak_ = 0;
+  size_t limit_ = 0;
+};
+
+// Bytes that could be allocated now without swapping or being killed, as far as the system tells.
+size_t available_memory();
+size_t total_memory();
+
+}  // namespace merf

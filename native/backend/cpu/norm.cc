@@ -1,0 +1,202 @@
+// RMSNorm with the residual addition before it, both in one pass over the row: the row is in the first-level cache
+// when its norm is known.
+#include "backend/cpu/simd_targets.h"
+
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/norm.cc"
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/load_store-inl.h"
+#include "backend/cpu/parallel.h"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not depend
+// on the number of threads.
+constexpr int64_t kRowsPerPartial = 32;
+
+template <typename X, typename Y>
+void norm_rows(int64_t begin, int64_t end, int64_t size, X* x, const Y* delta, const float* weight,
+               float epsilon, Y* y, float* rstd) {
+  const F32 d;
+  for (int64_t t = begin; t < end; ++t) {
+    X* xt = x + t * size;
+    const Y* dt = delta ? delta + t * size : nullptr;
+    VF32 squares = hn::Zero(d);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      VF32 v = load_part(d, xt + i, n, whole);
+      if (dt) {
+        v = hn::Add(v, load_part(d, dt + i, n, whole));
+        store_part(d, v, xt + i, n, whole);
+        // The norm is of what was stored, so that backward sees the same numbers.
+        if constexpr (sizeof(X) == 2) v = load_part(d, xt + i, n, whole);
+      }
+      squares = hn::MulAdd(v, v, squares);
+    });
+    const float mean = hn::GetLane(hn::SumOfLanes(d, squares)) / static_cast<float>(size);
+    const float scale = 1.0f / std::sqrt(mean + epsilon);
+    if (rstd) rstd[t] = scale;
+    const VF32 vscale = hn::Set(d, scale);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      const VF32 v = hn::Mul(load_part(d, xt + i, n, whole), vscale);
+      store_part(d, hn::Mul(v, load_part(d, weight + i, n, whole)), y + t * size + i, n, whole);
+    });
+  }
+}
+
+// With g = dy * weight: dx += rstd * (g - x * rstd^2 * mean(g * x)), dweight += dy * x * rstd.
+template <typename X, typename Y>
+void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, const X* x,
+                        const float* weight, const float* rstd, X* dx, float* dweight) {
+  const F32 d;
+  for (int64_t t = begin; t < end; ++t) {
+    const Y* dyt = dy + t * size;
+    const X* xt = x + t * size;
+    X* dxt = dx + t * size;
+    const VF32 scale = hn::Set(d, rstd[t]);
+    VF32 sum = hn::Zero(d);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      const VF32 vx = load_part(d, xt + i, n, whole);
+      const VF32 vdy = load_part(d, dyt + i, n, whole);
+      sum = hn::MulAdd(hn::Mul(vdy, load_part(d, weight + i, n, whole)), vx, sum);
+      const VF32 vdw = load_part(d, dweight + i, n, whole);
+      store_part(d, hn::MulAdd(hn::Mul(vdy, vx), scale, vdw), dweight + i, n, whole);
+    });
+    const float mean = hn::GetLane(hn::SumOfLanes(d, sum)) / static_cast<float>(size);
+    const VF32 pull = hn::Set(d, mean * rstd[t] * rstd[t]);
+    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
+      const VF32 g = hn::Mul(load_part(d, dyt + i, n, whole), load_part(d, weight + i, n, whole));
+      const VF32 inner = hn::NegMulAdd(load_part(d, xt + i, n, whole), pull, g);
+      store_part(d, hn::MulAdd(inner, scale, load_part(d, dxt + i, n, whole)), dxt + i, n, whole);
+    });
+  }
+}
+
+void rms_norm(int threads, const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
+              const Tensor& y, const Tensor& rstd) {
+  const int64_t rows = x.shape[0];
+  const int64_t size = x.row_size();
+  const auto run = [&](auto* px, auto* py) {
+    using Y = std::remove_pointer_t<decltype(py)>;
+    parallel_for(threads, rows, 4, [&](int64_t begin, int64_t end) {
+      norm_rows(begin, end, size, px, delta.as<const Y>(), weight.as<const float>(), epsilon, py,
+                rstd.as<float>());
+    });
+  };
+  const auto run_x = [&](auto* px) {
+    if (y.dtype == DType::bf16) {
+      run(px, y.as<bf16>());
+    } else {
+      run(px, y.as<float>());
+    }
+  };
+  if (x.dtype == DType::bf16) {
+    run_x(x.as<bf16>());
+  } else {
+    run_x(x.as<float>());
+  }
+}
+
+void rms_norm_backward(int threads, const Tensor& dy, const Tensor& x, const Tensor& weight,
+                       const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& partials) {
+  const int64_t rows = x.shape[0];
+  const int64_t size = x.row_size();
+  const int64_t parts = partials.shape[0];
+  float* partial = partials.as<float>();
+  const auto run = [&](auto* px, auto* pdy) {
+    using X = std::remove_pointer_t<decltype(px)>;
+    parallel_for(threads, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        float* sums = partial + part * size;
+        std::fill(sums, sums + size, 0.0f);
+        norm_backward_rows(part * kRowsPerPartial, std::min(rows, (part + 1) * kRowsPerPartial), size, pdy,
+                           px, weight.as<const float>(), rstd.as<const float>(), dx.as<X>(), sums);
+      }
+    });
+  };
+  const auto run_x = [&](auto* px) {
+    if (dy.dtype == DType::bf16) {
+      run(px, dy.as<const bf16>());
+    } else {
+      run(px, dy.as<const float>());
+    }
+  };
+  if (x.dtype == DType::bf16) {
+    run_x(x.as<bf16>());
+  } else {
+    run_x(x.as<float>());
+  }
+  const F32 d;
+  parallel_for(threads, size, 64, [&](int64_t begin, int64_t end) {
+    for_vectors(d, end - begin, [&](size_t i, size_t n, auto whole) {
+      float* dw = dweight.as<float>() + begin + i;
+      VF32 sum = hn::Zero(d);
+      for (int64_t part = 0; part < parts; ++part) {
+        sum = hn::Add(sum, load_part(d, partial + part * size + begin + i, n, whole));
+      }
+      store_part(d, hn::Add(load_part(d, dw, n, whole), sum), dw, n, whole);
+    });
+  });
+}
+
+void add(int threads, const Tensor& y, const Tensor& x) {
+  const F32 d;
+  const auto run = [&](auto* py, const auto* px) {
+    parallel_for(threads, y.size(), 1 << 13, [&](int64_t begin, int64_t end) {
+      for_vectors(d, end - begin, [&](size_t i, size_t n, auto whole) {
+        const VF32 sum =
+            hn::Add(load_part(d, py + begin + i, n, whole), load_part(d, px + begin + i, n, whole));
+        store_part(d, sum, py + begin + i, n, whole);
+      });
+    });
+  };
+  const auto run_y = [&](auto* py) {
+    if (x.dtype == DType::bf16) {
+      run(py, x.as<const bf16>());
+    } else {
+      run(py, x.as<const float>());
+    }
+  };
+  if (y.dtype == DType::bf16) {
+    run_y(y.as<bf16>());
+  } else {
+    run_y(y.as<float>());
+  }
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+
+HWY_EXPORT(rms_norm);
+HWY_EXPORT(rms_norm_backward);
+HWY_EXPORT(add);
+
+void CpuBackend::rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
+                          const Tensor& y, const Tensor& rstd) {
+  HWY_DYNAMIC_DISPATCH(rms_norm)(num_threads(), x, delta, weight, epsilon, y, rstd);
+}
+
+void CpuBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                   const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
+  constexpr int64_t rows_per_partial = HWY_STATIC_DISPATCH(kRowsPerPartial);
+  const int64_t parts = (x.shape[0] + rows_per_partial - 1) / rows_per_partial;
+  const Tensor partials = allocate(DType::f32, {parts, x.row_size()});
+  HWY_DYNAMIC_DISPATCH(rms_norm_backward)(num_threads(), dy, x, weight, rstd, dx, dweight, partials);
+}
+
+void CpuBackend::add(const Tensor& y, const Tensor& x) { HWY_DYNAMIC_DISPATCH(add)(num_threads(), y, x); }
+
+}  // namespace merf
+#endif  // HWY_ONCE
