@@ -6,10 +6,12 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/cast.cc"
 #include "backend/cpu/cpu_backend.h"
-#include "backend/cpu/load_store-inl.h"
 #include "backend/cpu/parallel.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+
+// After highway.h.
+#include "backend/cpu/load_store-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace merf {

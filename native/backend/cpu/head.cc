@@ -16,12 +16,14 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/head.cc"
 #include "backend/cpu/cpu_backend.h"
-#include "backend/cpu/exp-inl.h"
-#include "backend/cpu/load_store-inl.h"
 #include "backend/cpu/parallel.h"
 #include "backend/policy_loss_row.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
+
+// After highway.h.
+#include "backend/cpu/exp-inl.h"
+#include "backend/cpu/load_store-inl.h"
 
 #ifndef MERF_BACKEND_CPU_HEAD_ONCE_
 #define MERF_BACKEND_CPU_HEAD_ONCE_
