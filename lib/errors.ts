@@ -62,18 +62,24 @@ export function describeValue(value: unknown): string {
   }
   if (typeof value === 'number') return String(value);
   if (typeof value === 'string') {
-    return value.length > 60 ? `${JSON.stringify(value.slice(0, 60))}… of type string` : `${JSON.stringify(value)} of type string`;
+    return value.length > 60
+      ? `${JSON.stringify(value.slice(0, 60))}… of type string`
+      : `${JSON.stringify(value)} of type string`;
   }
   if (typeof value === 'function') return `function ${value.name || '(anonymous)'}`;
   if (Array.isArray(value)) return `array of length ${value.length}`;
   const constructorName = (value as object).constructor?.name;
-  if (ArrayBuffer.isView(value) && 'length' in value) return `${constructorName} of length ${String(value.length)}`;
+  if (ArrayBuffer.isView(value) && 'length' in value)
+    return `${constructorName} of length ${String(value.length)}`;
   return `${typeof value} of type ${constructorName ?? 'Object'}`;
 }
 
 /** The error of one form for arguments: "Expected <expected> for <argument> but received <value>". */
 export function invalidArgument(argument: string, expected: string, value: unknown): MerfError {
-  return new MerfError('INVALID_ARGUMENT', `Expected ${expected} for ${argument} but received ${describeValue(value)}`);
+  return new MerfError(
+    'INVALID_ARGUMENT',
+    `Expected ${expected} for ${argument} but received ${describeValue(value)}`,
+  );
 }
 
 /** Throws ABORTED where the signal has fired; `what` names the work, as in "sampling". */

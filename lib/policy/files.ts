@@ -1,0 +1,132 @@
+import { open, readFile, stat } from 'node:fs/promises';
+import { describeValue, MerfError } from '../errors.js';
+
+/** A file that is not what it says: names the file and the place in it, what was expected and what was there. */
+export function malformed(path: string, detail: string, cause?: unknown): MerfError {
+  return new MerfError('MALFORMED_FILE', `${path}: ${detail}`, cause === undefined ? undefined : { cause });
+}
+
+export function unsupported(path: string, detail: string): MerfError {
+  return new MerfError('UNSUPPORTED', `${path}: ${detail}`);
+}
+
+/** What stands at `path`. */
+export async function kindOf(path: string): Promise<'file' | 'directory' | 'absent' | 'other'> {
+  try {
+    const stats = await stat(path);
+    return stats.isFile() ? 'file' : stats.isDirectory() ? 'directory' : 'other';
+  } catch (error) {
+    if (['ENOENT', 'ENOTDIR'].includes((error as NodeJS.ErrnoException).code ?? '')) return 'absent';
+    throw new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
+      cause: error,
+    });
+  }
+}
+
+/** The text of a file, or undefined where there is none. */
+export async function readTextIfPresent(path: string): Promise<string | undefined> {
+  if ((await kindOf(path)) !== 'file') return undefined;
+  return readFile(path, 'utf8');
+}
+
+export function parseJsonObject(path: string, text: string): Record<string, unknown> {
+  let value: unknown;
+  try {
+    value = JSON.parse(text);
+  } catch (error) {
+    throw malformed(path, `expected JSON, but ${(error as Error).message}`, error);
+  }
+  if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+    throw malformed(path, `expected a JSON object but found ${describeValue(value)}`);
+  }
+  return value as Record<string, unknown>;
+}
+
+/** `length` bytes at `offset`; fewer there than that is a malformed file. */
+export async function readRange(path: string, offset: number, length: number): Promise<Uint8Array> {
+  const file = await open(path, 'r');
+  try {
+    const bytes = new Uint8Array(length);
+    let done = 0;
+    while (done < length) {
+      const { bytesRead } = await file.read(bytes, done, length - done, offset + done);
+      if (bytesRead === 0) {
+        throw malformed(
+          path,
+          `expected ${length} bytes at offset ${offset} but the file ends after ${done} of them`,
+        );
+      }
+      done += bytesRead;
+    }
+    return bytes;
+  } finally {
+    await file.close();
+  }
+}
+
+export async function fileSize(path: string): Promise<number> {
+  const kind = await kindOf(path);
+  if (kind !== 'file') {
+    throw new MerfError(
+      'FILE_NOT_FOUND',
+      `${path} ${kind === 'absent' ? 'does not exist' : 'is not a file'}`,
+    );
+  }
+  return (await stat(path)).size;
+}
+
+/** Typed access to the keys of a JSON object or of GGUF metadata; every error names the file and the key. */
+export class Fields {
+  constructor(
+    readonly path: string,
+    private readonly get: (key: string) => unknown,
+  ) {}
+
+  raw(key: string): unknown {
+    const value = this.get(key);
+    return value === null ? undefined : value;
+  }
+
+  has(key: string): boolean {
+    return this.raw(key) !== undefined;
+  }
+
+  #wrong(key: string, expected: string, value: unknown): MerfError {
+    const found = value === undefined ? 'it is missing' : `found ${describeValue(value)}`;
+    return malformed(this.path, `expected ${expected} for ${key} but ${found}`);
+  }
+
+  integer(key: string, minimum: number, maximum: number, fallback?: number): number {
+    const value = this.raw(key) ?? fallback;
+    if (typeof value !== 'number' || !Number.isInteger(value) || value < minimum || value > maximum) {
+      throw this.#wrong(key, `an integer from ${minimum} to ${maximum}`, value);
+    }
+    return value;
+  }
+
+  number(key: string, expected: string, accept: (value: number) => boolean, fallback?: number): number {
+    const value = this.raw(key) ?? fallback;
+    if (typeof value !== 'number' || !Number.isFinite(value) || !accept(value))
+      throw this.#wrong(key, expected, value);
+    return value;
+  }
+
+  boolean(key: string, fallback: boolean): boolean {
+    const value = this.raw(key) ?? fallback;
+    if (typeof value !== 'boolean') throw this.#wrong(key, 'true or false', value);
+    return value;
+  }
+
+  string(key: string, fallback?: string): string {
+    const value = this.raw(key) ?? fallback;
+    if (typeof value !== 'string') throw this.#wrong(key, 'a string', value);
+    return value;
+  }
+
+  object(key: string): Fields | undefined {
+    const value = this.raw(key);
+    if (value === undefined) return undefined;
+    if (typeof value !== 'object' || Array.isArray(value)) throw this.#wrong(key, 'an object', value);
+    return new Fields(this.path, (inner) => (value as Record<string, unknown>)[inner]);
+  }
+}

@@ -1,0 +1,24 @@
+export type { ChatTurn } from '../prompt/chat-template.js';
+export { type ModelConfig, parameterCount } from './config.js';
+export type { Forest, Segment, TrainTarget } from './forest.js';
+export type { TokenizerFiles } from './gguf-tokenizer.js';
+export type { Loss, LossStats, PolicyLossType } from './loss.js';
+export { openModel, readTokenizerFiles } from './model-files.js';
+export {
+  type CreateOptions,
+  type DeviceDescription,
+  type DeviceOptions,
+  type OptimizerOptions,
+  Policy,
+  type Scores,
+} from './policy.js';
+export type { RopeConfig } from './rope.js';
+export type {
+  Completion,
+  CompletionGroup,
+  FinishReason,
+  Prompt,
+  SampleChunk,
+  SampleOptions,
+} from './sampling.js';
+export { TextStream, Tokenizer } from './tokenizer.js';

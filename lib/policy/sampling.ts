@@ -1,0 +1,193 @@
+import { invalidArgument, MerfError } from '../errors.js';
+import type { NativeSampleRequest } from '../native.js';
+import type { ChatTurn } from '../prompt/chat-template.js';
+import { checkedTokens, packPrompts } from './forest.js';
+import type { Tokenizer } from './tokenizer.js';
+
+/**
+ * What to complete: text (encoded with the tokenizer's special tokens), token ids as they are, or a conversation that
+ * the model's chat template writes and opens the assistant's turn of.
+ */
+export type Prompt = string | ArrayLike<number> | { messages: readonly ChatTurn[] };
+
+export interface SampleOptions {
+  /** Completions of each prompt. Default 1. */
+  n?: number | undefined;
+  /** The most tokens of a completion. Default 1024; never more than the context leaves after the prompt. */
+  maxTokens?: number | undefined;
+  /** 0 is greedy. Default 1. */
+  temperature?: number | undefined;
+  /** Draw from the k likeliest tokens; 0 (default) from all. */
+  topK?: number | undefined;
+  /** Draw from the likeliest tokens that together reach this probability, in (0, 1]. Default 1. */
+  topP?: number | undefined;
+  /** Draw from tokens at least this likely relative to the likeliest, in [0, 1]. Default 0. */
+  minP?: number | undefined;
+  /** 0 to 2^64 - 1. The same seed, key and prompt give the same completion. Default 0. */
+  seed?: number | bigint | undefined;
+  /**
+   * [prompts] 32-bit numbers that stand for the prompts in the random stream. Default: their indices. A completion
+   * depends on the seed, its prompt's key and its index in the group, not on what else is in the batch.
+   */
+  keys?: ArrayLike<number> | undefined;
+  /** A completion ends with the token in which one of these is completed; tokens and text include it. */
+  stop?: readonly string[] | undefined;
+  /** Token ids that end a completion beside the tokenizer's `eosIds`. */
+  stopTokenIds?: readonly number[] | undefined;
+  /** The most completions decoded together; 0 (default): the engine chooses. */
+  maxLiveSequences?: number | undefined;
+  signal?: AbortSignal | undefined;
+  /** Called with tokens as they are drawn, at most once a decoding step; never waited for. */
+  onToken?: ((chunk: SampleChunk) => void) | undefined;
+}
+
+/** New tokens of one completion. */
+export interface SampleChunk {
+  /** Which prompt, and which of its completions. */
+  prompt: number;
+  completion: number;
+  tokens: number[];
+  /** Under the distribution drawn from. */
+  logprobs: number[];
+  /** What they add to the text, whole characters only and without special tokens. */
+  text: string;
+}
+
+export type FinishReason = 'stop' | 'length' | 'stop_string';
+
+export interface Completion {
+  /** The tokens' text without special tokens; a stop string is part of it. */
+  text: string;
+  /** With the token that ended it, if one did. */
+  tokens: Int32Array;
+  /** [tokens] under softmax(logits), untempered and untruncated: the ones the importance ratio uses, on both sides. */
+  logprobs: Float32Array;
+  /** [tokens] under the distribution drawn from (temperature, top-k, top-p, min-p); 0 where greedy. */
+  samplingLogprobs: Float32Array;
+  /** [tokens] of softmax(logits), in nats. */
+  entropies: Float32Array;
+  /** `stop`: an end token; `length`: maxTokens or the context; `stop_string`: one of `stop`. */
+  finishReason: FinishReason;
+}
+
+export interface CompletionGroup {
+  promptTokens: number[];
+  completions: Completion[];
+}
+
+const maxCompletions = 1 << 20;
+
+/** A prompt's tokens. @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, UNSUPPORTED (no chat template) */
+export function promptTokens(
+  prompt: Prompt,
+  index: number,
+  tokenizer: Tokenizer,
+  limits: { vocabSize: number; contextLength: number },
+): Int32Array {
+  const argument = `prompts[${index}]`;
+  let ids: ArrayLike<number>;
+  if (typeof prompt === 'string') ids = tokenizer.encodePrompt(prompt);
+  else if (typeof prompt === 'object' && prompt !== null && 'messages' in prompt) {
+    ids = tokenizer.encode(tokenizer.applyChatTemplate(prompt.messages, { addGenerationPrompt: true }));
+  } else if (typeof prompt === 'object' && prompt !== null) ids = prompt;
+  else throw invalidArgument(argument, 'text, token ids or { messages }', prompt);
+  const tokens = checkedTokens(ids, limits.vocabSize, argument);
+  if (tokens.length === 0) {
+    throw new MerfError('INVALID_ARGUMENT', `Expected at least one token for ${argument} but received none`);
+  }
+  if (tokens.length >= limits.contextLength) {
+    throw new MerfError(
+      'CONTEXT_EXCEEDED',
+      `Expected a prompt shorter than the context of ${limits.contextLength} tokens but ${argument} has ${tokens.length}`,
+    );
+  }
+  return tokens;
+}
+
+/** The request to the engine for checked prompts. @throws MerfError INVALID_ARGUMENT */
+export function sampleRequest(
+  prompts: readonly Int32Array[],
+  options: SampleOptions,
+  tokenizer: Tokenizer,
+  limits: { vocabSize: number; contextLength: number },
+): NativeSampleRequest {
+  const n = integer('n', options.n, 1, 1, maxCompletions);
+  const maxTokens = integer('maxTokens', options.maxTokens, 1024, 1, 2 ** 31 - 1);
+  if (n * prompts.length > maxCompletions) {
+    throw invalidArgument('n', `at most ${maxCompletions} completions in all`, n * prompts.length);
+  }
+  const { stop = [], stopTokenIds = [], keys } = options;
+  if (!Array.isArray(stop) || !stop.every((text) => typeof text === 'string' && text !== '')) {
+    throw invalidArgument('stop', 'an array of non-empty strings', stop);
+  }
+  if (keys !== undefined && keys.length !== prompts.length) {
+    throw invalidArgument('keys', `${prompts.length} numbers, one for each prompt,`, keys);
+  }
+  const words = new Uint32Array(2 * n * prompts.length);
+  prompts.forEach((_, p) => {
+    const key = keys === undefined ? p : keys[p];
+    if (!Number.isInteger(key) || (key as number) < 0 || (key as number) > 0xffffffff) {
+      throw invalidArgument(`keys[${p}]`, 'an integer from 0 to 2^32 - 1', key);
+    }
+    for (let i = 0; i < n; ++i) {
+      words[2 * (p * n + i)] = i;
+      words[2 * (p * n + i) + 1] = key as number;
+    }
+  });
+  const stopTokens = new Set([
+    ...tokenizer.eosIds,
+    ...checkedTokens(stopTokenIds, limits.vocabSize, 'stopTokenIds'),
+  ]);
+  const utf8 = new TextEncoder();
+  return {
+    ...packPrompts(prompts),
+    counts: new Int32Array(prompts.length).fill(n),
+    keys: words,
+    seed: seedOf(options.seed ?? 0),
+    maxTokens: Int32Array.from(prompts, (prompt) =>
+      Math.min(maxTokens, limits.contextLength - prompt.length),
+    ),
+    temperature: number(
+      'temperature',
+      options.temperature,
+      1,
+      'a non-negative number',
+      (v) => v >= 0 && v <= 1e6,
+    ),
+    topK: integer('topK', options.topK, 0, 0, 2 ** 31 - 1),
+    topP: number('topP', options.topP, 1, 'a number above 0 and at most 1', (v) => v > 0 && v <= 1),
+    minP: number('minP', options.minP, 0, 'a number from 0 to 1', (v) => v >= 0 && v <= 1),
+    stopTokens: Int32Array.from(stopTokens),
+    stopStrings: stop.map((text) => utf8.encode(text)),
+    maxLiveSequences: integer('maxLiveSequences', options.maxLiveSequences, 0, 0, maxCompletions),
+  };
+}
+
+export function seedOf(seed: number | bigint): bigint {
+  const valid =
+    typeof seed === 'bigint' ? seed >= 0n && seed < 1n << 64n : Number.isSafeInteger(seed) && seed >= 0;
+  if (!valid) throw invalidArgument('seed', 'an integer from 0 to 2^64 - 1', seed);
+  return BigInt(seed);
+}
+
+function integer(name: string, value: unknown, fallback: number, minimum: number, maximum: number): number {
+  const chosen = value ?? fallback;
+  if (typeof chosen !== 'number' || !Number.isInteger(chosen) || chosen < minimum || chosen > maximum) {
+    throw invalidArgument(name, `an integer from ${minimum} to ${maximum}`, value);
+  }
+  return chosen;
+}
+
+function number(
+  name: string,
+  value: unknown,
+  fallback: number,
+  expected: string,
+  accept: (value: number) => boolean,
+): number {
+  const chosen = value ?? fallback;
+  if (typeof chosen !== 'number' || !accept(chosen)) {
+    throw invalidArgument(name, expected, value);
+  }
+  return chosen;
+}
