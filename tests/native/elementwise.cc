@@ -1,0 +1,284 @@
+// The norm, SwiGLU, embedding, casts and the optimiser.
+#include "harness.h"
+
+using namespace merf;
+using namespace merf::test;
+
+namespace {
+const std::initializer_list<int64_t> kWidths = {1, 7, 16, 33, 64, 100, 576};
+const DType kTypes[] = {DType::f32, DType::bf16};
+}  // namespace
+
+TEST_CASE("rms_norm and its backward agree with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t width : kWidths) {
+      for (const DType tx : kTypes) {
+        for (const DType ty : kTypes) {
+          for (const bool with_delta : {false, true}) {
+            const int64_t rows = width == 33 ? 131 : 5;
+            CAPTURE(width);
+            CAPTURE(name_of(tx));
+            CAPTURE(name_of(ty));
+            CAPTURE(with_delta);
+            const float epsilon = 1e-5f;
+            Random random(static_cast<uint64_t>(width));
+            auto x = stored(random.normals(rows * width), tx);
+            const auto delta = stored(random.normals(rows * width), ty);
+            const auto weight = random.normals(width);
+            const Tensor dx0 = upload(backend, tx, {rows, width}, x);
+            const Tensor y = poisoned(backend, ty, {rows, width});
+            const Tensor rstd = poisoned(backend, DType::f32, {rows});
+            const Tensor tweight = upload(backend, DType::f32, {width}, weight);
+            backend.rms_norm(dx0, with_delta ? upload(backend, ty, {rows, width}, delta) : Tensor(), tweight,
+                             epsilon, y, rstd);
+            if (with_delta) {
+              for (size_t i = 0; i < x.size(); ++i) x[i] += delta[i];
+              x = stored(x, tx);
+            }
+            CHECK(same_bits(download(backend, dx0), x));
+
+            const auto dy = stored(random.normals(rows * width), ty);
+            const auto dx_before = stored(random.normals(rows * width), tx);
+            const auto dweight_before = random.normals(width);
+            std::vector<double> expected_y(x.size()), expected_rstd(rows), expected_dx(x.size()),
+                expected_dweight(dweight_before.begin(), dweight_before.end());
+            for (int64_t t = 0; t < rows; ++t) {
+              double squares = 0.0, dot = 0.0;
+              for (int64_t i = 0; i < width; ++i)
+                squares += std::pow(static_cast<double>(x[t * width + i]), 2);
+              const double scale = 1.0 / std::sqrt(squares / static_cast<double>(width) + epsilon);
+              expected_rstd[t] = scale;
+              for (int64_t i = 0; i < width; ++i) {
+                const double v = x[t * width + i];
+                expected_y[t * width + i] = v * scale * weight[i];
+                dot += static_cast<double>(dy[t * width + i]) * weight[i] * v;
+                expected_dweight[i] += dy[t * width + i] * v * scale;
+              }
+              for (int64_t i = 0; i < width; ++i) {
+                const double g = static_cast<double>(dy[t * width + i]) * weight[i];
+                expected_dx[t * width + i] =
+                    dx_before[t * width + i] +
+                    scale * (g - x[t * width + i] * scale * scale * dot / static_cast<double>(width));
+              }
+            }
+            CHECK(relative_error(download(backend, y), expected_y) < tolerance(ty, 1e-6));
+            CHECK(relative_error(download(backend, rstd), expected_rstd) < 1e-6);
+
+            const Tensor dx = upload(backend, tx, {rows, width}, dx_before);
+            const Tensor dweight = upload(backend, DType::f32, {width}, dweight_before);
+            backend.rms_norm_backward(upload(backend, ty, {rows, width}, dy), dx0, tweight, rstd, dx,
+                                      dweight);
+            CHECK(relative_error(download(backend, dx), expected_dx) < tolerance(tx, 2e-6));
+            CHECK(relative_error(download(backend, dweight), expected_dweight) < 2e-6);
+
+            const Tensor again = poisoned(backend, ty, {rows, width});
+            backend.rms_norm(dx0, {}, tweight, epsilon, again, {});
+            CHECK(same_bits(download(backend, again), download(backend, y)));
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("swiglu and its backward agree with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t width : kWidths) {
+      for (const DType dtype : kTypes) {
+        const int64_t rows = 5;
+        Random random(static_cast<uint64_t>(width) + 3);
+        auto gate_up = random.normals(rows * 2 * width, 3.0);
+        // Where exp overflows float32, both ways.
+        gate_up[0] = 120.0f;
+        gate_up[2 * width] = -120.0f;
+        gate_up = stored(gate_up, dtype);
+        const auto dy = stored(random.normals(rows * width), dtype);
+        std::vector<double> y(rows * width), d(rows * 2 * width);
+        for (int64_t t = 0; t < rows; ++t) {
+          for (int64_t i = 0; i < width; ++i) {
+            const double g = gate_up[t * 2 * width + i], u = gate_up[t * 2 * width + width + i];
+            const double s = 1.0 / (1.0 + std::exp(-g));
+            y[t * width + i] = g * s * u;
+            d[t * 2 * width + i] = dy[t * width + i] * u * s * (1.0 + g * (1.0 - s));
+            d[t * 2 * width + width + i] = dy[t * width + i] * g * s;
+          }
+        }
+        const Tensor in = upload(backend, dtype, {rows, 2 * width}, gate_up);
+        const Tensor out = poisoned(backend, dtype, {rows, width});
+        backend.swiglu(in, out);
+        CHECK(relative_error(download(backend, out), y) < tolerance(dtype, 1e-6));
+        const Tensor din = poisoned(backend, dtype, {rows, 2 * width});
+        backend.swiglu_backward(upload(backend, dtype, {rows, width}, dy), in, din);
+        CHECK(relative_error(download(backend, din), d) < tolerance(dtype, 1e-6));
+      }
+    }
+  });
+}
+
+TEST_CASE("embedding gathers rows and its backward sums them in the order of the tokens") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t width : kWidths) {
+      for (const DType dtype : kTypes) {
+        const int64_t vocabulary = 11, tokens = 97;
+        Random random(static_cast<uint64_t>(width) + 4);
+        std::vector<int32_t> ids(tokens);
+        for (int32_t& id : ids) id = static_cast<int32_t>(random.below(vocabulary - 1));
+        const auto table = stored(random.normals(vocabulary * width), dtype);
+        const Tensor tids = upload(backend, {tokens}, ids);
+        const Tensor ttable = upload(backend, dtype, {vocabulary, width}, table);
+        for (const DType out : kTypes) {
+          const Tensor y = poisoned(backend, out, {tokens, width});
+          backend.embedding(tids, ttable, y);
+          std::vector<float> expected;
+          for (const int32_t id : ids) {
+            expected.insert(expected.end(), table.begin() + id * width, table.begin() + (id + 1) * width);
+          }
+          CHECK(same_bits(download(backend, y), stored(expected, out)));
+        }
+        const auto dy = stored(random.normals(tokens * width), dtype),
+                   before = random.normals(vocabulary * width);
+        const Tensor dtable = upload(backend, DType::f32, {vocabulary, width}, before);
+        backend.embedding_backward(tids, upload(backend, dtype, {tokens, width}, dy), dtable);
+        auto expected = before;
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t i = 0; i < width; ++i) expected[ids[t] * width + i] += dy[t * width + i];
+        }
+        CHECK(same_bits(download(backend, dtable), expected));
+        const Tensor gathered = poisoned(backend, dtype, {2, width});
+        backend.gather_rows(ttable, upload(backend, {2}, std::vector<int32_t>{10, 0}), gathered);
+        std::vector<float> ends(table.end() - width, table.end());
+        ends.insert(ends.end(), table.begin(), table.begin() + width);
+        CHECK(same_bits(download(backend, gathered), ends));
+      }
+    }
+  });
+}
+
+TEST_CASE("add and cast keep every value, and cast rounds to nearest even") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t n : {1, 15, 16, 17, 1000, 40000}) {
+      Random random(static_cast<uint64_t>(n));
+      auto values = random.normals(n);
+      if (n >= 15) {
+        values[0] = 1.00390625f;  // halfway between two bf16: to the even one
+        values[1] = 1.01171875f;
+        values[2] = std::numeric_limits<float>::infinity();
+        values[3] = -std::numeric_limits<float>::infinity();
+        values[4] = 3.4e38f;  // rounds to infinity
+        values[5] = 1e-40f;   // denormal
+        values[6] = -0.0f;
+      }
+      const Tensor wide = upload(backend, DType::f32, {n}, values);
+      const Tensor narrow = poisoned(backend, DType::bf16, {n});
+      backend.cast(narrow, wide);
+      CHECK(same_bits(download(backend, narrow), stored(values, DType::bf16)));
+      if (n >= 15) {
+        CHECK(download(backend, narrow)[0] == 1.0f);
+        CHECK(download(backend, narrow)[1] == 1.015625f);
+        CHECK(std::isinf(download(backend, narrow)[4]));
+      }
+      const Tensor back = poisoned(backend, DType::f32, {n});
+      backend.cast(back, narrow);
+      CHECK(same_bits(download(backend, back), stored(values, DType::bf16)));
+      for (const DType to : kTypes) {
+        for (const DType from : kTypes) {
+          const auto y = stored(random.normals(n), to), x = stored(random.normals(n), from);
+          const Tensor ty = upload(backend, to, {n}, y);
+          backend.add(ty, upload(backend, from, {n}, x));
+          auto expected = y;
+          for (int64_t i = 0; i < n; ++i) expected[i] += x[i];
+          CHECK(same_bits(download(backend, ty), stored(expected, to)));
+        }
+      }
+    }
+    const Tensor nan = upload(backend, DType::f32, {20}, std::vector<float>(20, std::nanf("")));
+    const Tensor narrow = backend.allocate(DType::bf16, {20});
+    backend.cast(narrow, nan);
+    for (const float value : download(backend, narrow)) CHECK(std::isnan(value));
+  });
+}
+
+TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t n : {1, 17, 20000}) {
+      for (const DType copy : kTypes) {
+        Random random(static_cast<uint64_t>(n) + 9);
+        const auto start = random.normals(n);
+        std::vector<double> p(start.begin(), start.end()), m(n, 0.0), v(n, 0.0);
+        const Tensor master = upload(backend, DType::f32, {n}, start);
+        const Tensor weight = poisoned(backend, copy, {n});
+        const Tensor tm = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
+        const Tensor tv = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
+        AdamWOptions options;
+        options.learning_rate = 1e-2f;
+        options.weight_decay = 0.1f;
+        options.gradient_scale = 0.5f;
+        for (options.step = 1; options.step <= 20; ++options.step) {
+          const auto gradient = random.normals(n);
+          backend.adamw(master, weight, upload(backend, DType::f32, {n}, gradient), tm, tv, options);
+          const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
+          const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
+          const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
+          for (int64_t i = 0; i < n; ++i) {
+            const double g = 0.5 * gradient[i];
+            p[i] *= 1.0 - lr * options.weight_decay;
+            m[i] = b1 * m[i] + (1.0 - b1) * g;
+            v[i] = b2 * v[i] + (1.0 - b2) * g * g;
+            p[i] -= lr / c1 * m[i] / (std::sqrt(v[i] / c2) + options.epsilon);
+          }
+        }
+        CHECK(relative_error(download(backend, master), p) < 2e-6);
+        CHECK(relative_error(download(backend, tm), m) < 2e-6);
+        CHECK(relative_error(download(backend, tv), v) < 2e-6);
+        CHECK(same_bits(download(backend, weight), stored(download(backend, master), copy)));
+        options.step = 21;
+        backend.adamw(master, {}, tm, tm, tv, options);
+      }
+    }
+  });
+}
+
+TEST_CASE("sum_of_squares is exact to float64 and shows what is not finite") {
+  for_each_backend([](Backend& backend) {
+    Random random(3);
+    std::vector<Tensor> tensors;
+    double expected = 0.0;
+    for (const int64_t n : {1, 31, 16384, 16385, 100003}) {
+      const auto values = random.normals(n, 1e10);
+      for (const float value : values) expected += static_cast<double>(value) * value;
+      tensors.push_back(upload(backend, DType::f32, {n}, values));
+    }
+    CHECK(backend.sum_of_squares(tensors) == doctest::Approx(expected).epsilon(1e-13));
+    CHECK(backend.sum_of_squares({}) == 0.0);
+    for (const float bad : {std::numeric_limits<float>::infinity(), std::nanf("")}) {
+      std::vector<float> values(33, 1.0f);
+      values[32] = bad;
+      CHECK_FALSE(std::isfinite(backend.sum_of_squares({upload(backend, DType::f32, {33}, values)})));
+    }
+  });
+}
+
+TEST_CASE("elementwise operators have the same bits whatever the number of threads") {
+  std::vector<std::vector<float>> first;
+  for (const int threads : {1, 2, 3, 8}) {
+    const auto backend = open_backend("cpu", threads);
+    Random random(21);
+    const int64_t rows = 201, width = 100;
+    const Tensor x = upload(*backend, DType::f32, {rows, width}, random.normals(rows * width));
+    const Tensor weight = upload(*backend, DType::f32, {width}, random.normals(width));
+    const Tensor y = poisoned(*backend, DType::f32, {rows, width}),
+                 rstd = poisoned(*backend, DType::f32, {rows});
+    const Tensor dx = upload(*backend, DType::f32, {rows, width}, random.normals(rows * width));
+    const Tensor dweight = upload(*backend, DType::f32, {width}, random.normals(width));
+    const Tensor half = poisoned(*backend, DType::f32, {rows, width / 2});
+    backend->rms_norm(x, {}, weight, 1e-6f, y, rstd);
+    backend->rms_norm_backward(y, x, weight, rstd, dx, dweight);
+    backend->swiglu(dx, half);
+    const Tensor total = upload(*backend, DType::f32, {1},
+                                {static_cast<float>(backend->sum_of_squares({x, y, dx, dweight, half}))});
+    std::vector<std::vector<float>> all;
+    for (const Tensor& each : {y, rstd, dx, dweight, half, total}) all.push_back(download(*backend, each));
+    if (first.empty()) first = all;
+    for (size_t i = 0; i < all.size(); ++i) CHECK(same_bits(all[i], first[i]));
+  }
+}

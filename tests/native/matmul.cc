@@ -1,0 +1,168 @@
+#include "harness.h"
+
+using namespace merf;
+using namespace merf::test;
+
+namespace {
+
+// c[m, n] = a * b (+ bias) (+ before), with a[i, l] at a[i * ai + l * al] and b[l, j] at b[l * bl + j * bj].
+std::vector<double> product(int64_t m, int64_t n, int64_t k, const std::vector<float>& a, int64_t ai,
+                            int64_t al, const std::vector<float>& b, int64_t bl, int64_t bj,
+                            const std::vector<float>& bias, const std::vector<float>& before) {
+  std::vector<double> c(static_cast<size_t>(m * n));
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = (bias.empty() ? 0.0 : bias[j]) + (before.empty() ? 0.0 : before[i * n + j]);
+      for (int64_t l = 0; l < k; ++l) sum += static_cast<double>(a[i * ai + l * al]) * b[l * bl + j * bj];
+      c[i * n + j] = sum;
+    }
+  }
+  return c;
+}
+
+struct Sizes {
+  int64_t m, n, k;
+};
+const Sizes kSizes[] = {{1, 64, 64},   {1, 1, 1},     {7, 33, 17},   {8, 192, 576},
+                        {32, 100, 37}, {65, 48, 129}, {130, 260, 70}};
+
+}  // namespace
+
+TEST_CASE("linear agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const auto [m, n, k] : kSizes) {
+      for (const DType in : {DType::f32, DType::bf16}) {
+        Random random(static_cast<uint64_t>(m * 1000 + n * 10 + k));
+        const auto x = stored(random.normals(m * k), in), w = stored(random.normals(n * k), in);
+        const auto bias = random.normals(n);
+        const Tensor tx = upload(backend, in, {m, k}, x), tw = upload(backend, in, {n, k}, w);
+        const auto packed = backend.pack_weight(tw, false);
+        // The packed weight is a copy.
+        backend.zero(tw);
+        for (const DType out : {in, DType::f32}) {
+          for (const bool with_bias : {false, true}) {
+            for (const bool accumulate : {false, true}) {
+              CAPTURE(m);
+              CAPTURE(n);
+              CAPTURE(k);
+              CAPTURE(name_of(in));
+              CAPTURE(name_of(out));
+              CAPTURE(with_bias);
+              CAPTURE(accumulate);
+              const auto before = stored(random.normals(m * n), out);
+              const Tensor y =
+                  accumulate ? upload(backend, out, {m, n}, before) : poisoned(backend, out, {m, n});
+              backend.linear(tx, *packed, with_bias ? upload(backend, DType::f32, {n}, bias) : Tensor(), y,
+                             accumulate);
+              const auto expected =
+                  product(m, n, k, x, k, 1, w, 1, k, with_bias ? bias : std::vector<float>(),
+                          accumulate ? before : std::vector<float>());
+              CHECK(relative_error(download(backend, y), expected) < tolerance(out, 2e-6));
+            }
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("linear_backward_input agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const auto [m, n, k] : kSizes) {
+      for (const DType in : {DType::f32, DType::bf16}) {
+        Random random(static_cast<uint64_t>(m * 1000 + n * 10 + k + 1));
+        const auto dy = stored(random.normals(m * n), in), w = stored(random.normals(n * k), in);
+        const Tensor tdy = upload(backend, in, {m, n}, dy);
+        const auto packed = backend.pack_weight(upload(backend, in, {n, k}, w), true);
+        for (const DType out : {in, DType::f32}) {
+          for (const bool accumulate : {false, true}) {
+            const auto before = stored(random.normals(m * k), out);
+            const Tensor dx =
+                accumulate ? upload(backend, out, {m, k}, before) : poisoned(backend, out, {m, k});
+            backend.linear_backward_input(tdy, *packed, dx, accumulate);
+            const auto expected =
+                product(m, k, n, dy, n, 1, w, k, 1, {}, accumulate ? before : std::vector<float>());
+            CHECK(relative_error(download(backend, dx), expected) < tolerance(out, 2e-6));
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("linear_backward_weight adds to what is there") {
+  for_each_backend([](Backend& backend) {
+    for (const auto [m, n, k] : kSizes) {
+      for (const DType in : {DType::f32, DType::bf16}) {
+        Random random(static_cast<uint64_t>(m * 1000 + n * 10 + k + 2));
+        const auto dy = stored(random.normals(m * n), in), x = stored(random.normals(m * k), in);
+        const auto before = random.normals(n * k), bias_before = random.normals(n);
+        const Tensor dw = upload(backend, DType::f32, {n, k}, before);
+        const Tensor dbias = upload(backend, DType::f32, {n}, bias_before);
+        backend.linear_backward_weight(upload(backend, in, {m, n}, dy), upload(backend, in, {m, k}, x), dw,
+                                       dbias);
+        CHECK(relative_error(download(backend, dw), product(n, k, m, dy, 1, n, x, k, 1, {}, before)) < 2e-6);
+        CHECK(relative_error(download(backend, dbias), product(1, n, m, std::vector<float>(m, 1.0f), 0, 1, dy,
+                                                               n, 1, {}, bias_before)) < 2e-6);
+      }
+    }
+  });
+}
+
+TEST_CASE("repack_weight takes the new values") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Random random(5);
+      const Tensor w = upload(backend, dtype, {20, 24}, random.normals(480));
+      const auto packed = backend.pack_weight(w, true);
+      const auto values = stored(random.normals(480), dtype);
+      backend.repack_weight(*packed, upload(backend, dtype, {20, 24}, values));
+      const auto x = stored(random.normals(3 * 24), dtype);
+      const Tensor y = poisoned(backend, DType::f32, {3, 20});
+      backend.linear(upload(backend, dtype, {3, 24}, x), *packed, {}, y);
+      CHECK(relative_error(download(backend, y), product(3, 20, 24, x, 24, 1, values, 1, 24, {}, {})) < 2e-6);
+      const Tensor dx = poisoned(backend, DType::f32, {3, 24});
+      backend.linear_backward_input(upload(backend, dtype, {3, 20}, std::vector<float>(60, 1.0f)), *packed,
+                                    dx);
+      CHECK(relative_error(download(backend, dx), product(3, 24, 20, std::vector<float>(60, 1.0f), 20, 1,
+                                                          values, 24, 1, {}, {})) < 2e-6);
+    }
+  });
+}
+
+// A row's result must not depend on its batch either: what was sampled with one batch is scored with another.
+TEST_CASE("products have the same bits whatever the number of threads, and rows whatever the batch") {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const auto [m, n, k] :
+         {Sizes{300, 192, 576}, Sizes{3, 192, 576}, Sizes{33, 576, 1536}, Sizes{2048, 40, 64}}) {
+      std::vector<float> first_y, first_dx, first_dw;
+      for (const int threads : {1, 2, 3, 8}) {
+        const auto backend = open_backend("cpu", threads);
+        Random random(11);
+        const auto x = random.normals(m * k);
+        const Tensor tx = upload(*backend, dtype, {m, k}, x);
+        const Tensor w = upload(*backend, dtype, {n, k}, random.normals(n * k));
+        const Tensor dy = upload(*backend, dtype, {m, n}, random.normals(m * n));
+        const auto packed = backend->pack_weight(w, true);
+        const Tensor y = poisoned(*backend, DType::f32, {m, n});
+        const Tensor dx = poisoned(*backend, DType::f32, {m, k});
+        const Tensor dw = upload(*backend, DType::f32, {n, k}, random.normals(n * k));
+        backend->linear(tx, *packed, {}, y);
+        backend->linear_backward_input(dy, *packed, dx);
+        backend->linear_backward_weight(dy, tx, dw, {});
+        const auto vy = download(*backend, y), vdx = download(*backend, dx), vdw = download(*backend, dw);
+        if (threads == 1) {
+          first_y = vy;
+          first_dx = vdx;
+          first_dw = vdw;
+          const Tensor one = poisoned(*backend, DType::f32, {1, n});
+          backend->linear(tx.rows(m - 1, m), *packed, {}, one);
+          CHECK(same_bits(download(*backend, one), std::vector<float>(vy.end() - n, vy.end())));
+        }
+        CHECK(same_bits(vy, first_y));
+        CHECK(same_bits(vdx, first_dx));
+        CHECK(same_bits(vdw, first_dw));
+      }
+    }
+  }
+}
