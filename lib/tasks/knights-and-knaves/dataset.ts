@@ -85,7 +85,7 @@ function parseTuple(text: string): Term[] {
     const items: Term[] = [];
     for (;;) {
       const before = token.lastIndex;
-      if (next('")"')[1] === ')') return items;
+      if (next('a formula or ")"')[1] === ')') return items;
       token.lastIndex = before;
       items.push(term(depth + 1));
       const separatorAt = token.lastIndex;
