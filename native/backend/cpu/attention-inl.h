@@ -1,0 +1,278 @@
+// What the attention operators share: register-blocked products of small tiles, packing, one step of the online
+// softmax. Include after highway.h, once a target.
+
+#if defined(MERF_BACKEND_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef MERF_BACKEND_CPU_ATTENTION_INL_H_
+#undef MERF_BACKEND_CPU_ATTENTION_INL_H_
+#else
+#define MERF_BACKEND_CPU_ATTENTION_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+#include "backend/bf16.h"
+#include "backend/cpu/exp-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using FloatTag = hn::ScalableTag<float>;
+using FloatVec = hn::Vec<FloatTag>;
+constexpr FloatTag kFloatTag;
+constexpr int64_t kLanes = static_cast<int64_t>(hn::MaxLanes(FloatTag()));
+
+// A tile of kTileRows x kTileVectors accumulators fills the registers and leaves room for the operands.
+constexpr int kTileRows = 6;
+#if HWY_TARGET == HWY_AVX3 || HWY_ARCH_ARM
+constexpr int kTileVectors = 4;
+#else
+constexpr int kTileVectors = 2;
+#endif
+
+constexpr int64_t kKeyBlock = 64;  // keys in a packed block, a multiple of kTileVectors * kLanes
+static_assert(kKeyBlock % (kTileVectors * kLanes) == 0);
+constexpr float kLog2e = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+HWY_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// ---- products of tiles
+
+enum class Into { overwrite, add, scale_and_add };
+
+// C[R, V vectors] = (0 | C | scale[r] * C) + A[R, steps] * B[steps, V vectors]. Element (r, s) of A is at
+// a[r * a_row + s * a_step]; rows of B and C are b_row and c_row apart.
+template <int R, int V, Into into>
+HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
+                              const float* HWY_RESTRICT b, int64_t b_row, int64_t steps,
+                              float* HWY_RESTRICT c, int64_t c_row, const float* HWY_RESTRICT scale) {
+  FloatVec sum[R][V];
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      if constexpr (into == Into::overwrite) {
+        sum[r][v] = hn::Zero(kFloatTag);
+      } else {
+        sum[r][v] = hn::LoadU(kFloatTag, c + r * c_row + v * kLanes);
+        if constexpr (into == Into::scale_and_add)
+          sum[r][v] = hn::Mul(sum[r][v], hn::Set(kFloatTag, scale[r]));
+      }
+    }
+  }
+  for (int64_t s = 0; s < steps; ++s) {
+    FloatVec right[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) right[v] = hn::LoadU(kFloatTag, b + v * kLanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const FloatVec left = hn::Set(kFloatTag, a[r * a_row]);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) sum[r][v] = hn::MulAdd(left, right[v], sum[r][v]);
+    }
+    a += a_step;
+    b += b_row;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) hn::StoreU(sum[r][v], kFloatTag, c + r * c_row + v * kLanes);
+  }
+}
+
+template <int R, Into into>
+HWY_NOINLINE void multiply_strip(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
+                                 int64_t steps, float* c, int64_t c_row, int64_t vectors,
+                                 const float* scale) {
+  for (; vectors >= kTileVectors;
+       vectors -= kTileVectors, b += kTileVectors * kLanes, c += kTileVectors * kLanes) {
+    multiply_tile<R, kTileVectors, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+  }
+  if constexpr (kTileVectors > 2) {
+    if (vectors == 3) return multiply_tile<R, 3, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+    if (vectors == 2) return multiply_tile<R, 2, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+  }
+  if (vectors == 1) multiply_tile<R, 1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+}
+
+// As multiply_tile, for any number of rows and of vectors. An element's sum runs over the steps in their order
+// whatever the number of rows.
+template <Into into>
+HWY_INLINE void multiply(int64_t rows, int64_t vectors, int64_t steps, const float* a, int64_t a_row,
+                         int64_t a_step, const float* b, int64_t b_row, float* c, int64_t c_row,
+                         const float* scale = nullptr) {
+  for (; rows >= kTileRows; rows -= kTileRows) {
+    multiply_strip<kTileRows, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    a += kTileRows * a_row;
+    c += kTileRows * c_row;
+    if constexpr (into == Into::scale_and_add) scale += kTileRows;
+  }
+  switch (rows) {
+    case 5:
+      return multiply_strip<5, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    case 4:
+      return multiply_strip<4, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    case 3:
+      return multiply_strip<3, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    case 2:
+      return multiply_strip<2, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    case 1:
+      return multiply_strip<1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+  }
+}
+
+// ---- storage types. Head sizes are multiples of 8, so rows are moved by (at most) eight elements.
+
+using MoveTag = hn::CappedTag<float, 8>;
+constexpr int64_t kMoveLanes = static_cast<int64_t>(hn::MaxLanes(MoveTag()));
+
+HWY_INLINE hn::Vec<MoveTag> load_as_float(const float* p) { return hn::LoadU(MoveTag(), p); }
+HWY_INLINE hn::Vec<MoveTag> load_as_float(const bf16* p) {
+  const MoveTag d;
+  const hn::RebindToUnsigned<MoveTag> du;
+  const hn::Rebind<uint16_t, MoveTag> du16;
+  return hn::BitCast(
+      d, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p)))));
+}
+HWY_INLINE void store_float(hn::Vec<MoveTag> x, float* p) { hn::StoreU(x, MoveTag(), p); }
+// Rounds to the nearest even; NaN becomes the quiet NaN.
+HWY_INLINE void store_float(hn::Vec<MoveTag> x, bf16* p) {
+  const hn::RebindToUnsigned<MoveTag> du;
+  const hn::RebindToSigned<MoveTag> di;
+  const hn::Rebind<uint16_t, MoveTag> du16;
+  const auto bits = hn::BitCast(du, x);
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du, 1u));
+  const auto rounded = hn::ShiftRight<16>(hn::Add(bits, hn::Add(odd, hn::Set(du, 0x7FFFu))));
+  const auto safe = hn::IfThenElse(hn::RebindMask(du, hn::Eq(x, x)), rounded, hn::Set(du, 0x7FC0u));
+  hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di, safe)), du16, reinterpret_cast<uint16_t*>(p));
+}
+
+template <typename T>
+HWY_INLINE void copy_scaled(const T* from, int64_t n, float scale, float* to) {
+  const auto factor = hn::Set(MoveTag(), scale);
+  for (int64_t i = 0; i < n; i += kMoveLanes)
+    hn::StoreU(hn::Mul(load_as_float(from + i), factor), MoveTag(), to + i);
+}
+
+template <typename T>
+HWY_INLINE void copy_widened(const T* from, int64_t n, float* to) {
+  for (int64_t i = 0; i < n; i += kMoveLanes) hn::StoreU(load_as_float(from + i), MoveTag(), to + i);
+}
+
+template <typename T>
+HWY_INLINE void store_scaled(const float* from, int64_t n, float scale, T* to) {
+  const auto factor = hn::Set(MoveTag(), scale);
+  for (int64_t i = 0; i < n; i += kMoveLanes)
+    store_float(hn::Mul(hn::LoadU(MoveTag(), from + i), factor), to + i);
+}
+
+// ---- packing
+
+// to[row][0..padded) = row of `from` with zeros behind it, for `rows` rows of `size` elements, from_row apart.
+template <typename T>
+HWY_INLINE void pack_rows(const T* from, int64_t from_row, int64_t rows, int64_t size, int64_t padded,
+                          float* to) {
+  for (int64_t r = 0; r < rows; ++r) {
+    copy_widened(from + r * from_row, size, to + r * padded);
+    std::fill(to + r * padded + size, to + (r + 1) * padded, 0.0f);
+  }
+}
+
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> load_four(const float* p) {
+  return hn::LoadU(hn::FixedTag<float, 4>(), p);
+}
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> load_four(const bf16* p) {
+  const hn::FixedTag<float, 4> d;
+  const hn::FixedTag<uint32_t, 4> du;
+  const hn::FixedTag<uint16_t, 4> du16;
+  return hn::BitCast(
+      d, hn::ShiftLeft<16>(hn::PromoteTo(du, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p)))));
+}
+
+// to[d][key], rows kKeyBlock apart, from `keys` rows of `size` elements; the columns behind them up to `columns`
+// become zero.
+template <typename T>
+HWY_INLINE void pack_transposed(const T* from, int64_t from_row, int64_t keys, int64_t columns, int64_t size,
+                                float* to) {
+  const hn::FixedTag<float, 4> d;
+  const hn::FixedTag<double, 2> d64;
+  int64_t key = 0;
+  for (; key + 4 <= keys; key += 4) {
+    for (int64_t i = 0; i < size; i += 4) {
+      const T* p = from + key * from_row + i;
+      const auto r0 = load_four(p);
+      const auto r1 = load_four(p + from_row);
+      const auto r2 = load_four(p + 2 * from_row);
+      const auto r3 = load_four(p + 3 * from_row);
+      const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, r0, r1));
+      const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, r2, r3));
+      const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, r0, r1));
+      const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, r2, r3));
+      float* q = to + i * kKeyBlock + key;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, q);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, q + kKeyBlock);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, q + 2 * kKeyBlock);
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, q + 3 * kKeyBlock);
+    }
+  }
+  for (; key < columns; ++key) {
+    for (int64_t i = 0; i < size; i += 4) {
+      float four[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      if (key < keys) hn::StoreU(load_four(from + key * from_row + i), d, four);
+      for (int64_t j = 0; j < 4; ++j) to[(i + j) * kKeyBlock + key] = four[j];
+    }
+  }
+}
+
+// ---- the online softmax (Milakov and Gimelshein 2018), in powers of two
+
+// Running state of up to kTileRows rows.
+struct SoftmaxRows {
+  float* maximum;  // [rows]
+  float* sums;     // [rows, kLanes], one partial sum a lane
+};
+
+// scores[r][0..vectors) of each row, already masked by minus infinity, become 2^(score - new maximum); `rescale`
+// gets the factor by which what was accumulated under the old maximum shrinks.
+HWY_INLINE void softmax_step(int64_t rows, int64_t vectors, float* scores, int64_t score_row,
+                             SoftmaxRows state, float* HWY_RESTRICT rescale) {
+  float shift[kTileRows];
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* row = scores + r * score_row;
+    FloatVec most = hn::LoadU(kFloatTag, row);
+    for (int64_t v = 1; v < vectors; ++v) most = hn::Max(most, hn::LoadU(kFloatTag, row + v * kLanes));
+    const float before = state.maximum[r];
+    const float after = std::max(before, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)));
+    state.maximum[r] = after;
+    // A row that has seen no key yet has maximum -inf, and -inf - -inf is no number.
+    shift[r] = after == kMinusInfinity ? 0.0f : after;
+    rescale[r] = before - shift[r];
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* row = scores + r * score_row;
+    const FloatVec most = hn::Set(kFloatTag, shift[r]);
+    const FloatVec factor = exp2_nonpositive(kFloatTag, hn::Set(kFloatTag, rescale[r]));
+    rescale[r] = hn::GetLane(factor);
+    FloatVec sum = hn::Mul(hn::LoadU(kFloatTag, state.sums + r * kLanes), factor);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const FloatVec p = exp2_nonpositive(kFloatTag, hn::Sub(hn::LoadU(kFloatTag, row + v * kLanes), most));
+      hn::StoreU(p, kFloatTag, row + v * kLanes);
+      sum = hn::Add(sum, p);
+    }
+    hn::StoreU(sum, kFloatTag, state.sums + r * kLanes);
+  }
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#endif

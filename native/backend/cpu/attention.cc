@@ -1,0 +1,529 @@
+// Attention over the token forest, forward and backward, blockwise as in FlashAttention (Dao 2023), so that memory
+// is linear in tokens.
+//
+// All query heads that share a key/value head are rows of one product: row t * group + g is query head g of token t.
+// Keys are packed in transposed blocks of kKeyBlock so that scores, outputs and gradients are all outer products of
+// register tiles. Blocks that the mask empties are skipped, blocks that it leaves whole are not masked.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/attention.cc"
+#include "backend/cpu/simd_targets.h"
+// The targets are chosen above.
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include <omp.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#include "backend/cpu/attention-inl.h"
+#include "backend/cpu/cpu_backend.h"
+
+#ifndef MERF_BACKEND_CPU_ATTENTION_ONCE
+#define MERF_BACKEND_CPU_ATTENTION_ONCE
+
+namespace merf {
+namespace {
+
+struct AttentionShape {
+  int64_t tokens, kv_heads, group, head_size;
+  const int32_t* visible_until;
+  float scale;
+};
+
+template <typename T>
+T* row_of(const HeadsView& view, int64_t token, int64_t head) {
+  return static_cast<T*>(view.data) + token * view.row_stride + head * view.head_size;
+}
+
+}  // namespace
+}  // namespace merf
+
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+// ---- the mask by blocks
+
+constexpr int64_t kMaskBlock = 16;  // keys whose visibility is summed up together
+constexpr int64_t kMaskBlocks = kKeyBlock / kMaskBlock;
+static_assert(kMaskBlock % kLanes == 0);
+
+struct Range {
+  int32_t least, most;
+};
+
+// Least and most visible_until of every kMaskBlock keys and of every kKeyBlock keys.
+struct MaskSummary {
+  std::vector<Range> fine, coarse;
+
+  explicit MaskSummary(const AttentionShape& s)
+      : fine(summarise(s, kMaskBlock)), coarse(summarise(s, kKeyBlock)) {}
+
+  static std::vector<Range> summarise(const AttentionShape& s, int64_t width) {
+    std::vector<Range> ranges;
+    for (int64_t begin = 0; begin < s.tokens; begin += width) {
+      const auto [least, most] =
+          std::minmax_element(s.visible_until + begin, s.visible_until + std::min(begin + width, s.tokens));
+      ranges.push_back({*least, *most});
+    }
+    return ranges;
+  }
+
+  int64_t key_blocks() const { return static_cast<int64_t>(coarse.size()); }
+  // Whether any query of [first, last] may see a key of the block.
+  bool touches(int64_t block, int64_t first, int64_t last) const {
+    return block * kKeyBlock <= last && coarse[block].most > first;
+  }
+};
+
+// The keys of one block that some query of [first, last] sees lie in [begin, end), multiples of kLanes; `masked`
+// where not every such query sees all of them. begin == end: none.
+struct KeySpan {
+  int64_t begin, end;
+  bool masked;
+};
+
+HWY_INLINE KeySpan visible_span(const MaskSummary& mask, const AttentionShape& s, int64_t block,
+                                int64_t first, int64_t last) {
+  const int64_t key0 = block * kKeyBlock;
+  const bool whole = key0 + kKeyBlock <= s.tokens;
+  if (whole && key0 + kKeyBlock - 1 <= first && mask.coarse[block].least > last) return {0, kKeyBlock, false};
+  int64_t begin = kKeyBlock, end = 0;
+  bool masked = !whole;
+  for (int64_t i = 0; i < kMaskBlocks; ++i) {
+    const int64_t key = key0 + i * kMaskBlock;
+    if (key > last || key >= s.tokens) break;
+    const Range& range = mask.fine[block * kMaskBlocks + i];
+    if (range.most <= first) continue;
+    begin = std::min(begin, i * kMaskBlock);
+    end = (i + 1) * kMaskBlock;
+  }
+  if (end == 0) return {0, 0, false};
+  for (int64_t i = begin / kMaskBlock; i < end / kMaskBlock && !masked; ++i) {
+    masked = key0 + (i + 1) * kMaskBlock - 1 > first || mask.fine[block * kMaskBlocks + i].least <= last;
+  }
+  return {begin, end, masked};
+}
+
+// Writes `hidden` over those of `values` (one row of a block, from span.begin) whose key the query does not see.
+HWY_INLINE void mask_row(const int32_t* HWY_RESTRICT visible_until, int64_t key, int64_t vectors,
+                         int64_t query, float hidden, float* HWY_RESTRICT values) {
+  const hn::RebindToSigned<FloatTag> di;
+  const auto token = hn::Set(di, static_cast<int32_t>(query));
+  for (int64_t v = 0; v < vectors; ++v) {
+    const auto keys = hn::Iota(di, static_cast<int32_t>(key + v * kLanes));
+    const auto until = hn::LoadU(di, visible_until + v * kLanes);
+    const auto seen = hn::AndNot(hn::Gt(keys, token), hn::Gt(until, token));
+    const FloatVec x = hn::LoadU(kFloatTag, values + v * kLanes);
+    hn::StoreU(hn::IfThenElse(hn::RebindMask(kFloatTag, seen), x, hn::Set(kFloatTag, hidden)), kFloatTag,
+               values + v * kLanes);
+  }
+}
+
+// visible_until of one block with nothing visible behind the last token.
+HWY_INLINE void block_visibility(const AttentionShape& s, int64_t block, int32_t* out) {
+  const int64_t key0 = block * kKeyBlock;
+  for (int64_t i = 0; i < kKeyBlock; ++i) out[i] = key0 + i < s.tokens ? s.visible_until[key0 + i] : 0;
+}
+
+// ---- forward
+
+// Tokens in a query block: about 192 rows, whose queries and outputs stay in the second-level cache.
+HWY_INLINE int64_t forward_query_tokens(int64_t group) { return std::clamp<int64_t>(192 / group, 16, 96); }
+
+struct ForwardScratch {
+  float* query;    // [rows, head_size], times scale * log2(e)
+  float* output;   // [rows, padded]
+  float* maximum;  // [rows]
+  float* sums;     // [rows, kLanes]
+  static int64_t floats(int64_t rows, int64_t head_size, int64_t padded) {
+    return round_up(rows * (head_size + padded + 1 + kLanes), 16);
+  }
+  ForwardScratch(float* memory, int64_t rows, int64_t head_size, int64_t padded)
+      : query(memory),
+        output(query + rows * head_size),
+        maximum(output + rows * padded),
+        sums(maximum + rows) {}
+};
+
+template <typename T>
+void forward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& q, const float* keys,
+                   const float* values, int64_t padded, int64_t kv_head, int64_t first, int64_t last,
+                   ForwardScratch scratch, const HeadsView& out, float* lse) {
+  const int64_t group = s.group, size = s.head_size;
+  const int64_t rows = (last - first + 1) * group;
+  for (int64_t r = 0; r < rows; ++r) {
+    copy_scaled(row_of<T>(q, first + r / group, kv_head * group + r % group), size, s.scale * kLog2e,
+                scratch.query + r * size);
+  }
+  std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
+  std::fill(scratch.maximum, scratch.maximum + rows, kMinusInfinity);
+  std::fill(scratch.sums, scratch.sums + rows * kLanes, 0.0f);
+
+  alignas(64) float scores[kTileRows * kKeyBlock];
+  alignas(64) int32_t visibility[kKeyBlock];
+  float rescale[kTileRows];
+  for (int64_t block = 0; block < mask.key_blocks() && block * kKeyBlock <= last; ++block) {
+    if (!mask.touches(block, first, last)) continue;
+    const float* key_block = keys + block * size * kKeyBlock;
+    const float* value_block = values + block * padded * kKeyBlock;
+    bool visibility_ready = false;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t count = std::min<int64_t>(kTileRows, rows - r);
+      const KeySpan span = visible_span(mask, s, block, first + r / group, first + (r + count - 1) / group);
+      if (span.begin == span.end) continue;
+      const int64_t width = span.end - span.begin;
+      multiply<Into::overwrite>(count, width / kLanes, size, scratch.query + r * size, size, 1,
+                                key_block + span.begin, kKeyBlock, scores, kKeyBlock);
+      if (span.masked) {
+        if (!visibility_ready) block_visibility(s, block, visibility);
+        visibility_ready = true;
+        for (int64_t i = 0; i < count; ++i) {
+          mask_row(visibility + span.begin, block * kKeyBlock + span.begin, width / kLanes,
+                   first + (r + i) / group, kMinusInfinity, scores + i * kKeyBlock);
+        }
+      }
+      softmax_step(count, width / kLanes, scores, kKeyBlock, {scratch.maximum + r, scratch.sums + r * kLanes},
+                   rescale);
+      multiply<Into::scale_and_add>(count, padded / kLanes, width, scores, kKeyBlock, 1,
+                                    value_block + span.begin * padded, padded, scratch.output + r * padded,
+                                    padded, rescale);
+    }
+  }
+
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t token = first + r / group, head = kv_head * group + r % group;
+    const float sum = hn::GetLane(hn::SumOfLanes(kFloatTag, hn::LoadU(kFloatTag, scratch.sums + r * kLanes)));
+    store_scaled(scratch.output + r * padded, size, sum == 0.0f ? 0.0f : 1.0f / sum,
+                 row_of<T>(out, token, head));
+    lse[head * s.tokens + token] =
+        sum == 0.0f ? kMinusInfinity : (scratch.maximum[r] + std::log2(sum)) * kLn2;
+  }
+}
+
+template <typename T>
+void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView& q, const HeadsView& k,
+                   const HeadsView& v, const HeadsView& out, float* lse) {
+  const MaskSummary mask(s);
+  const int64_t size = s.head_size, padded = round_up(size, kLanes);
+  const int64_t key_blocks = mask.key_blocks();
+  const int64_t query_tokens = forward_query_tokens(s.group);
+  const int64_t query_blocks = (s.tokens + query_tokens - 1) / query_tokens;
+  const int threads = backend.num_threads();
+  const int64_t scratch_size = ForwardScratch::floats(query_tokens * s.group, size, padded);
+
+  const Tensor packed_keys = backend.allocate(DType::f32, {s.kv_heads * key_blocks, size * kKeyBlock});
+  const Tensor packed_values = backend.allocate(DType::f32, {s.kv_heads * key_blocks, padded * kKeyBlock});
+  const Tensor scratch = backend.allocate(DType::f32, {threads, scratch_size});
+  float* keys = packed_keys.as<float>();
+  float* values = packed_values.as<float>();
+
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.kv_heads * key_blocks; ++i) {
+      const int64_t head = i / key_blocks, token = i % key_blocks * kKeyBlock;
+      const int64_t count = std::min(kKeyBlock, s.tokens - token);
+      pack_transposed(row_of<T>(k, token, head), k.row_stride, count, kKeyBlock, size,
+                      keys + i * size * kKeyBlock);
+      float* to = values + i * padded * kKeyBlock;
+      pack_rows(row_of<T>(v, token, head), v.row_stride, count, size, padded, to);
+      // Probabilities behind the last token are 0, and 0 * whatever lay here must be 0 too.
+      std::fill(to + count * padded, to + kKeyBlock * padded, 0.0f);
+    }
+    const ForwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size,
+                             query_tokens * s.group, size, padded);
+    // The last queries see the most keys: longest first.
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = s.kv_heads * query_blocks - 1; i >= 0; --i) {
+      const int64_t head = i % s.kv_heads, first = i / s.kv_heads * query_tokens;
+      forward_block<T>(s, mask, q, keys + head * key_blocks * size * kKeyBlock,
+                       values + head * key_blocks * padded * kKeyBlock, padded, head, first,
+                       std::min(first + query_tokens, s.tokens) - 1, own, out, lse);
+    }
+  }
+}
+
+void attention_forward(CpuBackend& backend, const AttentionShape& s, const HeadsView& q, const HeadsView& k,
+                       const HeadsView& v, const HeadsView& out, float* lse) {
+  if (q.dtype == DType::bf16) {
+    forward_typed<bf16>(backend, s, q, k, v, out, lse);
+  } else {
+    forward_typed<float>(backend, s, q, k, v, out, lse);
+  }
+}
+
+// ---- backward
+//
+// With P = exp(S - lse), D = rowsum(dO * O):
+//   dV = P^T dO,  dS = P * (dO V^T - D),  dK = scale * dS^T Q,  dQ = scale * dS K.
+// One task is a block of keys: it walks the query blocks that see it upwards and owns its dK and dV. Each query
+// block's dQ takes the contributions of its key blocks in rising order: a task waits its turn. Tasks are claimed in
+// rising order too, so the one that is waited for is always running; they follow each other as in a pipeline.
+
+HWY_INLINE int64_t backward_query_tokens(int64_t group) { return std::clamp<int64_t>(96 / group, 8, 64); }
+
+struct BackwardScratch {
+  float* keys_transposed;    // [head_size, kKeyBlock]
+  float* values_transposed;  // [head_size, kKeyBlock]
+  float* keys;               // [kKeyBlock, padded]
+  float* dkeys;              // [kKeyBlock, padded]
+  float* dvalues;            // [kKeyBlock, padded]
+  float* probabilities;      // [rows, kKeyBlock]
+  float* dscores;            // [rows, kKeyBlock]
+  static int64_t floats(int64_t rows, int64_t head_size, int64_t padded) {
+    return kKeyBlock * (2 * head_size + 3 * padded + 2 * rows);
+  }
+  BackwardScratch(float* memory, int64_t rows, int64_t head_size, int64_t padded)
+      : keys_transposed(memory),
+        values_transposed(keys_transposed + head_size * kKeyBlock),
+        keys(values_transposed + head_size * kKeyBlock),
+        dkeys(keys + kKeyBlock * padded),
+        dvalues(dkeys + kKeyBlock * padded),
+        probabilities(dvalues + kKeyBlock * padded),
+        dscores(probabilities + rows * kKeyBlock) {}
+};
+
+// One key/value head's rows, packed for the whole pass.
+struct BackwardRows {
+  const float* query;    // [tokens * group, padded], times scale * log2(e)
+  const float* doutput;  // [tokens * group, padded]
+  const float* lse;      // [tokens * group], in powers of two
+  const float* delta;    // [tokens * group]
+  float* dquery;         // [tokens * group, padded]
+};
+
+// P and dS of a strip of rows; both are 0 outside what `span` says.
+HWY_INLINE void backward_scores(const AttentionShape& s, const BackwardRows& rows, int64_t row, int64_t count,
+                                int64_t padded, KeySpan span, int64_t block, const int32_t* visibility,
+                                const BackwardScratch& scratch, float* p, float* ds) {
+  const int64_t size = s.head_size, vectors = (span.end - span.begin) / kLanes;
+  if (span.begin != 0 || span.end != kKeyBlock) {
+    std::fill(p, p + count * kKeyBlock, 0.0f);
+    std::fill(ds, ds + count * kKeyBlock, 0.0f);
+    if (vectors == 0) return;
+  }
+  p += span.begin;
+  ds += span.begin;
+  multiply<Into::overwrite>(count, vectors, size, rows.query + row * padded, padded, 1,
+                            scratch.keys_transposed + span.begin, kKeyBlock, p, kKeyBlock);
+  multiply<Into::overwrite>(count, vectors, size, rows.doutput + row * padded, padded, 1,
+                            scratch.values_transposed + span.begin, kKeyBlock, ds, kKeyBlock);
+  for (int64_t i = 0; i < count; ++i) {
+    float* p_row = p + i * kKeyBlock;
+    float* ds_row = ds + i * kKeyBlock;
+    if (span.masked) {
+      mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, (row + i) / s.group,
+               kMinusInfinity, p_row);
+    }
+    const FloatVec shift = hn::Set(kFloatTag, rows.lse[row + i]);
+    const FloatVec delta = hn::Set(kFloatTag, rows.delta[row + i]);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const FloatVec x =
+          exp2_nonpositive(kFloatTag, hn::Sub(hn::LoadU(kFloatTag, p_row + v * kLanes), shift));
+      const FloatVec dx = hn::Mul(x, hn::Sub(hn::LoadU(kFloatTag, ds_row + v * kLanes), delta));
+      hn::StoreU(x, kFloatTag, p_row + v * kLanes);
+      hn::StoreU(dx, kFloatTag, ds_row + v * kLanes);
+    }
+  }
+}
+
+// The first key block from `block` on that some query of [first, last] may see.
+HWY_INLINE int32_t next_block(const MaskSummary& mask, int64_t block, int64_t first, int64_t last) {
+  while (block < mask.key_blocks() && block * kKeyBlock <= last && !mask.touches(block, first, last)) ++block;
+  return static_cast<int32_t>(block);
+}
+
+template <typename T>
+void backward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& k, const HeadsView& v,
+                    const BackwardRows& rows, int64_t padded, int64_t head, int64_t block,
+                    int64_t query_tokens, std::atomic<int32_t>* turns, const BackwardScratch& scratch,
+                    const HeadsView& dk, const HeadsView& dv) {
+  const int64_t size = s.head_size, group = s.group;
+  const int64_t key0 = block * kKeyBlock, keys = std::min(kKeyBlock, s.tokens - key0);
+  pack_transposed(row_of<T>(k, key0, head), k.row_stride, keys, kKeyBlock, size, scratch.keys_transposed);
+  pack_transposed(row_of<T>(v, key0, head), v.row_stride, keys, kKeyBlock, size, scratch.values_transposed);
+  pack_rows(row_of<T>(k, key0, head), k.row_stride, keys, size, padded, scratch.keys);
+  std::fill(scratch.keys + keys * padded, scratch.keys + kKeyBlock * padded, 0.0f);
+  std::fill(scratch.dkeys, scratch.dkeys + kKeyBlock * padded, 0.0f);
+  std::fill(scratch.dvalues, scratch.dvalues + kKeyBlock * padded, 0.0f);
+  alignas(64) int32_t visibility[kKeyBlock];
+  block_visibility(s, block, visibility);
+
+  const int64_t query_end = std::min<int64_t>(mask.coarse[block].most, s.tokens);
+  for (int64_t qb = key0 / query_tokens; qb * query_tokens < query_end; ++qb) {
+    const int64_t first = qb * query_tokens, last = std::min(first + query_tokens, s.tokens) - 1;
+    const int64_t row0 = first * group, count = (last - first + 1) * group;
+    int64_t begin = count, end = 0;
+    int64_t key_begin = kKeyBlock, key_end = 0;
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      const int64_t n = std::min<int64_t>(kTileRows, count - r);
+      const KeySpan span = visible_span(mask, s, block, first + r / group, first + (r + n - 1) / group);
+      backward_scores(s, rows, row0 + r, n, padded, span, block, visibility, scratch,
+                      scratch.probabilities + r * kKeyBlock, scratch.dscores + r * kKeyBlock);
+      if (span.begin == span.end) continue;
+      begin = std::min(begin, r);
+      end = r + n;
+      key_begin = std::min(key_begin, span.begin);
+      key_end = std::max(key_end, span.end);
+    }
+    if (begin < end) {
+      const int64_t width = key_end - key_begin;
+      const float* p = scratch.probabilities + begin * kKeyBlock + key_begin;
+      const float* ds = scratch.dscores + begin * kKeyBlock + key_begin;
+      multiply<Into::add>(width, padded / kLanes, end - begin, p, 1, kKeyBlock,
+                          rows.doutput + (row0 + begin) * padded, padded,
+                          scratch.dvalues + key_begin * padded, padded);
+      multiply<Into::add>(width, padded / kLanes, end - begin, ds, 1, kKeyBlock,
+                          rows.query + (row0 + begin) * padded, padded, scratch.dkeys + key_begin * padded,
+                          padded);
+    }
+    for (int spins = 0; turns[qb].load(std::memory_order_acquire) != block; ++spins) {
+      if (spins > 64) std::this_thread::yield();
+    }
+    if (begin < end) {
+      multiply<Into::add>(end - begin, padded / kLanes, key_end - key_begin,
+                          scratch.dscores + begin * kKeyBlock + key_begin, kKeyBlock, 1,
+                          scratch.keys + key_begin * padded, padded, rows.dquery + (row0 + begin) * padded,
+                          padded);
+    }
+    turns[qb].store(next_block(mask, block + 1, first, last), std::memory_order_release);
+  }
+
+  for (int64_t i = 0; i < keys; ++i) {
+    store_scaled(scratch.dkeys + i * padded, size, kLn2, row_of<T>(dk, key0 + i, head));
+    store_scaled(scratch.dvalues + i * padded, size, 1.0f, row_of<T>(dv, key0 + i, head));
+  }
+}
+
+// sum of a[i] * b[i]
+template <typename T>
+HWY_INLINE float dot(const T* a, const T* b, int64_t n) {
+  const MoveTag d;
+  auto sum = hn::Zero(d);
+  for (int64_t i = 0; i < n; i += kMoveLanes)
+    sum = hn::MulAdd(load_as_float(a + i), load_as_float(b + i), sum);
+  return hn::GetLane(hn::SumOfLanes(d, sum));
+}
+
+template <typename T>
+void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView& dout, const HeadsView& q,
+                    const HeadsView& k, const HeadsView& v, const HeadsView& out, const float* lse,
+                    const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
+  const MaskSummary mask(s);
+  const int64_t size = s.head_size, padded = round_up(size, kLanes), group = s.group;
+  const int64_t key_blocks = mask.key_blocks();
+  const int64_t query_tokens = backward_query_tokens(group);
+  const int64_t query_blocks = (s.tokens + query_tokens - 1) / query_tokens;
+  const int64_t rows = s.tokens * group;  // of one key/value head
+  const int threads = backend.num_threads();
+  const int64_t scratch_size = BackwardScratch::floats(query_tokens * group, size, padded);
+
+  const Tensor packed = backend.allocate(DType::f32, {3, s.kv_heads * rows, padded});
+  const Tensor row_sums = backend.allocate(DType::f32, {2, s.kv_heads * rows});
+  const Tensor scratch = backend.allocate(DType::f32, {threads, scratch_size});
+  float* query = packed.as<float>();
+  float* doutput = query + s.kv_heads * rows * padded;
+  float* dquery = doutput + s.kv_heads * rows * padded;
+  float* lse2 = row_sums.as<float>();
+  float* delta = lse2 + s.kv_heads * rows;
+  std::vector<std::atomic<int32_t>> turns(s.kv_heads * query_blocks);
+  std::atomic<int64_t> next_task{0};
+
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for schedule(static) nowait
+    for (int64_t i = 0; i < s.kv_heads * s.tokens; ++i) {
+      const int64_t head = i / s.tokens, token = i % s.tokens;
+      for (int64_t g = 0; g < group; ++g) {
+        const int64_t row = i * group + g, query_head = head * group + g;
+        copy_scaled(row_of<T>(q, token, query_head), size, s.scale * kLog2e, query + row * padded);
+        copy_widened(row_of<T>(dout, token, query_head), size, doutput + row * padded);
+        std::fill(query + row * padded + size, query + (row + 1) * padded, 0.0f);
+        std::fill(doutput + row * padded + size, doutput + (row + 1) * padded, 0.0f);
+        std::fill(dquery + row * padded, dquery + (row + 1) * padded, 0.0f);
+        const float log_sum = lse[query_head * s.tokens + token];
+        lse2[row] = log_sum == kMinusInfinity ? 0.0f : log_sum * kLog2e;
+        delta[row] = dot(row_of<T>(dout, token, query_head), row_of<T>(out, token, query_head), size);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.kv_heads * query_blocks; ++i) {
+      const int64_t first = i % query_blocks * query_tokens;
+      turns[i].store(next_block(mask, 0, first, std::min(first + query_tokens, s.tokens) - 1),
+                     std::memory_order_relaxed);
+    }
+    const BackwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size, query_tokens * group,
+                              size, padded);
+    for (int64_t task; (task = next_task.fetch_add(1)) < s.kv_heads * key_blocks;) {
+      const int64_t head = task % s.kv_heads, block = task / s.kv_heads, row = head * rows;
+      const BackwardRows head_rows{query + row * padded, doutput + row * padded, lse2 + row, delta + row,
+                                   dquery + row * padded};
+      backward_block<T>(s, mask, k, v, head_rows, padded, head, block, query_tokens,
+                        turns.data() + head * query_blocks, own, dk, dv);
+    }
+#pragma omp barrier
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.kv_heads * s.tokens; ++i) {
+      const int64_t head = i / s.tokens, token = i % s.tokens;
+      for (int64_t g = 0; g < group; ++g) {
+        store_scaled(dquery + (i * group + g) * padded, size, s.scale,
+                     row_of<T>(dq, token, head * group + g));
+      }
+    }
+  }
+}
+
+void attention_backward(CpuBackend& backend, const AttentionShape& s, const HeadsView& dout,
+                        const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+                        const float* lse, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
+  if (q.dtype == DType::bf16) {
+    backward_typed<bf16>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
+  } else {
+    backward_typed<float>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
+  }
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+namespace {
+
+HWY_EXPORT(attention_forward);
+HWY_EXPORT(attention_backward);
+
+AttentionShape shape_of(const HeadsView& q, const HeadsView& k, const std::vector<int32_t>& visible_until,
+                        float scale) {
+  return {q.tokens, k.heads, q.heads / k.heads, q.head_size, visible_until.data(), scale};
+}
+
+}  // namespace
+
+void CpuBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor&,
+                           const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
+                           const Tensor& lse) {
+  if (q.tokens == 0) return;
+  HWY_DYNAMIC_DISPATCH(attention_forward)
+  (*this, shape_of(q, k, visible_until_host, scale), q, k, v, out, lse.as<float>());
+}
+
+void CpuBackend::attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
+                                    const HeadsView& v, const HeadsView& out, const Tensor& lse,
+                                    const Tensor&, const std::vector<int32_t>& visible_until_host,
+                                    float scale, const HeadsView& dq, const HeadsView& dk,
+                                    const HeadsView& dv) {
+  if (q.tokens == 0) return;
+  HWY_DYNAMIC_DISPATCH(attention_backward)
+  (*this, shape_of(q, k, visible_until_host, scale), dout, q, k, v, out, lse.as<float>(), dq, dk, dv);
+}
+
+}  // namespace merf
+#endif

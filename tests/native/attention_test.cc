@@ -1,0 +1,308 @@
+// Attention over the token forest against float64 loops over every pair of tokens.
+#include "backends.h"
+
+using namespace merf;
+using namespace merf::testing;
+
+namespace {
+
+struct Case {
+  std::string name;
+  std::vector<int32_t> visible_until;
+  int64_t kv_heads, group, head_size;
+};
+
+std::vector<int32_t> causal(int64_t tokens) {
+  return std::vector<int32_t>(tokens, static_cast<int32_t>(tokens));
+}
+
+// A random forest in depth-first order: segments of up to `longest` tokens, up to `depth` levels, until `tokens`.
+std::vector<int32_t> forest(int64_t tokens, int longest, int depth, uint32_t seed) {
+  std::mt19937 engine(seed);
+  struct Open {
+    int64_t begin, end;
+  };
+  std::vector<int32_t> visible_until(tokens, static_cast<int32_t>(tokens));
+  std::vector<Open> path;
+  const auto close = [&](int64_t at) {
+    for (int64_t i = path.back().begin; i < path.back().end; ++i) visible_until[i] = static_cast<int32_t>(at);
+    path.pop_back();
+  };
+  for (int64_t at = 0; at < tokens;) {
+    const size_t keep = engine() % (std::min<size_t>(path.size(), depth - 1) + 1);
+    while (path.size() > keep) close(at);
+    const int64_t end = std::min<int64_t>(tokens, at + 1 + static_cast<int64_t>(engine() % longest));
+    path.push_back({at, end});
+    at = end;
+  }
+  while (!path.empty()) close(tokens);
+  return visible_until;
+}
+
+// One root with `children` children of the same length.
+std::vector<int32_t> wide(int64_t root, int64_t children, int64_t length) {
+  std::vector<int32_t> visible_until(root, static_cast<int32_t>(root + children * length));
+  for (int64_t c = 0; c < children; ++c) {
+    visible_until.insert(visible_until.end(), length, static_cast<int32_t>(root + (c + 1) * length));
+  }
+  return visible_until;
+}
+
+// Rows [tokens, row_stride] that hold q, k and v side by side, as the fused projection writes them.
+struct Fused {
+  int64_t tokens, q_heads, kv_heads, head_size;
+  int64_t row() const { return (q_heads + 2 * kv_heads) * head_size; }
+  HeadsView view(const Tensor& tensor, int64_t first_head, int64_t heads) const {
+    return {tensor.as<char>() + first_head * head_size * static_cast<int64_t>(size_of(tensor.dtype)),
+            tensor.dtype,
+            tokens,
+            heads,
+            head_size,
+            row()};
+  }
+  HeadsView q(const Tensor& t) const { return view(t, 0, q_heads); }
+  HeadsView k(const Tensor& t) const { return view(t, q_heads, kv_heads); }
+  HeadsView v(const Tensor& t) const { return view(t, q_heads + kv_heads, kv_heads); }
+};
+
+struct Reference {
+  std::vector<double> out, lse, gradient;  // gradient: of the fused rows
+};
+
+Reference reference_attention(const Fused& shape, const std::vector<float>& qkv,
+                              const std::vector<float>& dout, const std::vector<int32_t>& visible_until,
+                              double scale) {
+  const int64_t tokens = shape.tokens, size = shape.head_size, row = shape.row(), heads = shape.q_heads;
+  const int64_t group = heads / shape.kv_heads;
+  Reference result{std::vector<double>(tokens * heads * size), std::vector<double>(heads * tokens),
+                   std::vector<double>(tokens * row)};
+  std::vector<double> p(tokens), ds(tokens);
+  for (int64_t h = 0; h < heads; ++h) {
+    const int64_t q0 = h * size, k0 = (heads + h / group) * size, v0 = k0 + shape.kv_heads * size;
+    for (int64_t i = 0; i < tokens; ++i) {
+      double most = -INFINITY, sum = 0;
+      for (int64_t j = 0; j <= i; ++j) {
+        p[j] = -INFINITY;
+        if (i >= visible_until[j]) continue;
+        double score = 0;
+        for (int64_t d = 0; d < size; ++d) score += double{qkv[i * row + q0 + d]} * qkv[j * row + k0 + d];
+        p[j] = score * scale;
+        most = std::max(most, p[j]);
+      }
+      for (int64_t j = 0; j <= i; ++j) sum += p[j] = std::exp(p[j] - most);
+      result.lse[h * tokens + i] = most + std::log(sum);
+      double* out = &result.out[(i * heads + h) * size];
+      for (int64_t j = 0; j <= i; ++j) {
+        p[j] /= sum;
+        for (int64_t d = 0; d < size; ++d) out[d] += p[j] * qkv[j * row + v0 + d];
+      }
+      if (dout.empty()) continue;
+      const float* g = &dout[(i * heads + h) * size];
+      double delta = 0;
+      for (int64_t d = 0; d < size; ++d) delta += g[d] * out[d];
+      for (int64_t j = 0; j <= i; ++j) {
+        if (p[j] == 0) continue;
+        double dp = 0;
+        for (int64_t d = 0; d < size; ++d) {
+          dp += double{g[d]} * qkv[j * row + v0 + d];
+          result.gradient[j * row + v0 + d] += p[j] * g[d];
+        }
+        ds[j] = p[j] * (dp - delta) * scale;
+        for (int64_t d = 0; d < size; ++d) {
+          result.gradient[i * row + q0 + d] += ds[j] * qkv[j * row + k0 + d];
+          result.gradient[j * row + k0 + d] += ds[j] * qkv[i * row + q0 + d];
+        }
+      }
+    }
+  }
+  return result;
+}
+
+// Root mean square of the error over that of what is expected; NaN where any value is.
+double relative_error(const std::vector<float>& actual, const std::vector<double>& expected) {
+  REQUIRE(actual.size() == expected.size());
+  double error = 0, squares = 0;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+    squares += expected[i] * expected[i];
+  }
+  return std::sqrt(error / (squares + 1e-30));
+}
+
+// Largest error over the largest value expected; infinite where any value is NaN.
+double worst_error(const std::vector<float>& actual, const std::vector<double>& expected) {
+  double error = 0, most = 0;
+  for (size_t i = 0; i < actual.size(); ++i) {
+    if (std::isnan(actual[i])) return INFINITY;
+    error = std::max(error, std::abs(actual[i] - expected[i]));
+    most = std::max(most, std::abs(expected[i]));
+  }
+  return error / (most + 1e-30);
+}
+
+struct Result {
+  std::vector<float> out, lse, gradient;
+};
+
+Result run(Backend& backend, const Fused& shape, const std::vector<float>& qkv,
+           const std::vector<float>& dout, const std::vector<int32_t>& visible_until, float scale,
+           DType dtype) {
+  const Tensor x = to_device(backend, qkv, {shape.tokens, shape.row()}, dtype);
+  const Tensor mask = to_device(backend, visible_until, {shape.tokens});
+  const Tensor out = backend.allocate(dtype, {shape.tokens, shape.q_heads, shape.head_size});
+  const Tensor lse = backend.allocate(DType::f32, {shape.q_heads, shape.tokens});
+  const auto dense = [&](const Tensor& t) {
+    return HeadsView{t.data,        t.dtype,         shape.tokens,
+                     shape.q_heads, shape.head_size, shape.q_heads * shape.head_size};
+  };
+  backend.attention(shape.q(x), shape.k(x), shape.v(x), mask, visible_until, scale, dense(out), lse);
+  Result result{to_host(backend, out), to_host(backend, lse), {}};
+  if (dout.empty()) return result;
+  const Tensor g = to_device(backend, dout, {shape.tokens, shape.q_heads, shape.head_size}, dtype);
+  const Tensor dx = backend.allocate(dtype, {shape.tokens, shape.row()});
+  backend.attention_backward(dense(g), shape.q(x), shape.k(x), shape.v(x), dense(out), lse, mask,
+                             visible_until, scale, shape.q(dx), shape.k(dx), shape.v(dx));
+  result.gradient = to_host(backend, dx);
+  return result;
+}
+
+std::vector<float> rounded(std::vector<float> values, DType dtype) {
+  for (float& value : values) value = stored(value, dtype);
+  return values;
+}
+
+std::vector<Case> cases() {
+  std::vector<Case> all;
+  for (const int64_t size : {8, 24, 64, 96, 128, 256}) {
+    all.push_back({"causal", causal(131), 1, 2, size});
+    all.push_back({"forest", forest(203, 40, 4, static_cast<uint32_t>(size)), 2, 3, size});
+  }
+  all.push_back({"one token", causal(1), 1, 1, 64});
+  all.push_back({"two tokens, strangers", {1, 2}, 2, 1, 8});
+  all.push_back({"every token alone", forest(150, 1, 1, 1), 1, 1, 16});
+  all.push_back({"deep", forest(500, 5, 100, 2), 1, 1, 32});
+  all.push_back({"wide", wide(70, 60, 5), 1, 4, 32});
+  all.push_back({"group", wide(37, 4, 129), 3, 3, 64});
+  all.push_back({"packed rows", forest(640, 200, 1, 3), 1, 7, 64});
+  all.push_back({"wide group", causal(77), 1, 15, 40});
+  all.push_back({"many query heads", causal(65), 1, 200, 8});
+  all.push_back({"block edges", causal(128), 2, 1, 64});
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("attention and its gradients agree with float64") {
+  for_each_backend([](Backend& backend) {
+    uint32_t seed = 0;
+    for (const Case& c : cases()) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        CAPTURE(c.name);
+        CAPTURE(c.head_size);
+        CAPTURE(dtype == DType::bf16);
+        const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
+                          c.head_size};
+        const std::vector<float> qkv = rounded(normal(shape.tokens * shape.row(), ++seed), dtype);
+        const std::vector<float> dout =
+            rounded(normal(shape.tokens * shape.q_heads * shape.head_size, ++seed), dtype);
+        const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+        const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+        const Result actual = run(backend, shape, qkv, dout, c.visible_until, scale, dtype);
+        // bfloat16 keeps 8 bits: storing the result alone costs 1.7e-3 on average.
+        const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
+        CHECK(relative_error(actual.out, expected.out) < bound);
+        CHECK(relative_error(actual.lse, expected.lse) < 1e-6);
+        CHECK(relative_error(actual.gradient, expected.gradient) < bound);
+        CHECK(worst_error(actual.out, expected.out) < 2 * bound);
+        CHECK(worst_error(actual.gradient, expected.gradient) < 2 * bound);
+      }
+    }
+  });
+}
+
+TEST_CASE("attention gradients agree with finite differences of the float64 forward") {
+  const Fused shape{23, 4, 2, 8};
+  const std::vector<int32_t> mask = forest(23, 6, 3, 9);
+  const std::vector<float> qkv = normal(shape.tokens * shape.row(), 1);
+  const std::vector<float> dout = normal(shape.tokens * shape.q_heads * shape.head_size, 2);
+  const double scale = 0.35;
+  const auto loss = [&](const std::vector<float>& x) {
+    const Reference r = reference_attention(shape, x, {}, mask, scale);
+    double sum = 0;
+    for (size_t i = 0; i < dout.size(); ++i) sum += dout[i] * r.out[i];
+    return sum;
+  };
+  for_each_backend([&](Backend& backend) {
+    const Result actual = run(backend, shape, qkv, dout, mask, static_cast<float>(scale), DType::f32);
+    for (size_t i = 0; i < qkv.size(); i += 7) {
+      std::vector<float> up = qkv, down = qkv;
+      up[i] += 0x1p-10f;
+      down[i] -= 0x1p-10f;
+      const double slope = (loss(up) - loss(down)) / (double{up[i]} - double{down[i]});
+      CHECK(actual.gradient[i] == doctest::Approx(slope).epsilon(1e-4).scale(1.0));
+    }
+  });
+}
+
+TEST_CASE("attention gives the same bits whatever the number of threads") {
+  const Fused shape{777, 6, 2, 64};
+  const std::vector<int32_t> mask = forest(777, 150, 3, 4);
+  const std::vector<float> qkv = normal(shape.tokens * shape.row(), 3);
+  const std::vector<float> dout = normal(shape.tokens * shape.q_heads * shape.head_size, 4);
+  std::vector<Result> results;
+  for (const int threads : {1, 2, 3, 7}) {
+    for_each_backend(threads, [&](Backend& backend) {
+      if (backend.info().name != "cpu") return;
+      results.push_back(run(backend, shape, qkv, dout, mask, 0.125f, DType::f32));
+    });
+  }
+  for (const Result& result : results) {
+    CHECK(same_bits(result.out, results[0].out));
+    CHECK(same_bits(result.lse, results[0].lse));
+    CHECK(same_bits(result.gradient, results[0].gradient));
+  }
+}
+
+TEST_CASE("a token's attention in a forest is that of its path alone") {
+  for_each_backend([](Backend& backend) {
+    const std::vector<int32_t> mask = wide(90, 3, 50);
+    const Fused shape{240, 3, 1, 64};
+    const std::vector<float> qkv = normal(shape.tokens * shape.row(), 5);
+    const Result together = run(backend, shape, qkv, {}, mask, 0.125f, DType::f32);
+    for (int64_t child = 0; child < 3; ++child) {
+      std::vector<float> path(qkv.begin(), qkv.begin() + 90 * shape.row());
+      const auto begin = qkv.begin() + (90 + child * 50) * shape.row();
+      path.insert(path.end(), begin, begin + 50 * shape.row());
+      const Fused alone{140, 3, 1, 64};
+      const Result apart = run(backend, alone, path, {}, causal(140), 0.125f, DType::f32);
+      const int64_t width = 3 * 64;
+      for (int64_t i = 0; i < 50 * width; ++i) {
+        CHECK(together.out[(90 + child * 50) * width + i] ==
+              doctest::Approx(apart.out[90 * width + i]).epsilon(1e-5));
+      }
+    }
+  });
+}
+
+TEST_CASE("attention survives large scores and non-finite values") {
+  for_each_backend([](Backend& backend) {
+    const Fused shape{130, 2, 1, 16};
+    std::vector<float> qkv = normal(shape.tokens * shape.row(), 6, 300.0f);
+    const Reference expected = reference_attention(shape, qkv, {}, causal(130), 0.25);
+    const Result sharp = run(backend, shape, qkv, {}, causal(130), 0.25f, DType::f32);
+    CHECK(relative_error(sharp.lse, expected.lse) < 1e-4);
+    for (const float value : sharp.out) CHECK(std::isfinite(value));
+
+    // NaN in a token's key reaches the queries that see it, and no other.
+    qkv = normal(shape.tokens * shape.row(), 7);
+    qkv[70 * shape.row() + 2 * 16] = NAN;
+    std::vector<int32_t> mask = causal(130);
+    for (int64_t i = 65; i < 80; ++i) mask[i] = 80;
+    const Result result = run(backend, shape, qkv, normal(130 * 2 * 16, 8), mask, 0.25f, DType::f32);
+    for (int64_t i = 0; i < 130; ++i) {
+      const bool sees = i >= 70 && i < 80;
+      CHECK(std::isnan(result.lse[i]) == sees);
+      CHECK(std::isnan(result.out[i * 32]) == sees);
+    }
+  });
+}
