@@ -1,0 +1,370 @@
+// Drawing tokens from logits, without sorting the vocabulary.
+//
+// What is drawn is defined so that any device can reproduce it, whatever order it sums in:
+//
+//   m = max x;  t = fl(log2(e) / temperature), at most the largest float
+//   p[i] = 2^((x[i] - m) * t) in float32, as exp2_nonpositive computes it, hence p = 1 at the maximum
+//   w[i] = p[i] rounded to a multiple of 2^-34 (for p < 2^-11 by fl(fl(p + 2^-11) - 2^-11); larger ones are multiples
+//          already). Sums of up to 2^19 such weights are exact in float64, in every order.
+//   top-k: k_threshold = the k-th largest w
+//   top-p: p_threshold = the largest weight u with mass(w >= u) >= top_p * mass(w >= k_threshold)
+//   min-p: m_threshold = fl(min_p)                                            (the largest weight is 1)
+//   kept = { i : w[i] > 0, w[i] >= max(k_threshold, p_threshold, m_threshold) }: ties at a bound are kept together
+//   token = the first i in vocabulary order with sum of kept w[0..i] > u * mass(kept), u = sampling_uniform()
+//
+// which is the order of filters in Hugging Face and vLLM: temperature, top-k, top-p, min-p. Greedy (temperature 0)
+// takes the first maximum. A row with NaN, +inf or nothing finite has no distribution: its token is 0 and its
+// log-probabilities and entropy are NaN.
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "backend/cpu/sampling.cc"
+#include "backend/cpu/simd_targets.h"
+// The targets are chosen above.
+#include <hwy/foreach_target.h>
+#include <hwy/highway.h>
+
+#include <omp.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/exp-inl.h"
+#include "backend/philox.h"
+
+#ifndef MERF_BACKEND_CPU_SAMPLING_ONCE
+#define MERF_BACKEND_CPU_SAMPLING_ONCE
+
+namespace merf {
+namespace {
+
+struct Drawn {
+  int32_t token;
+  float logprob, raw_logprob, entropy;
+};
+
+// Finds thresholds on positive weights by their bits, which are ordered as the weights are: a histogram over the
+// upper 16 bits, then two of 8 bits over what falls into the bin of the bound.
+class ThresholdSearch {
+ public:
+  ThresholdSearch() : counts_(kBins), masses_(kBins) {}
+
+  void count(const float* weights, int64_t n) {
+    std::fill(counts_.begin(), counts_.end(), 0);
+    std::fill(masses_.begin(), masses_.end(), 0.0);
+    weights_ = weights;
+    size_ = n;
+    for (int64_t i = 0; i < n; ++i) {
+      if (weights[i] > 0.0f) {
+        const uint32_t bin = (std::bit_cast<uint32_t>(weights[i]) >> 16) - kFirstBin;
+        ++counts_[bin];
+        masses_[bin] += weights[i];
+      }
+    }
+  }
+
+  struct Bound {
+    float threshold;
+    double mass;  // of the weights at or above the threshold
+  };
+
+  // The largest weight u with at least `goal` weights at or above it; the smallest positive one if there are fewer.
+  Bound top_count(int64_t goal) {
+    return search([&](int64_t count, double) { return count >= goal; });
+  }
+  // The largest weight u such that the weights at or above it sum to `goal` or more.
+  Bound top_mass(double goal) {
+    return search([&](int64_t, double mass) { return mass >= goal; });
+  }
+
+ private:
+  // Weights are 0 or in [2^-34, 1].
+  static constexpr uint32_t kFirstBin = (127u - 34u) << 7;
+  static constexpr uint32_t kBins = (127u << 7) - kFirstBin + 1;
+
+  template <class Reached>
+  Bound search(const Reached& reached) {
+    int64_t count = 0;
+    double mass = 0.0;
+    uint32_t bin = kBins, smallest = 0;
+    while (bin-- > 0) {
+      if (counts_[bin] == 0) continue;
+      smallest = bin;
+      if (reached(count + counts_[bin], mass + masses_[bin])) break;
+      count += counts_[bin];
+      mass += masses_[bin];
+    }
+    if (bin >= kBins) {  // never reached: step back before the last bin and take it to its end
+      bin = smallest;
+      count -= counts_[bin];
+      mass -= masses_[bin];
+    }
+    members_.clear();
+    for (int64_t i = 0; i < size_; ++i) {
+      const uint32_t bits = std::bit_cast<uint32_t>(weights_[i]);
+      if (bits >> 16 == bin + kFirstBin) members_.push_back(bits);
+    }
+    uint32_t prefix = bin + kFirstBin;
+    for (const int shift : {8, 0}) {
+      int64_t counts[256] = {};
+      double masses[256] = {};
+      for (const uint32_t bits : members_) {
+        if (bits >> (shift + 8) != prefix) continue;
+        ++counts[(bits >> shift) & 255];
+        masses[(bits >> shift) & 255] += std::bit_cast<float>(bits);
+      }
+      int byte = 256, last = 0;
+      while (byte-- > 0) {
+        if (counts[byte] == 0) continue;
+        last = byte;
+        if (reached(count + counts[byte], mass + masses[byte])) break;
+        count += counts[byte];
+        mass += masses[byte];
+      }
+      if (byte < 0) {
+        byte = last;
+        count -= counts[byte];
+        mass -= masses[byte];
+      }
+      prefix = prefix << 8 | static_cast<uint32_t>(byte);
+      if (shift == 0) mass += masses[byte];
+    }
+    return {std::bit_cast<float>(prefix), mass};
+  }
+
+  std::vector<int64_t> counts_;
+  std::vector<double> masses_;
+  std::vector<uint32_t> members_;
+  const float* weights_ = nullptr;
+  int64_t size_ = 0;
+};
+
+}  // namespace
+}  // namespace merf
+
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace merf {
+namespace HWY_NAMESPACE {
+
+using SampleTag = hn::ScalableTag<float>;
+using SampleVec = hn::Vec<SampleTag>;
+using WideTag = hn::ScalableTag<double>;
+using WideVec = hn::Vec<WideTag>;
+constexpr int64_t kSampleLanes = static_cast<int64_t>(hn::MaxLanes(SampleTag()));
+
+// Lanes behind the row's end are -inf.
+HWY_INLINE SampleVec load_logits(const float* logits, int64_t i, int64_t n) {
+  const SampleTag d;
+  if (i + kSampleLanes <= n) return hn::LoadU(d, logits + i);
+  float rest[kSampleLanes];
+  for (int64_t j = 0; j < kSampleLanes; ++j) {
+    rest[j] = i + j < n ? logits[i + j] : -std::numeric_limits<float>::infinity();
+  }
+  return hn::LoadU(d, rest);
+}
+
+HWY_INLINE WideVec add_wide(WideVec sum, SampleVec x) {
+  const hn::Half<SampleTag> half;
+  const WideTag wide;
+  sum = hn::Add(sum, hn::PromoteTo(wide, hn::LowerHalf(half, x)));
+  return hn::Add(sum, hn::PromoteTo(wide, hn::UpperHalf(half, x)));
+}
+
+HWY_INLINE WideVec add_product(WideVec sum, SampleVec a, SampleVec b) {
+  const hn::Half<SampleTag> half;
+  const WideTag d;
+  sum = hn::MulAdd(hn::PromoteTo(d, hn::LowerHalf(half, a)), hn::PromoteTo(d, hn::LowerHalf(half, b)), sum);
+  return hn::MulAdd(hn::PromoteTo(d, hn::UpperHalf(half, a)), hn::PromoteTo(d, hn::UpperHalf(half, b)), sum);
+}
+
+HWY_INLINE SampleVec weight_of(SampleVec below_maximum, SampleVec factor) {
+  const SampleTag d;
+  const SampleVec p = exp2_nonpositive(d, hn::Mul(below_maximum, factor));
+  const SampleVec grid = hn::Set(d, 0x1p-11f);
+  return hn::IfThenElse(hn::Lt(p, grid), hn::Sub(hn::Add(p, grid), grid), p);
+}
+
+// The maximum; NaN where the row has no distribution.
+HWY_INLINE float finite_maximum(const float* logits, int64_t n) {
+  const SampleTag d;
+  SampleVec most = hn::Set(d, -std::numeric_limits<float>::infinity());
+  SampleVec nan = hn::Zero(d);
+  for (int64_t i = 0; i < n; i += kSampleLanes) {
+    const SampleVec x = load_logits(logits, i, n);
+    most = hn::Max(most, x);
+    nan = hn::IfThenElse(hn::Eq(x, x), nan, hn::Set(d, 1.0f));
+  }
+  const float maximum = hn::GetLane(hn::MaxOfLanes(d, most));
+  const bool defined = hn::GetLane(hn::MaxOfLanes(d, nan)) == 0.0f && std::isfinite(maximum);
+  return defined ? maximum : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Writes the weights and returns their mass.
+HWY_INLINE double write_weights(const float* logits, int64_t n, float maximum, float factor, float* weights) {
+  const SampleTag d;
+  const WideTag wide;
+  const SampleVec most = hn::Set(d, maximum), scale = hn::Set(d, factor);
+  WideVec mass = hn::Zero(wide);
+  for (int64_t i = 0; i < n; i += kSampleLanes) {
+    const SampleVec w = weight_of(hn::Sub(load_logits(logits, i, n), most), scale);
+    hn::StoreU(w, d, weights + i);
+    mass = add_wide(mass, w);
+  }
+  return hn::GetLane(hn::SumOfLanes(wide, mass));
+}
+
+// sum of weight * (logit - maximum)
+HWY_INLINE double mean_numerator(const float* logits, int64_t n, float maximum, const float* weights) {
+  const SampleTag d;
+  const WideTag wide;
+  const SampleVec most = hn::Set(d, maximum);
+  WideVec sum = hn::Zero(wide);
+  for (int64_t i = 0; i < n; i += kSampleLanes) {
+    const SampleVec w = hn::LoadU(d, weights + i);
+    const SampleVec below = hn::Sub(load_logits(logits, i, n), most);
+    sum = add_product(sum, w, hn::IfThenElseZero(hn::Gt(w, hn::Zero(d)), below));
+  }
+  return hn::GetLane(hn::SumOfLanes(wide, sum));
+}
+
+// The first index at which the running mass of weights at or above the threshold passes `target`, which is below
+// their total.
+HWY_INLINE int64_t find_drawn(const float* weights, int64_t n, float threshold, double target) {
+  constexpr int64_t kBlock = 16 * kSampleLanes;
+  const SampleTag d;
+  const WideTag wide;
+  const SampleVec bound = hn::Set(d, threshold);
+  double mass = 0.0;
+  int64_t last = 0;
+  for (int64_t block = 0; block < n; block += kBlock) {
+    const int64_t end = std::min(block + kBlock, n);
+    WideVec sum = hn::Zero(wide);
+    for (int64_t i = block; i < end; i += kSampleLanes) {
+      const SampleVec w = hn::LoadU(d, weights + i);
+      sum = add_wide(sum, hn::IfThenElseZero(hn::Ge(w, bound), w));
+    }
+    const double block_mass = hn::GetLane(hn::SumOfLanes(wide, sum));
+    if (mass + block_mass <= target) {
+      mass += block_mass;
+      continue;
+    }
+    for (int64_t i = block; i < end; ++i) {
+      if (!(weights[i] >= threshold && weights[i] > 0.0f)) continue;
+      mass += weights[i];
+      last = i;
+      if (mass > target) return i;
+    }
+  }
+  return last;
+}
+
+// `weights` has room for n rounded up to whole vectors.
+Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions& options, bool want_entropy,
+           float* weights, ThresholdSearch& search) {
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  constexpr double kLog2eExact = 1.44269504088896340736;
+  const float maximum = finite_maximum(logits, n);
+  if (std::isnan(maximum)) return {0, kNaN, kNaN, kNaN};
+
+  const double raw_mass = write_weights(logits, n, maximum, static_cast<float>(kLog2eExact), weights);
+  const double raw_log_mass = std::log(raw_mass);
+  Drawn drawn{};
+  if (want_entropy) {
+    drawn.entropy = static_cast<float>(raw_log_mass - mean_numerator(logits, n, maximum, weights) / raw_mass);
+  }
+  if (options.temperature <= 0.0f) {
+    drawn.token = static_cast<int32_t>(std::find(logits, logits + n, maximum) - logits);
+    drawn.raw_logprob = static_cast<float>(-raw_log_mass);
+    return drawn;
+  }
+
+  double mass = raw_mass;
+  if (options.temperature != 1.0f) {
+    const double factor = std::min(kLog2eExact / static_cast<double>(options.temperature),
+                                   static_cast<double>(std::numeric_limits<float>::max()));
+    mass = write_weights(logits, n, maximum, static_cast<float>(factor), weights);
+  }
+  float threshold = std::clamp(options.min_p, 0.0f, 1.0f);
+  const bool top_k = options.top_k > 0 && options.top_k < n;
+  const bool top_p = options.top_p < 1.0f;
+  bool truncated = threshold > 0.0f;
+  if (top_k || top_p) {
+    search.count(weights, n);
+    double kept = mass;
+    if (top_k) {
+      const auto bound = search.top_count(options.top_k);
+      threshold = std::max(threshold, bound.threshold);
+      kept = bound.mass;
+    }
+    if (top_p) {
+      threshold = std::max(threshold, search.top_mass(static_cast<double>(options.top_p) * kept).threshold);
+    }
+    truncated = true;
+  }
+  if (truncated) {
+    const SampleTag d;
+    const WideTag wide;
+    const SampleVec bound = hn::Set(d, threshold);
+    WideVec sum = hn::Zero(wide);
+    for (int64_t i = 0; i < n; i += kSampleLanes) {
+      const SampleVec w = hn::LoadU(d, weights + i);
+      sum = add_wide(sum, hn::IfThenElseZero(hn::Ge(w, bound), w));
+    }
+    mass = hn::GetLane(hn::SumOfLanes(wide, sum));
+  }
+
+  drawn.token = static_cast<int32_t>(find_drawn(weights, n, threshold, uniform * mass));
+  const double below = static_cast<double>(logits[drawn.token]) - static_cast<double>(maximum);
+  drawn.raw_logprob = static_cast<float>(below - raw_log_mass);
+  drawn.logprob = static_cast<float>(below / static_cast<double>(options.temperature) - std::log(mass));
+  return drawn;
+}
+
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace merf
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace merf {
+namespace {
+HWY_EXPORT(draw);
+}  // namespace
+
+void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
+                               const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
+                               const Tensor& raw_logprobs, const Tensor& entropies) {
+  const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
+  if (rows == 0 || vocabulary == 0) return;
+  constexpr int64_t kRoom = HWY_MAX_BYTES / sizeof(float);
+  const int threads = static_cast<int>(std::min<int64_t>(num_threads(), rows));
+  const int64_t room = (vocabulary + kRoom - 1) / kRoom * kRoom;
+  const Tensor weights = allocate(DType::f32, {threads, room});
+
+#pragma omp parallel num_threads(threads)
+  {
+    ThresholdSearch search;
+    float* own_weights = weights.as<float>() + omp_get_thread_num() * room;
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < rows; ++row) {
+      const int32_t* key = keys.as<int32_t>() + 2 * row;
+      const double uniform =
+          sampling_uniform(options.seed, static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1]),
+                           static_cast<uint32_t>(positions.as<int32_t>()[row]));
+      const Drawn drawn =
+          HWY_DYNAMIC_DISPATCH(draw)(logits.as<float>() + row * vocabulary, vocabulary, uniform, options,
+                                     static_cast<bool>(entropies), own_weights, search);
+      tokens.as<int32_t>()[row] = drawn.token;
+      logprobs.as<float>()[row] = drawn.logprob;
+      raw_logprobs.as<float>()[row] = drawn.raw_logprob;
+      if (entropies) entropies.as<float>()[row] = drawn.entropy;
+    }
+  }
+}
+
+}  // namespace merf
+#endif
