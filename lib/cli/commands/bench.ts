@@ -1,0 +1,32 @@
+import { existsSync } from 'node:fs';
+import { join } from 'node:path';
+import { pathToFileURL } from 'node:url';
+import type { Command } from 'commander';
+import { MerfError } from '../../errors.js';
+import { list } from '../flags.js';
+import { packageRoot } from '../models.js';
+
+export interface BenchOptions {
+  profile?: boolean;
+  peers?: string[];
+}
+
+export function addBench(program: Command): void {
+  program
+    .command('bench')
+    .summary('measure how fast rollouts and training are on this machine')
+    .description(
+      'Measures tokens/s of rollout and of training for the model that ships with merf and for a random model of\n' +
+        '135M parameters, beside its peers where they are installed.',
+    )
+    .option('--profile', 'say where the time goes')
+    .option('--peers <list>', 'which peers to measure beside, such as trl,llama.cpp', list)
+    .action(bench);
+}
+
+async function bench(options: BenchOptions): Promise<void> {
+  const entry = join(packageRoot(), 'dist', 'benchmarks', 'index.js');
+  if (!existsSync(entry)) throw new MerfError('FILE_NOT_FOUND', `The benchmarks are not built: no ${entry}`);
+  const module = (await import(pathToFileURL(entry).href)) as { bench(options: BenchOptions): Promise<void> };
+  await module.bench(options);
+}

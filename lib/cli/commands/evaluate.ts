@@ -1,0 +1,123 @@
+import { appendFileSync, writeFileSync } from 'node:fs';
+import type { Command } from 'commander';
+import { type Evaluation, evaluate } from '../../evaluate/index.js';
+import { Policy } from '../../policy/index.js';
+import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
+import { firstRows } from '../../train/evaluation.js';
+import { modelShape, taskShape } from '../config.js';
+import { addFlags, list, number, whole } from '../flags.js';
+import { resolveModel, shortPath } from '../models.js';
+import { evaluationLine } from '../terminal.js';
+import { loadOptions, openTask, type TaskChoice } from './training.js';
+
+interface Flags extends TaskChoice {
+  model?: string;
+  device?: string;
+  dtype?: 'auto' | 'f32' | 'bf16';
+  threads?: number;
+  prompts: number;
+  samples: number;
+  passAt?: number[];
+  motivation: string[];
+  maxTokens: number;
+  temperature: number;
+  topK?: number;
+  topP?: number;
+  minP?: number;
+  seed: number;
+  out?: string;
+  json?: boolean;
+}
+
+export function addEvaluate(program: Command): void {
+  const command = program
+    .command('evaluate')
+    .summary("measure a model's accuracy on a task, with and without motivation in the prompt")
+    .description(
+      "Samples completions of a task's held-out prompts and reports accuracy, mean reward and its parts, pass@k and\n" +
+        'the length of completions, for each view of the motivation. With --data, on all rows of that file.',
+    );
+  const { testData: _, ...task } = taskShape;
+  addFlags(command, { ...task, ...modelShape });
+  command
+    .optionsGroup('Evaluation:')
+    .option('--prompts <n>', 'how many rows, the first of the held-out ones', whole(1), 100)
+    .option('--samples <n>', 'completions of each prompt', whole(1), 1)
+    .option('--pass-at <list>', 'the k of pass@k (default: the powers of 2 up to the samples)', (v) =>
+      list(v).map(whole(1)),
+    )
+    .option('--motivation <list>', 'views of the motivation', list, ['none', 'full'])
+    .option('--max-tokens <n>', 'longest completion, in tokens', whole(1), 256)
+    .option('--temperature <n>', 'sampling temperature; 0: greedy', number, 1)
+    .option('--top-k <n>', 'draw among the k likeliest tokens; 0: off', whole(0))
+    .option('--top-p <n>', 'draw among the likeliest tokens of this total probability; 1: off', number)
+    .option('--min-p <n>', "drop tokens below this share of the likeliest one's probability; 0: off", number)
+    .option('--seed <n>', 'seed of the draws', whole(0), 0)
+    .option('--out <file>', 'write every completion with its score to this .jsonl file')
+    .option('--json', 'print the numbers as JSON')
+    .addHelpText(
+      'after',
+      '\nExamples:\n' +
+        '  merf evaluate --task knights-and-knaves --people 2 --model runs/first --prompts 200\n' +
+        '  merf evaluate --task knights-and-knaves --data 3ppl-test.parquet --samples 8 --motivation none\n',
+    )
+    .action(run);
+}
+
+async function run(flags: Flags): Promise<void> {
+  const { data, ...choice } = flags;
+  const task = await openTask(choice);
+  const motivations = flags.motivation.map((text) => motivationAt(parseMotivation(text), 0));
+  for (const view of motivations) task.spec.describe(view);
+  const rows =
+    data === undefined
+      ? firstRows(await task.rows({ split: 'test', seed: 0 }), flags.prompts)
+      : await task.load(data);
+  const model = resolveModel(flags.model);
+  const policy = await Policy.load(model, loadOptions({ device: 'auto', dtype: 'auto', ...flags }, false));
+  if (flags.out !== undefined) writeFileSync(flags.out, '');
+  const results: Evaluation[] = [];
+  if (!flags.json) process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}\n`);
+  for (const [i, motivation] of motivations.entries()) {
+    const result = await evaluate(policy, task, rows, {
+      samples: flags.samples,
+      ...(flags.passAt && { passAt: flags.passAt }),
+      motivation,
+      maxTokens: flags.maxTokens,
+      temperature: flags.temperature,
+      ...(flags.topK !== undefined && { topK: flags.topK }),
+      ...(flags.topP !== undefined && { topP: flags.topP }),
+      ...(flags.minP !== undefined && { minP: flags.minP }),
+      seed: flags.seed,
+      onProgress: (done, all) => {
+        if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
+      },
+      onGroup: (_, prompt, group, scores) => {
+        if (flags.out === undefined) return;
+        const lines = group.completions.map((completion, j) =>
+          JSON.stringify({
+            motivation: flags.motivation[i],
+            prompt,
+            text: completion.text,
+            tokens: completion.tokens.length,
+            finishReason: completion.finishReason,
+            reward: scores[j]?.total,
+            parts: scores[j]?.parts,
+          }),
+        );
+        appendFileSync(flags.out, `${lines.join('\n')}\n`);
+      },
+    });
+    if (process.stderr.isTTY) process.stderr.write('\r\x1b[K');
+    results.push(result);
+    if (!flags.json) {
+      process.stdout.write(`${evaluationLine(result)}\n`);
+      for (const [component, cases] of Object.entries(result.cases)) {
+        const shares = Object.entries(cases).map(([name, share]) => `${name} ${(100 * share).toFixed(1)}%`);
+        process.stdout.write(`    ${component}: ${shares.join(', ')}\n`);
+      }
+    }
+  }
+  if (flags.json) process.stdout.write(`${JSON.stringify(results, null, 2)}\n`);
+  policy.dispose();
+}

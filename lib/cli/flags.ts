@@ -1,0 +1,83 @@
+import { type Command, InvalidArgumentError, Option } from 'commander';
+import type { z } from 'zod';
+
+type AnySchema = z.ZodType & {
+  def: { type: string; innerType?: AnySchema; defaultValue?: unknown; entries?: object };
+};
+
+/**
+ * A flag for every key of `schema`: --learning-rate for learningRate, with its description, its default and the
+ * heading that its metadata name. Values come out with the types that the schema wants; what it says of ranges is
+ * checked where the settings are.
+ */
+export function addFlags(command: Command, shape: Record<string, z.ZodType>): void {
+  for (const [key, field] of Object.entries(shape)) {
+    const meta = field.meta() as { group?: string; description?: string } | undefined;
+    const { type, fallback } = unwrap(field as AnySchema);
+    const flag = key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+    const text = meta?.description ?? '';
+    const shown = fallback === undefined || fallback === false ? '' : ` (default: ${show(fallback)})`;
+    if (type.def.type === 'boolean') {
+      // No value of its own until it is given: what is not given must not hide what a config file says.
+      command.addOption(group(new Option(`--${flag}`, `${text}${shown}`), meta?.group));
+      command.addOption(
+        group(new Option(`--no-${flag}`, `not ${flag.replaceAll('-', ' ')}`).default(undefined), meta?.group),
+      );
+      continue;
+    }
+    const option = new Option(`--${flag} <${placeholder(type)}>`, `${text}${shown}`);
+    if (type.def.type === 'enum') option.choices(Object.values(type.def.entries as Record<string, string>));
+    else if (type.def.type === 'number') option.argParser(number);
+    else if (type.def.type === 'array') {
+      const element = (type.def as unknown as { element: AnySchema }).element;
+      option.argParser((value: string) =>
+        element.def.type === 'number' ? list(value).map(number) : list(value),
+      );
+    }
+    command.addOption(group(option, meta?.group));
+  }
+}
+
+function group(option: Option, heading: string | undefined): Option {
+  return heading === undefined ? option : option.helpGroup(`${heading}:`);
+}
+
+function unwrap(schema: AnySchema): { type: AnySchema; fallback: unknown } {
+  let type = schema;
+  let fallback: unknown;
+  while (type.def.innerType) {
+    if (type.def.type === 'default') fallback = type.def.defaultValue;
+    type = type.def.innerType;
+  }
+  return { type, fallback };
+}
+
+function placeholder(type: AnySchema): string {
+  if (type.def.type === 'number') return 'n';
+  if (type.def.type === 'array') return 'list';
+  return 'value';
+}
+
+function show(value: unknown): string {
+  return Array.isArray(value) ? value.join(',') : String(value);
+}
+
+export function number(text: string): number {
+  const value = Number(text);
+  if (text.trim() === '' || Number.isNaN(value)) throw new InvalidArgumentError('Expected a number.');
+  return value;
+}
+
+/** A whole number of at least `least`. */
+export function whole(least: number): (text: string) => number {
+  return (text) => {
+    const value = number(text);
+    if (!Number.isInteger(value) || value < least)
+      throw new InvalidArgumentError(`Expected a whole number from ${least}.`);
+    return value;
+  };
+}
+
+export function list(text: string): string[] {
+  return text.split(',').map((part) => part.trim());
+}

@@ -1,0 +1,69 @@
+import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { join } from 'node:path';
+import type { Score } from '../reward/index.js';
+import { writeFileAtomically } from './files.js';
+
+/** One line of completions/step-000001.jsonl. */
+export interface CompletionRecord {
+  step: number;
+  /** Which prompt of the step, and which completion of it, both from 0. */
+  promptIndex: number;
+  completionIndex: number;
+  prompt: string;
+  text: string;
+  tokens: number;
+  finishReason: string;
+  reward: number;
+  parts: Score['parts'];
+  advantage: number;
+}
+
+/** Keeps every completion of every step: a JSONL file to query and a transcript to read. */
+export class CompletionLog {
+  readonly folder: string;
+
+  constructor(folder: string) {
+    this.folder = folder;
+  }
+
+  write(step: number, records: readonly CompletionRecord[]): void {
+    mkdirSync(this.folder, { recursive: true });
+    const base = join(this.folder, `step-${String(step).padStart(6, '0')}`);
+    writeFileAtomically(`${base}.jsonl`, records.map((record) => `${JSON.stringify(record)}\n`).join(''));
+    writeFileAtomically(`${base}.txt`, transcript(records));
+  }
+
+  discardAfter(step: number): void {
+    if (!existsSync(this.folder)) return;
+    for (const name of readdirSync(this.folder)) {
+      const number = /^step-(\d+)\./.exec(name)?.[1];
+      if (number !== undefined && Number(number) > step) rmSync(join(this.folder, name));
+    }
+  }
+}
+
+function transcript(records: readonly CompletionRecord[]): string {
+  const lines: string[] = [];
+  for (const record of records) {
+    if (record.completionIndex === 0) {
+      lines.push(`${'='.repeat(80)}`, `PROMPT ${record.promptIndex + 1}`, '', record.prompt.trimEnd(), '');
+    }
+    const parts = Object.entries(record.parts).map(
+      ([name, part]) => `${name} ${part.case} ${signed(part.score)}`,
+    );
+    lines.push(
+      '-'.repeat(80),
+      `COMPLETION ${record.promptIndex + 1}.${record.completionIndex + 1}: reward ${record.reward} ` +
+        `(${parts.join(', ')}), advantage ${record.advantage.toFixed(3)}, ` +
+        `${record.tokens} tokens, ended by ${record.finishReason}`,
+      '',
+      record.text.trimEnd(),
+      '',
+    );
+  }
+  return `${lines.join('\n')}\n`;
+}
+
+function signed(value: number): string {
+  return value > 0 ? `+${value}` : String(value);
+}

@@ -1,0 +1,49 @@
+import { type EvaluatingPolicy, type Evaluation, evaluate } from '../evaluate/index.js';
+import { motivationAt, parseMotivation } from '../prompt/motivation.js';
+import type { RowSource, Task } from '../tasks/index.js';
+import type { TrainingEvent } from './loop.js';
+import type { EvaluationSettings } from './settings.js';
+
+// The same rows whatever the seed of a run, so that runs compare.
+const heldOutSeed = 0;
+
+/** The first `count` rows that `task` holds out, or all where it has fewer. */
+export async function heldOutRows<Row>(task: Task<Row>, count: number): Promise<Row[]> {
+  return firstRows(await task.rows({ split: 'test', seed: heldOutSeed }), count);
+}
+
+export function firstRows<Row>(source: RowSource<Row>, count: number): Row[] {
+  const length = Math.min(count, source.size ?? count);
+  return Array.from({ length }, (_, i) => source.at(i));
+}
+
+/** The evaluation that is due after `step`, by view of the motivation; undefined where none is. */
+export async function evaluateDuringTraining<Row>(options: {
+  policy: EvaluatingPolicy;
+  task: Task<Row>;
+  rows: readonly Row[];
+  settings: EvaluationSettings;
+  step: number;
+  onEvent?: ((event: TrainingEvent) => void) | undefined;
+  signal?: AbortSignal | undefined;
+}): Promise<Record<string, Evaluation> | undefined> {
+  const { policy, task, rows, settings, step, onEvent, signal } = options;
+  const { evaluateEvery, steps } = settings;
+  if (evaluateEvery === 0 || (step % evaluateEvery !== 0 && step !== steps)) return undefined;
+  onEvent?.({ type: 'phase', phase: 'evaluating', step });
+  const results: Record<string, Evaluation> = {};
+  for (const text of settings.evaluateMotivations) {
+    results[text] = await evaluate(policy, task, rows, {
+      samples: settings.evaluateSamples,
+      ...(settings.passAt && { passAt: settings.passAt }),
+      motivation: motivationAt(parseMotivation(text), step),
+      maxTokens: settings.maxTokens,
+      temperature: settings.evaluateTemperature,
+      ...(settings.stop && { stop: settings.stop }),
+      seed: settings.seed,
+      ...(signal && { signal }),
+    });
+  }
+  onEvent?.({ type: 'evaluation', step, results });
+  return results;
+}

@@ -1,0 +1,22 @@
+export { type AdvantageKind, groupAdvantages } from './advantages.js';
+export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js';
+export type { CompletionRecord } from './completions.js';
+export { type Branch, countTokens, forestOf } from './forest.js';
+export { type Phase, type RunResult, readSavedRun, type SavedRun, type TrainingEvent } from './loop.js';
+export { type MetricsRow, readMetrics } from './metrics.js';
+export { learningRateAt, type ScheduleKind, type ScheduleOptions } from './schedule.js';
+export type { GrpoOptions, GrpoSettings, SftOptions, SftSettings } from './settings.js';
+export {
+  type Example,
+  readExamples,
+  type SftMetrics,
+  SupervisedTrainer,
+  type SupervisedTrainerOptions,
+} from './sft.js';
+export {
+  type GrpoMetrics,
+  type ReferencePolicy,
+  type TrainablePolicy,
+  Trainer,
+  type TrainerOptions,
+} from './trainer.js';

@@ -1,0 +1,280 @@
+import { z } from 'zod';
+import { MerfError } from '../errors.js';
+
+// Every setting carries what --help says about it and the heading it stands under. `matters: false` marks those
+// that leave the weights a run ends with unchanged, so that a resumed run may differ in them.
+interface Meta {
+  group: string;
+  description: string;
+  matters?: boolean;
+}
+
+export function setting<T extends z.ZodType>(schema: T, meta: Meta): T {
+  return schema.meta({ ...meta }) as T;
+}
+
+const count = z.int().min(1);
+const countOrNone = z.int().min(0);
+const share = z.number().min(0).max(1);
+const positive = z.number().positive();
+const coefficient = z.number().min(0);
+
+const optimizer = {
+  learningRate: setting(positive.default(1e-5), {
+    group: 'Optimizer',
+    description: 'the rate that warm-up rises to',
+  }),
+  schedule: setting(z.enum(['constant', 'linear', 'cosine']).default('constant'), {
+    group: 'Optimizer',
+    description: 'how the rate falls after warm-up',
+  }),
+  warmupSteps: setting(countOrNone.default(0), {
+    group: 'Optimizer',
+    description: 'steps over which the rate rises',
+  }),
+  decaySteps: setting(count.optional(), {
+    group: 'Optimizer',
+    description: 'step at which linear or cosine ends (default: the steps of the run)',
+  }),
+  minLearningRate: setting(coefficient.default(0), {
+    group: 'Optimizer',
+    description: 'where linear or cosine ends',
+  }),
+  beta1: setting(share.default(0.9), {
+    group: 'Optimizer',
+    description: "AdamW's decay of the first moment",
+  }),
+  beta2: setting(share.default(0.999), {
+    group: 'Optimizer',
+    description: "AdamW's decay of the second moment",
+  }),
+  epsilon: setting(positive.default(1e-8), { group: 'Optimizer', description: "AdamW's epsilon" }),
+  weightDecay: setting(coefficient.default(0), {
+    group: 'Optimizer',
+    description: 'decoupled weight decay of matrices',
+  }),
+  maxGradNorm: setting(coefficient.default(1), {
+    group: 'Optimizer',
+    description: 'global norm that gradients are clipped to; 0: not clipped',
+  }),
+};
+
+const run = {
+  steps: setting(count.default(100), { group: 'Run', description: 'training steps in all', matters: false }),
+  seed: setting(z.int().min(0).max(0x7fffffff).default(0), {
+    group: 'Run',
+    description: 'seed of the data, its order and every draw',
+  }),
+  saveEvery: setting(countOrNone.default(50), {
+    group: 'Run',
+    description: 'steps between checkpoints; 0: at the end only',
+    matters: false,
+  }),
+  keepCheckpoints: setting(count.default(2), {
+    group: 'Run',
+    description: 'how many of the newest checkpoints stay on disk',
+    matters: false,
+  }),
+  batchTokens: setting(count.optional(), {
+    group: 'Run',
+    description: 'tokens of one forward and backward pass: less memory, same result to rounding',
+    matters: false,
+  }),
+};
+
+const evaluation = {
+  evaluateEvery: setting(countOrNone.default(0), {
+    group: 'Evaluation',
+    description: 'steps between evaluations, the first before step 1; 0: none',
+    matters: false,
+  }),
+  evaluatePrompts: setting(count.default(64), {
+    group: 'Evaluation',
+    description: 'held-out prompts',
+    matters: false,
+  }),
+  evaluateSamples: setting(count.default(1), {
+    group: 'Evaluation',
+    description: 'completions of each prompt',
+    matters: false,
+  }),
+  passAt: setting(z.array(count).min(1).optional(), {
+    group: 'Evaluation',
+    description: 'the k of pass@k, by the unbiased estimator (default: the powers of 2 up to the samples)',
+    matters: false,
+  }),
+  evaluateMotivations: setting(z.array(z.string()).min(1).default(['none', 'full']), {
+    group: 'Evaluation',
+    description: 'views of the motivation to evaluate under',
+    matters: false,
+  }),
+  evaluateTemperature: setting(coefficient.default(1), {
+    group: 'Evaluation',
+    description: 'sampling temperature of evaluations; 0: greedy',
+    matters: false,
+  }),
+};
+
+/** The settings of a GRPO run, with their defaults; keys that do not exist are refused. */
+export const grpoSchema = z.strictObject({
+  ...run,
+  promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
+  groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
+  maxTokens: setting(count.default(256), { group: 'Rollout', description: 'longest completion, in tokens' }),
+  temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),
+  topK: setting(countOrNone.default(0), {
+    group: 'Rollout',
+    description: 'draw among the k likeliest tokens; 0: off',
+  }),
+  topP: setting(z.number().positive().max(1).default(1), {
+    group: 'Rollout',
+    description: 'draw among the likeliest tokens of this total probability; 1: off',
+  }),
+  minP: setting(share.default(0), {
+    group: 'Rollout',
+    description: "drop tokens below this share of the likeliest one's probability; 0: off",
+  }),
+  stop: setting(z.array(z.string().min(1)).optional(), {
+    group: 'Rollout',
+    description: 'strings that end a completion',
+  }),
+  motivation: setting(z.string().default('full'), {
+    group: 'Motivation',
+    description:
+      'what the prompt says about the reward: none, full, adverse, partial:COMPONENT, template:FILE, ' +
+      'or a schedule such as full@0,none@100',
+  }),
+  loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('grpo'), {
+    group: 'Loss',
+    description: 'which policy loss',
+  }),
+  clipLow: setting(coefficient.optional(), {
+    group: 'Loss',
+    description: 'lower clip range of the importance ratio (default: 0.2; gspo 3e-4)',
+  }),
+  clipHigh: setting(coefficient.optional(), {
+    group: 'Loss',
+    description: 'upper clip range of the importance ratio (default: 0.2; gspo 4e-4, cispo 4)',
+  }),
+  kl: setting(coefficient.default(0), {
+    group: 'Loss',
+    description: 'coefficient of the k3 KL penalty against the reference (the initial weights); 0: off',
+  }),
+  entropy: setting(coefficient.default(0), {
+    group: 'Loss',
+    description: 'coefficient of the entropy bonus',
+  }),
+  advantage: setting(z.enum(['group', 'batch', 'leave_one_out']).default('group'), {
+    group: 'Loss',
+    description: 'what rewards are compared with',
+  }),
+  scaleAdvantages: setting(z.boolean().optional(), {
+    group: 'Loss',
+    description: 'divide advantages by the standard deviation of rewards (default: yes, except for dr_grpo)',
+  }),
+  maskTruncated: setting(z.boolean().default(false), {
+    group: 'Loss',
+    description: 'leave completions that ran out of tokens out of the loss',
+  }),
+  updatesPerRollout: setting(count.default(1), {
+    group: 'Loss',
+    description: 'passes over the completions of a step',
+  }),
+  miniBatches: setting(count.default(1), {
+    group: 'Loss',
+    description: 'optimizer updates of one pass; must divide the prompts of a step',
+  }),
+  ...optimizer,
+  ...evaluation,
+});
+
+/** The settings of a supervised run, with their defaults; keys that do not exist are refused. */
+export const sftSchema = z.strictObject({
+  ...run,
+  examplesPerStep: setting(count.default(8), { group: 'Data', description: 'examples of one update' }),
+  motivation: setting(z.array(z.string()).min(1).default(['none', 'full']), {
+    group: 'Motivation',
+    description: "what the prompts of a task's own demonstrations say about the reward; the views take turns",
+  }),
+  maxTokens: setting(count.default(256), {
+    group: 'Evaluation',
+    description: 'longest completion of an evaluation, in tokens',
+    matters: false,
+  }),
+  ...optimizer,
+  ...evaluation,
+});
+
+export type EvaluationSettings = Pick<
+  SftSettings,
+  keyof typeof evaluation | 'maxTokens' | 'seed' | 'steps'
+> & {
+  stop?: string[] | undefined;
+};
+export type GrpoSettings = z.output<typeof grpoSchema>;
+export type GrpoOptions = z.input<typeof grpoSchema>;
+export type SftSettings = z.output<typeof sftSchema>;
+export type SftOptions = z.input<typeof sftSchema>;
+
+/**
+ * `options` with the defaults filled in.
+ * @throws MerfError INVALID_CONFIG, naming each key that is wrong and, for an unknown one, the nearest that exists
+ */
+export function parseSettings<S extends z.ZodObject>(
+  schema: S,
+  options: unknown,
+  where = 'the settings',
+): z.output<S> {
+  const result = schema.safeParse(options);
+  if (result.success) return result.data;
+  const problems = result.error.issues.map((issue) => {
+    if (issue.code === 'unrecognized_keys') {
+      return issue.keys.map((key) => unknownKey(key, Object.keys(schema.shape))).join('; ');
+    }
+    const key = issue.path.join('.');
+    const given = valueAt(options, issue.path);
+    return `${key}: ${issue.message}${given === undefined ? '' : `, but it was ${JSON.stringify(given)}`}`;
+  });
+  throw new MerfError('INVALID_CONFIG', `In ${where}: ${problems.join('; ')}`);
+}
+
+/** The keys of `schema` in which a resumed run may not differ from the run it goes on with. */
+export function keysThatMatter(schema: z.ZodObject): string[] {
+  return Object.entries(schema.shape)
+    .filter(([, field]) => (field as z.ZodType).meta()?.matters !== false)
+    .map(([key]) => key);
+}
+
+function valueAt(value: unknown, path: readonly PropertyKey[]): unknown {
+  let current: unknown = value;
+  for (const key of path) current = (current as Record<PropertyKey, unknown> | undefined)?.[key];
+  return current;
+}
+
+/** The message for a key that does not exist, in the way of writing (snake_case or camelCase) that it was given in. */
+export function unknownKey(key: string, known: readonly string[]): string {
+  const snake = key.includes('_');
+  const candidates = snake ? known.map(toSnakeCase) : known;
+  const nearest = candidates
+    .map((name) => ({ name, distance: editDistance(key, name) }))
+    .sort((a, b) => a.distance - b.distance)[0];
+  const near = nearest !== undefined && nearest.distance <= Math.max(2, key.length / 3);
+  return `unknown key "${key}"${near ? `; did you mean "${nearest.name}"?` : `; known keys: ${candidates.join(', ')}`}`;
+}
+
+export function toSnakeCase(key: string): string {
+  return key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
+}
+
+function editDistance(a: string, b: string): number {
+  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
+  for (let i = 1; i <= a.length; i++) {
+    const next = [i];
+    for (let j = 1; j <= b.length; j++) {
+      const replaced = (row[j - 1] as number) + (a[i - 1] === b[j - 1] ? 0 : 1);
+      next.push(Math.min(replaced, (row[j] as number) + 1, (next[j - 1] as number) + 1));
+    }
+    row = next;
+  }
+  return row[b.length] as number;
+}
