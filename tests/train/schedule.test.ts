@@ -1,0 +1,71 @@
+import { describe, expect, test } from '@jest/globals';
+import { groupAdvantages } from '../../lib/train/advantages.js';
+import { learningRateAt, type ScheduleKind } from '../../lib/train/schedule.js';
+
+function rates(kind: ScheduleKind, steps: number, options: { warmupSteps?: number; minLearningRate?: number } = {}) {
+  return Array.from({ length: steps }, (_, i) =>
+    learningRateAt(i + 1, { kind, learningRate: 1, decaySteps: 8, ...options }),
+  );
+}
+
+describe('learningRateAt', () => {
+  test('constant', () => {
+    expect(rates('constant', 3)).toEqual([1, 1, 1]);
+    expect(rates('constant', 4, { warmupSteps: 2 })).toEqual([0.5, 1, 1, 1]);
+  });
+
+  test('linear falls to the minimum and stays there', () => {
+    expect(rates('linear', 10)).toEqual([1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125, 0, 0]);
+    expect(rates('linear', 10, { warmupSteps: 4, minLearningRate: 0.2 })).toEqual(
+      [0.25, 0.5, 0.75, 1, 1, 0.8, 0.6, 0.4, 0.2, 0.2].map((rate) => expect.closeTo(rate, 12)),
+    );
+  });
+
+  test('cosine is half way down in the middle', () => {
+    const falling = rates('cosine', 9);
+    expect(falling[0]).toBe(1);
+    expect(falling[4]).toBeCloseTo(0.5, 12);
+    expect(falling[8]).toBeCloseTo(0, 12);
+    for (let i = 1; i < 9; i++) expect(falling[i]).toBeLessThan(falling[i - 1] as number);
+  });
+
+  test('a warm-up longer than the decay ends at the minimum', () => {
+    expect(rates('linear', 11, { warmupSteps: 10 }).slice(-2)).toEqual([1, 0]);
+  });
+
+  test('an unknown kind is refused', () => {
+    expect(() => rates('step' as ScheduleKind, 1)).toThrow(/constant, linear, cosine for schedule/);
+  });
+});
+
+describe('groupAdvantages', () => {
+  const rewards = [
+    [1, 2, 3, 6],
+    [0, 0, 0, 0],
+  ];
+  // Sample standard deviation of the first group, and of all eight.
+  const groupDeviation = Math.sqrt((4 + 1 + 0 + 9) / 3);
+  const batchDeviation = Math.sqrt((1 + 4 + 9 + 36 - 144 / 8) / 7);
+
+  test('group: mean 0, in units of the deviation', () => {
+    const [first, second] = groupAdvantages(rewards);
+    expect(first).toEqual([-2, -1, 0, 3].map((d) => expect.closeTo(d / (groupDeviation + 1e-4), 12)));
+    expect(second).toEqual([0, 0, 0, 0]);
+    expect(groupAdvantages(rewards, { scale: false })[0]).toEqual([-2, -1, 0, 3]);
+  });
+
+  test('batch', () => {
+    const [first] = groupAdvantages(rewards, { kind: 'batch' });
+    expect(first).toEqual([-2, -1, 0, 3].map((d) => expect.closeTo(d / (batchDeviation + 1e-4), 12)));
+  });
+
+  test('leave one out: each against the mean of the others', () => {
+    const [first] = groupAdvantages(rewards, { kind: 'leave_one_out' });
+    expect(first).toEqual([1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2].map((d) => expect.closeTo(d, 12)));
+  });
+
+  test('one alone has advantage 0; a reward that is no number is refused', () => {
+    expect(groupAdvantages([[5]])).toEqual([[0]]);
+    expect(() => groupAdvantages([[1], [Number.NaN]])).toThrow(/finite numbers in group 1/);
+  });
+});
