@@ -79,13 +79,26 @@ export async function importModule(path: string): Promise<Record<string, unknown
   const url = pathToFileURL(file).href;
   try {
     if (!/\.m?ts$/.test(file)) return (await import(url)) as Record<string, unknown>;
-    const { tsImport } = await importTsx(path);
-    return (await tsImport(url, import.meta.url)) as Record<string, unknown>;
+    return await importTypeScript(url, path);
   } catch (cause) {
     if (cause instanceof MerfError) throw cause;
     throw new MerfError('INVALID_ARGUMENT', `Cannot import ${path}: ${(cause as Error)?.message ?? cause}`, {
       cause,
     });
+  }
+}
+
+async function importTypeScript(url: string, path: string): Promise<Record<string, unknown>> {
+  const { register, tsImport } = await importTsx(path);
+  const unregister = register();
+  try {
+    return (await import(url)) as Record<string, unknown>;
+  } catch (error) {
+    // In a package of type commonjs only tsImport can, at the price of a second copy of this library.
+    if ((error as { code?: unknown }).code !== 'ERR_REQUIRE_CYCLE_MODULE') throw error;
+    return (await tsImport(url, import.meta.url)) as Record<string, unknown>;
+  } finally {
+    await unregister();
   }
 }
 
