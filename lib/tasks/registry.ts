@@ -23,10 +23,11 @@ export function taskNames(): string[] {
 }
 
 /**
- * A task by its name, or by the path of a module of the user's that exports a `task` (see `defineTask`).
+ * A task by its name, or by the path of a module of the user's that exports a `task` made by `defineTask`, or a
+ * function `task` of the options that returns one.
  *
  * @param name one of `taskNames()`, or a path that ends in .js, .mjs, .ts or .mts
- * @param options undefined values count as absent; a module takes none
+ * @param options undefined values count as absent; a module whose `task` is no function takes none
  * @throws MerfError INVALID_ARGUMENT for an unknown name or option, FILE_NOT_FOUND, UNSUPPORTED, and what reading
  * the task's data throws
  */
@@ -41,28 +42,35 @@ export async function getTask(name: string, options: TaskOptions = {}): Promise<
         describeValue(name),
     );
   }
-  const known = entry?.options ?? [];
-  const unknown = given.find(([key]) => !known.includes(key));
+  const kept = Object.fromEntries(given);
+  if (!entry) return importTask(name, kept);
+  const unknown = given.find(([key]) => !entry.options.includes(key));
   if (unknown) {
     throw new MerfError(
       'INVALID_ARGUMENT',
-      known.length > 0
-        ? `Expected one of ${known.join(', ')} for an option of the task ${name} but received ${unknown[0]}`
-        : `Expected no options for the task ${name}, which is a module, but received ${unknown[0]}`,
+      `Expected one of ${entry.options.join(', ')} for an option of the task ${name} but received ${unknown[0]}`,
     );
   }
-  return entry ? entry.make(Object.fromEntries(given)) : importTask(name);
+  return entry.make(kept);
 }
 
-async function importTask(path: string): Promise<Task> {
+async function importTask(path: string, options: TaskOptions): Promise<Task> {
   const module = await importModule(path);
-  const task: unknown = await module.task;
+  const [given] = Object.keys(options);
+  if (given !== undefined && typeof module.task !== 'function') {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected no options for the task ${path}, which exports no function of them, but received ${given}`,
+    );
+  }
+  const task: unknown = await (typeof module.task === 'function' ? module.task(options) : module.task);
   const wrong = whatIsNoTask(task);
-  if (wrong)
+  if (wrong) {
     throw new MerfError(
       'INVALID_ARGUMENT',
       `Expected ${path} to export a task made by defineTask, but ${wrong}`,
     );
+  }
   return task as Task;
 }
 
@@ -74,8 +82,9 @@ async function importTask(path: string): Promise<Task> {
  */
 export async function importModule(path: string): Promise<Record<string, unknown>> {
   const file = resolve(path);
-  if (!existsSync(file))
+  if (!existsSync(file)) {
     throw new MerfError('FILE_NOT_FOUND', `Cannot import ${path}: there is no such file`);
+  }
   const url = pathToFileURL(file).href;
   try {
     if (!/\.m?ts$/.test(file)) return (await import(url)) as Record<string, unknown>;

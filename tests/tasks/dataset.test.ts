@@ -240,11 +240,11 @@ describe('a task in a module of the user', () => {
     JSON.stringify(pathToFileURL(join(import.meta.dirname, '../../lib', path)).href);
 
   /** What a process of its own, which imports TypeScript as the command line does, says about the module. */
-  function load(file: string): string {
+  function load(file: string, options = {}): string {
     const script = `
       import { getTask } from ${library('tasks/registry.ts')};
       try {
-        const task = await getTask(process.argv[1]);
+        const task = await getTask(process.argv[1], ${JSON.stringify(options)});
         const row = task.rows({ split: 'train', seed: 1 }).at(0);
         console.log(task.name, JSON.stringify(task.messages(row, 'full')));
       } catch (error) {
@@ -276,6 +276,16 @@ describe('a task in a module of the user', () => {
 
   test('is loaded, TypeScript and all', () => {
     expect(load(write('echo.ts', source))).toMatch(/^echo \[.*\+1\.25 points if it is the same/);
+  });
+
+  test('may be a function of the options', () => {
+    const file = write(
+      'options.ts',
+      `${source.replace('const task =', 'const task = ({ data }: { data: string }) =>').replace("'echo', spec", '`echo ${data}`, spec')}`,
+    );
+    expect(load(file, { data: 'here.jsonl' })).toMatch(/^echo here\.jsonl \[/);
+    const said = load(write('no-options.ts', source), { data: 'here.jsonl' });
+    expect(said).toMatch(/^INVALID_ARGUMENT Expected no options .* but received data/);
   });
 
   test.each([
