@@ -279,10 +279,10 @@ describe('a task in a module of the user', () => {
   });
 
   test('may be a function of the options', () => {
-    const file = write(
-      'options.ts',
-      `${source.replace('const task =', 'const task = ({ data }: { data: string }) =>').replace("'echo', spec", '`echo ${data}`, spec')}`,
-    );
+    const withOptions = source
+      .replace('const task =', 'const task = ({ data }: { data: string }) =>')
+      .replace("'echo', spec", "'echo ' + data, spec");
+    const file = write('options.ts', withOptions);
     expect(load(file, { data: 'here.jsonl' })).toMatch(/^echo here\.jsonl \[/);
     const said = load(write('no-options.ts', source), { data: 'here.jsonl' });
     expect(said).toMatch(/^INVALID_ARGUMENT Expected no options .* but received data/);

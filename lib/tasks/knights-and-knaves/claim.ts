@@ -1,6 +1,7 @@
 /** What an islander says, as a formula over who is a knight and who is a knave. Persons are indices into `names`. */
 export type Claim =
-  | { readonly kind: 'knight' | 'knave'; readonly person: number }
+  | { readonly kind: 'knight'; readonly person: number }
+  | { readonly kind: 'knave'; readonly person: number }
   | { readonly kind: 'not'; readonly claim: Claim }
   | { readonly kind: BinaryKind; readonly left: Claim; readonly right: Claim };
 
