@@ -1,7 +1,7 @@
 // A GRPO trainer of one's own, on the four primitives: sample, score, forwardBackward, optimStep.
 //
 //   npx tsx examples/own-trainer.ts [steps]
-import { defaultModel, forestOf, getTask, groupAdvantages, parseCompletion, Policy } from 'merf';
+import { defaultModel, forestOf, getTask, groupAdvantages, Policy, parseCompletion } from 'merf';
 
 const steps = Number(process.argv[2] ?? 15);
 const promptsPerStep = 8;

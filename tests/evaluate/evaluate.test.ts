@@ -56,7 +56,10 @@ describe('evaluate', () => {
     const right = seen.filter(({ text }) => text.startsWith('b')).length / 200;
     expect(result.accuracy).toBeCloseTo(right, 12);
     expect(result.reward).toBeCloseTo(2 * right - 1, 12);
-    expect(result.cases.start).toEqual({ right: expect.closeTo(right, 12), wrong: expect.closeTo(1 - right, 12) });
+    expect(result.cases.start).toEqual({
+      right: expect.closeTo(right, 12),
+      wrong: expect.closeTo(1 - right, 12),
+    });
     expect(result.passAt['1']).toBeCloseTo(right, 12);
     expect(result.passAt['2']).toBeGreaterThan(right);
     expect(result.passAt['4']).toBeGreaterThan(result.passAt['2'] as number);
@@ -64,14 +67,18 @@ describe('evaluate', () => {
     expect(Math.abs(right - 0.25)).toBeLessThan(0.13);
     expect(result.motivation).toBe('full');
     // Batches draw from streams of their own.
-    expect(new Set(seen.slice(0, 16).map((s) => s.text))).not.toEqual(new Set(seen.slice(16, 32).map((s) => s.text)));
+    expect(new Set(seen.slice(0, 16).map((s) => s.text))).not.toEqual(
+      new Set(seen.slice(16, 32).map((s) => s.text)),
+    );
   });
 
   test('the same seed gives the same numbers, another seed others', async () => {
     const task = await fakeTask();
     const rows = Array.from({ length: 30 }, (_, id) => ({ id }));
     const run = (seed: number) =>
-      evaluate(new FakePolicy().asPolicy, task, rows, { seed, maxTokens: 5 }).then(({ seconds, ...rest }) => rest);
+      evaluate(new FakePolicy().asPolicy, task, rows, { seed, maxTokens: 5 }).then(
+        ({ seconds, ...rest }) => rest,
+      );
     expect(await run(1)).toEqual(await run(1));
     expect(await run(1)).not.toEqual(await run(2));
   });

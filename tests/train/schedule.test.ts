@@ -2,7 +2,11 @@ import { describe, expect, test } from '@jest/globals';
 import { groupAdvantages } from '../../lib/train/advantages.js';
 import { learningRateAt, type ScheduleKind } from '../../lib/train/schedule.js';
 
-function rates(kind: ScheduleKind, steps: number, options: { warmupSteps?: number; minLearningRate?: number } = {}) {
+function rates(
+  kind: ScheduleKind,
+  steps: number,
+  options: { warmupSteps?: number; minLearningRate?: number } = {},
+) {
   return Array.from({ length: steps }, (_, i) =>
     learningRateAt(i + 1, { kind, learningRate: 1, decaySteps: 8, ...options }),
   );

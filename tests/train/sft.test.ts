@@ -1,7 +1,7 @@
-import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
 import { readMetrics } from '../../lib/train/metrics.js';
 import { readExamples, SupervisedTrainer, type SupervisedTrainerOptions } from '../../lib/train/sft.js';
 import { FakePolicy } from './fake-policy.js';
@@ -48,7 +48,8 @@ describe('SupervisedTrainer', () => {
     const prompts: string[] = [];
     for (const root of policy.forests[0] ?? []) {
       const start = String.fromCharCode(...Array.from(root.tokens));
-      for (const question of root.children ?? []) prompts.push(start + String.fromCharCode(...Array.from(question.tokens)));
+      for (const question of root.children ?? [])
+        prompts.push(start + String.fromCharCode(...Array.from(question.tokens)));
     }
     expect(prompts.map((prompt) => prompt.includes('begins with b'))).toEqual([false, true, false, true]);
   });
@@ -68,9 +69,9 @@ describe('SupervisedTrainer', () => {
     const second = new FakePolicy();
     await trainer(second, { task, steps: 9, resume: true }).run();
     expect(second.logits).toEqual(unbroken.logits);
-    await expect(trainer(new FakePolicy(), { task, steps: 9, examplesPerStep: 5, resume: true }).run()).rejects.toThrow(
-      /examplesPerStep was 4 and is 5/,
-    );
+    await expect(
+      trainer(new FakePolicy(), { task, steps: 9, examplesPerStep: 5, resume: true }).run(),
+    ).rejects.toThrow(/examplesPerStep was 4 and is 5/);
   });
 
   test('a loss that is not finite skips the update', async () => {
@@ -86,7 +87,9 @@ describe('SupervisedTrainer', () => {
     expect(() => trainer(new FakePolicy(), {})).toThrow(/examples or a task/);
     const { demonstrate: _, ...silent } = await fakeTask();
     expect(() => trainer(new FakePolicy(), { task: silent })).toThrow(/cannot write demonstrations/);
-    await expect(trainer(new FakePolicy(), { examples: [] }).run()).rejects.toMatchObject({ code: 'EMPTY_DATASET' });
+    await expect(trainer(new FakePolicy(), { examples: [] }).run()).rejects.toMatchObject({
+      code: 'EMPTY_DATASET',
+    });
     const long = { prompt: 'a', completion: 'b'.repeat(1000) };
     await expect(trainer(new FakePolicy(), { examples: [long] }).run()).rejects.toMatchObject({
       code: 'CONTEXT_EXCEEDED',
