@@ -1,0 +1,582 @@
+import { existsSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { MerfError } from '../../lib/errors.js';
+import { readGguf } from '../../lib/policy/gguf.js';
+import { openModel } from '../../lib/policy/model-files.js';
+import { readSafetensorsHeader } from '../../lib/policy/safetensors.js';
+import { Tokenizer } from '../../lib/policy/tokenizer.js';
+import {
+  configJson,
+  expectFailure,
+  failure,
+  type GgufField,
+  type GgufTensor,
+  ggufFields,
+  ggufFile,
+  ggufTensors,
+  random,
+  safetensorsFile,
+  smollm,
+  temporaryDirectory,
+  tinyConfig,
+  tinyWeights,
+  tokenizerFiles,
+  writeTinyModel,
+} from './helpers.js';
+
+let directory: { path: string; remove: () => void };
+let count = 0;
+beforeAll(() => {
+  directory = temporaryDirectory();
+});
+afterAll(() => directory.remove());
+
+function file(bytes: Uint8Array, extension: string): string {
+  const path = join(directory.path, `file-${count++}.${extension}`);
+  writeFileSync(path, bytes);
+  return path;
+}
+
+const model = (files: Record<string, string | Uint8Array | null> = {}) =>
+  writeTinyModel(join(directory.path, `model-${count++}`), files);
+const withConfig = (change: Record<string, unknown>) =>
+  model({ 'config.json': JSON.stringify({ ...configJson(), ...change }) });
+
+describe('a Hugging Face directory', () => {
+  test('gives its configuration, a source for every parameter and a tokenizer', async () => {
+    const path = model();
+    const files = await openModel(path);
+    expect(files.config).toEqual(tinyConfig);
+    expect(files.sources.map(({ name }) => name)).toEqual(tinyWeights().map(({ name }) => name));
+    const q = files.sources.find(({ name }) => name === 'model.layers.1.self_attn.q_proj.weight');
+    expect(q).toMatchObject({
+      encoding: 'F32',
+      shape: [32, 32],
+      byteLength: 4096,
+      path: join(path, 'model.safetensors'),
+    });
+    expect(new Tokenizer(files.tokenizer, path).encode('hello')).toHaveLength(2);
+  });
+
+  test('may be sharded', async () => {
+    const weights = tinyWeights();
+    const halves = [weights.slice(0, 7), weights.slice(7)];
+    const names = ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors'];
+    const index = {
+      metadata: { total_size: 1 },
+      weight_map: Object.fromEntries(
+        halves.flatMap((half, i) => half.map(({ name }) => [name, names[i] as string])),
+      ),
+    };
+    const shards = Object.fromEntries(halves.map((half, i) => [names[i] as string, safetensorsFile(half)]));
+    const path = model({
+      'model.safetensors': null,
+      'model.safetensors.index.json': JSON.stringify(index),
+      ...shards,
+    });
+    const { sources } = await openModel(path);
+    expect(new Set(sources.map((source) => source.path)).size).toBe(2);
+
+    const missing = model({
+      'model.safetensors': null,
+      'model.safetensors.index.json': JSON.stringify(index),
+    });
+    await expectFailure(() => openModel(missing), 'FILE_NOT_FOUND', 'model-00001-of-00002.safetensors');
+    const outside = { weight_map: { x: '../elsewhere.safetensors' } };
+    const escaping = model({
+      'model.safetensors': null,
+      'model.safetensors.index.json': JSON.stringify(outside),
+    });
+    await expectFailure(() => openModel(escaping), 'MALFORMED_FILE', 'index.json', '../elsewhere');
+    const wrongShard = { weight_map: { ...index.weight_map, 'model.norm.weight': names[0] } };
+    const lying = model({
+      'model.safetensors': null,
+      'model.safetensors.index.json': JSON.stringify(wrongShard),
+      ...shards,
+    });
+    await expectFailure(() => openModel(lying), 'MALFORMED_FILE', 'model.norm.weight', '00001');
+  });
+
+  test('reads the rope settings of transformers 4 and 5', async () => {
+    const llama3 = {
+      rope_type: 'llama3',
+      factor: 8,
+      low_freq_factor: 1,
+      high_freq_factor: 4,
+      original_max_position_embeddings: 8192,
+    };
+    const expected = {
+      type: 'llama3',
+      theta: 500_000,
+      factor: 8,
+      lowFrequencyFactor: 1,
+      highFrequencyFactor: 4,
+      originalMaxPositions: 8192,
+    };
+    const four = await openModel(withConfig({ rope_theta: 500_000, rope_scaling: llama3 }));
+    expect(four.config.rope).toEqual(expected);
+    const five = await openModel(
+      withConfig({ rope_theta: undefined, rope_parameters: { ...llama3, rope_theta: 500_000 } }),
+    );
+    expect(five.config.rope).toEqual(expected);
+    const linear = await openModel(withConfig({ rope_scaling: { type: 'linear', factor: 4 } }));
+    expect(linear.config.rope).toEqual({ type: 'linear', theta: 10_000, factor: 4 });
+  });
+
+  test.each([
+    ['mistral', { model_type: 'mistral' }, 'UNSUPPORTED', 'mistral'],
+    ['an activation', { hidden_act: 'gelu' }, 'UNSUPPORTED', 'hidden_act gelu'],
+    ['quantised weights', { quantization_config: { quant_method: 'gptq' } }, 'UNSUPPORTED', 'gptq'],
+    ['yarn', { rope_scaling: { rope_type: 'yarn', factor: 4 } }, 'UNSUPPORTED', 'yarn'],
+    ['dynamic rope', { rope_scaling: { type: 'dynamic', factor: 4 } }, 'UNSUPPORTED', 'dynamic'],
+    ['sliding windows', { use_sliding_window: true }, 'UNSUPPORTED', 'use_sliding_window'],
+    [
+      'layer types',
+      { layer_types: ['full_attention', 'sliding_attention'] },
+      'UNSUPPORTED',
+      'sliding_attention',
+    ],
+    ['experts', { num_local_experts: 8 }, 'UNSUPPORTED', 'num_local_experts'],
+    ['a partial rotation', { partial_rotary_factor: 0.5 }, 'UNSUPPORTED', 'partial_rotary_factor'],
+    ['an odd head size', { head_dim: 12 }, 'UNSUPPORTED', 'head size 12'],
+    [
+      'heads that do not divide',
+      { num_key_value_heads: 3 },
+      'MALFORMED_FILE',
+      'multiple of the key/value heads',
+    ],
+    ['no hidden size', { hidden_size: undefined }, 'MALFORMED_FILE', 'hidden_size but it is missing'],
+    ['a huge count', { num_hidden_layers: 1e15 }, 'MALFORMED_FILE', 'num_hidden_layers'],
+    ['a negative size', { intermediate_size: -1 }, 'MALFORMED_FILE', 'intermediate_size'],
+    ['text for a number', { vocab_size: '272' }, 'MALFORMED_FILE', '"272" of type string'],
+    [
+      'another shape',
+      { intermediate_size: 64 },
+      'MALFORMED_FILE',
+      /mlp.*expected shape \[64,32\] but found \[48,32\]/,
+    ],
+    ['more layers', { num_hidden_layers: 3 }, 'MALFORMED_FILE', 'model.layers.2'],
+    ['fewer layers', { num_hidden_layers: 1 }, 'UNSUPPORTED', 'model.layers.1'],
+    ['an untied head', { tie_word_embeddings: false }, 'MALFORMED_FILE', 'lm_head.weight'],
+    ['biases that are not there', { attention_bias: true }, 'MALFORMED_FILE', 'q_proj.bias'],
+  ] as const)('is refused for %s', async (_, change, code, part) => {
+    await expectFailure(() => openModel(withConfig(change)), code, part);
+  });
+
+  test.each([
+    ['config.json', null, 'FILE_NOT_FOUND'],
+    ['config.json', '{"model_type": ', 'MALFORMED_FILE'],
+    ['config.json', '[]', 'MALFORMED_FILE'],
+    ['tokenizer.json', null, 'FILE_NOT_FOUND'],
+    ['tokenizer.json', '{', 'MALFORMED_FILE'],
+    ['tokenizer_config.json', 'nonsense', 'MALFORMED_FILE'],
+    ['model.safetensors', null, 'FILE_NOT_FOUND'],
+    ['model.safetensors', '', 'MALFORMED_FILE'],
+  ] as const)('is refused where %s is %j', async (name, content, code) => {
+    await expectFailure(() => openModel(model({ [name]: content })), code, name);
+  });
+
+  test('is refused where there is nothing, or something else', async () => {
+    const nothing = join(directory.path, 'none');
+    await expectFailure(() => openModel(nothing), 'FILE_NOT_FOUND', nothing);
+    await expectFailure(() => openModel(file(Buffer.from('text'), 'txt')), 'UNSUPPORTED', '.txt');
+    await expectFailure(() => openModel('/dev/null'), 'UNSUPPORTED', '/dev/null');
+  });
+
+  test('is refused for types of weights that are not supported', async () => {
+    const weights = tinyWeights();
+    const norm = weights.find(({ name }) => name === 'model.norm.weight');
+    if (norm) Object.assign(norm, { dtype: 'I8', data: new Uint8Array(32) });
+    await expectFailure(
+      () => openModel(model({ 'model.safetensors': safetensorsFile(weights) })),
+      'UNSUPPORTED',
+      'I8',
+    );
+  });
+});
+
+describe('a safetensors file', () => {
+  const tensors = [
+    { name: 'a', dtype: 'F32', shape: [2, 3], data: new Uint8Array(24) },
+    { name: 'b', dtype: 'BF16', shape: [5], data: new Uint8Array(10) },
+    { name: 'scalar', dtype: 'F32', shape: [], data: new Uint8Array(4) },
+  ];
+  const good = safetensorsFile(tensors);
+
+  test('gives dtype, shape and place of its tensors', async () => {
+    const header = await readSafetensorsHeader(file(good, 'safetensors'));
+    const start = good.length - 38;
+    expect(header.get('b')).toEqual({ dtype: 'BF16', shape: [5], offset: start + 24, byteLength: 10 });
+    expect(header.get('scalar')).toEqual({ dtype: 'F32', shape: [], offset: start + 34, byteLength: 4 });
+  });
+
+  test('is refused wherever it is cut', async () => {
+    for (let length = 0; length < good.length; ++length) {
+      const path = file(good.subarray(0, length), 'safetensors');
+      await expectFailure(() => readSafetensorsHeader(path), 'MALFORMED_FILE', path);
+    }
+  });
+
+  test('is refused with bytes after its tensors', async () => {
+    const path = file(Buffer.concat([good, Buffer.alloc(1)]), 'safetensors');
+    await expectFailure(
+      () => readSafetensorsHeader(path),
+      'MALFORMED_FILE',
+      '38 bytes of tensors but the file holds 39',
+    );
+  });
+
+  test.each([
+    ['a huge header', Buffer.concat([Buffer.alloc(8, 0xff), good.subarray(8)]), 'header of at most'],
+    [
+      'an unknown dtype',
+      safetensorsFile(tensors, (h) => Object.assign(h.a as object, { dtype: 'F31' })),
+      'F31',
+    ],
+    [
+      'a lying shape',
+      safetensorsFile(tensors, (h) => Object.assign(h.a as object, { shape: [2, 4] })),
+      'takes 32 bytes',
+    ],
+    [
+      'a huge shape',
+      safetensorsFile(tensors, (h) => Object.assign(h.a as object, { shape: [1e15, 1e15] })),
+      'takes',
+    ],
+    [
+      'a negative shape',
+      safetensorsFile(tensors, (h) => Object.assign(h.a as object, { shape: [-2, -3] })),
+      'shape',
+    ],
+    [
+      'offsets beyond the end',
+      safetensorsFile(tensors, (h) => Object.assign(h.b as object, { data_offsets: [24, 1e9] })),
+      'data_offsets',
+    ],
+    [
+      'offsets in reverse',
+      safetensorsFile(tensors, (h) => Object.assign(h.b as object, { data_offsets: [34, 24] })),
+      'data_offsets',
+    ],
+    [
+      'fractional offsets',
+      safetensorsFile(tensors, (h) => Object.assign(h.b as object, { data_offsets: [24.5, 34.5] })),
+      'data_offsets',
+    ],
+    [
+      'an overlap',
+      safetensorsFile(tensors, (h) => Object.assign(h.b as object, { data_offsets: [14, 24] })),
+      'overlaps|hole',
+    ],
+    [
+      'a missing shape',
+      safetensorsFile(tensors, (h) => Object.assign(h.a as object, { shape: undefined })),
+      'shape',
+    ],
+    ['a tensor that is null', safetensorsFile(tensors, (h) => Object.assign(h, { a: null })), 'object'],
+  ])('is refused for %s', async (_, bytes, part) => {
+    await expectFailure(
+      () => readSafetensorsHeader(file(bytes, 'safetensors')),
+      'MALFORMED_FILE',
+      new RegExp(part),
+    );
+  });
+});
+
+describe('a GGUF file', () => {
+  const good = ggufFile(ggufFields(), ggufTensors());
+
+  test('gives configuration, sources and tokenizer', async () => {
+    const files = await openModel(file(good, 'gguf'));
+    expect(files.config).toEqual(tinyConfig);
+    expect(files.sources.map(({ name }) => name)).toEqual(tinyWeights().map(({ name }) => name));
+    const byName = new Map(files.sources.map((source) => [source.name, source]));
+    expect(byName.get('model.layers.0.self_attn.q_proj.weight')?.permutedHeads).toBe(4);
+    expect(byName.get('model.layers.0.self_attn.k_proj.weight')?.permutedHeads).toBe(2);
+    expect(byName.get('model.layers.0.self_attn.v_proj.weight')?.permutedHeads).toBeUndefined();
+    const embedding = byName.get('model.embed_tokens.weight');
+    const weights = tinyWeights()[0]?.data as Uint8Array;
+    expect(good.subarray(embedding?.offset, (embedding?.offset ?? 0) + weights.length).equals(weights)).toBe(
+      true,
+    );
+    const tokenizer = new Tokenizer(files.tokenizer, 'tiny');
+    const plain = new Tokenizer(tokenizerFiles(), 'tiny');
+    const text = 'hello world<|im_end|> né 12';
+    expect(tokenizer.encode(text)).toEqual(plain.encode(text));
+    expect(tokenizer.eosIds).toEqual([0, 2]);
+  });
+
+  test('is refused wherever it is cut, at every byte of its header and at the ends of its tensors', async () => {
+    const small = ggufFile(
+      ggufFields().map((field) =>
+        field.type === 'strings' ? { ...field, value: field.value.slice(0, 3) } : field,
+      ),
+      ggufTensors().slice(0, 3),
+    );
+    const { tensors } = await readGguf(file(small, 'gguf'));
+    const dataStart = Math.min(...[...tensors.values()].map(({ offset }) => offset));
+    const cuts = new Set(Array.from({ length: dataStart }, (_, i) => i));
+    for (const { offset, byteLength } of tensors.values())
+      for (const cut of [offset, offset + byteLength - 1]) cuts.add(cut);
+    for (const cut of cuts) {
+      const path = file(small.subarray(0, cut), 'gguf');
+      await expectFailure(() => readGguf(path), 'MALFORMED_FILE', path);
+    }
+  });
+
+  test('with any byte changed is read or refused, never more', async () => {
+    const draw = random(7);
+    const headerBytes = 3000;
+    for (let round = 0; round < 1500; ++round) {
+      const bytes = Buffer.from(good);
+      const changes = 1 + Math.floor(draw() * 3);
+      for (let i = 0; i < changes; ++i) bytes[Math.floor(draw() * headerBytes)] = Math.floor(draw() * 256);
+      const path = join(directory.path, 'fuzzed.gguf');
+      writeFileSync(path, bytes);
+      try {
+        await openModel(path);
+      } catch (error) {
+        expect(error).toBeInstanceOf(MerfError);
+        expect((error as MerfError).message).toContain('fuzzed.gguf');
+      }
+    }
+  });
+
+  const fields = ggufFields();
+  const tensors = ggufTensors();
+  const changed = (key: string, value: Partial<GgufField> | null) =>
+    fields.flatMap((field) =>
+      field.key !== key ? [field] : value === null ? [] : [{ ...field, ...value } as GgufField],
+    );
+  const changedTensor = (name: string, change: Partial<GgufTensor>) =>
+    tensors.map((tensor) => (tensor.name === name ? { ...tensor, ...change } : tensor));
+  const norm = 'output_norm.weight';
+
+  test.each([
+    ['another magic number', ggufFile(fields, tensors, { magic: 'GGML' }), 'MALFORMED_FILE', 'GGUF'],
+    ['version 1', ggufFile(fields, tensors, { version: 1 }), 'UNSUPPORTED', 'version'],
+    ['a big-endian file', ggufFile(fields, tensors, { version: 0x03000000 }), 'UNSUPPORTED', 'big-endian'],
+    [
+      'a huge tensor count',
+      ggufFile(fields, tensors, { tensorCount: 2n ** 63n }),
+      'MALFORMED_FILE',
+      'number of tensors',
+    ],
+    [
+      'a lying tensor count',
+      ggufFile(fields, tensors, { tensorCount: 900_000 }),
+      'MALFORMED_FILE',
+      'number of tensors',
+    ],
+    [
+      'a huge key count',
+      ggufFile(fields, tensors, { keyCount: 2n ** 40n }),
+      'MALFORMED_FILE',
+      'metadata keys',
+    ],
+    ['a key twice', ggufFile([...fields, fields[0] as GgufField], tensors), 'MALFORMED_FILE', 'occurs twice'],
+    [
+      'another architecture',
+      ggufFile(changed('general.architecture', { value: 'gemma3' }), tensors),
+      'UNSUPPORTED',
+      'gemma3',
+    ],
+    [
+      'no architecture',
+      ggufFile(changed('general.architecture', null), tensors),
+      'MALFORMED_FILE',
+      'general.architecture',
+    ],
+    [
+      'no head count',
+      ggufFile(changed('llama.attention.head_count', null), tensors),
+      'MALFORMED_FILE',
+      'head_count',
+    ],
+    [
+      'text for a number',
+      ggufFile(changed('llama.block_count', { type: 'string', value: 'two' }), tensors),
+      'MALFORMED_FILE',
+      'block_count',
+    ],
+    [
+      'experts',
+      ggufFile([...fields, { key: 'llama.expert_count', type: 'u32', value: 8 }], tensors),
+      'UNSUPPORTED',
+      'expert',
+    ],
+    [
+      'a sliding window',
+      ggufFile([...fields, { key: 'llama.attention.sliding_window', type: 'u32', value: 64 }], tensors),
+      'UNSUPPORTED',
+      'sliding_window',
+    ],
+    [
+      'yarn',
+      ggufFile([...fields, { key: 'llama.rope.scaling.type', type: 'string', value: 'yarn' }], tensors),
+      'UNSUPPORTED',
+      'yarn',
+    ],
+    [
+      'a partial rotation',
+      ggufFile([...fields, { key: 'llama.rope.dimension_count', type: 'u32', value: 4 }], tensors),
+      'UNSUPPORTED',
+      'rope over 4 of 8',
+    ],
+    [
+      'an alignment of 7',
+      ggufFile([...fields, { key: 'general.alignment', type: 'u32', value: 7 }], tensors),
+      'MALFORMED_FILE',
+      'alignment',
+    ],
+    [
+      'a tensor twice',
+      ggufFile(fields, [...tensors, tensors[0] as GgufTensor]),
+      'MALFORMED_FILE',
+      'occurs twice',
+    ],
+    ['an unknown type', ggufFile(fields, changedTensor(norm, { type: 99 })), 'UNSUPPORTED', 'ggml type 99'],
+    [
+      'a type not supported',
+      ggufFile(fields, changedTensor(norm, { type: 24, data: new Uint8Array(32) })),
+      'UNSUPPORTED',
+      'I8',
+    ],
+    [
+      'rows that are no blocks',
+      ggufFile(fields, changedTensor('blk.0.attn_norm.weight', { type: 12 })),
+      'MALFORMED_FILE',
+      'multiple of 256',
+    ],
+    [
+      'five dimensions',
+      ggufFile(fields, changedTensor(norm, { dimensions: [2, 2, 2, 2, 2] })),
+      'MALFORMED_FILE',
+      'dimensions',
+    ],
+    [
+      'no dimensions',
+      ggufFile(fields, changedTensor(norm, { dimensions: [] })),
+      'MALFORMED_FILE',
+      'dimensions',
+    ],
+    [
+      'a dimension of 0',
+      ggufFile(fields, changedTensor(norm, { dimensions: [0] })),
+      'MALFORMED_FILE',
+      'impossible',
+    ],
+    [
+      'huge dimensions',
+      ggufFile(fields, changedTensor(norm, { dimensions: [2 ** 50, 2 ** 50] })),
+      'MALFORMED_FILE',
+      'impossible',
+    ],
+    [
+      'an offset beyond the end',
+      ggufFile(fields, changedTensor(norm, { offset: 2 ** 40 })),
+      'MALFORMED_FILE',
+      'truncated',
+    ],
+    [
+      'an offset that is not aligned',
+      ggufFile(fields, changedTensor(norm, { offset: 4 })),
+      'MALFORMED_FILE',
+      'multiple of 32',
+    ],
+    ['an overlap', ggufFile(fields, changedTensor(norm, { offset: 0 })), 'MALFORMED_FILE', 'overlaps'],
+    [
+      'another shape',
+      ggufFile(fields, changedTensor(norm, { dimensions: [16], data: new Uint8Array(64) })),
+      'MALFORMED_FILE',
+      'expected shape',
+    ],
+    [
+      'a missing tensor',
+      ggufFile(
+        fields,
+        tensors.filter(({ name }) => name !== norm),
+      ),
+      'MALFORMED_FILE',
+      norm,
+    ],
+    [
+      'a tensor too many',
+      ggufFile(fields, [
+        ...tensors,
+        { name: 'blk.0.attn_q_norm.weight', type: 0, dimensions: [8], data: new Uint8Array(32) },
+      ]),
+      'UNSUPPORTED',
+      'attn_q_norm',
+    ],
+    ['no tokenizer', ggufFile(changed('tokenizer.ggml.model', null), tensors), 'MALFORMED_FILE', 'tokenizer'],
+    [
+      'another tokenizer',
+      ggufFile(changed('tokenizer.ggml.model', { value: 'rwkv' }), tensors),
+      'UNSUPPORTED',
+      'rwkv',
+    ],
+    [
+      'another pre-tokenizer',
+      ggufFile(changed('tokenizer.ggml.pre', { value: 'tekken' }), tensors),
+      'UNSUPPORTED',
+      'tekken',
+    ],
+    [
+      'too few tokens',
+      ggufFile(changed('tokenizer.ggml.tokens', { type: 'strings', value: ['a'] }), tensors),
+      'MALFORMED_FILE',
+      '272 tokens',
+    ],
+    ['no merges', ggufFile(changed('tokenizer.ggml.merges', null), tensors), 'MALFORMED_FILE', 'merges'],
+    [
+      'merges that are none',
+      ggufFile(changed('tokenizer.ggml.merges', { type: 'strings', value: ['abc'] }), tensors),
+      'MALFORMED_FILE',
+      'merges',
+    ],
+    [
+      'an end token that is none',
+      ggufFile(changed('tokenizer.ggml.eos_token_id', { value: 272 }), tensors),
+      'MALFORMED_FILE',
+      'eos_token_id',
+    ],
+  ] as const)('is refused for %s', async (_, bytes, code, part) => {
+    const path = file(bytes, 'gguf');
+    await expectFailure(() => openModel(path), code, part, path);
+  });
+
+  test('names what it expected and what was there', async () => {
+    const error = await failure(() => openModel(file(good.subarray(0, good.length - 200), 'gguf')));
+    expect(error.message).toMatch(
+      /tensor \S+ \(F32 \[[\d,]+\]\) takes bytes \d+ to \d+ but the file has \d+/,
+    );
+  });
+});
+
+const describeShared = existsSync(smollm) ? describe : describe.skip;
+describeShared(`SmolLM2 (skipped where ${smollm} is absent)`, () => {
+  test('has the configuration that its README names', async () => {
+    const { config, sources } = await openModel(smollm);
+    expect(config).toEqual({
+      architecture: 'llama',
+      hiddenSize: 576,
+      layers: 30,
+      heads: 9,
+      kvHeads: 3,
+      headSize: 64,
+      mlpSize: 1536,
+      vocabSize: 49_152,
+      rmsNormEps: 1e-5,
+      tiedHead: true,
+      attentionBias: false,
+      outputBias: false,
+      mlpBias: false,
+      maxPositions: 8192,
+      rope: { type: 'default', theta: 100_000 },
+    });
+    expect(sources).toHaveLength(272);
+    expect(new Set(sources.map(({ encoding }) => encoding))).toEqual(new Set(['F32', 'Q4_1', 'Q8_0']));
+  });
+});
