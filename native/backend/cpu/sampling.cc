@@ -40,6 +40,8 @@
 namespace merf {
 namespace {
 
+constexpr int64_t kWidestLanes = 16;  // of any target
+
 struct Drawn {
   int32_t token;
   float logprob, raw_logprob, entropy;
@@ -155,6 +157,7 @@ using SampleVec = hn::Vec<SampleTag>;
 using WideTag = hn::ScalableTag<double>;
 using WideVec = hn::Vec<WideTag>;
 constexpr int64_t kSampleLanes = static_cast<int64_t>(hn::MaxLanes(SampleTag()));
+static_assert(kSampleLanes <= kWidestLanes);
 
 // Lanes behind the row's end are -inf.
 HWY_INLINE SampleVec load_logits(const float* logits, int64_t i, int64_t n) {
@@ -340,9 +343,8 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
                                const Tensor& raw_logprobs, const Tensor& entropies) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   if (rows == 0 || vocabulary == 0) return;
-  constexpr int64_t kRoom = HWY_MAX_BYTES / sizeof(float);
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), rows));
-  const int64_t room = (vocabulary + kRoom - 1) / kRoom * kRoom;
+  const int64_t room = (vocabulary + kWidestLanes - 1) / kWidestLanes * kWidestLanes;
   const Tensor weights = allocate(DType::f32, {threads, room});
 
 #pragma omp parallel num_threads(threads)

@@ -1,0 +1,302 @@
+// Token sampling: exact kept sets and log-probabilities against float64, draws against exact probabilities.
+#include "backend/philox.h"
+#include "harness.h"
+
+using namespace merf;
+using namespace merf::test;
+
+namespace {
+
+struct Draws {
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs, raw, entropies;
+};
+
+struct Rows {
+  std::vector<float> logits;  // [rows, vocabulary]
+  int64_t vocabulary;
+  std::vector<int32_t> keys, positions;
+  int64_t size() const { return static_cast<int64_t>(positions.size()); }
+};
+
+Draws draw(Backend& backend, const Rows& rows, const SamplingOptions& options) {
+  const int64_t n = rows.size();
+  const Tensor tokens = backend.allocate(DType::i32, {n});
+  const Tensor logprobs = poisoned(backend, DType::f32, {n}), raw = poisoned(backend, DType::f32, {n});
+  const Tensor entropies = poisoned(backend, DType::f32, {n});
+  backend.sample_tokens(upload(backend, DType::f32, {n, rows.vocabulary}, rows.logits),
+                        upload(backend, {n, 2}, rows.keys), upload(backend, {n}, rows.positions), options,
+                        tokens, logprobs, raw, entropies);
+  return {download_ints(backend, tokens), download(backend, logprobs), download(backend, raw),
+          download(backend, entropies)};
+}
+
+// The same logits n times, at n positions of one sequence.
+Rows repeated(const std::vector<float>& logits, int64_t n) {
+  Rows rows{{}, static_cast<int64_t>(logits.size()), {}, {}};
+  for (int64_t i = 0; i < n; ++i) {
+    rows.logits.insert(rows.logits.end(), logits.begin(), logits.end());
+    rows.keys.insert(rows.keys.end(), {11, -7});
+    rows.positions.push_back(static_cast<int32_t>(i));
+  }
+  return rows;
+}
+
+Rows one(const std::vector<float>& logits) { return repeated(logits, 1); }
+
+std::vector<double> softmax(const std::vector<float>& logits, double temperature) {
+  const double most = *std::max_element(logits.begin(), logits.end());
+  std::vector<double> p;
+  double sum = 0;
+  for (const float x : logits) p.push_back(std::exp((x - most) / temperature));
+  for (const double x : p) sum += x;
+  for (double& x : p) x /= sum;
+  return p;
+}
+
+// Temperature, then top-k, top-p, min-p, each renormalised, ties at a bound kept together.
+std::vector<double> expected_distribution(const std::vector<float>& logits, const SamplingOptions& options) {
+  std::vector<double> p = softmax(logits, options.temperature);
+  const auto keep_from = [&](double bound) {
+    double sum = 0;
+    for (double& x : p) sum += x = x >= bound ? x : 0.0;
+    for (double& x : p) x /= sum;
+  };
+  std::vector<double> sorted;
+  const auto sort = [&] {
+    sorted = p;
+    std::sort(sorted.rbegin(), sorted.rend());
+  };
+  if (options.top_k > 0 && options.top_k < static_cast<int32_t>(p.size())) {
+    sort();
+    keep_from(sorted[options.top_k - 1]);
+  }
+  if (options.top_p < 1) {
+    sort();
+    double sum = 0;
+    size_t i = 0;
+    while (i < sorted.size() && (sum += sorted[i]) < options.top_p) ++i;
+    keep_from(sorted[std::min(i, sorted.size() - 1)]);
+  }
+  if (options.min_p > 0) keep_from(double{options.min_p} * *std::max_element(p.begin(), p.end()));
+  return p;
+}
+
+const std::vector<std::pair<const char*, SamplingOptions>>& filters() {
+  static const std::vector<std::pair<const char*, SamplingOptions>> all = {
+      {"none", {1.0f, 0, 1.0f, 0.0f, 1}},          {"hot", {1.7f, 0, 1.0f, 0.0f, 2}},
+      {"cold", {0.5f, 0, 1.0f, 0.0f, 3}},          {"top-k", {1.0f, 7, 1.0f, 0.0f, 4}},
+      {"top-p", {1.0f, 0, 0.8f, 0.0f, 5}},         {"min-p", {1.0f, 0, 1.0f, 0.1f, 6}},
+      {"top-k and top-p", {0.9f, 12, 0.7f, 0, 7}}, {"all", {1.3f, 20, 0.9f, 0.05f, 8}},
+      {"top-1", {1.0f, 1, 1.0f, 0.0f, 9}},         {"tiny top-p", {1.0f, 0, 1e-6f, 0.0f, 10}},
+  };
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("Philox4x32-10 gives Random123's known answers") {
+  const auto check = [](PhiloxWords counter, PhiloxKey key, PhiloxWords expected) {
+    const PhiloxWords actual = philox4x32_10(counter, key);
+    for (int i = 0; i < 4; ++i) CHECK(actual.word[i] == expected.word[i]);
+  };
+  check({{0, 0, 0, 0}}, {{0, 0}}, {{0x6627e8d5, 0xe169c58d, 0xbc57ac4c, 0x9b00dbd8}});
+  check({{0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff}}, {{0xffffffff, 0xffffffff}},
+        {{0x408f276d, 0x41c83b0e, 0xa20bc7c6, 0x6d5451fd}});
+  check({{0x243f6a88, 0x85a308d3, 0x13198a2e, 0x03707344}}, {{0xa4093822, 0x299f31d0}},
+        {{0xd16cfe09, 0x94fdcceb, 0x5001e420, 0x24126ea1}});
+}
+
+TEST_CASE("draws follow the exact distribution of every filter") {
+  for_each_backend([](Backend& backend) {
+    const std::vector<float> logits = Random(3).normals(50, 1.5);
+    const int64_t n = 40000;
+    const Rows rows = repeated(logits, n);
+    for (const auto& [name, options] : filters()) {
+      CAPTURE(name);
+      const std::vector<double> p = expected_distribution(logits, options);
+      const std::vector<double> raw = softmax(logits, 1.0);
+      const Draws draws = draw(backend, rows, options);
+      std::vector<int64_t> seen(logits.size(), 0);
+      for (int64_t i = 0; i < n; ++i) {
+        const int32_t token = draws.tokens[i];
+        REQUIRE(token >= 0);
+        REQUIRE(token < 50);
+        REQUIRE(p[token] > 0);
+        ++seen[token];
+        CHECK(draws.logprobs[i] == doctest::Approx(std::log(p[token])).epsilon(1e-5).scale(1.0));
+        CHECK(draws.raw[i] == doctest::Approx(std::log(raw[token])).epsilon(1e-5).scale(1.0));
+      }
+      double chi_square = 0;
+      int degrees = -1;
+      for (size_t i = 0; i < p.size(); ++i) {
+        const double expected = p[i] * static_cast<double>(n);
+        if (expected < 5) continue;
+        chi_square += (seen[i] - expected) * (seen[i] - expected) / expected;
+        ++degrees;
+      }
+      // Beyond four standard deviations of a chi-square: once in some ten thousand.
+      CHECK(chi_square <= degrees + 4 * std::sqrt(2.0 * std::max(degrees, 0)) + 4);
+    }
+  });
+}
+
+TEST_CASE("uniform numbers fill [0, 1) evenly") {
+  std::vector<int> bins(100, 0);
+  for (uint32_t position = 0; position < 100000; ++position) {
+    const double u = sampling_uniform(42, 1, 2, position);
+    REQUIRE(u >= 0.0);
+    REQUIRE(u < 1.0);
+    ++bins[static_cast<int>(u * 100)];
+  }
+  double chi_square = 0;
+  for (const int seen : bins) chi_square += (seen - 1000.0) * (seen - 1000.0) / 1000.0;
+  CHECK(chi_square < 99 + 4 * std::sqrt(198.0));
+}
+
+TEST_CASE("a draw does not depend on the batch, the row or the threads") {
+  const int64_t vocabulary = 1003, n = 37;
+  Rows rows{Random(8).normals(n * vocabulary, 2.0), vocabulary, {}, {}};
+  for (int32_t i = 0; i < n; ++i) {
+    rows.keys.insert(rows.keys.end(), {i * 77, -i});
+    rows.positions.push_back(i % 5);
+  }
+  for (const auto& [name, options] : filters()) {
+    std::vector<Draws> all;
+    for (const int threads : {1, 2, 5}) {
+      for_each_backend([&](Backend& backend) { all.push_back(draw(backend, rows, options)); }, threads);
+    }
+    for (const Draws& draws : all) {
+      CHECK(draws.tokens == all[0].tokens);
+      CHECK(same_bits(draws.logprobs, all[0].logprobs));
+    }
+    for_each_backend([&](Backend& backend) {
+      for (const int64_t i : {0, 13, 36}) {
+        const Rows alone{{rows.logits.begin() + i * vocabulary, rows.logits.begin() + (i + 1) * vocabulary},
+                         vocabulary,
+                         {rows.keys[2 * i], rows.keys[2 * i + 1]},
+                         {rows.positions[i]}};
+        const Draws single = draw(backend, alone, options);
+        CHECK(single.tokens[0] == all[0].tokens[i]);
+        CHECK(single.raw[0] == all[0].raw[i]);
+      }
+    });
+  }
+}
+
+TEST_CASE("seed, key and position each change the draw") {
+  for_each_backend([](Backend& backend) {
+    const std::vector<float> flat(4096, 0.0f);
+    Rows rows = one(flat);
+    const int32_t first = draw(backend, rows, {1.0f, 0, 1.0f, 0.0f, 1}).tokens[0];
+    CHECK(first == static_cast<int32_t>(4096 * sampling_uniform(1, 11, static_cast<uint32_t>(-7), 0)));
+    CHECK(draw(backend, rows, {1.0f, 0, 1.0f, 0.0f, uint64_t{1} << 40}).tokens[0] != first);
+    rows.positions[0] = 1;
+    CHECK(draw(backend, rows, {1.0f, 0, 1.0f, 0.0f, 1}).tokens[0] != first);
+    rows.positions[0] = 0;
+    rows.keys[1] = 5;
+    CHECK(draw(backend, rows, {1.0f, 0, 1.0f, 0.0f, 1}).tokens[0] != first);
+  });
+}
+
+TEST_CASE("greedy takes the first maximum") {
+  for_each_backend([](Backend& backend) {
+    std::vector<float> logits = Random(4).normals(777);
+    logits[300] = logits[301] = logits[776] = 9.0f;
+    const Draws draws = draw(backend, one(logits), {0.0f, 5, 0.5f, 0.1f, 1});
+    CHECK(draws.tokens[0] == 300);
+    CHECK(draws.logprobs[0] == 0.0f);
+    CHECK(draws.raw[0] == doctest::Approx(std::log(softmax(logits, 1.0)[300])));
+  });
+}
+
+TEST_CASE("entropy and log-probability at temperature 1 are those of the softmax") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t vocabulary : {1, 2, 15, 16, 17, 1000, 49152}) {
+      const std::vector<float> logits = Random(static_cast<uint64_t>(vocabulary)).normals(vocabulary, 3.0);
+      const std::vector<double> p = softmax(logits, 1.0);
+      double entropy = 0;
+      for (const double x : p) entropy -= x > 0 ? x * std::log(x) : 0.0;
+      const Draws draws = draw(backend, one(logits), {});
+      CHECK(draws.entropies[0] == doctest::Approx(entropy).epsilon(1e-5).scale(1.0));
+      CHECK(draws.raw[0] == doctest::Approx(std::log(p[draws.tokens[0]])).epsilon(1e-6).scale(1.0));
+      CHECK(draws.logprobs[0] == draws.raw[0]);
+    }
+  });
+}
+
+TEST_CASE("filters keep ties together and at least the best token") {
+  for_each_backend([](Backend& backend) {
+    const std::vector<float> tied = {1, 2, 2, 0, 2, 1};
+    for (const SamplingOptions& options :
+         {SamplingOptions{1.0f, 2, 1.0f, 0.0f, 1}, SamplingOptions{1.0f, 0, 0.4f, 0.0f, 1},
+          SamplingOptions{1.0f, 1, 0.01f, 1.0f, 1}}) {
+      std::vector<int> seen(6, 0);
+      const Draws draws = draw(backend, repeated(tied, 3000), options);
+      for (int64_t i = 0; i < 3000; ++i) {
+        ++seen[draws.tokens[i]];
+        CHECK(draws.logprobs[i] == doctest::Approx(-std::log(3.0)));
+      }
+      CHECK(seen[0] + seen[3] + seen[5] == 0);
+      for (const int i : {1, 2, 4}) CHECK(std::abs(seen[i] - 1000) < 120);
+    }
+    const std::vector<float> same(1000, -3.25f);
+    for (const auto& [name, options] : filters()) {
+      CAPTURE(name);
+      CHECK(draw(backend, one(same), options).logprobs[0] ==
+            doctest::Approx(-std::log(1000.0)).epsilon(1e-5));
+    }
+  });
+}
+
+TEST_CASE("extreme and forbidden logits") {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  for_each_backend([](Backend& backend) {
+    std::vector<float> masked(100, -kInfinity);
+    masked[40] = 1.0f;
+    masked[90] = 1.0f;
+    for (const auto& [name, options] : filters()) {
+      CAPTURE(name);
+      const Draws draws = draw(backend, repeated(masked, 50), options);
+      for (int i = 0; i < 50; ++i) {
+        CHECK((draws.tokens[i] == 40 || draws.tokens[i] == 90));
+        CHECK(draws.logprobs[i] == doctest::Approx(-std::log(2.0)));
+        CHECK(draws.entropies[i] == doctest::Approx(std::log(2.0)));
+      }
+      const Draws huge = draw(backend, one({-3e38f, 3e38f, 0.0f, 2.9e38f}), options);
+      CHECK(huge.tokens[0] == 1);
+      CHECK(huge.logprobs[0] == 0.0f);
+    }
+    const Draws frozen = draw(backend, one({1.0f, 1.00001f, 0.5f}), {1e-38f, 0, 1.0f, 0.0f, 1});
+    CHECK(frozen.tokens[0] == 1);
+    CHECK(frozen.logprobs[0] == 0.0f);
+
+    for (const std::vector<float>& bad :
+         {std::vector<float>{0, NAN, 1}, std::vector<float>{0, kInfinity, 1},
+          std::vector<float>{-kInfinity, -kInfinity}, std::vector<float>(33, NAN)}) {
+      for (const float temperature : {0.0f, 1.0f}) {
+        const Draws draws = draw(backend, one(bad), {temperature, 2, 0.9f, 0.1f, 1});
+        CHECK(draws.tokens[0] == 0);
+        CHECK(std::isnan(draws.logprobs[0]));
+        CHECK(std::isnan(draws.raw[0]));
+        CHECK(std::isnan(draws.entropies[0]));
+      }
+    }
+  });
+}
+
+TEST_CASE("thresholds are found among a large vocabulary") {
+  for_each_backend([](Backend& backend) {
+    const std::vector<float> logits = Random(12).normals(60000, 4.0);
+    for (const SamplingOptions& options :
+         {SamplingOptions{1.0f, 50, 1.0f, 0.0f, 3}, SamplingOptions{0.7f, 0, 0.95f, 0.0f, 4},
+          SamplingOptions{1.0f, 1000, 0.99f, 0.001f, 5}}) {
+      const std::vector<double> p = expected_distribution(logits, options);
+      const Draws draws = draw(backend, repeated(logits, 40), options);
+      for (int i = 0; i < 40; ++i) {
+        REQUIRE(p[draws.tokens[i]] > 0);
+        CHECK(draws.logprobs[i] == doctest::Approx(std::log(p[draws.tokens[i]])).epsilon(1e-5).scale(1.0));
+      }
+    }
+  });
+}
