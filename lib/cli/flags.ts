@@ -19,10 +19,11 @@ export function addFlags(command: Command, shape: Record<string, z.ZodType>): vo
     const shown = fallback === undefined || fallback === false ? '' : ` (default: ${show(fallback)})`;
     if (type.def.type === 'boolean') {
       // No value of its own until it is given: what is not given must not hide what a config file says.
-      command.addOption(group(new Option(`--${flag}`, `${text}${shown}`), meta?.group));
-      command.addOption(
-        group(new Option(`--no-${flag}`, `not ${flag.replaceAll('-', ' ')}`).default(undefined), meta?.group),
-      );
+      const on = new Option(`--${flag}`, `${text}${shown}`);
+      const off = new Option(`--no-${flag}`, `turns --${flag} off`)
+        .default(undefined)
+        .hideHelp(fallback === false);
+      command.addOption(group(on, meta?.group)).addOption(group(off, meta?.group));
       continue;
     }
     const option = new Option(`--${flag} <${placeholder(type)}>`, `${text}${shown}`);

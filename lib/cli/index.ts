@@ -39,7 +39,7 @@ function program(): Command {
   };
   const merf = new Command('merf')
     .description(
-      'Finetunes language models by reinforcement learning with verifiable rewards, with the rules of the reward\n' +
+      'Finetunes language models by reinforcement learning with verifiable rewards, with the rules of the reward ' +
         'written into the prompt (MeRF).',
     )
     .version(version)

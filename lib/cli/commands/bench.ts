@@ -16,7 +16,7 @@ export function addBench(program: Command): void {
     .command('bench')
     .summary('measure how fast rollouts and training are on this machine')
     .description(
-      'Measures tokens/s of rollout and of training for the model that ships with merf and for a random model of\n' +
+      'Measures tokens/s of rollout and of training for the model that ships with merf and for a random model of ' +
         '135M parameters, beside its peers where they are installed.',
     )
     .option('--profile', 'say where the time goes')

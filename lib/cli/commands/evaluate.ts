@@ -34,7 +34,7 @@ export function addEvaluate(program: Command): void {
     .command('evaluate')
     .summary("measure a model's accuracy on a task, with and without motivation in the prompt")
     .description(
-      "Samples completions of a task's held-out prompts and reports accuracy, mean reward and its parts, pass@k and\n" +
+      "Samples completions of a task's held-out prompts and reports accuracy, mean reward and its parts, pass@k and " +
         'the length of completions, for each view of the motivation. With --data, on all rows of that file.',
     );
   const { testData: _, ...task } = taskShape;

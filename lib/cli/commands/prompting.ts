@@ -164,8 +164,8 @@ export function addVerify(program: Command): void {
     .command('verify')
     .summary('check a data set before spending a night on it')
     .description(
-      'Checks every row of a data file: that it can be read, that its reference answer gets the highest total, that\n' +
-        'its prompt and a completion fit the context, that it is there only once, and what the task itself can check\n' +
+      'Checks every row of a data file: that it can be read, that its reference answer gets the highest total, that ' +
+        'its prompt and a completion fit the context, that it is there only once, and what the task itself can check ' +
         '(for knights and knaves, the solver against the published solution). Exits with 1 where something is off.',
     );
   const { data: _, testData: __, ...task } = taskShape;

@@ -32,10 +32,10 @@ export function addTrain(program: Command): void {
     .command('train')
     .summary('train a model by reinforcement learning (GRPO), with its reward rules in the prompt')
     .description(
-      'Trains a model by GRPO on a task. By default the prompt states the reward rules in full, which is MeRF;\n' +
+      'Trains a model by GRPO on a task. By default the prompt states the reward rules in full, which is MeRF; ' +
         '--motivation none is the plain RLVR baseline.\n\n' +
-        'The folder of the run holds metrics.jsonl (a line a step), completions/ (every completion with its score,\n' +
-        'as JSONL and as a transcript), checkpoints/ and, in the end, model/ in Hugging Face layout. Ctrl-C ends the\n' +
+        'The folder of the run holds metrics.jsonl (a line a step), completions/ (every completion with its score, ' +
+        'as JSONL and as a transcript), checkpoints/ and, in the end, model/ in Hugging Face layout. Ctrl-C ends the ' +
         'step, saves and leaves; a second Ctrl-C gives up at once.',
     );
   addRunFlags(command, trainFileSchema);
@@ -58,7 +58,7 @@ export function addSft(program: Command): void {
     .command('sft')
     .summary('warm a model up on prompts and completions, so that it writes the demanded format')
     .description(
-      'Supervised finetuning, the loss on completions alone. Learns from --data, a .jsonl file whose lines have a\n' +
+      'Supervised finetuning, the loss on completions alone. Learns from --data, a .jsonl file whose lines have a ' +
         '"completion" and either "messages" or a "prompt"; without it, from the demonstrations that --task writes.\n\n' +
         'The folder of the run is that of merf train, without completions.',
     );
