@@ -40,6 +40,27 @@ export async function runWithin<T>(
   }
 }
 
+/** How long verifiers may hold the event loop before they let it turn, in milliseconds. */
+const sliceLength = 5;
+let sliceStart = 0;
+let nextTurn: Promise<void> | undefined;
+
+/**
+ * The event loop's next turn, where this one has gone to verifiers for longer than a slice. To be asked right before
+ * each synchronous stretch of work: `for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn`.
+ */
+export function turnToAwait(): Promise<void> | undefined {
+  if (nextTurn) return performance.now() - sliceStart > sliceLength ? nextTurn : undefined;
+  sliceStart = performance.now();
+  nextTurn = new Promise((resolve) => {
+    setImmediate(() => {
+      nextTurn = undefined;
+      resolve();
+    });
+  });
+  return undefined;
+}
+
 function callWithin<T>(work: () => T, milliseconds: number): T {
   if (!guard) {
     const slot: { work?: () => unknown } = {};

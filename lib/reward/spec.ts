@@ -2,7 +2,7 @@ import { describeValue, invalidArgument, MerfError, throwIfAborted } from '../er
 import type { MotivationView } from '../prompt/motivation.js';
 import type { ParsedCompletion } from './completion.js';
 import { describeRules } from './describe.js';
-import { runWithin, TimeLimitExceeded } from './guard.js';
+import { runWithin, TimeLimitExceeded, turnToAwait } from './guard.js';
 
 /** One way in which a completion can turn out under a component. */
 export interface RewardCase {
@@ -127,6 +127,7 @@ export class RewardSpec<Row = unknown> {
     const parts: Record<string, ScorePart> = {};
     const implied = new Map<string, string>();
     for (const component of this.components) {
+      for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn;
       throwIfAborted(options.signal, 'scoring');
       const cases = Object.fromEntries(Object.entries(parts).map(([name, part]) => [name, part.case]));
       const verdict =

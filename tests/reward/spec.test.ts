@@ -219,6 +219,24 @@ describe('score', () => {
   });
 });
 
+test('many verifiers at once leave the event loop its turns', async () => {
+  const spec = yesOrNo(() => {
+    const until = performance.now() + 2;
+    while (performance.now() < until);
+    return 'yes';
+  });
+  let longest = 0;
+  let last = performance.now();
+  const timer = setInterval(() => {
+    longest = Math.max(longest, performance.now() - last);
+    last = performance.now();
+  }, 1);
+  await Promise.all(Array.from({ length: 200 }, () => spec.score(completion, {})));
+  clearInterval(timer);
+  expect(longest).toBeGreaterThan(0);
+  expect(longest).toBeLessThan(200);
+});
+
 describe('verifiers that fail', () => {
   test('by throwing, at once or later', async () => {
     const thrown = new TypeError('no such field');
