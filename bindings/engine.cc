@@ -1,0 +1,79 @@
+#include "engine.h"
+
+#include <chrono>
+#include <map>
+#include <thread>
+
+namespace merf {
+namespace {
+
+struct Registry {
+  std::mutex mutex;
+  std::map<std::pair<std::string, int>, Engine*> engines;  // by the threads asked for and by those there are
+};
+
+// Never destroyed: threads use it until the process is gone.
+Registry& registry() {
+  static Registry* const registry = new Registry;
+  return *registry;
+}
+
+}  // namespace
+
+Engine& Engine::open(const std::string& device, int threads) {
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  Engine*& asked = all.engines[{device, threads}];
+  if (asked != nullptr) return *asked;
+  std::shared_ptr<Backend> backend;
+  try {
+    backend = open_backend(device, threads);
+  } catch (...) {
+    all.engines.erase({device, threads});
+    throw;
+  }
+  Engine*& resolved = all.engines[{device, backend->info().threads}];
+  if (resolved == nullptr) resolved = new Engine(std::move(backend));
+  asked = resolved;
+  return *asked;
+}
+
+Engine::Engine(std::shared_ptr<Backend> backend) : backend_(std::move(backend)), arena_(*backend_) {
+  std::thread([this] { work(); }).detach();
+}
+
+void Engine::post(std::function<void()> job) {
+  {
+    std::lock_guard lock(mutex_);
+    jobs_.push_back(std::move(job));
+  }
+  posted_.notify_one();
+}
+
+void Engine::work() {
+  std::unique_lock lock(mutex_);
+  while (true) {
+    posted_.wait(lock, [this] { return !jobs_.empty(); });
+    std::function<void()> job = std::move(jobs_.front());
+    jobs_.pop_front();
+    busy_ = true;
+    lock.unlock();
+    job();
+    job = nullptr;
+    lock.lock();
+    busy_ = false;
+    if (jobs_.empty()) idle_.notify_all();
+  }
+}
+
+void Engine::wait_until_idle(double seconds) {
+  const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  Registry& all = registry();
+  std::lock_guard lock(all.mutex);
+  for (const auto& [key, engine] : all.engines) {
+    std::unique_lock engine_lock(engine->mutex_);
+    engine->idle_.wait_until(engine_lock, deadline, [e = engine] { return e->jobs_.empty() && !e->busy_; });
+  }
+}
+
+}  // namespace merf

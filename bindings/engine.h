@@ -1,0 +1,43 @@
+// A thread that owns one backend and runs jobs on it, in order. Everything that touches device memory runs here.
+#pragma once
+
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+
+#include "backend/backend.h"
+#include "model/arena.h"
+
+namespace merf {
+
+class Engine {
+ public:
+  // The engine of this device and number of threads (0: as many as there are processors), started where there is
+  // none yet. Engines live as long as the process: a thread that is being joined while static objects die is worse
+  // than one that sleeps.
+  static Engine& open(const std::string& device, int threads);
+
+  Backend& backend() { return *backend_; }
+  // For jobs only.
+  Arena& arena() { return arena_; }
+
+  void post(std::function<void()> job);
+  // Waits until no job is left on any engine, but not longer than this.
+  static void wait_until_idle(double seconds);
+
+ private:
+  explicit Engine(std::shared_ptr<Backend> backend);
+  void work();
+
+  std::shared_ptr<Backend> backend_;
+  Arena arena_;
+  std::mutex mutex_;
+  std::condition_variable posted_, idle_;
+  std::deque<std::function<void()>> jobs_;
+  bool busy_ = false;
+};
+
+}  // namespace merf

@@ -1,0 +1,69 @@
+// The classes NativeDevice and NativeTensor of lib/native.ts: kernels over tensors that JavaScript holds.
+#pragma once
+
+#include <napi.h>
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "engine.h"
+
+namespace merf {
+
+// What jobs share of one tensor. It is allocated by the first job that names it, on the engine's thread.
+struct TensorState {
+  Engine* engine = nullptr;
+  DType dtype = DType::f32;
+  std::vector<int64_t> shape;
+  Tensor tensor;        // engine thread only
+  std::string failure;  // engine thread only: why there is no tensor
+
+  int64_t size() const;
+  // On the engine thread. Throws OUT_OF_MEMORY.
+  const Tensor& open();
+};
+
+class NativeTensor : public Napi::ObjectWrap<NativeTensor> {
+ public:
+  static void define(Napi::Env env);
+  static Napi::Value create(Napi::Env env, std::shared_ptr<TensorState> state);
+  // The state of `value`; throws INVALID_ARGUMENT where it is no tensor, DISPOSED where it was disposed of.
+  static const std::shared_ptr<TensorState>& of(const Napi::Value& value, const std::string& name);
+
+  explicit NativeTensor(const Napi::CallbackInfo& info);
+  ~NativeTensor() override;
+
+ private:
+  Napi::Value shape(const Napi::CallbackInfo& info);
+  Napi::Value dtype(const Napi::CallbackInfo& info);
+  Napi::Value disposed(const Napi::CallbackInfo& info);
+  Napi::Value read(const Napi::CallbackInfo& info);
+  Napi::Value dispose(const Napi::CallbackInfo& info);
+  void release();
+
+  std::shared_ptr<TensorState> state_;  // empty once disposed of
+};
+
+class NativeDevice : public Napi::ObjectWrap<NativeDevice> {
+ public:
+  static void define(Napi::Env env);
+  // openDevice({ name, threads })
+  static Napi::Value create(const Napi::CallbackInfo& info);
+
+  explicit NativeDevice(const Napi::CallbackInfo& info);
+
+ private:
+  Napi::Value name(const Napi::CallbackInfo& info);
+  Napi::Value tensor(const Napi::CallbackInfo& info);
+  Napi::Value attention(const Napi::CallbackInfo& info);
+  Napi::Value attention_backward(const Napi::CallbackInfo& info);
+  Napi::Value sample_tokens(const Napi::CallbackInfo& info);
+  Napi::Value group_advantages(const Napi::CallbackInfo& info);
+  Napi::Value policy_loss(const Napi::CallbackInfo& info);
+  Napi::Value fused_policy_loss(const Napi::CallbackInfo& info);
+
+  Engine* engine_;
+};
+
+}  // namespace merf

@@ -1,0 +1,573 @@
+#include "native_model.h"
+
+#include <cstring>
+#include <limits>
+
+#include "arguments.h"
+#include "cancel_token.h"
+#include "environment.h"
+#include "options.h"
+#include "rollout/rollout.h"
+
+namespace merf {
+namespace {
+
+constexpr int64_t kMostTokens = int64_t{1} << 26;
+constexpr int64_t kMostCompletions = int64_t{1} << 20;
+constexpr int64_t kMostLogits = int64_t{1} << 28;
+
+// Set while create() constructs an object, so that `new model.constructor()` makes none.
+thread_local std::shared_ptr<ModelState> constructing;
+
+Napi::Value undefined(Napi::Env env) { return env.Undefined(); }
+
+ModelConfig to_config(const Napi::Value& value) {
+  const Napi::Object object = to_object(value, "config");
+  const auto integer = [&](const char* key, int64_t most) {
+    return to_integer(object.Get(key), std::string("config.") + key, 1, most);
+  };
+  const auto flag = [&](const char* key) { return to_bool(object.Get(key), std::string("config.") + key); };
+  ModelConfig c;
+  const std::vector<std::string> architectures = {"llama", "qwen2"};
+  c.architecture = architectures[to_choice(object.Get("architecture"), "config.architecture", architectures)];
+  c.hidden_size = integer("hiddenSize", 1 << 20);
+  c.layers = integer("layers", 10000);
+  c.heads = integer("heads", 1 << 14);
+  c.kv_heads = integer("kvHeads", 1 << 14);
+  c.head_size = integer("headSize", 1024);
+  c.mlp_size = integer("mlpSize", 1 << 22);
+  c.vocab_size = integer("vocabSize", 1 << 24);
+  c.max_positions = integer("maxPositions", kMostTokens);
+  c.rms_norm_epsilon = static_cast<float>(to_number(object.Get("rmsNormEps"), "config.rmsNormEps", 0.0, 1.0));
+  c.tied_head = flag("tiedHead");
+  c.attention_bias = flag("attentionBias");
+  c.output_bias = flag("outputBias");
+  c.mlp_bias = flag("mlpBias");
+  if (c.heads % c.kv_heads != 0) {
+    refuse("a divisor of config.heads, which is " + std::to_string(c.heads) + ",", "config.kvHeads",
+           std::to_string(c.kv_heads));
+  }
+  if (c.head_size % 8 != 0) refuse("a multiple of 8", "config.headSize", std::to_string(c.head_size));
+  const Napi::Object rope = to_object(object.Get("rope"), "config.rope");
+  c.inverse_frequencies = to_floats(rope.Get("inverseFrequencies"), "config.rope.inverseFrequencies");
+  check_length(c.inverse_frequencies, "config.rope.inverseFrequencies", static_cast<size_t>(c.head_size / 2),
+               "half of config.headSize");
+  check_finite(c.inverse_frequencies, "config.rope.inverseFrequencies");
+  c.rope_attention_scale = to_float(rope.Get("attentionScale"), "config.rope.attentionScale");
+  c.dtype = to_choice(object.Get("dtype"), "config.dtype", {"f32", "bf16"}) == 0 ? DType::f32 : DType::bf16;
+  return c;
+}
+
+// tokens, positions and visibleUntil of `object`, checked against the model.
+void to_forest(const Napi::Object& object, const std::string& name, const ModelConfig& config,
+               std::vector<int32_t>& tokens, std::vector<int32_t>& positions, std::vector<int32_t>& visible_until) {
+  tokens = to_int32s(object.Get("tokens"), name + ".tokens");
+  positions = to_int32s(object.Get("positions"), name + ".positions");
+  visible_until = to_int32s(object.Get("visibleUntil"), name + ".visibleUntil");
+  if (tokens.empty() || static_cast<int64_t>(tokens.size()) > kMostTokens) {
+    refuse("1 to " + std::to_string(kMostTokens) + " tokens", name + ".tokens", std::to_string(tokens.size()));
+  }
+  check_length(positions, name + ".positions", tokens.size(), name + ".tokens");
+  check_length(visible_until, name + ".visibleUntil", tokens.size(), name + ".tokens");
+  check_range(tokens, name + ".tokens", 0, config.vocab_size);
+  check_range(positions, name + ".positions", 0, config.max_positions);
+  check_visible_until(visible_until, name + ".visibleUntil");
+}
+
+Batch to_batch(const Napi::Value& value, const ModelConfig& config, bool with_targets) {
+  const Napi::Object object = to_object(value, "batch");
+  Batch batch;
+  to_forest(object, "batch", config, batch.tokens, batch.positions, batch.visible_until);
+  batch.source_rows = to_int32s(object.Get("sourceRows"), "batch.sourceRows");
+  if (batch.source_rows.empty() || static_cast<int64_t>(batch.source_rows.size()) > kMostTokens) {
+    refuse("1 to " + std::to_string(kMostTokens) + " rows", "batch.sourceRows",
+           std::to_string(batch.source_rows.size()));
+  }
+  check_range(batch.source_rows, "batch.sourceRows", 0, static_cast<int64_t>(batch.tokens.size()));
+  if (with_targets) {
+    batch.targets = to_int32s(object.Get("targets"), "batch.targets");
+    check_length(batch.targets, "batch.targets", batch.source_rows.size(), "batch.sourceRows");
+    check_range(batch.targets, "batch.targets", 0, config.vocab_size);
+  }
+  return batch;
+}
+
+BatchLoss to_loss(const Napi::Value& value, size_t rows) {
+  const Napi::Object object = to_object(value, "loss");
+  BatchLoss loss;
+  loss.options = to_loss_options(object, "loss");
+  const auto floats = [&](const char* key, bool required) {
+    const std::string name = std::string("loss.") + key;
+    const Napi::Value given = object.Get(key);
+    if (!required && given.IsUndefined()) return std::vector<float>();
+    std::vector<float> values = to_floats(given, name);
+    check_length(values, name, rows, "batch.sourceRows");
+    check_finite(values, name);
+    return values;
+  };
+  const bool has_ratio = loss.options.kind != LossKind::cross_entropy;
+  loss.weights = floats("weights", true);
+  loss.advantages = floats("advantages", has_ratio);
+  loss.old_logprobs = floats("oldLogprobs", has_ratio);
+  loss.reference_logprobs = floats("referenceLogprobs", loss.options.kl_coefficient > 0.0f);
+  if (loss.options.kind == LossKind::gspo) {
+    loss.sequences = to_int32s(object.Get("sequences"), "loss.sequences");
+    check_length(loss.sequences, "loss.sequences", rows, "batch.sourceRows");
+    check_sequences(loss.sequences, "loss.sequences");
+  }
+  return loss;
+}
+
+std::vector<TensorSource> to_sources(const Napi::Value& value) {
+  const Napi::Array array = to_array(value, "sources");
+  std::vector<TensorSource> sources;
+  for (uint32_t i = 0; i < array.Length(); ++i) {
+    const std::string name = "sources[" + std::to_string(i) + "]";
+    const Napi::Object object = to_object(array.Get(i), name);
+    constexpr int64_t most = int64_t{1} << 53;
+    TensorSource source;
+    source.name = to_text(object.Get("name"), name + ".name");
+    source.path = to_text(object.Get("path"), name + ".path");
+    source.offset = to_integer(object.Get("offset"), name + ".offset", 0, most);
+    source.byte_length = to_integer(object.Get("byteLength"), name + ".byteLength", 0, most);
+    source.encoding = to_text(object.Get("encoding"), name + ".encoding");
+    source.shape = to_shape(object.Get("shape"), name + ".shape");
+    const Napi::Value heads = object.Get("permutedHeads");
+    if (!heads.IsUndefined()) source.permuted_heads = to_integer(heads, name + ".permutedHeads", 1, 1 << 14);
+    sources.push_back(std::move(source));
+  }
+  return sources;
+}
+
+ParameterKind to_kind(const Napi::Value& value) {
+  return static_cast<ParameterKind>(to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v"}));
+}
+
+SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bool has_token_bytes) {
+  const Napi::Object object = to_object(value, "request");
+  SampleRequest r;
+  to_forest(object, "request", config, r.tokens, r.positions, r.visible_until);
+  r.prompt_rows = to_int32s(object.Get("promptRows"), "request.promptRows");
+  check_range(r.prompt_rows, "request.promptRows", 0, static_cast<int64_t>(r.tokens.size()));
+  r.counts = to_int32s(object.Get("counts"), "request.counts");
+  check_length(r.counts, "request.counts", r.prompt_rows.size(), "request.promptRows");
+  check_range(r.counts, "request.counts", 0, kMostCompletions + 1);
+  r.max_tokens = to_int32s(object.Get("maxTokens"), "request.maxTokens");
+  check_length(r.max_tokens, "request.maxTokens", r.prompt_rows.size(), "request.promptRows");
+  check_range(r.max_tokens, "request.maxTokens", 1, std::numeric_limits<int32_t>::max());
+  int64_t completions = 0;
+  for (int32_t count : r.counts) completions += count;
+  if (completions > kMostCompletions) {
+    refuse("at most " + std::to_string(kMostCompletions) + " completions", "request.counts",
+           std::to_string(completions));
+  }
+  r.keys = to_uint32s(object.Get("keys"), "request.keys");
+  check_length(r.keys, "request.keys", static_cast<size_t>(2 * completions), "two words for each completion");
+  r.options = to_sampling_options(object, "request");
+  r.stop_tokens = to_int32s(object.Get("stopTokens"), "request.stopTokens");
+  check_range(r.stop_tokens, "request.stopTokens", 0, int64_t{1} << 31);
+  const Napi::Array strings = to_array(object.Get("stopStrings"), "request.stopStrings");
+  for (uint32_t i = 0; i < strings.Length(); ++i) {
+    const std::string name = "request.stopStrings[" + std::to_string(i) + "]";
+    r.stop_strings.push_back(to_bytes(strings.Get(i), name));
+    if (r.stop_strings.back().empty()) refuse("at least one byte", name, "none");
+  }
+  if (!r.stop_strings.empty() && !has_token_bytes) {
+    refuse("setTokenBytes before it is used", "request.stopStrings", strings);
+  }
+  r.max_live_sequences = static_cast<int32_t>(
+      to_integer(object.Get("maxLiveSequences"), "request.maxLiveSequences", 0, kMostCompletions));
+  return r;
+}
+
+Napi::Object scores_to_js(Napi::Env env, Scores scores) {
+  const Napi::Object object = Napi::Object::New(env);
+  object.Set("logprobs", to_float32_array(env, std::move(scores.logprobs)));
+  object.Set("entropies", to_float32_array(env, std::move(scores.entropies)));
+  return object;
+}
+
+// Tokens on their way to a listener: those of steps that come while the event loop is busy join what waits there.
+class TokenStream final : public Delivery, public std::enable_shared_from_this<TokenStream> {
+ public:
+  TokenStream(std::shared_ptr<Mailbox> mailbox, uint32_t listener, std::shared_ptr<Cancel> cancel)
+      : mailbox_(std::move(mailbox)), listener_(listener), cancel_(std::move(cancel)) {}
+
+  void push(const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
+            const std::vector<float>& logprobs) {
+    bool first = false;
+    {
+      std::lock_guard lock(mutex_);
+      first = sequences_.empty();
+      sequences_.insert(sequences_.end(), sequences.begin(), sequences.end());
+      tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+      logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
+    }
+    if (first) mailbox_->post(shared_from_this());
+  }
+
+  void deliver(Napi::Env env) override {
+    std::vector<int32_t> sequences, tokens;
+    std::vector<float> logprobs;
+    {
+      std::lock_guard lock(mutex_);
+      sequences.swap(sequences_);
+      tokens.swap(tokens_);
+      logprobs.swap(logprobs_);
+    }
+    Environment::of(env).call_listener(env, listener_,
+                                       {to_int32_array(env, std::move(sequences)),
+                                        to_int32_array(env, std::move(tokens)),
+                                        to_float32_array(env, std::move(logprobs))},
+                                       cancel_);
+  }
+
+ private:
+  std::shared_ptr<Mailbox> mailbox_;
+  uint32_t listener_;
+  std::shared_ptr<Cancel> cancel_;
+  std::mutex mutex_;
+  std::vector<int32_t> sequences_, tokens_;
+  std::vector<float> logprobs_;
+};
+
+Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
+  const Napi::Object object = Napi::Object::New(env);
+  object.Set("offsets", to_int32_array(env, std::move(result.offsets)));
+  object.Set("tokens", to_int32_array(env, std::move(result.tokens)));
+  object.Set("logprobs", to_float32_array(env, std::move(result.logprobs)));
+  object.Set("rawLogprobs", to_float32_array(env, std::move(result.raw_logprobs)));
+  object.Set("entropies", to_float32_array(env, std::move(result.entropies)));
+  const Napi::Uint8Array reasons = Napi::Uint8Array::New(env, result.finish_reasons.size());
+  if (!result.finish_reasons.empty()) {
+    std::memcpy(reasons.ArrayBuffer().Data(), result.finish_reasons.data(), result.finish_reasons.size());
+  }
+  object.Set("finishReasons", reasons);
+  object.Set("prefillTokens", static_cast<double>(result.prefill_tokens));
+  object.Set("decodeSteps", static_cast<double>(result.decode_steps));
+  const Napi::Object seconds = Napi::Object::New(env);
+  seconds.Set("prefill", result.prefill_seconds);
+  seconds.Set("decode", result.decode_seconds);
+  object.Set("seconds", seconds);
+  return object;
+}
+
+}  // namespace
+
+void NativeModel::define(Napi::Env env) {
+  const Napi::Function model = DefineClass(
+      env, "NativeModel",
+      {
+          InstanceMethod<&NativeModel::parameters>("parameters"),
+          InstanceMethod<&NativeModel::load>("load"),
+          InstanceMethod<&NativeModel::initialize>("initialize"),
+          InstanceMethod<&NativeModel::read_tensor>("readTensor"),
+          InstanceMethod<&NativeModel::write_tensor>("writeTensor"),
+          InstanceMethod<&NativeModel::set_token_bytes>("setTokenBytes"),
+          InstanceMethod<&NativeModel::logits>("logits"),
+          InstanceMethod<&NativeModel::score>("score"),
+          InstanceMethod<&NativeModel::forward_backward>("forwardBackward"),
+          InstanceMethod<&NativeModel::zero_gradients>("zeroGradients"),
+          InstanceMethod<&NativeModel::optim_step>("optimStep"),
+          InstanceMethod<&NativeModel::sample>("sample"),
+          InstanceAccessor<&NativeModel::optimizer_step>("optimizerStep"),
+          InstanceMethod<&NativeModel::set_optimizer_step>("setOptimizerStep"),
+          InstanceMethod<&NativeModel::memory>("memory"),
+          InstanceMethod<&NativeModel::reset_peak_memory>("resetPeakMemory"),
+          InstanceMethod<&NativeModel::dispose>("dispose"),
+      });
+  Environment::of(env).model_class = Napi::Persistent(model);
+}
+
+Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return checked(env, [&]() -> Napi::Value {
+    auto state = std::make_shared<ModelState>();
+    state->config = to_config(info[0]);
+    state->trainable = to_bool(info[2], "trainable");
+    state->engine = &to_engine(info[1], "device");
+    constructing = std::move(state);
+    const Napi::Object model = Environment::of(env).model_class.New({});
+    return model;
+  });
+}
+
+NativeModel::NativeModel(const Napi::CallbackInfo& info)
+    : Napi::ObjectWrap<NativeModel>(info), state_(std::exchange(constructing, nullptr)) {
+  if (!state_) throw Napi::TypeError::New(info.Env(), "Models are made by createModel");
+}
+
+NativeModel::~NativeModel() { release(); }
+
+void NativeModel::release() {
+  if (!state_) return;
+  Engine& engine = *state_->engine;
+  engine.post([state = std::move(state_)]() mutable { state.reset(); });
+  state_ = nullptr;
+}
+
+const std::shared_ptr<ModelState>& NativeModel::state() const {
+  if (!state_) throw Error("DISPOSED", "Expected a live model but received one that was disposed of");
+  return state_;
+}
+
+const std::shared_ptr<ModelState>& NativeModel::trainable_state(const char* method) const {
+  if (!state()->trainable) {
+    throw Error("UNSUPPORTED", std::string("Expected a trainable model for ") + method +
+                                   " but received one that was made for inference only");
+  }
+  return state_;
+}
+
+Napi::Value NativeModel::parameters(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return checked(env, [&]() -> Napi::Value {
+    const std::vector<NamedParameter> named = name_parameters(state()->config);
+    const Napi::Array array = Napi::Array::New(env, named.size());
+    for (size_t i = 0; i < named.size(); ++i) {
+      const Napi::Object object = Napi::Object::New(env);
+      object.Set("name", named[i].name);
+      const Napi::Array shape = Napi::Array::New(env, named[i].shape.size());
+      for (size_t d = 0; d < named[i].shape.size(); ++d) {
+        shape.Set(static_cast<uint32_t>(d), static_cast<double>(named[i].shape[d]));
+      }
+      object.Set("shape", shape);
+      object.Set("decayed", named[i].decayed());
+      array.Set(static_cast<uint32_t>(i), object);
+    }
+    return array;
+  });
+}
+
+Napi::Value NativeModel::load(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    auto sources = to_sources(info[0]);
+    auto cancel = to_cancel(info[1], "cancel");
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, cancel,
+             [state = state(), sources = std::move(sources), cancel]() -> Deliver {
+               state->open().load(sources, *cancel);
+               return undefined;
+             });
+  });
+}
+
+Napi::Value NativeModel::initialize(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const uint64_t seed = to_uint64(info[0], "seed");
+    const float deviation = static_cast<float>(to_number(info[1], "standardDeviation", 0.0, 1e6));
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, nullptr, [state = state(), seed, deviation]() -> Deliver {
+          state->open().initialize(seed, deviation);
+          return undefined;
+        });
+  });
+}
+
+Napi::Value NativeModel::read_tensor(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const std::string name = to_text(info[0], "name");
+    const ParameterKind kind = to_kind(info[1]);
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, nullptr, [state = state(), name, kind]() -> Deliver {
+          auto data = std::make_shared<std::vector<float>>(state->open().read(name, kind));
+          return [data](Napi::Env env) { return to_float32_array(env, std::move(*data)); };
+        });
+  });
+}
+
+Napi::Value NativeModel::write_tensor(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const std::string name = to_text(info[0], "name");
+    const ParameterKind kind = to_kind(info[1]);
+    auto data = to_floats(info[2], "data");
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, nullptr,
+             [state = state(), name, kind, data = std::move(data)]() -> Deliver {
+               state->open().write(name, kind, data);
+               return undefined;
+             });
+  });
+}
+
+Napi::Value NativeModel::set_token_bytes(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    TokenBytes token_bytes{to_bytes(info[0], "bytes"), to_int32s(info[1], "offsets")};
+    const auto& offsets = token_bytes.offsets;
+    if (offsets.empty() || offsets[0] != 0) refuse("offsets that rise from 0", "offsets", info[1]);
+    for (size_t i = 1; i < offsets.size(); ++i) {
+      if (offsets[i] < offsets[i - 1]) {
+        refuse("offsets that rise from 0", "offsets",
+               std::to_string(offsets[i]) + " after " + std::to_string(offsets[i - 1]));
+      }
+    }
+    if (static_cast<size_t>(offsets.back()) != token_bytes.bytes.size()) {
+      refuse("offsets that end at " + std::to_string(token_bytes.bytes.size()) + ", the length of bytes,", "offsets",
+             std::to_string(offsets.back()));
+    }
+    Environment::of(info.Env())
+        .post(*state()->engine, [state = state(), token_bytes = std::make_shared<TokenBytes>(std::move(token_bytes))] {
+          state->token_bytes = std::move(*token_bytes);
+        });
+    has_token_bytes_ = true;
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeModel::logits(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const ModelConfig& config = state()->config;
+    Batch batch = to_batch(info[0], config, false);
+    if (static_cast<int64_t>(batch.source_rows.size()) * config.vocab_size > kMostLogits) {
+      refuse("at most " + std::to_string(kMostLogits / config.vocab_size) + " rows", "batch.sourceRows",
+             std::to_string(batch.source_rows.size()));
+    }
+    auto cancel = std::make_shared<Cancel>();
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, cancel, [state = state(), batch = std::move(batch), cancel]() -> Deliver {
+          auto data = std::make_shared<std::vector<float>>(state->open().logits(batch, *cancel));
+          return [data](Napi::Env env) { return to_float32_array(env, std::move(*data)); };
+        });
+  });
+}
+
+Napi::Value NativeModel::score(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    Batch batch = to_batch(info[0], state()->config, true);
+    auto cancel = to_cancel(info[1], "cancel");
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, cancel, [state = state(), batch = std::move(batch), cancel]() -> Deliver {
+          auto scores = std::make_shared<Scores>(state->open().score(batch, *cancel));
+          return [scores](Napi::Env env) { return scores_to_js(env, std::move(*scores)); };
+        });
+  });
+}
+
+Napi::Value NativeModel::forward_backward(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    Batch batch = to_batch(info[0], trainable_state("forwardBackward")->config, true);
+    BatchLoss loss = to_loss(info[1], batch.source_rows.size());
+    auto cancel = to_cancel(info[2], "cancel");
+    return Environment::of(info.Env())
+        .run(info.Env(), *state()->engine, cancel,
+             [state = state(), batch = std::move(batch), loss = std::move(loss), cancel]() -> Deliver {
+               auto result = std::make_shared<LossResult>(state->open().forward_backward(batch, loss, *cancel));
+               return [result](Napi::Env env) {
+                 const Napi::Object object = scores_to_js(env, std::move(result->scores));
+                 object.Set("loss", result->loss);
+                 object.Set("finite", result->finite);
+                 return object;
+               };
+             });
+  });
+}
+
+Napi::Value NativeModel::zero_gradients(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const auto& shared = trainable_state("zeroGradients");
+    return Environment::of(info.Env()).run(info.Env(), *shared->engine, nullptr, [state = shared]() -> Deliver {
+      state->open().zero_gradients();
+      return undefined;
+    });
+  });
+}
+
+Napi::Value NativeModel::optim_step(const Napi::CallbackInfo& info) {
+  return promised(info.Env(), [&] {
+    const auto& shared = trainable_state("optimStep");
+    const Napi::Object object = to_object(info[0], "options");
+    constexpr double most = std::numeric_limits<float>::max();
+    const auto number = [&](const char* key, double greatest) {
+      return static_cast<float>(to_number(object.Get(key), std::string("options.") + key, 0.0, greatest));
+    };
+    OptimizerOptions options;
+    options.learning_rate = number("learningRate", most);
+    options.beta1 = number("beta1", 1.0);
+    options.beta2 = number("beta2", 1.0);
+    options.epsilon = number("epsilon", most);
+    options.weight_decay = number("weightDecay", most);
+    options.max_gradient_norm = number("maxGradNorm", most);
+    // 1 - beta^step divides the moments.
+    if (options.beta1 == 1.0f) refuse("a number below 1", "options.beta1", object.Get("beta1"));
+    if (options.beta2 == 1.0f) refuse("a number below 1", "options.beta2", object.Get("beta2"));
+    return Environment::of(info.Env())
+        .run(info.Env(), *shared->engine, nullptr, [state = shared, options]() -> Deliver {
+          const int64_t step = state->optimizer_step + 1;
+          const OptimizerResult result = state->open().optim_step(options, step);
+          if (result.applied) state->optimizer_step = step;
+          return [result](Napi::Env env) {
+            const Napi::Object object = Napi::Object::New(env);
+            object.Set("gradientNorm", result.gradient_norm);
+            object.Set("applied", result.applied);
+            return object;
+          };
+        });
+  });
+}
+
+Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
+  const Napi::Env env = info.Env();
+  return promised(env, [&] {
+    SampleRequest request = to_request(info[0], state()->config, has_token_bytes_);
+    auto cancel = to_cancel(info[1], "cancel");
+    const Napi::Value on_tokens = info[2];
+    if (!on_tokens.IsUndefined() && !on_tokens.IsFunction()) refuse("a function", "onTokens", on_tokens);
+    Environment& environment = Environment::of(env);
+    uint32_t listener = 0;
+    std::shared_ptr<TokenStream> stream;
+    if (on_tokens.IsFunction()) {
+      listener = environment.add_listener(on_tokens.As<Napi::Function>());
+      stream = std::make_shared<TokenStream>(environment.mailbox(), listener, cancel);
+    }
+    return environment.run(
+        env, *state()->engine, cancel,
+        [state = state(), request = std::move(request), cancel, stream = std::move(stream)]() -> Deliver {
+          TokenCallback callback;
+          if (stream) {
+            callback = [&stream](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
+                                 const std::vector<float>& logprobs) { stream->push(sequences, tokens, logprobs); };
+          }
+          auto result = std::make_shared<SampleResult>(
+              merf::sample(state->open(), state->token_bytes, request, *cancel, callback));
+          return [result](Napi::Env env) { return sample_result_to_js(env, std::move(*result)); };
+        },
+        listener);
+  });
+}
+
+Napi::Value NativeModel::optimizer_step(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    return Napi::Number::New(info.Env(), static_cast<double>(state()->optimizer_step.load()));
+  });
+}
+
+Napi::Value NativeModel::set_optimizer_step(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    state()->optimizer_step = to_integer(info[0], "step", 0, int64_t{1} << 53);
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeModel::memory(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    const Backend& backend = state()->engine->backend();
+    const Napi::Object object = Napi::Object::New(info.Env());
+    object.Set("used", static_cast<double>(backend.memory_used()));
+    object.Set("peak", static_cast<double>(backend.memory_peak()));
+    return object;
+  });
+}
+
+Napi::Value NativeModel::reset_peak_memory(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    state()->engine->backend().reset_peak_memory();
+    return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeModel::dispose(const Napi::CallbackInfo& info) {
+  release();
+  return info.Env().Undefined();
+}
+
+}  // namespace merf

@@ -1,0 +1,68 @@
+// The class NativeModel of lib/native.ts: checks arguments and hands work to the engine's thread.
+#pragma once
+
+#include <napi.h>
+
+#include <atomic>
+#include <memory>
+
+#include "engine.h"
+#include "model/model.h"
+#include "rollout/stop_strings.h"
+
+namespace merf {
+
+// What jobs share of one model. The model is made by the first job and goes with the last, both on the engine's
+// thread.
+struct ModelState {
+  Engine* engine = nullptr;
+  ModelConfig config;
+  bool trainable = false;
+  TokenBytes token_bytes;          // engine thread only
+  std::unique_ptr<Model> model;    // engine thread only
+  std::atomic<int64_t> optimizer_step{0};
+
+  Model& open() {
+    if (!model) model = std::make_unique<Model>(engine->backend(), engine->arena(), config, trainable);
+    return *model;
+  }
+};
+
+class NativeModel : public Napi::ObjectWrap<NativeModel> {
+ public:
+  static void define(Napi::Env env);
+  // createModel(config, { name, threads }, trainable)
+  static Napi::Value create(const Napi::CallbackInfo& info);
+
+  explicit NativeModel(const Napi::CallbackInfo& info);
+  ~NativeModel() override;
+
+ private:
+  Napi::Value parameters(const Napi::CallbackInfo& info);
+  Napi::Value load(const Napi::CallbackInfo& info);
+  Napi::Value initialize(const Napi::CallbackInfo& info);
+  Napi::Value read_tensor(const Napi::CallbackInfo& info);
+  Napi::Value write_tensor(const Napi::CallbackInfo& info);
+  Napi::Value set_token_bytes(const Napi::CallbackInfo& info);
+  Napi::Value logits(const Napi::CallbackInfo& info);
+  Napi::Value score(const Napi::CallbackInfo& info);
+  Napi::Value forward_backward(const Napi::CallbackInfo& info);
+  Napi::Value zero_gradients(const Napi::CallbackInfo& info);
+  Napi::Value optim_step(const Napi::CallbackInfo& info);
+  Napi::Value sample(const Napi::CallbackInfo& info);
+  Napi::Value optimizer_step(const Napi::CallbackInfo& info);
+  Napi::Value set_optimizer_step(const Napi::CallbackInfo& info);
+  Napi::Value memory(const Napi::CallbackInfo& info);
+  Napi::Value reset_peak_memory(const Napi::CallbackInfo& info);
+  Napi::Value dispose(const Napi::CallbackInfo& info);
+
+  // The state, or DISPOSED.
+  const std::shared_ptr<ModelState>& state() const;
+  const std::shared_ptr<ModelState>& trainable_state(const char* method) const;
+  void release();
+
+  std::shared_ptr<ModelState> state_;  // empty once disposed of
+  bool has_token_bytes_ = false;
+};
+
+}  // namespace merf

@@ -1,0 +1,20 @@
+// Options that the model's methods and the embedded kernels share.
+#pragma once
+
+#include <napi.h>
+
+#include <string>
+
+#include "backend/backend.h"
+
+namespace merf {
+
+// kind, clipLow, clipHigh, klCoefficient, entropyCoefficient
+LossOptions to_loss_options(const Napi::Object& object, const std::string& name);
+// temperature, topK, topP, minP, seed
+SamplingOptions to_sampling_options(const Napi::Object& object, const std::string& name);
+// { name, threads }
+class Engine;
+Engine& to_engine(const Napi::Value& value, const std::string& name);
+
+}  // namespace merf

@@ -1,0 +1,327 @@
+import { createRequire } from 'node:module';
+import { dirname, join } from 'node:path';
+import { fileURLToPath } from 'node:url';
+import { MerfError } from './errors.js';
+
+// What the addon offers (bindings/). All arguments are checked there; failures are MerfErrors. Methods that return a
+// promise run on the device's engine thread, one after another in the order of the calls, and reject rather than
+// throw. Arrays are copied on the way in; the caller may change them at once.
+
+/** Storage type of weights and activations; arithmetic accumulates in float32. */
+export type NativeDType = 'f32' | 'bf16';
+
+/** Asks the work it was given to for an end. Made by `createCancelToken`, used by `cancel`. */
+export type CancelToken = { readonly __cancel: unique symbol };
+
+export interface NativeDeviceChoice {
+  name: string;
+  /** 0: one for each processor that this process may run on. */
+  threads: number;
+}
+
+export interface NativeModelConfig {
+  architecture: 'llama' | 'qwen2';
+  hiddenSize: number;
+  layers: number;
+  heads: number;
+  kvHeads: number;
+  /** A multiple of 8. */
+  headSize: number;
+  mlpSize: number;
+  vocabSize: number;
+  rmsNormEps: number;
+  /** The head is the embedding table. */
+  tiedHead: boolean;
+  /** Of the q, k and v projections. */
+  attentionBias: boolean;
+  /** Of the o projection. */
+  outputBias: boolean;
+  /** Of the gate, up and down projections. */
+  mlpBias: boolean;
+  maxPositions: number;
+  rope: {
+    /** [headSize / 2], with any scaling in them. */
+    inverseFrequencies: Float32Array;
+    /** Multiplies cosine and sine. */
+    attentionScale: number;
+  };
+  dtype: NativeDType;
+}
+
+/** Where a parameter lies in a file. */
+export interface TensorSource {
+  /** As Hugging Face names it, for instance model.layers.0.self_attn.q_proj.weight. */
+  name: string;
+  path: string;
+  /** Bytes. */
+  offset: number;
+  byteLength: number;
+  encoding: 'F32' | 'F16' | 'BF16' | 'Q8_0' | 'Q4_0' | 'Q4_1' | 'Q4_K' | 'Q6_K';
+  /** Rows first. */
+  shape: number[];
+  /** The q or k projection of a llama GGUF, whose rows stand in another order: the number of its heads. */
+  permutedHeads?: number | undefined;
+}
+
+/**
+ * A packed forest of T tokens with R rows that predict a token. Key j is visible to query i exactly when
+ * j <= i < visibleUntil[j]; subtrees are nested.
+ */
+export interface NativeBatch {
+  /** [T] */
+  tokens: Int32Array;
+  /** [T], each token's depth in its path. */
+  positions: Int32Array;
+  /** [T], the end of the subtree of the token's segment. */
+  visibleUntil: Int32Array;
+  /** [R], the token after which `targets` is predicted. */
+  sourceRows: Int32Array;
+  /** [R] */
+  targets: Int32Array;
+}
+
+export type NativeLossKind = 'policy_gradient_clip' | 'cispo' | 'gspo' | 'cross_entropy';
+
+export interface NativeLossOptions {
+  kind: NativeLossKind;
+  clipLow: number;
+  clipHigh: number;
+  /** Of the k3 estimator; above 0 it needs reference log-probabilities. */
+  klCoefficient: number;
+  entropyCoefficient: number;
+}
+
+/** The loss over a batch's R rows, the sum of weight times row loss; formulas in native/backend/backend.h. */
+export interface NativeLoss extends NativeLossOptions {
+  /** [R] */
+  weights: Float32Array;
+  /** [R], not for cross_entropy. */
+  advantages?: Float32Array | undefined;
+  /** [R], not for cross_entropy. */
+  oldLogprobs?: Float32Array | undefined;
+  /** [R] */
+  referenceLogprobs?: Float32Array | undefined;
+  /** [R], which completion a row belongs to, rising from 0; gspo only. */
+  sequences?: Int32Array | undefined;
+}
+
+export interface NativeSamplingOptions {
+  /** 0: greedy. */
+  temperature: number;
+  /** 0: off. */
+  topK: number;
+  /** 1: off. */
+  topP: number;
+  /** 0: off. */
+  minP: number;
+  seed: bigint;
+}
+
+/** P prompts as one packed forest (as in NativeBatch) and S completions of them. */
+export interface NativeSampleRequest extends NativeSamplingOptions {
+  tokens: Int32Array;
+  positions: Int32Array;
+  visibleUntil: Int32Array;
+  /** [P], the row of each prompt's last token. */
+  promptRows: Int32Array;
+  /** [P], completions of each prompt; their sum is S. */
+  counts: Int32Array;
+  /** [2 S], the words (low, high) of each completion's Philox key, in the order of the prompts. */
+  keys: Uint32Array;
+  /** [P], at least 1. A completion also ends where the context does. */
+  maxTokens: Int32Array;
+  /** One of these ends a completion and stays in it. */
+  stopTokens: Int32Array;
+  /** Looked for in the bytes of the tokens drawn; they need `setTokenBytes` first. The last token stays. */
+  stopStrings: Uint8Array[];
+  /** How many completions are decoded together at most; 0: the engine's choice. */
+  maxLiveSequences: number;
+}
+
+export interface NativeSampleResult {
+  /** [S + 1], where each completion begins in the following. */
+  offsets: Int32Array;
+  tokens: Int32Array;
+  /** Under the distribution drawn from. */
+  logprobs: Float32Array;
+  /** Under softmax(logits): what `score` gives and the importance ratio uses. */
+  rawLogprobs: Float32Array;
+  /** Of softmax(logits), in nats. */
+  entropies: Float32Array;
+  /** [S] 0: stop token, 1: length, 2: stop string, 3: aborted */
+  finishReasons: Uint8Array;
+  prefillTokens: number;
+  decodeSteps: number;
+  seconds: { prefill: number; decode: number };
+}
+
+export type ParameterKind = 'value' | 'gradient' | 'adam_m' | 'adam_v';
+
+export interface NativeOptimizerOptions {
+  learningRate: number;
+  beta1: number;
+  beta2: number;
+  epsilon: number;
+  /** Decoupled, on matrices alone. */
+  weightDecay: number;
+  /** Global norm that gradients are scaled down to; 0: no clipping. */
+  maxGradNorm: number;
+}
+
+export interface NativeModel {
+  /** Names and shapes as Hugging Face has them; `decayed` are the matrices. */
+  parameters(): { name: string; shape: number[]; decayed: boolean }[];
+  /** Fills every parameter; each must be given once. */
+  load(sources: TensorSource[], cancel: CancelToken): Promise<void>;
+  /** Matrices from a normal distribution, norms 1, biases 0. */
+  initialize(seed: bigint, standardDeviation: number): Promise<void>;
+  /** Row-major float32. Gradients and moments that were never made are zeros. */
+  readTensor(name: string, kind: ParameterKind): Promise<Float32Array>;
+  writeTensor(name: string, kind: ParameterKind, data: Float32Array): Promise<void>;
+  /** Token t stands for bytes [offsets[t], offsets[t + 1]). */
+  setTokenBytes(bytes: Uint8Array, offsets: Int32Array): void;
+  /** [R, vocabSize] row-major; at most 2^28 numbers. */
+  logits(batch: Omit<NativeBatch, 'targets'>): Promise<Float32Array>;
+  score(batch: NativeBatch, cancel: CancelToken): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
+  /**
+   * Adds to the gradients. They are as before the call where the loss is not finite (`finite` is false) and where the
+   * promise rejects with ABORTED. A cancel that comes after the backward pass began has no effect.
+   */
+  forwardBackward(
+    batch: NativeBatch,
+    loss: NativeLoss,
+    cancel: CancelToken,
+  ): Promise<{ loss: number; logprobs: Float32Array; entropies: Float32Array; finite: boolean }>;
+  zeroGradients(): Promise<void>;
+  /** Gradients are zeroed either way; `applied` is false where their norm is not finite. */
+  optimStep(options: NativeOptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }>;
+  /** Updates applied. */
+  readonly optimizerStep: number;
+  setOptimizerStep(step: number): void;
+  /**
+   * `onTokens` hears of every token drawn, at most once a decode step; steps that pass while the event loop is busy
+   * come as one call. If it throws, sampling ends and the promise rejects with its error. A cancelled call resolves
+   * with what was drawn.
+   */
+  sample(
+    request: NativeSampleRequest,
+    cancel: CancelToken,
+    onTokens?: (sequences: Int32Array, tokens: Int32Array, logprobs: Float32Array) => void,
+  ): Promise<NativeSampleResult>;
+  /** Bytes of the device's memory in use by all models on it, and the most since `resetPeakMemory`. */
+  memory(): { used: number; peak: number };
+  resetPeakMemory(): void;
+  /** Frees the model when the jobs it has are done. Every other method fails with DISPOSED from then on. */
+  dispose(): void;
+}
+
+export interface NativeTensor {
+  readonly shape: number[];
+  readonly dtype: 'f32' | 'bf16' | 'i32';
+  readonly disposed: boolean;
+  read(): Promise<Float32Array | Int32Array>;
+  dispose(): void;
+}
+
+export interface NativeAttention {
+  q: NativeTensor;
+  k: NativeTensor;
+  v: NativeTensor;
+  visibleUntil: Int32Array;
+  scale?: number | undefined;
+}
+
+export interface NativeLossTensors extends NativeLossOptions {
+  weights: NativeTensor;
+  advantages?: NativeTensor | undefined;
+  oldLogprobs?: NativeTensor | undefined;
+  referenceLogprobs?: NativeTensor | undefined;
+  sequences?: Int32Array | undefined;
+}
+
+/** Kernels over tensors; lib/kernels says what they compute. */
+export interface NativeDevice {
+  readonly name: string;
+  tensor(data: Float32Array | Int32Array | null, shape: number[], dtype: 'f32' | 'bf16' | 'i32'): NativeTensor;
+  attention(o: NativeAttention): Promise<{ out: NativeTensor; lse: NativeTensor }>;
+  attentionBackward(
+    o: NativeAttention & { out: NativeTensor; lse: NativeTensor; dout: NativeTensor },
+  ): Promise<{ dq: NativeTensor; dk: NativeTensor; dv: NativeTensor }>;
+  sampleTokens(
+    o: NativeSamplingOptions & { logits: NativeTensor; keys: Uint32Array; positions: Int32Array },
+  ): Promise<{ tokens: NativeTensor; logprobs: NativeTensor; rawLogprobs: NativeTensor; entropies: NativeTensor }>;
+  groupAdvantages(o: {
+    rewards: NativeTensor;
+    groupOffsets: Int32Array;
+    kind: 'group' | 'batch' | 'leave_one_out';
+    scale: boolean;
+    epsilon: number;
+  }): Promise<NativeTensor>;
+  policyLoss(
+    o: NativeLossTensors & { logprobs: NativeTensor; entropies?: NativeTensor | undefined },
+  ): Promise<{ loss: number; coefficients: NativeTensor }>;
+  fusedPolicyLoss(
+    o: NativeLossTensors & { hidden: NativeTensor; weight: NativeTensor; rows: Int32Array; targets: Int32Array },
+  ): Promise<{
+    loss: number;
+    logprobs: NativeTensor;
+    entropies: NativeTensor;
+    dhidden: NativeTensor;
+    dweight: NativeTensor;
+  }>;
+}
+
+export interface NativeBackend {
+  name: string;
+  available: boolean;
+  /** Why it is not available. */
+  reason?: string;
+  description: string;
+  /** The instruction set chosen at run time. */
+  isa: string;
+  threads: number;
+  memoryBytes: number;
+  /** bfloat16 products in hardware. */
+  fastBf16: boolean;
+  /** Name and version of each. */
+  libraries: [string, string][];
+}
+
+export interface NativeAddon {
+  version: string;
+  backends(): NativeBackend[];
+  /**
+   * Not trainable: no float32 masters, gradients and moments. The memory is taken by the first method that needs it.
+   * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE
+   */
+  createModel(config: NativeModelConfig, device: NativeDeviceChoice, trainable: boolean): NativeModel;
+  openDevice(device: NativeDeviceChoice): NativeDevice;
+  createCancelToken(): CancelToken;
+  cancel(token: CancelToken): void;
+}
+
+type AddonModule = NativeAddon & { useErrorClass(errorClass: typeof MerfError): void };
+
+let loaded: AddonModule | undefined;
+
+/**
+ * The addon, loaded at the first call: build/Release/merf.node, or the prebuilt one of this platform.
+ * @throws MerfError NATIVE_MISSING, which says how to build it
+ */
+export function native(): NativeAddon {
+  if (loaded) return loaded;
+  const require = createRequire(import.meta.url);
+  const root = join(dirname(fileURLToPath(import.meta.url)), '..');
+  try {
+    loaded = require('node-gyp-build')(root) as AddonModule;
+  } catch (cause) {
+    throw new MerfError(
+      'NATIVE_MISSING',
+      `Could not load merf's native part for ${process.platform}-${process.arch} from ${root}. ` +
+        `Build it with: npm run build. (${cause instanceof Error ? cause.message.split('\n')[0] : String(cause)})`,
+      { cause },
+    );
+  }
+  loaded.useErrorClass(MerfError);
+  return loaded;
+}

@@ -1,0 +1,52 @@
+// Memory for activations: taken piece by piece, given back all at once, and kept between calls, so that a step
+// allocates nothing that an earlier step of its size had.
+#pragma once
+
+#include <vector>
+
+#include "backend/backend.h"
+
+namespace merf {
+
+class Arena {
+ public:
+  explicit Arena(Backend& backend) : backend_(backend) {}
+
+  // Contents are undefined. The tensor is valid until release() to a mark before it.
+  Tensor take(DType dtype, std::initializer_list<int64_t> shape);
+
+  struct Mark {
+    size_t block = 0;
+    size_t offset = 0;
+    size_t taken = 0;
+  };
+  Mark mark() const { return {block_, offset_, taken_}; }
+  void release(Mark mark);
+  // Gives everything back; where the last use spilled over several blocks, they become one.
+  void reset();
+  // As reset, and returns the memory to the device.
+  void free();
+
+ private:
+  Backend& backend_;
+  std::vector<Tensor> blocks_;
+  size_t block_ = 0;   // the block in use
+  size_t offset_ = 0;  // bytes used in it
+  size_t taken_ = 0;   // bytes given out, without what was left over at the ends of blocks
+  size_t most_ = 0;    // the most that taken_ ever was
+};
+
+// Gives back on leaving a scope what was taken in it.
+class ArenaScope {
+ public:
+  explicit ArenaScope(Arena& arena) : arena_(arena), mark_(arena.mark()) {}
+  ~ArenaScope() { arena_.release(mark_); }
+  ArenaScope(const ArenaScope&) = delete;
+  ArenaScope& operator=(const ArenaScope&) = delete;
+
+ private:
+  Arena& arena_;
+  Arena::Mark mark_;
+};
+
+}  // namespace merf

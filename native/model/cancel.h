@@ -1,0 +1,31 @@
+// A request to stop, set by one thread and looked at by another between two operators.
+#pragma once
+
+#include <atomic>
+
+#include "backend/tensor.h"
+
+namespace merf {
+
+class Cancel {
+ public:
+  void request() { requested_.store(true, std::memory_order_relaxed); }
+  // As request(), and nobody will look at the results or the state that is left behind: stop anywhere.
+  void abandon() {
+    abandoned_.store(true, std::memory_order_relaxed);
+    request();
+  }
+  bool requested() const { return requested_.load(std::memory_order_relaxed); }
+  void check(const char* work) const {
+    if (requested()) throw Error("ABORTED", std::string(work) + " was aborted");
+  }
+  void check_abandoned(const char* work) const {
+    if (abandoned_.load(std::memory_order_relaxed)) throw Error("ABORTED", std::string(work) + " was abandoned");
+  }
+
+ private:
+  std::atomic<bool> requested_{false};
+  std::atomic<bool> abandoned_{false};
+};
+
+}  // namespace merf

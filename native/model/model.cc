@@ -1,0 +1,292 @@
+#include "model/model.h"
+
+#include <cmath>
+#include <unordered_set>
+
+#include "backend/philox.h"
+
+namespace merf {
+namespace {
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+// Element `index` of the stream of standard normal numbers that belongs to (seed, stream): Box-Muller on Philox.
+void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std::vector<float>& out) {
+  const PhiloxKey key{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
+  const int64_t quads = static_cast<int64_t>(out.size() + 3) / 4;
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < quads; ++i) {
+    const uint64_t counter = static_cast<uint64_t>(first / 4 + i);
+    const PhiloxWords words = philox4x32_10(
+        {{static_cast<uint32_t>(counter), static_cast<uint32_t>(counter >> 32), stream, 0x6d657266u}}, key);
+    for (int pair = 0; pair < 2; ++pair) {
+      const float u = (static_cast<float>(words.word[2 * pair] >> 8) + 0.5f) * 0x1p-24f;
+      const float angle = static_cast<float>(words.word[2 * pair + 1] >> 8) * 0x1p-24f * 6.28318531f;
+      const float radius = scale * std::sqrt(-2.0f * std::log(u));
+      const size_t at = static_cast<size_t>(4 * i + 2 * pair);
+      if (at < out.size()) out[at] = radius * std::cos(angle);
+      if (at + 1 < out.size()) out[at + 1] = radius * std::sin(angle);
+    }
+  }
+}
+
+}  // namespace
+
+Model::Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable)
+    : backend_(backend),
+      arena_(arena),
+      config_(std::move(config)),
+      parameters_(backend, config_, trainable),
+      transformer_(backend, config_, parameters_) {}
+
+void Model::require_trainable(const char* what) const {
+  if (!parameters_.trainable()) {
+    throw Error("UNSUPPORTED", std::string("Expected a trainable model for ") + what +
+                                   " but received one that was opened for inference only");
+  }
+}
+
+void Model::prepare() {
+  if (!stale_) return;
+  parameters_.refresh();
+  stale_ = false;
+}
+
+void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel) {
+  std::unordered_set<std::string> seen;
+  for (const TensorSource& source : sources) {
+    const NamedParameter& named = parameters_.find(source.name);
+    if (source.shape != named.shape) {
+      throw Error("INVALID_ARGUMENT", "Expected shape " + shape_text(named.shape) + " for " + source.name +
+                                          " but received " + shape_text(source.shape) + " in " + source.path);
+    }
+    if (!seen.insert(source.name).second) {
+      throw Error("INVALID_ARGUMENT", "Expected each parameter once but received " + source.name + " twice");
+    }
+    if (source.permuted_heads != 0 &&
+        (source.permuted_heads < 0 || source.shape[0] != source.permuted_heads * config_.head_size)) {
+      throw Error("INVALID_ARGUMENT", "Expected heads of " + std::to_string(config_.head_size) +
+                                          " rows for permutedHeads of " + source.name + " but received " +
+                                          std::to_string(source.permuted_heads) + " heads in " +
+                                          std::to_string(source.shape[0]) + " rows");
+    }
+  }
+  for (const NamedParameter& named : parameters_.named()) {
+    if (!seen.count(named.name)) {
+      throw Error("INVALID_ARGUMENT", "Expected a source for every parameter but received none for " + named.name);
+    }
+  }
+  stale_ = true;
+  for (const TensorSource& source : sources) {
+    cancel.check("loading");
+    const NamedParameter& named = parameters_.find(source.name);
+    read_tensor(source, [&](const float* data, int64_t first, int64_t elements) {
+      parameters_.write(named, named.parameter->value, data, first, elements);
+    });
+  }
+  prepare();
+}
+
+void Model::initialize(uint64_t seed, float standard_deviation) {
+  constexpr int64_t kStretch = int64_t{1} << 20;
+  stale_ = true;
+  std::vector<float> data;
+  uint32_t stream = 0;
+  for (const NamedParameter& named : parameters_.named()) {
+    ++stream;
+    const bool norm = !named.decayed() && named.name.ends_with("norm.weight");
+    for (int64_t first = 0; first < named.size(); first += kStretch) {
+      data.assign(static_cast<size_t>(std::min(kStretch, named.size() - first)), norm ? 1.0f : 0.0f);
+      if (named.decayed()) fill_normal(seed, stream, first, standard_deviation, data);
+      parameters_.write(named, named.parameter->value, data.data(), first, static_cast<int64_t>(data.size()));
+    }
+  }
+  prepare();
+}
+
+std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
+  const NamedParameter& named = parameters_.find(name);
+  if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
+  const Parameter& p = *named.parameter;
+  const Tensor& whole = kind == ParameterKind::value      ? p.value
+                        : kind == ParameterKind::gradient ? p.gradient
+                        : kind == ParameterKind::adam_m   ? p.adam_m
+                                                          : p.adam_v;
+  std::vector<float> data(static_cast<size_t>(named.size()), 0.0f);
+  if (whole) parameters_.read(named, whole, data.data());
+  return data;
+}
+
+void Model::write(const std::string& name, ParameterKind kind, const std::vector<float>& data) {
+  const NamedParameter& named = parameters_.find(name);
+  if (kind != ParameterKind::value) require_trainable("writing gradients and moments");
+  if (static_cast<int64_t>(data.size()) != named.size()) {
+    throw Error("INVALID_ARGUMENT", "Expected " + std::to_string(named.size()) + " numbers for " + name +
+                                        " but received " + std::to_string(data.size()));
+  }
+  Parameter& p = *named.parameter;
+  if (kind == ParameterKind::gradient) {
+    parameters_.make_gradients();
+    has_gradients_ = true;
+  }
+  if (kind == ParameterKind::adam_m || kind == ParameterKind::adam_v) parameters_.make_moments();
+  if (kind == ParameterKind::value) stale_ = true;
+  const Tensor& whole = kind == ParameterKind::value      ? p.value
+                        : kind == ParameterKind::gradient ? p.gradient
+                        : kind == ParameterKind::adam_m   ? p.adam_m
+                                                          : p.adam_v;
+  parameters_.write(named, whole, data.data(), 0, named.size());
+}
+
+Tensor Model::upload(const std::vector<int32_t>& data) {
+  if (data.empty()) return Tensor();
+  const Tensor tensor = arena_.take(DType::i32, {static_cast<int64_t>(data.size())});
+  backend_.upload(tensor, data.data(), tensor.bytes());
+  return tensor;
+}
+
+Tensor Model::upload(const std::vector<float>& data) {
+  if (data.empty()) return Tensor();
+  const Tensor tensor = arena_.take(DType::f32, {static_cast<int64_t>(data.size())});
+  backend_.upload(tensor, data.data(), tensor.bytes());
+  return tensor;
+}
+
+Forest Model::upload_forest(const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions,
+                            const std::vector<int32_t>& visible_until) {
+  Forest forest;
+  forest.tokens = static_cast<int64_t>(tokens.size());
+  forest.ids = upload(tokens);
+  forest.positions = upload(positions);
+  forest.visible_until = upload(visible_until);
+  forest.visible_until_host = visible_until;
+  return forest;
+}
+
+Tensor Model::hidden_of(const Forest& forest, const Cancel& cancel, const char* work) {
+  const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
+  Activations activations = transformer_.make_activations(arena_, forest.tokens, false);
+  ForestAttention attention(backend_, forest, transformer_.attention_scale());
+  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel, work);
+  transformer_.final_norm(activations.output, hidden, Tensor());
+  return hidden;
+}
+
+std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
+  prepare();
+  arena_.reset();
+  const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
+  const Tensor hidden = hidden_of(forest, cancel, "logits");
+  const Tensor rows = upload(batch.source_rows);
+  const Tensor gathered = arena_.take(config_.dtype, {rows.size(), config_.hidden_size});
+  backend_.gather_rows(hidden, rows, gathered);
+  const Tensor logits = arena_.take(DType::f32, {rows.size(), config_.vocab_size});
+  transformer_.head(gathered, logits);
+  std::vector<float> out(static_cast<size_t>(logits.size()));
+  backend_.download(out.data(), logits, logits.bytes());
+  return out;
+}
+
+Scores Model::score(const Batch& batch, const Cancel& cancel) {
+  prepare();
+  arena_.reset();
+  const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
+  const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
+  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}), entropies = arena_.take(DType::f32, {rows.size()});
+  const Tensor hidden = hidden_of(forest, cancel, "scoring");
+  cancel.check("scoring");
+  backend_.head_logprobs(hidden, *parameters_.head().packed, rows, targets, logprobs, entropies);
+  Scores scores;
+  scores.logprobs.resize(batch.source_rows.size());
+  scores.entropies.resize(batch.source_rows.size());
+  backend_.download(scores.logprobs.data(), logprobs, logprobs.bytes());
+  backend_.download(scores.entropies.data(), entropies, entropies.bytes());
+  return scores;
+}
+
+LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
+  require_trainable("forwardBackward");
+  prepare();
+  parameters_.make_gradients();
+  arena_.reset();
+  const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
+  const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
+  const LossRows loss_rows{upload(loss.weights), upload(loss.advantages), upload(loss.old_logprobs),
+                           upload(loss.reference_logprobs), upload(loss.sequences)};
+  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}), entropies = arena_.take(DType::f32, {rows.size()});
+  const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
+  const Tensor dhidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
+  Activations activations = transformer_.make_activations(arena_, forest.tokens, true);
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, forest.tokens);
+
+  ForestAttention attention(backend_, forest, transformer_.attention_scale());
+  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel, "forwardBackward");
+  transformer_.final_norm(activations.output, hidden, activations.output_rstd);
+  cancel.check("forwardBackward");
+
+  // head_loss adds the head's gradient block by block, before the whole loss is known.
+  Parameter& head = parameters_.head();
+  Tensor head_gradient_before;
+  if (has_gradients_) {
+    head_gradient_before = arena_.take(DType::f32, {head.shape[0], head.shape[1]});
+    backend_.copy(head_gradient_before, head.gradient);
+  }
+  LossResult result;
+  result.loss = backend_.head_loss(hidden, *head.packed, rows, targets, loss_rows, loss.options, logprobs, entropies,
+                                   dhidden, head.gradient);
+  result.finite = std::isfinite(result.loss);
+  if (result.finite) {
+    has_gradients_ = true;
+    transformer_.backward(forest, activations, dhidden, buffers, cancel);
+  } else if (head_gradient_before) {
+    backend_.copy(head.gradient, head_gradient_before);
+  } else {
+    backend_.zero(head.gradient);
+  }
+  result.scores.logprobs.resize(batch.source_rows.size());
+  result.scores.entropies.resize(batch.source_rows.size());
+  backend_.download(result.scores.logprobs.data(), logprobs, logprobs.bytes());
+  backend_.download(result.scores.entropies.data(), entropies, entropies.bytes());
+  return result;
+}
+
+OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step) {
+  require_trainable("optimStep");
+  prepare();
+  parameters_.make_gradients();
+  parameters_.make_moments();
+  std::vector<Tensor> gradients;
+  gradients.reserve(parameters_.all().size());
+  for (const Parameter* parameter : parameters_.all()) gradients.push_back(parameter->gradient);
+  OptimizerResult result;
+  result.gradient_norm = std::sqrt(backend_.sum_of_squares(gradients));
+  result.applied = std::isfinite(result.gradient_norm);
+  if (result.applied) {
+    AdamWOptions adamw;
+    adamw.learning_rate = options.learning_rate;
+    adamw.beta1 = options.beta1;
+    adamw.beta2 = options.beta2;
+    adamw.epsilon = options.epsilon;
+    adamw.weight_decay = options.weight_decay;
+    adamw.step = step;
+    if (options.max_gradient_norm > 0.0f) {
+      // As torch.nn.utils.clip_grad_norm_, whose denominator has this 1e-6.
+      adamw.gradient_scale =
+          static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
+    }
+    parameters_.update(adamw);
+  }
+  zero_gradients();
+  return result;
+}
+
+void Model::zero_gradients() {
+  parameters_.zero_gradients();
+  has_gradients_ = false;
+}
+
+}  // namespace merf

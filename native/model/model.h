@@ -1,0 +1,111 @@
+// A model with its parameters: scores tokens, accumulates gradients, updates itself. Every method runs on the one
+// thread that owns the backend.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "model/arena.h"
+#include "model/cancel.h"
+#include "model/config.h"
+#include "model/parameters.h"
+#include "model/transformer.h"
+#include "model/weights_file.h"
+
+namespace merf {
+
+// A packed forest of T tokens, and R rows of it that predict a token. Key j is visible to query i exactly when
+// j <= i < visible_until[j]; row r asks for the log-probability of targets[r] after token source_rows[r].
+struct Batch {
+  std::vector<int32_t> tokens, positions, visible_until;  // [T]
+  std::vector<int32_t> source_rows, targets;              // [R]
+};
+
+// The loss over a batch's R rows; see LossOptions and LossRows in backend/backend.h.
+struct BatchLoss {
+  LossOptions options;
+  std::vector<float> weights, advantages, old_logprobs, reference_logprobs;
+  std::vector<int32_t> sequences;
+};
+
+struct Scores {
+  std::vector<float> logprobs, entropies;  // [R]
+};
+
+struct LossResult {
+  double loss = 0.0;
+  bool finite = true;
+  Scores scores;
+};
+
+struct OptimizerOptions {
+  float learning_rate = 1e-6f;
+  float beta1 = 0.9f;
+  float beta2 = 0.999f;
+  float epsilon = 1e-8f;
+  float weight_decay = 0.0f;
+  float max_gradient_norm = 0.0f;  // 0: no clipping
+};
+
+struct OptimizerResult {
+  double gradient_norm = 0.0;
+  bool applied = false;
+};
+
+enum class ParameterKind : uint8_t { value, gradient, adam_m, adam_v };
+
+class Model {
+ public:
+  // Models that run on one thread may share an arena. Not trainable: no gradients and no moments.
+  Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable);
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  const ModelConfig& config() const { return config_; }
+  Parameters& parameters() { return parameters_; }
+  Transformer& transformer() { return transformer_; }
+  Backend& backend() { return backend_; }
+  Arena& arena() { return arena_; }
+
+  // Fills every parameter from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
+  // of another shape, and what read_tensor throws. After a failure the model has to be loaded again.
+  void load(const std::vector<TensorSource>& sources, const Cancel& cancel);
+  // Matrices from a normal distribution, norms 1, biases 0; a function of the seed alone.
+  void initialize(uint64_t seed, float standard_deviation);
+  std::vector<float> read(const std::string& name, ParameterKind kind);
+  void write(const std::string& name, ParameterKind kind, const std::vector<float>& data);
+
+  // [R, V] row-major, for tests and small uses.
+  std::vector<float> logits(const Batch& batch, const Cancel& cancel);
+  Scores score(const Batch& batch, const Cancel& cancel);
+  // Adds to the gradients. Where the loss is not finite, or `cancel` came before the backward began, they are as
+  // before the call; a later request is too late, and the call ends as if it had not come.
+  LossResult forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
+  void zero_gradients();
+  // Clips, updates and zeroes the gradients. Not applied where their norm is not finite. `step` is 1 at the first
+  // update.
+  OptimizerResult optim_step(const OptimizerOptions& options, int64_t step);
+
+  // Brings what operators read up to date with the values that were written; every method that needs it calls it.
+  void prepare();
+
+  // Uploads into the arena.
+  Tensor upload(const std::vector<int32_t>& data);
+  Tensor upload(const std::vector<float>& data);
+  Forest upload_forest(const std::vector<int32_t>& tokens, const std::vector<int32_t>& positions,
+                       const std::vector<int32_t>& visible_until);
+
+ private:
+  Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
+  void require_trainable(const char* what) const;
+
+  Backend& backend_;
+  Arena& arena_;
+  const ModelConfig config_;
+  Parameters parameters_;
+  Transformer transformer_;
+  bool has_gradients_ = false;  // that are not all zero
+  bool stale_ = true;  // the packed weights and the embedding table do not hold `value`
+};
+
+}  // namespace merf

@@ -1,0 +1,186 @@
+#include "model/transformer.h"
+
+#include <cmath>
+
+namespace merf {
+
+void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                             const HeadsView& out, const Tensor& lse) {
+  backend_.attention(q, k, v, forest_.visible_until, forest_.visible_until_host, scale_, out, lse);
+}
+
+void Activations::shrink_to(int64_t rows, Activations& out) const {
+  const auto first = [rows](const Tensor& t) { return t ? t.rows(0, rows) : t; };
+  out.tokens = rows;
+  out.kept = false;
+  out.layers.resize(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const Layer& from = layers[i];
+    Layer& to = out.layers[i];
+    to.attention_input = first(from.attention_input);
+    to.qkv = first(from.qkv);
+    to.attention_output = first(from.attention_output);
+    to.mlp_input = first(from.mlp_input);
+    to.gate_up = first(from.gate_up);
+  }
+  out.normed = first(normed);
+  out.gated = first(gated);
+  out.output = first(output);
+}
+
+Transformer::Transformer(Backend& backend, const ModelConfig& config, Parameters& parameters)
+    : backend_(backend), config_(config), parameters_(parameters) {
+  inverse_frequencies_ = backend.allocate(DType::f32, {config.head_size / 2});
+  backend.upload(inverse_frequencies_, config.inverse_frequencies.data(), inverse_frequencies_.bytes());
+  attention_scale_ = 1.0f / std::sqrt(static_cast<float>(config.head_size));
+}
+
+Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool keep) const {
+  const ModelConfig& c = config_;
+  Activations a;
+  a.tokens = tokens;
+  a.kept = keep;
+  a.layers.resize(static_cast<size_t>(c.layers));
+  const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
+  const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };
+  for (size_t i = 0; i < a.layers.size(); ++i) {
+    if (!keep && i > 0) {
+      a.layers[i] = a.layers[0];
+      continue;
+    }
+    Activations::Layer& l = a.layers[i];
+    l.attention_input = residual();
+    l.attention_rstd = rstd();
+    l.qkv = arena.take(c.dtype, {tokens, c.qkv_size()});
+    l.attention_output = arena.take(c.dtype, {tokens, c.attention_size()});
+    l.lse = arena.take(DType::f32, {c.heads, tokens});
+    l.mlp_input = keep ? residual() : l.attention_input;
+    l.mlp_rstd = rstd();
+    l.gate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
+  }
+  a.normed = arena.take(c.dtype, {tokens, c.hidden_size});
+  a.gated = arena.take(c.dtype, {tokens, c.mlp_size});
+  a.output = keep ? residual() : a.layers[0].attention_input;
+  a.output_rstd = rstd();
+  return a;
+}
+
+BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens) const {
+  const ModelConfig& c = config_;
+  BackwardBuffers b;
+  b.dx = arena.take(DType::f32, {tokens, c.hidden_size});
+  b.dx_cast = c.dtype == DType::f32 ? b.dx : arena.take(c.dtype, {tokens, c.hidden_size});
+  b.dnormed = arena.take(c.dtype, {tokens, c.hidden_size});
+  b.dgated = arena.take(c.dtype, {tokens, c.mlp_size});
+  b.dgate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
+  b.dattention = arena.take(c.dtype, {tokens, c.attention_size()});
+  b.dqkv = arena.take(c.dtype, {tokens, c.qkv_size()});
+  return b;
+}
+
+Transformer::Heads Transformer::split(const Tensor& qkv) const {
+  const auto view = [&](int64_t first_head, int64_t heads) {
+    HeadsView v;
+    v.data = static_cast<char*>(qkv.data) + static_cast<size_t>(first_head * config_.head_size) * size_of(qkv.dtype);
+    v.dtype = qkv.dtype;
+    v.tokens = qkv.shape[0];
+    v.heads = heads;
+    v.head_size = config_.head_size;
+    v.row_stride = qkv.shape[1];
+    return v;
+  };
+  const int64_t q = config_.heads, kv = config_.kv_heads;
+  return {view(0, q), view(q, kv), view(q + kv, kv), view(0, q + kv)};
+}
+
+HeadsView Transformer::whole_heads(const Tensor& x) const {
+  return {x.data, x.dtype, x.shape[0], config_.heads, config_.head_size, x.shape[1]};
+}
+
+void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention,
+                          Activations& activations, const Cancel& cancel, const char* work) {
+  const float epsilon = config_.rms_norm_epsilon;
+  const Tensor none;
+  backend_.embedding(ids, parameters_.embedding.table, activations.layers[0].attention_input);
+  // to = from + weight * x; in place where the two are one buffer.
+  const auto add_product = [&](const Tensor& from, const Tensor& x, const Parameter& weight, const Tensor& bias,
+                               const Tensor& to) {
+    if (to.data != from.data) backend_.copy(to, from);
+    backend_.linear(x, *weight.packed, bias, to, true);
+  };
+  for (size_t i = 0; i < activations.layers.size(); ++i) {
+    cancel.check(work);
+    const LayerParameters& p = parameters_.layers[i];
+    const Activations::Layer& a = activations.layers[i];
+    const bool last = i + 1 == activations.layers.size();
+    backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
+                      a.attention_rstd);
+    backend_.linear(activations.normed, *p.qkv.packed, p.qkv_bias.value, a.qkv);
+    const Heads heads = split(a.qkv);
+    backend_.rope(heads.qk, positions, inverse_frequencies_, false, config_.rope_attention_scale);
+    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output), a.lse);
+    add_product(a.attention_input, a.attention_output, p.output, p.output_bias.value, a.mlp_input);
+
+    backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, a.mlp_rstd);
+    backend_.linear(activations.normed, *p.gate_up.packed, p.gate_up_bias.value, a.gate_up);
+    backend_.swiglu(a.gate_up, activations.gated);
+    add_product(a.mlp_input, activations.gated, p.down, p.down_bias.value,
+                last ? activations.output : activations.layers[i + 1].attention_input);
+  }
+}
+
+void Transformer::final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd) {
+  backend_.rms_norm(x, Tensor(), parameters_.final_norm.value, config_.rms_norm_epsilon, hidden, rstd);
+}
+
+void Transformer::head(const Tensor& hidden, const Tensor& logits) {
+  backend_.linear(hidden, *parameters_.head().packed, Tensor(), logits);
+}
+
+void Transformer::backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
+                           const BackwardBuffers& buffers, const Cancel& cancel) {
+  const ModelConfig& c = config_;
+  const float epsilon = c.rms_norm_epsilon;
+  const Tensor none;
+  const auto& [dx, dx_cast, dnormed, dgated, dgate_up, dattention, dqkv] = buffers;
+  const auto cast_dx = [&, &to = buffers.dx_cast, &from = buffers.dx] {
+    if (to.data != from.data) backend_.cast(to, from);
+  };
+
+  backend_.zero(dx);
+  backend_.rms_norm_backward(dhidden, activations.output, parameters_.final_norm.value, activations.output_rstd, dx,
+                             parameters_.final_norm.gradient);
+  for (size_t i = activations.layers.size(); i-- > 0;) {
+    cancel.check_abandoned("the backward pass");
+    const LayerParameters& p = parameters_.layers[i];
+    const Activations::Layer& a = activations.layers[i];
+
+    cast_dx();
+    backend_.swiglu(a.gate_up, activations.gated);
+    backend_.linear_backward_weight(dx_cast, activations.gated, p.down.gradient, p.down_bias.gradient);
+    backend_.linear_backward_input(dx_cast, *p.down.packed, dgated);
+    backend_.swiglu_backward(dgated, a.gate_up, dgate_up);
+    backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, none);
+    backend_.linear_backward_weight(dgate_up, activations.normed, p.gate_up.gradient, p.gate_up_bias.gradient);
+    backend_.linear_backward_input(dgate_up, *p.gate_up.packed, dnormed);
+    backend_.rms_norm_backward(dnormed, a.mlp_input, p.mlp_norm.value, a.mlp_rstd, dx, p.mlp_norm.gradient);
+
+    cancel.check_abandoned("the backward pass");
+    cast_dx();
+    backend_.linear_backward_weight(dx_cast, a.attention_output, p.output.gradient, p.output_bias.gradient);
+    backend_.linear_backward_input(dx_cast, *p.output.packed, dattention);
+    const Heads heads = split(a.qkv), dheads = split(dqkv);
+    backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
+                                a.lse, forest.visible_until, forest.visible_until_host, attention_scale_, dheads.q,
+                                dheads.k, dheads.v);
+    backend_.rope(dheads.qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
+    backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
+    backend_.linear_backward_weight(dqkv, activations.normed, p.qkv.gradient, p.qkv_bias.gradient);
+    backend_.linear_backward_input(dqkv, *p.qkv.packed, dnormed);
+    backend_.rms_norm_backward(dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
+                               p.attention_norm.gradient);
+  }
+  backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);
+}
+
+}  // namespace merf

@@ -1,0 +1,122 @@
+// The llama and qwen2 transformer, forward and backward, over tokens packed in any arrangement: what attends to what
+// is the business of an AttentionStep, so that training, prefill and decoding run this same code.
+//
+// The residual stream x is float32 in both dtypes; activations that enter products have the model's dtype.
+//   x += o_proj(attention(rope(qkv(rms_norm(x)))));  x += down(swiglu(gate_up(rms_norm(x))))
+// For the backward a forward keeps x before each norm, q k v after rotation, the attention's output and log-sum-exp,
+// and gate_up. Normed inputs and the swiglu product are computed again, which costs no matrix product.
+#pragma once
+
+#include <functional>
+#include <vector>
+
+#include "model/arena.h"
+#include "model/cancel.h"
+#include "model/config.h"
+#include "model/parameters.h"
+
+namespace merf {
+
+// Attention for one layer; q, k and v are rotated already.
+class AttentionStep {
+ public:
+  virtual ~AttentionStep() = default;
+  virtual void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                      const HeadsView& out, const Tensor& lse) = 0;
+};
+
+// The tokens of one packed forest, on the device and (what blocks are skipped by) on the host.
+struct Forest {
+  int64_t tokens = 0;
+  Tensor ids;            // [T] i32
+  Tensor positions;      // [T] i32
+  Tensor visible_until;  // [T] i32
+  std::vector<int32_t> visible_until_host;
+};
+
+// Key j is visible to query i exactly when j <= i < visible_until[j].
+class ForestAttention final : public AttentionStep {
+ public:
+  ForestAttention(Backend& backend, const Forest& forest, float scale)
+      : backend_(backend), forest_(forest), scale_(scale) {}
+  void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+              const Tensor& lse) override;
+
+ private:
+  Backend& backend_;
+  const Forest& forest_;
+  float scale_;
+};
+
+// The buffers of a forward over T tokens. Where nothing is kept for a backward, all layers share one set.
+struct Activations {
+  struct Layer {
+    Tensor attention_input;   // [T, H] f32, x before the attention's norm
+    Tensor attention_rstd;    // [T] f32, empty where nothing is kept
+    Tensor qkv;               // [T, (Hq + 2 Hk) D]
+    Tensor attention_output;  // [T, Hq D]
+    Tensor lse;               // [Hq, T] f32
+    Tensor mlp_input;         // [T, H] f32, x before the MLP's norm
+    Tensor mlp_rstd;          // [T] f32
+    Tensor gate_up;           // [T, 2F]
+  };
+  int64_t tokens = 0;
+  bool kept = false;
+  std::vector<Layer> layers;
+  Tensor normed;       // [T, H]
+  Tensor gated;        // [T, F]
+  Tensor output;       // [T, H] f32, x after the last layer
+  Tensor output_rstd;  // [T] f32
+
+  // The same buffers for the first `rows` tokens; only where nothing is kept.
+  void shrink_to(int64_t rows, Activations& out) const;
+};
+
+// What the backward needs beside what the forward kept; layers share it.
+struct BackwardBuffers {
+  Tensor dx;         // [T, H] f32, gradient of the residual stream
+  Tensor dx_cast;    // [T, H], the same as products read it
+  Tensor dnormed;    // [T, H]
+  Tensor dgated;     // [T, F]
+  Tensor dgate_up;   // [T, 2F]
+  Tensor dattention; // [T, Hq D]
+  Tensor dqkv;       // [T, (Hq + 2 Hk) D]
+};
+
+class Transformer {
+ public:
+  Transformer(Backend& backend, const ModelConfig& config, Parameters& parameters);
+
+  float attention_scale() const { return attention_scale_; }
+  Activations make_activations(Arena& arena, int64_t tokens, bool keep) const;
+  BackwardBuffers make_backward_buffers(Arena& arena, int64_t tokens) const;
+
+  // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. `cancel` is looked at
+  // between layers, `work` names what is aborted.
+  void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
+               const Cancel& cancel, const char* work);
+  // hidden [N, H] of the model's dtype = final norm of x [N, H].
+  void final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd);
+  // logits [N, V] f32 of hidden [N, H].
+  void head(const Tensor& hidden, const Tensor& logits);
+
+  // Adds the gradients of all parameters but the head's, given dhidden [T, H] of the model's dtype. Only
+  // cancel.abandon() stops it half-way, since what was added cannot be taken back.
+  void backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
+                const BackwardBuffers& buffers, const Cancel& cancel);
+
+ private:
+  struct Heads {
+    HeadsView q, k, v, qk;
+  };
+  Heads split(const Tensor& qkv) const;
+  HeadsView whole_heads(const Tensor& x) const;
+
+  Backend& backend_;
+  const ModelConfig& config_;
+  Parameters& parameters_;
+  Tensor inverse_frequencies_;
+  float attention_scale_;
+};
+
+}  // namespace merf

@@ -1,0 +1,565 @@
+#include "rollout/rollout.h"
+
+#include <algorithm>
+#include <chrono>
+#include <numeric>
+
+#include "rollout/kv_cache.h"
+#include "rollout/prompt_tree.h"
+
+namespace merf {
+namespace {
+
+constexpr int32_t kPrefillTokens = 8192;           // in one forward pass, about
+constexpr int64_t kLogitsBytes = int64_t{64} << 20;  // of one block of rows x vocabulary
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+HeadsView first_rows_off(const HeadsView& x, int64_t rows) {
+  HeadsView out = x;
+  out.data = static_cast<char*>(x.data) + static_cast<size_t>(rows * x.row_stride) * size_of(x.dtype);
+  out.tokens -= rows;
+  return out;
+}
+
+// Forest attention that also stores keys and values of the tokens from row `first` on.
+class PrefillAttention final : public AttentionStep {
+ public:
+  PrefillAttention(Backend& backend, const Forest& forest, float scale, int64_t first, const Tensor& slots,
+                   const KvCache& cache)
+      : backend_(backend), forest_attention_(backend, forest, scale), first_(first), slots_(slots), cache_(cache) {}
+  void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+              const Tensor& lse) override {
+    forest_attention_.attend(layer, q, k, v, out, lse);
+    backend_.cache_write(first_rows_off(k, first_), first_rows_off(v, first_), slots_,
+                         cache_.layers[static_cast<size_t>(layer)]);
+  }
+
+ private:
+  Backend& backend_;
+  ForestAttention forest_attention_;
+  int64_t first_;
+  const Tensor& slots_;
+  const KvCache& cache_;
+};
+
+// Stores the new token's key and value, then attends to the pages of the plan.
+class DecodeAttention final : public AttentionStep {
+ public:
+  DecodeAttention(Backend& backend, const DecodePlan& plan, float scale, const KvCache& cache)
+      : backend_(backend), plan_(plan), scale_(scale), cache_(cache) {}
+  void set_slots(const Tensor& slots) { slots_ = slots; }
+  void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+              const Tensor&) override {
+    const PagedLayer& pages = cache_.layers[static_cast<size_t>(layer)];
+    backend_.cache_write(k, v, slots_, pages);
+    backend_.attention_decode(q, pages, plan_, scale_, out);
+  }
+
+ private:
+  Backend& backend_;
+  const DecodePlan& plan_;
+  float scale_;
+  const KvCache& cache_;
+  Tensor slots_;
+};
+
+struct Sequence {
+  int32_t index = 0;    // among all completions
+  int32_t segment = 0;  // the segment of its prompt's last token
+  int32_t prompt_tokens = 0;  // on the path to it
+  int32_t max_tokens = 0;
+  FinishReason reason = FinishReason::aborted;
+  std::vector<int32_t> tokens;
+  std::vector<float> logprobs, raw_logprobs, entropies;
+  std::vector<int32_t> pages;  // of its own tokens
+  StopStringMatcher stop_strings;
+
+  // The last token drawn is never fed back.
+  int32_t pages_at_most() const { return KvCache::pages_for(max_tokens - 1); }
+};
+
+class Sampler {
+ public:
+  Sampler(Model& model, const TokenBytes& token_bytes, const SampleRequest& request, const Cancel& cancel,
+          const TokenCallback& on_tokens)
+      : model_(model),
+        backend_(model.backend()),
+        arena_(model.arena()),
+        config_(model.config()),
+        token_bytes_(token_bytes),
+        request_(request),
+        cancel_(cancel),
+        on_tokens_(on_tokens),
+        tree_(make_prompt_tree(request.visible_until, request.prompt_rows)) {
+    make_sequences();
+  }
+
+  SampleResult run() {
+    model_.prepare();
+    arena_.reset();
+    make_buffers();
+    const auto prefill_start = Clock::now();
+    const bool prefilled = prefill();
+    release_unused_segments();
+    result_.prefill_seconds = seconds_since(prefill_start);
+    const auto decode_start = Clock::now();
+    if (prefilled) decode();
+    result_.decode_seconds = seconds_since(decode_start);
+    finish_aborted();
+    collect();
+    return std::move(result_);
+  }
+
+ private:
+  void make_sequences();
+  void make_buffers();
+  bool prefill();
+  void prefill_pass(const PrefillPass& pass);
+  void draw_first_tokens(const Tensor& x, const PrefillPass& pass);
+  void decode();
+  void admit();
+  void plan_prompts();
+  void step();
+  void draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of);
+  void take_draws(const std::vector<int32_t>& sequences);
+  bool push(Sequence& sequence, int32_t token, float logprob, float raw_logprob, float entropy);
+  void leave(Sequence& sequence);
+  void release_unused_segments();
+  void finish_aborted();
+  void collect();
+
+  Sequence& at(int32_t sequence) { return sequences_[static_cast<size_t>(sequence)]; }
+
+  Model& model_;
+  Backend& backend_;
+  Arena& arena_;
+  const ModelConfig& config_;
+  const TokenBytes& token_bytes_;
+  const SampleRequest& request_;
+  const Cancel& cancel_;
+  const TokenCallback& on_tokens_;
+  const PromptTree tree_;
+
+  std::vector<Sequence> sequences_;
+  std::vector<int32_t> order_;  // sequences by the depth-first order of their prompts: all lists of them are in it
+  std::vector<std::vector<int32_t>> segment_pages_;
+  std::vector<int32_t> segment_users_;  // unfinished completions under each segment
+  std::unique_ptr<KvCache> cache_;
+
+  // One step's inputs and outputs, each one transfer: [6, rows] and [4, rows].
+  std::vector<int32_t> inputs_;
+  std::vector<float> outputs_;
+  Tensor device_inputs_, device_outputs_, logits_, repeated_logits_, hidden_;
+  int64_t logits_rows_ = 0;
+
+  std::vector<int32_t> waiting_;  // last first
+  std::vector<int32_t> live_;
+  int32_t promised_pages_ = 0;  // that live completions may still acquire
+  DecodePlan plan_;
+  size_t prompt_runs_ = 0, prompt_pages_ = 0;  // of plan_, which change only with live_
+  bool live_changed_ = true;
+  Activations buffers_, step_activations_;
+
+  std::vector<int32_t> drawn_sequences_, drawn_tokens_;
+  std::vector<float> drawn_logprobs_;
+  SampleResult result_;
+};
+
+void Sampler::make_sequences() {
+  int32_t index = 0;
+  for (size_t p = 0; p < request_.prompt_rows.size(); ++p) {
+    const int32_t prompt_tokens = request_.positions[static_cast<size_t>(request_.prompt_rows[p])] + 1;
+    const int64_t room = config_.max_positions - prompt_tokens;
+    if (room < 1 && request_.counts[p] > 0) {
+      throw Error("CONTEXT_EXCEEDED", "Expected prompts of fewer tokens than the context's " +
+                                          std::to_string(config_.max_positions) + " but received " +
+                                          std::to_string(prompt_tokens) + " in prompt " + std::to_string(p));
+    }
+    for (int32_t i = 0; i < request_.counts[p]; ++i) {
+      Sequence sequence;
+      sequence.index = index++;
+      sequence.segment = tree_.prompt_segments[p];
+      sequence.prompt_tokens = prompt_tokens;
+      sequence.max_tokens = static_cast<int32_t>(std::min<int64_t>(request_.max_tokens[p], room));
+      const size_t reserved = static_cast<size_t>(std::min(sequence.max_tokens, 4096));
+      sequence.tokens.reserve(reserved);
+      sequence.logprobs.reserve(reserved);
+      sequence.raw_logprobs.reserve(reserved);
+      sequence.entropies.reserve(reserved);
+      sequences_.push_back(std::move(sequence));
+    }
+  }
+  order_.resize(sequences_.size());
+  std::iota(order_.begin(), order_.end(), 0);
+  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return at(a).segment < at(b).segment; });
+
+  segment_pages_.resize(tree_.segments.size());
+  segment_users_.assign(tree_.segments.size(), 0);
+  for (const Sequence& sequence : sequences_) {
+    for (int32_t s = sequence.segment; s >= 0; s = tree_.segments[static_cast<size_t>(s)].parent) {
+      ++segment_users_[static_cast<size_t>(s)];
+    }
+  }
+}
+
+void Sampler::make_buffers() {
+  const int64_t sequences = static_cast<int64_t>(sequences_.size());
+  const int64_t limit = request_.max_live_sequences > 0 ? request_.max_live_sequences : kDefaultLiveSequences;
+  const int64_t live = std::min(sequences, limit);
+
+  int64_t prompt_pages = 0, longest = 0, wanted = 0;
+  for (const PromptSegment& segment : tree_.segments) prompt_pages += KvCache::pages_for(segment.tokens);
+  for (const Sequence& sequence : sequences_) {
+    longest = std::max<int64_t>(longest, sequence.pages_at_most());
+    wanted += sequence.pages_at_most();
+  }
+  const int64_t page_bytes = KvCache::page_bytes(config_);
+  const int64_t bytes = request_.cache_bytes > 0 ? request_.cache_bytes : backend_.info().memory_bytes / 4;
+  const int64_t pages = std::max(prompt_pages + longest,
+                                 std::min(prompt_pages + std::min(wanted, live * longest), bytes / page_bytes));
+  cache_ = std::make_unique<KvCache>(arena_, config_, static_cast<int32_t>(std::max<int64_t>(pages, 1)));
+  result_.cache_pages = pages;
+
+  const int64_t rows = std::max<int64_t>(live, 1);
+  logits_rows_ = std::clamp<int64_t>(kLogitsBytes / (4 * config_.vocab_size), 8, std::max<int64_t>(rows, 8));
+  logits_ = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
+  const int64_t step_rows = std::max(rows, logits_rows_);
+  inputs_.reserve(static_cast<size_t>(6 * step_rows));
+  outputs_.resize(static_cast<size_t>(4 * step_rows));
+  device_inputs_ = arena_.take(DType::i32, {6 * step_rows});
+  device_outputs_ = arena_.take(DType::f32, {4 * step_rows});
+  live_.reserve(static_cast<size_t>(rows));
+}
+
+bool Sampler::prefill() {
+  for (size_t s = 0; s < tree_.segments.size(); ++s) {
+    for (int32_t page = KvCache::pages_for(tree_.segments[s].tokens); page > 0; --page) {
+      segment_pages_[s].push_back(cache_->pages.acquire());
+    }
+  }
+  for (const PrefillPass& pass : split_prefill(request_.visible_until, kPrefillTokens)) {
+    if (cancel_.requested()) return false;
+    ArenaScope scope(arena_);
+    try {
+      prefill_pass(pass);
+    } catch (const Error& error) {
+      if (error.code == "ABORTED") return false;
+      throw;
+    }
+  }
+  return true;
+}
+
+void Sampler::prefill_pass(const PrefillPass& pass) {
+  const int32_t ancestors = static_cast<int32_t>(pass.ancestors.size());
+  std::vector<int32_t> tokens, positions, visible_until, slots;
+  const auto add = [&](int32_t i) {
+    const size_t from = static_cast<size_t>(i);
+    tokens.push_back(request_.tokens[from]);
+    positions.push_back(request_.positions[from]);
+    visible_until.push_back(std::min(request_.visible_until[from], pass.end) - pass.begin + ancestors);
+  };
+  for (int32_t i : pass.ancestors) add(i);
+  for (int32_t i = pass.begin; i < pass.end; ++i) add(i);
+  for (size_t s = 0; s < tree_.segments.size(); ++s) {
+    const PromptSegment& segment = tree_.segments[s];
+    const int32_t first = std::max(pass.begin, segment.first_token);
+    const int32_t last = std::min(pass.end, segment.first_token + segment.tokens);
+    for (int32_t i = first; i < last; ++i) {
+      const int32_t offset = i - segment.first_token;
+      slots.push_back(segment_pages_[s][static_cast<size_t>(offset / kPageTokens)] *
+                          static_cast<int32_t>(kPageTokens) +
+                      offset % static_cast<int32_t>(kPageTokens));
+    }
+  }
+  const Forest forest = model_.upload_forest(tokens, positions, visible_until);
+  const Tensor device_slots = model_.upload(slots);
+  Transformer& transformer = model_.transformer();
+  Activations activations = transformer.make_activations(arena_, forest.tokens, false);
+  PrefillAttention attention(backend_, forest, transformer.attention_scale(), ancestors, device_slots, *cache_);
+  transformer.forward(forest.ids, forest.positions, attention, activations, cancel_, "sampling");
+  result_.prefill_tokens += forest.tokens;
+  draw_first_tokens(activations.output, pass);
+}
+
+// The first token of every completion whose prompt ends in this pass; completions of one prompt share one row of
+// logits.
+void Sampler::draw_first_tokens(const Tensor& x, const PrefillPass& pass) {
+  const int32_t ancestors = static_cast<int32_t>(pass.ancestors.size());
+  struct Source {
+    int32_t row;
+    std::vector<int32_t> sequences;
+  };
+  std::vector<Source> sources;
+  for (int32_t index : order_) {
+    const PromptSegment& segment = tree_.segments[static_cast<size_t>(at(index).segment)];
+    const int32_t row = segment.first_token + segment.tokens - 1;
+    if (row < pass.begin || row >= pass.end) continue;
+    const int32_t local = row - pass.begin + ancestors;
+    if (sources.empty() || sources.back().row != local) sources.push_back({local, {}});
+    sources.back().sequences.push_back(index);
+  }
+  Transformer& transformer = model_.transformer();
+  for (size_t begin = 0; begin < sources.size(); begin += static_cast<size_t>(logits_rows_)) {
+    ArenaScope scope(arena_);
+    const size_t end = std::min(sources.size(), begin + static_cast<size_t>(logits_rows_));
+    const int64_t count = static_cast<int64_t>(end - begin);
+    std::vector<int32_t> rows, sequences, logits_row;
+    for (size_t i = begin; i < end; ++i) {
+      rows.push_back(sources[i].row);
+      for (int32_t sequence : sources[i].sequences) {
+        sequences.push_back(sequence);
+        logits_row.push_back(static_cast<int32_t>(i - begin));
+      }
+    }
+    const Tensor gathered = arena_.take(DType::f32, {count, config_.hidden_size});
+    const Tensor hidden = arena_.take(config_.dtype, {count, config_.hidden_size});
+    backend_.gather_rows(x, model_.upload(rows), gathered);
+    transformer.final_norm(gathered, hidden, Tensor());
+    const Tensor logits = logits_.rows(0, count);
+    transformer.head(hidden, logits);
+
+    const Tensor repeated = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
+    for (size_t first = 0; first < sequences.size(); first += static_cast<size_t>(logits_rows_)) {
+      ArenaScope block(arena_);
+      const size_t last = std::min(sequences.size(), first + static_cast<size_t>(logits_rows_));
+      const int64_t draws = static_cast<int64_t>(last - first);
+      drawn_sequences_.assign(sequences.begin() + static_cast<std::ptrdiff_t>(first),
+                              sequences.begin() + static_cast<std::ptrdiff_t>(last));
+      const std::vector<int32_t> repeats(logits_row.begin() + static_cast<std::ptrdiff_t>(first),
+                                         logits_row.begin() + static_cast<std::ptrdiff_t>(last));
+      const Tensor block_logits = repeated.rows(0, draws);
+      backend_.gather_rows(logits, model_.upload(repeats), block_logits);
+
+      inputs_.assign(static_cast<size_t>(6 * draws), 0);
+      for (int64_t i = 0; i < draws; ++i) {
+        const size_t key = 2 * static_cast<size_t>(drawn_sequences_[static_cast<size_t>(i)]);
+        inputs_[static_cast<size_t>(4 * draws + 2 * i)] = static_cast<int32_t>(request_.keys[key]);
+        inputs_[static_cast<size_t>(4 * draws + 2 * i + 1)] = static_cast<int32_t>(request_.keys[key + 1]);
+      }
+      backend_.upload(device_inputs_.rows(0, 6 * draws), inputs_.data(), inputs_.size() * sizeof(int32_t));
+      draw(block_logits, 0, draws, draws);
+      take_draws(drawn_sequences_);
+    }
+  }
+}
+
+// Draws for rows [first, first + rows) of a step of `of` rows, whose inputs are on the device as
+// ids, positions, slots, counters (each [of]) and keys [of, 2].
+void Sampler::draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of) {
+  const Tensor counters = device_inputs_.rows(3 * of + first, 3 * of + first + rows);
+  const Tensor keys = device_inputs_.rows(4 * of + 2 * first, 4 * of + 2 * (first + rows)).view({rows, 2});
+  const auto output = [&](int64_t i) { return device_outputs_.rows(i * of + first, i * of + first + rows); };
+  Tensor tokens = output(0);
+  tokens.dtype = DType::i32;
+  backend_.sample_tokens(logits, keys, counters, request_.options, tokens, output(1), output(2), output(3));
+}
+
+// Downloads a step's draws and appends them; `sequences` are the step's rows.
+void Sampler::take_draws(const std::vector<int32_t>& sequences) {
+  const size_t rows = sequences.size();
+  backend_.download(outputs_.data(), device_outputs_.rows(0, static_cast<int64_t>(4 * rows)),
+                    4 * rows * sizeof(float));
+  drawn_tokens_.clear();
+  drawn_logprobs_.clear();
+  const int32_t* tokens = reinterpret_cast<const int32_t*>(outputs_.data());
+  for (size_t r = 0; r < rows; ++r) {
+    Sequence& sequence = at(sequences[r]);
+    drawn_tokens_.push_back(tokens[r]);
+    drawn_logprobs_.push_back(outputs_[rows + r]);
+    if (push(sequence, tokens[r], outputs_[rows + r], outputs_[2 * rows + r], outputs_[3 * rows + r])) {
+      leave(sequence);
+      live_changed_ = true;
+    }
+  }
+  if (on_tokens_) on_tokens_(sequences, drawn_tokens_, drawn_logprobs_);
+}
+
+// Appends a token; whether it was the last.
+bool Sampler::push(Sequence& sequence, int32_t token, float logprob, float raw_logprob, float entropy) {
+  sequence.tokens.push_back(token);
+  sequence.logprobs.push_back(logprob);
+  sequence.raw_logprobs.push_back(raw_logprob);
+  sequence.entropies.push_back(entropy);
+  const auto& stops = request_.stop_tokens;
+  if (std::find(stops.begin(), stops.end(), token) != stops.end()) {
+    sequence.reason = FinishReason::stop_token;
+  } else if (sequence.stop_strings.push(token_bytes_.of(token), request_.stop_strings)) {
+    sequence.reason = FinishReason::stop_string;
+  } else if (static_cast<int32_t>(sequence.tokens.size()) >= sequence.max_tokens) {
+    sequence.reason = FinishReason::length;
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// Gives back a completion's pages, and those of the segments that nobody is under any more.
+void Sampler::leave(Sequence& sequence) {
+  for (int32_t page : sequence.pages) cache_->pages.release(page);
+  sequence.pages.clear();
+  for (int32_t s = sequence.segment; s >= 0; s = tree_.segments[static_cast<size_t>(s)].parent) {
+    --segment_users_[static_cast<size_t>(s)];
+  }
+}
+
+void Sampler::release_unused_segments() {
+  for (size_t s = 0; s < segment_pages_.size(); ++s) {
+    if (segment_users_[s] > 0) continue;
+    for (int32_t page : segment_pages_[s]) cache_->pages.release(page);
+    segment_pages_[s].clear();
+  }
+}
+
+void Sampler::decode() {
+  for (auto index = order_.rbegin(); index != order_.rend(); ++index) {
+    if (at(*index).reason == FinishReason::aborted) waiting_.push_back(*index);
+  }
+  if (waiting_.empty()) return;
+  const int64_t rows = static_cast<int64_t>(std::min(live_.capacity(), waiting_.size()));
+  buffers_ = model_.transformer().make_activations(arena_, rows, false);
+  hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
+  while (!cancel_.requested()) {
+    admit();
+    if (live_.empty()) return;
+    try {
+      step();
+    } catch (const Error& error) {
+      if (error.code == "ABORTED") return;
+      throw;
+    }
+  }
+}
+
+// Lets waiting completions in, in their order, as long as the pages they may come to need can be promised.
+void Sampler::admit() {
+  const size_t rows = static_cast<size_t>(buffers_.tokens);
+  while (!waiting_.empty() && live_.size() < rows) {
+    const int32_t index = waiting_.back();
+    const int32_t pages = at(index).pages_at_most();
+    if (pages > cache_->pages.available() - promised_pages_) break;
+    promised_pages_ += pages;
+    live_.push_back(index);
+    waiting_.pop_back();
+    live_changed_ = true;
+  }
+}
+
+// The part of the plan that stays while the same completions are live: the runs of prompt segments. Live completions
+// stand in the depth-first order of their prompts, so those under a segment are neighbours.
+void Sampler::plan_prompts() {
+  plan_.runs.clear();
+  plan_.pages.clear();
+  plan_.rows.resize(live_.size());
+  std::iota(plan_.rows.begin(), plan_.rows.end(), 0);
+  const auto first_row_from = [&](int32_t segment) {
+    const auto it = std::lower_bound(live_.begin(), live_.end(), segment,
+                                     [&](int32_t index, int32_t s) { return at(index).segment < s; });
+    return static_cast<int32_t>(it - live_.begin());
+  };
+  for (size_t s = 0; s < tree_.segments.size(); ++s) {
+    if (segment_users_[s] == 0) continue;
+    const PromptSegment& segment = tree_.segments[s];
+    const int32_t first = first_row_from(static_cast<int32_t>(s)), last = first_row_from(segment.end);
+    if (first == last) continue;
+    plan_.runs.push_back({static_cast<int32_t>(plan_.pages.size()), segment.tokens, first, last - first});
+    plan_.pages.insert(plan_.pages.end(), segment_pages_[s].begin(), segment_pages_[s].end());
+  }
+  prompt_runs_ = plan_.runs.size();
+  prompt_pages_ = plan_.pages.size();
+}
+
+void Sampler::step() {
+  const int64_t rows = static_cast<int64_t>(live_.size());
+  if (live_changed_) {
+    plan_prompts();
+    buffers_.shrink_to(rows, step_activations_);
+    live_changed_ = false;
+  }
+  plan_.runs.resize(prompt_runs_);
+  plan_.pages.resize(prompt_pages_);
+  inputs_.resize(static_cast<size_t>(6 * rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    Sequence& sequence = at(live_[static_cast<size_t>(r)]);
+    const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) - 1;  // of the token that is fed
+    if (offset % kPageTokens == 0) {
+      sequence.pages.push_back(cache_->pages.acquire());
+      --promised_pages_;
+    }
+    const size_t row = static_cast<size_t>(r), count = static_cast<size_t>(rows);
+    const size_t key = 2 * static_cast<size_t>(sequence.index);
+    inputs_[row] = sequence.tokens.back();
+    inputs_[count + row] = sequence.prompt_tokens + offset;
+    inputs_[2 * count + row] =
+        sequence.pages.back() * static_cast<int32_t>(kPageTokens) + offset % static_cast<int32_t>(kPageTokens);
+    inputs_[3 * count + row] = offset + 1;
+    inputs_[4 * count + 2 * row] = static_cast<int32_t>(request_.keys[key]);
+    inputs_[4 * count + 2 * row + 1] = static_cast<int32_t>(request_.keys[key + 1]);
+    plan_.runs.push_back({static_cast<int32_t>(plan_.pages.size()), offset + 1, static_cast<int32_t>(r), 1});
+    plan_.pages.insert(plan_.pages.end(), sequence.pages.begin(), sequence.pages.end());
+  }
+  backend_.upload(device_inputs_.rows(0, 6 * rows), inputs_.data(), inputs_.size() * sizeof(int32_t));
+
+  Transformer& transformer = model_.transformer();
+  DecodeAttention attention(backend_, plan_, transformer.attention_scale(), *cache_);
+  attention.set_slots(device_inputs_.rows(2 * rows, 3 * rows));
+  transformer.forward(device_inputs_.rows(0, rows), device_inputs_.rows(rows, 2 * rows), attention,
+                      step_activations_, cancel_, "sampling");
+  const Tensor hidden = hidden_.rows(0, rows);
+  transformer.final_norm(step_activations_.output, hidden, Tensor());
+  for (int64_t first = 0; first < rows; first += logits_rows_) {
+    const int64_t count = std::min(logits_rows_, rows - first);
+    const Tensor logits = logits_.rows(0, count);
+    transformer.head(hidden.rows(first, first + count), logits);
+    draw(logits, first, count, rows);
+  }
+  ++result_.decode_steps;
+  take_draws(live_);
+  if (!live_changed_) return;
+  std::erase_if(live_, [&](int32_t index) {
+    const Sequence& sequence = at(index);
+    if (sequence.reason == FinishReason::aborted) return false;
+    // Its pages are back already; what it was promised and did not use is free to promise again.
+    promised_pages_ -= sequence.pages_at_most() - KvCache::pages_for(static_cast<int64_t>(sequence.tokens.size()) - 1);
+    return true;
+  });
+  release_unused_segments();
+}
+
+void Sampler::finish_aborted() {
+  for (Sequence& sequence : sequences_) {
+    if (sequence.reason == FinishReason::aborted) leave(sequence);
+  }
+  release_unused_segments();
+  result_.pages_left_in_use = cache_->pages.total() - cache_->pages.available();
+}
+
+void Sampler::collect() {
+  size_t total = 0;
+  for (const Sequence& sequence : sequences_) total += sequence.tokens.size();
+  result_.tokens.reserve(total);
+  result_.logprobs.reserve(total);
+  result_.raw_logprobs.reserve(total);
+  result_.entropies.reserve(total);
+  result_.offsets.push_back(0);
+  const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+  for (const Sequence& sequence : sequences_) {
+    append(result_.tokens, sequence.tokens);
+    append(result_.logprobs, sequence.logprobs);
+    append(result_.raw_logprobs, sequence.raw_logprobs);
+    append(result_.entropies, sequence.entropies);
+    result_.offsets.push_back(static_cast<int32_t>(result_.tokens.size()));
+    result_.finish_reasons.push_back(sequence.reason);
+  }
+}
+
+}  // namespace
+
+SampleResult sample(Model& model, const TokenBytes& token_bytes, const SampleRequest& request, const Cancel& cancel,
+                    const TokenCallback& on_tokens) {
+  return Sampler(model, token_bytes, request, cancel, on_tokens).run();
+}
+
+}  // namespace merf
