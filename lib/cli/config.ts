@@ -71,7 +71,7 @@ export type TrainConfig = z.input<typeof trainFileSchema>;
 export type SftConfig = z.input<typeof sftFileSchema>;
 
 /** For config files in TypeScript: `export const config = defineConfig({ task: 'knights-and-knaves', steps: 50 })`. */
-export function defineConfig<C extends TrainConfig>(config: C): C {
+export function defineConfig<C extends TrainConfig | SftConfig>(config: C): C {
   return config;
 }
 

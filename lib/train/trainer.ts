@@ -90,6 +90,8 @@ export interface GrpoMetrics {
   evaluation?: Record<string, Evaluation>;
 }
 
+const stepsBeforeAdvice = 3;
+
 /**
  * Group relative policy optimization (GRPO, Shao et al. 2024) with the reward specification in the prompt.
  *
@@ -103,6 +105,7 @@ export class Trainer<Row = unknown> {
   readonly #completions: CompletionLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
+  #stepsWithoutSignal = 0;
 
   /** @throws MerfError INVALID_CONFIG naming the setting, INVALID_ARGUMENT for a view that the task does not have */
   constructor(options: TrainerOptions<Row>) {
@@ -305,13 +308,21 @@ export class Trainer<Row = unknown> {
     for (const [i, group] of groups.entries()) tally.add(group, scores[i] as Score[]);
     const sampled = groups.flatMap((group) => group.completions).reduce((sum, c) => sum + c.tokens.length, 0);
     const flat = scores.flat();
+    const uniform = rewards.filter((group) => group.every((reward) => reward === group[0])).length;
+    this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
+    if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
+      const advice = task.demonstrate ? 'warm the model up first with merf sft, or try' : 'try';
+      const message =
+        `For ${stepsBeforeAdvice} steps all completions of a prompt have had the same reward, so every advantage was ` +
+        `0: ${advice} other prompts, more completions of each or a higher temperature`;
+      this.#emit({ type: 'notice', message });
+    }
     const metrics: Omit<GrpoMetrics, 'step'> = {
       motivation: formatMotivation(view),
       ...tally.summary(),
       rewardStd: deviation(rewards.flat()),
       correct: flat.filter((score) => isCorrect(task, score)).length / flat.length,
-      uniformGroups:
-        rewards.filter((group) => group.every((reward) => reward === group[0])).length / rewards.length,
+      uniformGroups: uniform / rewards.length,
       ...updates.summary(),
       learningRate,
       rolloutTokensPerSecond: sampled / rolloutSeconds,

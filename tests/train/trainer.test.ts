@@ -219,6 +219,20 @@ describe('Trainer', () => {
     expect(policy.logits.every(Number.isFinite)).toBe(true);
   });
 
+  test('says so where there is nothing to learn from', async () => {
+    task = await fakeTask({ verify: () => 'wrong' });
+    const notices: string[] = [];
+    const policy = new FakePolicy();
+    await trainer(policy, {
+      onEvent: (event) => {
+        if (event.type === 'notice') notices.push(event.message);
+      },
+    }).run();
+    expect(metricsOf().map((row) => row.uniformGroups)).toEqual([1, 1, 1, 1, 1, 1]);
+    expect(notices).toEqual([expect.stringMatching(/For 3 steps .* with merf sft/)]);
+    expect(policy.logits).toEqual([0, 0, 0, 0]);
+  });
+
   test('gives up where no update is finite any more', async () => {
     const policy = new FakePolicy();
     for (let call = 2; call < 40; call++) policy.breakLossAt.add(call);
