@@ -39,6 +39,10 @@ class ThreadScope {
 // Shapes vary with the number of tokens in a batch; beyond this many the cache starts anew.
 constexpr size_t kMostPrimitives = 2048;
 
+// Rows summed into a weight's gradient at a time. From 2048 on, oneDNN divides the sum among its threads, and the
+// result would depend on how many there are.
+constexpr int64_t kOuterRows = 1024;
+
 bool is_blocked(const char* implementation) { return std::strncmp(implementation, "brg", 3) == 0; }
 
 memory::desc plain_weight(Form form, DType dtype, int64_t n, int64_t k) {
@@ -348,12 +352,17 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
     }
   }
   const DType computed = dy.dtype == DType::bf16 && products_->fast(DType::bf16) ? DType::bf16 : DType::f32;
-  const ProductShape shape{Form::outer, computed, DType::f32, false, true, n, k, m};
-  const Tensor left = converted(*this, dy, computed), right = converted(*this, x, computed);
-  if (products_->run(shape, left.data, right.data, nullptr, dw.data)) return;
-  const Tensor left32 = converted(*this, left, DType::f32), right32 = converted(*this, right, DType::f32);
-  products_->gemm(true, false, n, k, m, left32.as<const float>(), right32.as<const float>(), 1.0f,
-                  dw.as<float>());
+  const Tensor left = converted(*this, dy.view({m, n}), computed),
+               right = converted(*this, x.view({m, k}), computed);
+  for (int64_t begin = 0; begin < m; begin += kOuterRows) {
+    const int64_t end = std::min(m, begin + kOuterRows);
+    const Tensor a = left.rows(begin, end), b = right.rows(begin, end);
+    const ProductShape shape{Form::outer, computed, DType::f32, false, true, n, k, end - begin};
+    if (products_->run(shape, a.data, b.data, nullptr, dw.data)) continue;
+    const Tensor a32 = converted(*this, a, DType::f32), b32 = converted(*this, b, DType::f32);
+    products_->gemm(true, false, n, k, end - begin, a32.as<const float>(), b32.as<const float>(), 1.0f,
+                    dw.as<float>());
+  }
 }
 
 }  // namespace merf
