@@ -1,0 +1,22 @@
+// The encodings of model files, turned into float32 while loading.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <string>
+
+namespace merf {
+
+// As ggml defines them.
+enum class Encoding : uint8_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
+
+std::optional<Encoding> encoding_by_name(const std::string& name);
+
+// Elements that share a block, and the block's bytes. A row's elements are a multiple of the former.
+int64_t block_elements(Encoding encoding);
+int64_t block_bytes(Encoding encoding);
+
+// `elements` (a multiple of block_elements) values from source, which needs no alignment, in file order.
+void dequantize(Encoding encoding, const void* source, int64_t elements, float* destination);
+
+}  // namespace merf
