@@ -34,7 +34,7 @@ export async function scoreGroups<Row>(
   );
 }
 
-/** Whether a score counts as a correct completion: it reaches the highest total that the specification can give. */
+/** Whether a score counts as a correct completion: it is the highest of the specification, see `RewardSpec.highest`. */
 export function isCorrect(task: Pick<Task<never>, 'spec'>, score: Score): boolean {
-  return score.total >= task.spec.bounds().greatest;
+  return task.spec.isHighest(score);
 }

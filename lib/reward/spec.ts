@@ -173,6 +173,24 @@ export class RewardSpec<Row = unknown> {
     return { least, greatest };
   }
 
+  /**
+   * The greatest total of the components with cases, which a correct completion gets; of all components where none
+   * has cases. What numeric components measure is left aside, as few completions reach the end of a range.
+   */
+  get highest(): number {
+    return this.bounds(this.#decisive()).greatest;
+  }
+
+  /** Whether a score of this specification is the highest, see `highest`. */
+  isHighest(score: Score): boolean {
+    return sum(this.#decisive().map((name) => score.parts[name]?.score ?? Number.NaN)) >= this.highest;
+  }
+
+  #decisive(): string[] {
+    const withCases = this.components.filter((component) => 'cases' in component);
+    return (withCases.length > 0 ? withCases : this.components).map((component) => component.name);
+  }
+
   /** @throws MerfError INVALID_ARGUMENT for a name that is none of this specification's components */
   #indices(names: readonly string[] | undefined): number[] {
     const all = this.components.map((component) => component.name);

@@ -29,9 +29,9 @@ export interface VerifyReport {
   readonly rows: number;
   /** Absent where the task cannot write reference answers. */
   readonly references?: {
-    readonly greatestTotal: number;
+    readonly highest: number;
     /** How many references get it. */
-    readonly atGreatest: number;
+    readonly atHighest: number;
     /** How many references came to each case, by component. */
     readonly cases: Readonly<Record<string, Readonly<Record<string, number>>>>;
   };
@@ -52,7 +52,7 @@ export interface VerifyReport {
 }
 
 /**
- * Checks a data set row by row: that it can be read, that its reference answer gets the greatest total, that its
+ * Checks a data set row by row: that it can be read, that its reference answer gets the highest total, that its
  * prompt fits, that it is there once, and what the task itself knows to check.
  *
  * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET or MALFORMED_FILE where the file as a whole cannot be
@@ -64,7 +64,7 @@ export async function verifyDataset<Row>(
   options: VerifyOptions = {},
 ): Promise<VerifyReport> {
   const loaded = await task.read(file);
-  const { greatest } = task.spec.bounds();
+  const { highest } = task.spec;
   const cases: Record<string, Record<string, number>> = {};
   for (const component of task.spec.components) {
     const names = 'cases' in component ? component.cases.map((option) => option.name) : ['measured'];
@@ -73,7 +73,7 @@ export async function verifyDataset<Row>(
   const problems: RowProblem[] = [];
   const lengths: number[] = [];
   const firstWith = new Map<string, string>();
-  let atGreatest = 0;
+  let atHighest = 0;
   let duplicates = 0;
   let overLimit = 0;
   let passed = 0;
@@ -112,11 +112,11 @@ export async function verifyDataset<Row>(
           const counts = cases[name] as Record<string, number>;
           counts[part.case] = (counts[part.case] ?? 0) + 1;
         }
-        if (score.total >= greatest) atGreatest++;
+        if (task.spec.isHighest(score)) atHighest++;
         else {
           const parts = Object.entries(score.parts).map(([name, part]) => `${name} ${part.case}`);
           report(
-            `its reference answer gets ${formatScore(score.total)} (${parts.join(', ')}), not ${formatScore(greatest)}`,
+            `its reference answer gets ${formatScore(score.total)} (${parts.join(', ')}), not ${formatScore(highest)}`,
           );
         }
       }
@@ -134,7 +134,7 @@ export async function verifyDataset<Row>(
     task: task.name,
     file,
     rows: loaded.length,
-    ...(task.reference ? { references: { greatestTotal: greatest, atGreatest, cases } } : {}),
+    ...(task.reference ? { references: { highest, atHighest, cases } } : {}),
     promptLengths: {
       unit: options.countTokens ? 'tokens' : 'characters',
       least: lengths[0] ?? 0,
@@ -155,10 +155,10 @@ export function formatVerifyReport(report: VerifyReport, maxProblems = 20): stri
   const lines = [`${report.file}: ${report.rows} rows for ${report.task}`];
   const line = (name: string, text: string) => lines.push(`  ${name.padEnd(18)} ${text}`);
   if (references) {
-    const { atGreatest, greatestTotal, cases } = references;
+    const { atHighest, highest, cases } = references;
     line(
       'reference answers',
-      `${atGreatest} of ${report.rows} get the highest total, ${formatScore(greatestTotal)}`,
+      `${atHighest} of ${report.rows} get the highest total, ${formatScore(highest)}`,
     );
     for (const [component, counts] of Object.entries(cases)) {
       const text = Object.entries(counts).map(([name, count]) => `${name} ${count}`);

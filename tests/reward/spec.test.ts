@@ -210,6 +210,9 @@ describe('score', () => {
     expect(spec.bounds()).toEqual({ least: 0, greatest: 0.5 });
     expect(spec.describe('full')).toContain('from 0 to +0.5 points: the shorter the answer, the more.');
     expect(spec.describe('adverse')).toContain('from 0 to -0.5 points');
+    expect(spec.highest).toBe(0.5);
+    expect(spec.isHighest(await spec.score(completion, 0.5))).toBe(true);
+    expect(spec.isHighest(await spec.score(completion, 0.4))).toBe(false);
     for (const wrong of [Number.NaN, 0.6, -0.1, Number.POSITIVE_INFINITY]) {
       const error = await failureOf(() => spec.score(completion, wrong));
       expect(error.code).toBe('VERIFIER_FAILED');
@@ -217,6 +220,27 @@ describe('score', () => {
       expect(error.message).toContain(String(wrong));
     }
   });
+});
+
+test('the highest score is a matter of cases where there are any', async () => {
+  const spec = new RewardSpec<{ key: string; share: number }>({
+    name: 'mixed',
+    components: [
+      { name: 'share', range: [-1, 1], sentence: 'the share', verify: (_, row) => row.share },
+      {
+        name: 'verdict',
+        cases: [
+          { name: 'low', score: -2, sentence: 'if low' },
+          { name: 'high', score: 0.5, sentence: 'if high' },
+        ],
+        verify: (_, row) => row.key,
+      },
+    ],
+  });
+  expect(spec.highest).toBe(0.5);
+  expect(spec.bounds()).toEqual({ least: -3, greatest: 1.5 });
+  expect(spec.isHighest(await spec.score(completion, { key: 'high', share: -1 }))).toBe(true);
+  expect(spec.isHighest(await spec.score(completion, { key: 'low', share: 1 }))).toBe(false);
 });
 
 test('many verifiers at once leave the event loop its turns', async () => {

@@ -320,7 +320,7 @@ describe('verifyDataset', () => {
       task: 'sums',
       file,
       rows: 2,
-      references: { greatestTotal: 1, atGreatest: 2, cases: { correctness: { right: 2, wrong: 0 } } },
+      references: { highest: 1, atHighest: 2, cases: { correctness: { right: 2, wrong: 0 } } },
       promptLengths: { unit: 'tokens', least: 20, median: 20, greatest: 20, limit: 20, overLimit: 0 },
       duplicates: 0,
       problems: [],
@@ -361,7 +361,7 @@ describe('verifyDataset', () => {
     expect(report).toMatchObject({
       rows: 6,
       duplicates: 1,
-      references: { atGreatest: 3, cases: { correctness: { right: 3, wrong: 1 } } },
+      references: { atHighest: 3, cases: { correctness: { right: 3, wrong: 1 } } },
       check: { name: 'small', passed: 3 },
       promptLengths: { overLimit: 1 },
     });
