@@ -27,7 +27,7 @@ export interface ModelConfig {
   rope: RopeConfig;
 }
 
-const limits = { size: 1 << 20, layers: 4096, vocabulary: 1 << 24, positions: 1 << 27 };
+const limits = { size: 1 << 20, heads: 1 << 14, layers: 4096, vocabulary: 1 << 24, positions: 1 << 26 };
 
 /** What holds between a config's numbers, whichever file they came from. Returns the config. */
 function checked(path: string, config: ModelConfig): ModelConfig {
@@ -52,8 +52,8 @@ export function checkConfig(config: ModelConfig): ModelConfig {
   const sizes = {
     hiddenSize: limits.size,
     layers: limits.layers,
-    heads: limits.size,
-    kvHeads: limits.size,
+    heads: limits.heads,
+    kvHeads: limits.heads,
     headSize: 512,
   };
   const all = {
@@ -75,6 +75,12 @@ export function checkConfig(config: ModelConfig): ModelConfig {
     throw new MerfError(
       'INVALID_ARGUMENT',
       `Expected a number from 0 to 1 for config.rmsNormEps but received ${config.rmsNormEps}`,
+    );
+  }
+  if (config.heads % config.kvHeads !== 0) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected a divisor of config.heads (${config.heads}) for config.kvHeads but received ${config.kvHeads}`,
     );
   }
   if (config.architecture !== 'llama' && config.architecture !== 'qwen2') {
@@ -132,7 +138,7 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
   }
   refuseFeatures(fields, architecture);
   const hiddenSize = fields.integer('hidden_size', 1, limits.size);
-  const heads = fields.integer('num_attention_heads', 1, limits.size);
+  const heads = fields.integer('num_attention_heads', 1, limits.heads);
   if (!fields.has('head_dim') && hiddenSize % heads !== 0) {
     throw malformed(
       path,
@@ -145,7 +151,7 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
     hiddenSize,
     layers: fields.integer('num_hidden_layers', 1, limits.layers),
     heads,
-    kvHeads: fields.integer('num_key_value_heads', 1, limits.size, heads),
+    kvHeads: fields.integer('num_key_value_heads', 1, limits.heads, heads),
     headSize: fields.integer('head_dim', 1, limits.size, hiddenSize / heads),
     mlpSize: fields.integer('intermediate_size', 1, limits.size),
     vocabSize: fields.integer('vocab_size', 1, limits.vocabulary),
@@ -304,7 +310,7 @@ export function configFromGguf(file: GgufFile, ropeDivisors: Float32Array | unde
     );
   }
   const hiddenSize = fields.integer('embedding_length', 1, limits.size);
-  const heads = fields.integer('attention.head_count', 1, limits.size);
+  const heads = fields.integer('attention.head_count', 1, limits.heads);
   if (!fields.has('attention.key_length') && hiddenSize % heads !== 0) {
     throw malformed(
       path,
@@ -327,7 +333,7 @@ export function configFromGguf(file: GgufFile, ropeDivisors: Float32Array | unde
     hiddenSize,
     layers: fields.integer('block_count', 1, limits.layers),
     heads,
-    kvHeads: fields.integer('attention.head_count_kv', 1, limits.size, heads),
+    kvHeads: fields.integer('attention.head_count_kv', 1, limits.heads, heads),
     headSize,
     mlpSize: fields.integer('feed_forward_length', 1, limits.size),
     vocabSize: embedding.shape[0] as number,

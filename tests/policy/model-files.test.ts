@@ -310,7 +310,9 @@ describe('a GGUF file', () => {
   test('is refused wherever it is cut, at every byte of its header and at the ends of its tensors', async () => {
     const small = ggufFile(
       ggufFields().map((field) =>
-        field.type === 'strings' ? { ...field, value: field.value.slice(0, 3) } : field,
+        field.type === 'strings' || field.type === 'i32s'
+          ? ({ ...field, value: field.value.slice(0, 3) } as GgufField)
+          : field,
       ),
       ggufTensors().slice(0, 3),
     );
@@ -320,7 +322,8 @@ describe('a GGUF file', () => {
     for (const { offset, byteLength } of tensors.values())
       for (const cut of [offset, offset + byteLength - 1]) cuts.add(cut);
     for (const cut of cuts) {
-      const path = file(small.subarray(0, cut), 'gguf');
+      const path = join(directory.path, 'cut.gguf');
+      writeFileSync(path, small.subarray(0, cut));
       await expectFailure(() => readGguf(path), 'MALFORMED_FILE', path);
     }
   });
@@ -328,7 +331,7 @@ describe('a GGUF file', () => {
   test('with any byte changed is read or refused, never more', async () => {
     const draw = random(7);
     const headerBytes = 3000;
-    for (let round = 0; round < 1500; ++round) {
+    for (let round = 0; round < 400; ++round) {
       const bytes = Buffer.from(good);
       const changes = 1 + Math.floor(draw() * 3);
       for (let i = 0; i < changes; ++i) bytes[Math.floor(draw() * headerBytes)] = Math.floor(draw() * 256);

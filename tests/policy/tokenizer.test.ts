@@ -2,7 +2,7 @@ import { existsSync, readFileSync } from 'node:fs';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { beforeAll, describe, expect, test } from '@jest/globals';
-import { type GgufFile, readGguf } from '../../lib/policy/gguf.js';
+import { type GgufFile, type GgufValue, readGguf } from '../../lib/policy/gguf.js';
 import { tokenizerFromGguf } from '../../lib/policy/gguf-tokenizer.js';
 import { TextStream, Tokenizer } from '../../lib/policy/tokenizer.js';
 import { expectFailure, smollm, tokenizerFiles } from './helpers.js';
@@ -132,6 +132,42 @@ interface Expected {
   texts: string[];
   ids: Record<string, number[][]>;
 }
+
+describe('a SentencePiece tokenizer of a GGUF file', () => {
+  const here = dirname(fileURLToPath(import.meta.url));
+  const fixture = JSON.parse(readFileSync(join(here, 'fixtures', 'sentencepiece.json'), 'utf8')) as {
+    tokens: string[];
+    scores: number[];
+    types: number[];
+    texts: string[];
+    ids: number[][];
+  };
+  const metadata = new Map<string, GgufValue>([
+    ['tokenizer.ggml.model', 'llama'],
+    ['tokenizer.ggml.tokens', fixture.tokens],
+    ['tokenizer.ggml.scores', fixture.scores],
+    ['tokenizer.ggml.token_type', fixture.types],
+    ['tokenizer.ggml.unknown_token_id', 0],
+    ['tokenizer.ggml.bos_token_id', 1],
+    ['tokenizer.ggml.eos_token_id', 2],
+  ]);
+  const file = { path: 'tiny.gguf', metadata, tensors: new Map() };
+  const tokenizer = new Tokenizer(tokenizerFromGguf(file, fixture.tokens.length), 'tiny.gguf');
+
+  test.each(fixture.texts.map((text, i) => [text, i] as const))(
+    'gives the ids of sentencepiece for %j',
+    (text, i) => {
+      const ids = tokenizer.encode(text);
+      expect(ids).toEqual(fixture.ids[i]);
+      expect(tokenizer.decode(ids)).toBe(text);
+    },
+  );
+
+  test('begins a prompt with its begin-of-sequence token', () => {
+    expect(tokenizer.encodePrompt('x')).toEqual([1, ...tokenizer.encode('x')]);
+    expect(tokenizer.eosIds).toEqual([2]);
+  });
+});
 
 const describeShared = existsSync(smollm) ? describe : describe.skip;
 describeShared(`the tokenizer of SmolLM2 (skipped where ${smollm} is absent)`, () => {

@@ -1,0 +1,531 @@
+import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
+import { type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
+import {
+  expectFailure,
+  ggufFields,
+  ggufFile,
+  ggufTensors,
+  temporaryDirectory,
+  tinyConfig,
+  tokenizerFiles,
+  writeTinyModel,
+} from './helpers.js';
+
+let directory: { path: string; remove: () => void };
+let model: string;
+const open = new Set<Policy>();
+let count = 0;
+
+beforeAll(() => {
+  directory = temporaryDirectory();
+  model = writeTinyModel(join(directory.path, 'tiny'));
+});
+afterAll(() => directory.remove());
+afterEach(() => {
+  for (const policy of open) policy.dispose();
+  open.clear();
+});
+
+async function load(path = model, options: Parameters<typeof Policy.load>[1] = {}): Promise<Policy> {
+  const policy = await Policy.load(path, { dtype: 'f32', ...options });
+  open.add(policy);
+  return policy;
+}
+
+const fresh = (name: string) => join(directory.path, `${name}-${count++}`);
+const prompt = [40, 41, 42, 43, 44];
+const completions = [
+  [50, 51, 52],
+  [60, 61, 62, 63, 64],
+  [70, 71],
+];
+
+function forest(logprobs?: number): Forest {
+  return [
+    {
+      tokens: prompt,
+      children: completions.map((tokens, i) => ({
+        tokens,
+        train: {
+          advantage: [1, -0.5, 0.25][i],
+          ...(logprobs !== undefined && { logprobs: tokens.map(() => logprobs) }),
+        },
+      })),
+    },
+  ];
+}
+
+async function gradients(policy: Policy): Promise<Map<string, Float32Array>> {
+  const all = new Map<string, Float32Array>();
+  for (const { name } of policy.parameters()) all.set(name, await policy.readParameter(name, 'gradient'));
+  return all;
+}
+
+async function values(policy: Policy): Promise<Map<string, Float32Array>> {
+  const all = new Map<string, Float32Array>();
+  for (const { name } of policy.parameters()) all.set(name, await policy.readParameter(name));
+  return all;
+}
+
+const optimizer = { learningRate: 1e-3, weightDecay: 0.01, maxGradNorm: 1 };
+
+async function train(policy: Policy, steps: number): Promise<void> {
+  for (let i = 0; i < steps; ++i) {
+    await policy.forwardBackward(forest(), { type: 'grpo' });
+    expect(await policy.optimStep(optimizer)).toMatchObject({ applied: true });
+  }
+}
+
+describe('loading', () => {
+  test('a directory and a GGUF file of the same weights give the same logits', async () => {
+    const path = join(directory.path, 'tiny.gguf');
+    writeFileSync(path, ggufFile(ggufFields(), ggufTensors()));
+    const [fromDirectory, fromGguf] = [await load(), await load(path)];
+    expect(fromGguf.config).toEqual(fromDirectory.config);
+    const logits = await fromDirectory.logits(prompt);
+    expect(logits).toHaveLength(prompt.length * tinyConfig.vocabSize);
+    expect(Math.max(...logits) - Math.min(...logits)).toBeGreaterThan(0.1);
+    expect(await fromGguf.logits(prompt)).toEqual(logits);
+  });
+
+  test('chooses f32 for a small model, and refuses what there is not', async () => {
+    const policy = await load(model, { dtype: 'auto' });
+    expect(policy.dtype).toBe('f32');
+    expect(policy.device.name).toBe('cpu');
+    expect(policy.contextLength).toBe(128);
+    await expectFailure(() => load(model, { device: 'abacus' }), 'INVALID_ARGUMENT', 'device', 'abacus');
+    await expectFailure(() => load(model, { dtype: 'f16' as 'f32' }), 'INVALID_ARGUMENT', 'dtype');
+    await expectFailure(() => load(model, { threads: -1 }), 'INVALID_ARGUMENT', 'threads');
+    await expectFailure(() => load(join(directory.path, 'no.gguf')), 'FILE_NOT_FOUND', 'no.gguf');
+    await expectFailure(() => load(model, { signal: AbortSignal.abort() }), 'ABORTED');
+    await expectFailure(() => Policy.load(undefined as unknown as string), 'INVALID_ARGUMENT', 'path');
+  });
+
+  test('refuses a tokenizer with more tokens than the model has rows', async () => {
+    const files = tokenizerFiles();
+    (files.tokenizer.added_tokens as object[]).push({ id: 400, content: '<x>', special: true });
+    const path = writeTinyModel(fresh('large'), { 'tokenizer.json': JSON.stringify(files.tokenizer) });
+    await expectFailure(() => load(path), 'MALFORMED_FILE', '272 tokens', '401');
+  });
+
+  test('random weights are a function of the seed', async () => {
+    const create = async (seed: number) => {
+      const policy = await Policy.create(tinyConfig, tokenizerFiles(), { seed, dtype: 'f32' });
+      open.add(policy);
+      return policy.logits(prompt);
+    };
+    expect(await create(1)).toEqual(await create(1));
+    expect(await create(2)).not.toEqual(await create(1));
+    const bad = { ...tinyConfig, heads: 3 };
+    await expectFailure(() => Policy.create(bad, tokenizerFiles()), 'INVALID_ARGUMENT', 'config.heads');
+    await expectFailure(
+      () => Policy.create({ ...tinyConfig, layers: 0 }, tokenizerFiles()),
+      'INVALID_ARGUMENT',
+      'layers',
+    );
+  });
+});
+
+describe('sample', () => {
+  test('gives groups with the log-probabilities that score gives', async () => {
+    const policy = await load();
+    const groups = await policy.sample([prompt, 'hello', { messages: [{ role: 'user', content: 'hi' }] }], {
+      n: 3,
+      maxTokens: 12,
+      seed: 5,
+    });
+    expect(groups).toHaveLength(3);
+    expect(groups[0]?.promptTokens).toEqual(prompt);
+    for (const { promptTokens, completions: group } of groups) {
+      expect(group).toHaveLength(3);
+      const scores = await policy.score([
+        { tokens: promptTokens, children: group.map(({ tokens }) => ({ tokens, train: {} })) },
+      ]);
+      group.forEach((completion, i) => {
+        expect(completion.tokens.length).toBeGreaterThan(0);
+        expect(completion.tokens.length).toBeLessThanOrEqual(12);
+        expect(completion.text).toBe(policy.tokenizer.decode(completion.tokens, { skipSpecial: true }));
+        expect(completion.finishReason === 'length').toBe(
+          completion.tokens.length === 12 && ![0, 2].includes(completion.tokens[11] as number),
+        );
+        completion.logprobs.forEach((logprob, t) => {
+          expect(Math.abs(logprob - (scores.logprobs[i]?.[t] as number))).toBeLessThan(1e-5);
+          expect(
+            Math.abs((completion.entropies[t] as number) - (scores.entropies[i]?.[t] as number)),
+          ).toBeLessThan(1e-4);
+        });
+      });
+    }
+  });
+
+  test('draws a completion whatever else is in the batch', async () => {
+    const policy = await load();
+    const options = { n: 2, maxTokens: 10, seed: 9 };
+    const [alone] = await policy.sample([prompt], { ...options, keys: [7] });
+    const together = await policy.sample([[1, 5, 6], prompt, [...prompt, 8]], {
+      ...options,
+      keys: [1, 7, 2],
+    });
+    expect(together[1]?.completions.map(({ tokens }) => tokens)).toEqual(
+      alone?.completions.map(({ tokens }) => tokens),
+    );
+    expect(alone?.completions[0]?.tokens).not.toEqual(alone?.completions[1]?.tokens);
+    const [other] = await policy.sample([prompt], { ...options, keys: [8] });
+    expect(other?.completions[0]?.tokens).not.toEqual(alone?.completions[0]?.tokens);
+    const [reseeded] = await policy.sample([prompt], { ...options, keys: [7], seed: 10n });
+    expect(reseeded?.completions[0]?.tokens).not.toEqual(alone?.completions[0]?.tokens);
+  });
+
+  test('gives equal prompts, and prompts within prompts, completions of their own', async () => {
+    const policy = await load();
+    const options = { maxTokens: 8, seed: 3 };
+    const groups = await policy.sample([prompt, prompt.slice(0, 3), prompt], { ...options, keys: [1, 2, 1] });
+    expect(groups[0]?.completions).toEqual(groups[2]?.completions);
+    const [inner] = await policy.sample([prompt.slice(0, 3)], { ...options, keys: [2] });
+    expect(groups[1]?.completions[0]?.tokens).toEqual(inner?.completions[0]?.tokens);
+  });
+
+  test('stops at strings and ids, and says so', async () => {
+    const policy = await load();
+    const [free] = await policy.sample([prompt], { maxTokens: 30, seed: 2 });
+    const tokens = free?.completions[0]?.tokens ?? new Int32Array(0);
+    expect(tokens.length).toBeGreaterThan(5);
+    const fourth = tokens[3] as number;
+    const first = tokens.indexOf(fourth);
+    const [byId] = await policy.sample([prompt], { maxTokens: 30, seed: 2, stopTokenIds: [fourth] });
+    expect(byId?.completions[0]).toMatchObject({ tokens: tokens.slice(0, first + 1), finishReason: 'stop' });
+
+    const ascii = policy.tokenizer.encode('a')[0] as number;
+    const found = await policy.sample([prompt], { n: 64, maxTokens: 60, seed: 4, stop: ['a'] });
+    const stopped = found[0]?.completions.filter(({ finishReason }) => finishReason === 'stop_string') ?? [];
+    expect(stopped.length).toBeGreaterThan(0);
+    for (const completion of stopped) {
+      expect(completion.text).toMatch(/a$/);
+      expect(completion.text.indexOf('a')).toBe(completion.text.length - 1);
+      expect(completion.tokens.at(-1)).toBe(ascii);
+    }
+  });
+
+  test('streams what it draws', async () => {
+    const policy = await load();
+    const chunks: SampleChunk[] = [];
+    const groups = await policy.sample([prompt, [1, 2]], {
+      n: 2,
+      maxTokens: 15,
+      seed: 6,
+      onToken: (chunk) => chunks.push(chunk),
+    });
+    groups.forEach((group, p) => {
+      group.completions.forEach((completion, c) => {
+        const own = chunks.filter((chunk) => chunk.prompt === p && chunk.completion === c);
+        expect(own.flatMap(({ tokens }) => tokens)).toEqual(Array.from(completion.tokens));
+        expect(completion.text.startsWith(own.map(({ text }) => text).join(''))).toBe(true);
+      });
+    });
+  });
+
+  test('fills the context and no more', async () => {
+    const policy = await load();
+    const long = Array.from({ length: 120 }, (_, i) => 10 + i);
+    const [group] = await policy.sample([long], { maxTokens: 1000, seed: 1, n: 8 });
+    for (const { tokens, finishReason } of group?.completions ?? []) {
+      expect(tokens.length).toBeLessThanOrEqual(8);
+      if (finishReason === 'length') expect(tokens.length).toBe(8);
+    }
+    const full = [...long, ...long].slice(0, 128);
+    await expectFailure(() => policy.sample([prompt, full]), 'CONTEXT_EXCEEDED', '128', /prompts\[1\]/);
+  });
+
+  test.each([
+    [{ n: 0 }, 'n'],
+    [{ n: 1.5 }, 'n'],
+    [{ maxTokens: 0 }, 'maxTokens'],
+    [{ temperature: -1 }, 'temperature'],
+    [{ temperature: Number.NaN }, 'temperature'],
+    [{ topK: -1 }, 'topK'],
+    [{ topP: 0 }, 'topP'],
+    [{ topP: 1.1 }, 'topP'],
+    [{ minP: 2 }, 'minP'],
+    [{ seed: -1 }, 'seed'],
+    [{ seed: 2n ** 64n }, 'seed'],
+    [{ keys: [1, 2] }, 'keys'],
+    [{ keys: [-1] }, 'keys'],
+    [{ stop: [''] }, 'stop'],
+    [{ stop: 'text' }, 'stop'],
+    [{ stopTokenIds: [272] }, 'stopTokenIds'],
+  ])('refuses %p', async (options, part) => {
+    const policy = await load();
+    await expectFailure(() => policy.sample([prompt], options as object), 'INVALID_ARGUMENT', part);
+  });
+
+  test('refuses prompts that are none', async () => {
+    const policy = await load();
+    for (const bad of [[[]], [[272]], [[-1]], [[1.5]], [5], [null], [''], [{ messages: [] }]]) {
+      await expectFailure(() => policy.sample(bad as never), 'INVALID_ARGUMENT');
+    }
+    await expectFailure(() => policy.sample('hello' as never), 'INVALID_ARGUMENT', 'prompts');
+    expect(await policy.sample([])).toEqual([]);
+  });
+
+  test('can be aborted before and in the middle, and works on afterwards', async () => {
+    const policy = await load();
+    await expectFailure(() => policy.sample([prompt], { signal: AbortSignal.abort() }), 'ABORTED');
+    const controller = new AbortController();
+    const options = { n: 512, maxTokens: 123, signal: controller.signal, onToken: () => controller.abort() };
+    await expectFailure(() => policy.sample([prompt], options), 'ABORTED');
+    expect(await policy.sample([prompt], { maxTokens: 4 })).toHaveLength(1);
+  });
+});
+
+describe('forwardBackward and optimStep', () => {
+  test('add the same gradient in whatever batches', async () => {
+    const policy = await load();
+    const whole = await policy.forwardBackward(forest(-5.5), { type: 'dapo' });
+    const expected = await gradients(policy);
+    await policy.zeroGradients();
+    const parts = await policy.forwardBackward(forest(-5.5), { type: 'dapo' }, { maxTokens: 8 });
+    expect(parts.loss).toBeCloseTo(whole.loss, 6);
+    expect(parts.tokens).toBe(10);
+    for (const [name, gradient] of await gradients(policy)) {
+      const reference = expected.get(name) as Float32Array;
+      const norm = Math.hypot(...reference);
+      const difference = Math.hypot(...gradient.map((g, i) => g - (reference[i] as number)));
+      expect(difference).toBeLessThanOrEqual(1e-5 * norm);
+    }
+  });
+
+  test('take the policy itself where old log-probabilities are missing: the ratio is 1', async () => {
+    const policy = await load();
+    const stats = await policy.forwardBackward(forest(), { type: 'grpo' });
+    for (const key of ['mean', 'min', 'max'] as const) expect(stats.ratio[key]).toBeCloseTo(1, 5);
+    expect(stats.loss).toBeCloseTo(-(1 - 0.5 + 0.25) / 3, 5);
+    const scores = await policy.score(forest());
+    expect(stats.logprobs.map((row) => row.length)).toEqual([3, 5, 2]);
+    for (const [i, row] of stats.logprobs.entries()) {
+      for (const [t, value] of row.entries()) expect(value).toBeCloseTo(scores.logprobs[i]?.[t] as number, 4);
+    }
+  });
+
+  test('raise the probability of what had a positive advantage', async () => {
+    const policy = await load();
+    const before = await policy.score(forest());
+    await train(policy, 5);
+    const after = await policy.score(forest());
+    const total = (row?: Float32Array) => Array.from(row ?? []).reduce((sum, value) => sum + value, 0);
+    expect(total(after.logprobs[0])).toBeGreaterThan(total(before.logprobs[0]));
+    expect(total(after.logprobs[1])).toBeLessThan(total(before.logprobs[1]));
+    expect(policy.optimizerStep).toBe(5);
+  });
+
+  test('leave masked tokens out', async () => {
+    const policy = await load();
+    const masked: Forest = [
+      { tokens: prompt, children: [{ tokens: [50, 51], train: { advantage: 1, mask: [0, 0] } }] },
+    ];
+    const stats = await policy.forwardBackward(masked, { type: 'grpo' });
+    expect(stats).toMatchObject({ loss: 0, tokens: 0 });
+    for (const gradient of (await gradients(policy)).values())
+      expect(gradient.every((g) => g === 0)).toBe(true);
+  });
+
+  test('refuse a loss that is not finite and leave no gradients', async () => {
+    const policy = await load();
+    await policy.forwardBackward(forest(), { type: 'grpo' });
+    const run = () => policy.forwardBackward(forest(-1e4), { type: 'grpo', clipLow: 0, clipHigh: 1e30 });
+    await expectFailure(run, 'NON_FINITE');
+    for (const gradient of (await gradients(policy)).values())
+      expect(gradient.every((g) => g === 0)).toBe(true);
+  });
+
+  test('can be aborted, and leave no part of a batch behind', async () => {
+    const policy = await load();
+    const many: Forest = Array.from({ length: 400 }, () => forest(-5)[0] as Forest[number]);
+    const controller = new AbortController();
+    const running = policy.forwardBackward(
+      many,
+      { type: 'grpo' },
+      { maxTokens: 15, signal: controller.signal },
+    );
+    setTimeout(() => controller.abort(), 20);
+    await expectFailure(() => running, 'ABORTED');
+    for (const gradient of (await gradients(policy)).values())
+      expect(gradient.every((g) => g === 0)).toBe(true);
+    await train(policy, 1);
+  });
+
+  test('refuse bad options', async () => {
+    const policy = await load();
+    const { optimStep } = { optimStep: (o: object) => policy.optimStep({ learningRate: 1, ...o }) };
+    for (const [key, value] of [
+      ['learningRate', -1],
+      ['learningRate', Number.NaN],
+      ['beta1', 1],
+      ['beta2', -0.1],
+      ['epsilon', '1'],
+      ['maxGradNorm', -1],
+    ]) {
+      await expectFailure(() => optimStep({ [key as string]: value }), 'INVALID_ARGUMENT', key as string);
+    }
+    await expectFailure(
+      () => policy.forwardBackward(forest(), { type: 'ppo' as 'grpo' }),
+      'INVALID_ARGUMENT',
+      'ppo',
+    );
+    await expectFailure(
+      () => policy.forwardBackward(forest(), { type: 'grpo' }, { maxTokens: 0 }),
+      'INVALID_ARGUMENT',
+      'maxTokens',
+    );
+    await expectFailure(() => policy.score([{ tokens: [1, 272], train: {} }]), 'INVALID_ARGUMENT', '272');
+    await expectFailure(() => policy.logits([]), 'INVALID_ARGUMENT', 'tokens');
+  });
+
+  test('need a trainable policy', async () => {
+    const policy = await load(model, { trainable: false });
+    await expectFailure(() => policy.forwardBackward(forest(), { type: 'grpo' }), 'UNSUPPORTED', 'trainable');
+    await expectFailure(() => policy.optimStep(optimizer), 'UNSUPPORTED', 'trainable');
+    await expectFailure(() => policy.saveState(fresh('state')), 'UNSUPPORTED', 'trainable');
+    expect((await policy.score(forest())).logprobs).toHaveLength(3);
+  });
+});
+
+describe('save', () => {
+  test('writes a model that loads with the same weights', async () => {
+    const policy = await load();
+    await train(policy, 2);
+    const path = fresh('saved');
+    await policy.save(path);
+    const again = await load(path);
+    expect(await values(again)).toEqual(await values(policy));
+    expect(await again.logits(prompt)).toEqual(await policy.logits(prompt));
+    expect(again.tokenizer.eosIds).toEqual(policy.tokenizer.eosIds);
+    expect(again.tokenizer.applyChatTemplate([{ role: 'user', content: 'x' }])).toBe(
+      policy.tokenizer.applyChatTemplate([{ role: 'user', content: 'x' }]),
+    );
+  });
+
+  test('turns a GGUF file into a Hugging Face directory', async () => {
+    const gguf = join(directory.path, 'convert.gguf');
+    writeFileSync(gguf, ggufFile(ggufFields(), ggufTensors()));
+    const policy = await load(gguf);
+    const path = fresh('converted');
+    await policy.save(path);
+    const again = await load(path);
+    expect(again.config).toEqual(policy.config);
+    expect(await again.logits(prompt)).toEqual(await policy.logits(prompt));
+    expect(again.tokenizer.encode('hello <|im_end|> né')).toEqual(
+      policy.tokenizer.encode('hello <|im_end|> né'),
+    );
+    expect(again.tokenizer.eosIds).toEqual(policy.tokenizer.eosIds);
+  });
+
+  test('rounds to bfloat16 where asked to', async () => {
+    const policy = await load();
+    const path = fresh('rounded');
+    await policy.save(path, { dtype: 'bf16' });
+    expect(JSON.parse(readFileSync(join(path, 'config.json'), 'utf8'))).toMatchObject({
+      torch_dtype: 'bfloat16',
+    });
+    const rounded = await values(await load(path));
+    for (const [name, exact] of await values(policy)) {
+      rounded.get(name)?.forEach((value, i) => {
+        expect(Math.abs(value - (exact[i] as number))).toBeLessThanOrEqual(
+          Math.abs(exact[i] as number) * 2 ** -8,
+        );
+      });
+    }
+  });
+
+  test('keeps other files of the directory and replaces its own', async () => {
+    const policy = await load();
+    const path = writeTinyModel(fresh('kept'), {
+      'notes.txt': 'mine',
+      'model-00001-of-00002.safetensors': 'old shard',
+    });
+    await policy.save(path);
+    expect(readFileSync(join(path, 'notes.txt'), 'utf8')).toBe('mine');
+    expect(existsSync(join(path, 'model-00001-of-00002.safetensors'))).toBe(false);
+    expect(await values(await load(path))).toEqual(await values(policy));
+    await expectFailure(() => policy.save(join(path, 'notes.txt')), 'INVALID_ARGUMENT', 'notes.txt');
+    expect(readFileSync(join(path, 'notes.txt'), 'utf8')).toBe('mine');
+  });
+});
+
+describe('saveState and loadState', () => {
+  test('go on bit for bit', async () => {
+    const policy = await load();
+    await train(policy, 2);
+    const path = fresh('state');
+    await policy.saveState(path);
+    await train(policy, 3);
+
+    const resumed = await load();
+    await resumed.loadState(path);
+    expect(resumed.optimizerStep).toBe(2);
+    await train(resumed, 3);
+    expect(await values(resumed)).toEqual(await values(policy));
+    expect(resumed.optimizerStep).toBe(5);
+  });
+
+  test('refuse a state of another model, or one that was cut or changed, and change nothing', async () => {
+    const policy = await load();
+    const path = fresh('state');
+    await policy.saveState(path);
+    const other = await Policy.create({ ...tinyConfig, mlpSize: 64 }, tokenizerFiles(), { dtype: 'f32' });
+    open.add(other);
+    await expectFailure(() => other.loadState(path), 'RESUME_MISMATCH', 'mlpSize 64 but found 48');
+
+    await train(policy, 1);
+    const before = await values(policy);
+    const file = join(path, 'state.safetensors');
+    const bytes = readFileSync(file);
+    writeFileSync(file, bytes.subarray(0, bytes.length - 4));
+    await expectFailure(() => policy.loadState(path), 'MALFORMED_FILE', 'state.safetensors');
+    const flipped = Buffer.from(bytes);
+    flipped[bytes.length - 100] = (flipped[bytes.length - 100] as number) ^ 1;
+    writeFileSync(file, flipped);
+    await expectFailure(() => policy.loadState(path), 'MALFORMED_FILE', 'SHA-256');
+    writeFileSync(join(path, 'state.json'), '{}');
+    await expectFailure(() => policy.loadState(path), 'MALFORMED_FILE', 'state.json');
+    await expectFailure(() => policy.loadState(fresh('none')), 'FILE_NOT_FOUND', 'state.json');
+    expect(await values(policy)).toEqual(before);
+    expect(policy.optimizerStep).toBe(1);
+  });
+});
+
+describe('dispose', () => {
+  test('ends the policy', async () => {
+    const policy = await load();
+    const queued = policy.score(forest());
+    policy.dispose();
+    policy.dispose();
+    await queued.catch((error) => expect(error).toMatchObject({ code: 'DISPOSED' }));
+    for (const run of [
+      () => policy.sample([prompt]),
+      () => policy.score(forest()),
+      () => policy.forwardBackward(forest(), { type: 'grpo' }),
+      () => policy.optimStep(optimizer),
+      () => policy.save(fresh('x')),
+      () => policy.loadState('x'),
+      () => policy.memory(),
+      () => policy.parameters(),
+    ]) {
+      await expectFailure(run, 'DISPOSED');
+    }
+  });
+
+  test('calls run in the order in which they were made', async () => {
+    const policy = await load();
+    const order: string[] = [];
+    const note = (name: string) => () => order.push(name);
+    await Promise.all([
+      policy.forwardBackward(forest(), { type: 'grpo' }).then(note('forwardBackward')),
+      policy.optimStep(optimizer).then(note('optimStep')),
+      policy.score(forest()).then(note('score')),
+      policy.sample([prompt], { maxTokens: 2 }).then(note('sample')),
+    ]);
+    expect(order).toEqual(['forwardBackward', 'optimStep', 'score', 'sample']);
+  });
+});
