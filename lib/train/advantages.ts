@@ -35,7 +35,8 @@ export function groupAdvantages(
   });
 }
 
-function standardDeviation(values: readonly number[]): number {
+/** The sample standard deviation (n - 1); 0 of fewer than two values. */
+export function standardDeviation(values: readonly number[]): number {
   if (values.length < 2) return 0;
   const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
   return Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (values.length - 1));

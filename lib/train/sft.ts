@@ -1,5 +1,5 @@
 import { z } from 'zod';
-import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
+import { invalidArgument, MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import { type MotivationView, motivationAt, parseMotivation } from '../prompt/motivation.js';
 import {
@@ -14,9 +14,9 @@ import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash } from './files.js';
 import { type Branch, countTokens, forestOf } from './forest.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import { learningRateAt } from './schedule.js';
 import { keysThatMatter, parseSettings, type SftOptions, type SftSettings, sftSchema } from './settings.js';
-import { checkViews, finiteOrUndefined, modelIdentity, type TrainablePolicy } from './trainer.js';
+import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
+import { skippedNotice, update } from './update.js';
 
 /** A prompt, as messages or as text that is encoded as it stands, and what the model should write after it. */
 export type Example =
@@ -150,44 +150,23 @@ export class SupervisedTrainer<Row = unknown> {
         this.#branch(examples.at(position + i)),
       );
       const forest = forestOf(branches);
-      const learningRate = learningRateAt(step, { kind: s.schedule, ...s });
-      const stats = await finiteOrUndefined(() =>
-        policy.forwardBackward(
-          forest,
-          { type: 'cross_entropy' },
-          { ...(s.batchTokens !== undefined && { maxTokens: s.batchTokens }), ...(signal && { signal }) },
-        ),
-      );
-      throwIfAborted(signal, `step ${step}`);
-      const finite = stats !== undefined && Number.isFinite(stats.loss);
-      let gradientNorm: number | null = null;
-      if (finite) {
-        updated = true;
-        const result = await policy.optimStep({
-          learningRate,
-          beta1: s.beta1,
-          beta2: s.beta2,
-          epsilon: s.epsilon,
-          weightDecay: s.weightDecay,
-          maxGradNorm: s.maxGradNorm,
-        });
-        if (result.applied) gradientNorm = result.gradientNorm;
-      } else await policy.zeroGradients();
-      const applied = gradientNorm !== null;
-      if (!applied) {
-        const what = finite ? 'gradient' : 'loss';
-        onEvent?.({
-          type: 'notice',
-          message: `Step ${step}: the ${what} was not finite, so the update was skipped`,
-        });
-      }
+      const loss = { type: 'cross_entropy' as const };
+      const result = await update(policy, forest, loss, s, {
+        step,
+        signal,
+        beforeUpdate: () => {
+          updated = true;
+        },
+      });
+      const { stats, gradientNorm, learningRate, skipped } = result;
+      if (skipped) onEvent?.({ type: 'notice', message: skippedNotice(step, skipped) });
       const seconds = (performance.now() - started) / 1000;
       const metrics: Omit<SftMetrics, 'step'> = {
-        loss: finite ? stats.loss : null,
-        gradientNorm,
+        loss: stats?.loss ?? null,
+        gradientNorm: skipped ? null : gradientNorm,
         learningRate,
-        updates: applied ? 1 : 0,
-        skippedUpdates: applied ? 0 : 1,
+        updates: skipped ? 0 : 1,
+        skippedUpdates: skipped ? 1 : 0,
         tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
         trainingTokensPerSecond: countTokens(forest) / seconds,
         seconds,

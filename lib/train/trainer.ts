@@ -2,17 +2,22 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
 import { type Evaluation, isCorrect, ScoreTally, scoreGroups } from '../evaluate/index.js';
-import type { CompletionGroup, Loss, LossStats, Policy } from '../policy/index.js';
-import { formatMotivation, type Motivation, motivationAt, parseMotivation } from '../prompt/motivation.js';
+import type { CompletionGroup, Loss, Policy } from '../policy/index.js';
+import {
+  formatMotivation,
+  type Motivation,
+  type MotivationView,
+  motivationAt,
+  parseMotivation,
+} from '../prompt/motivation.js';
 import type { Score } from '../reward/index.js';
 import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
-import { groupAdvantages } from './advantages.js';
-import { CompletionLog } from './completions.js';
+import { groupAdvantages, standardDeviation } from './advantages.js';
+import { CompletionLog, type CompletionRecord } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './files.js';
-import { countTokens, forestOf } from './forest.js';
+import { type Branch, countTokens, forestOf } from './forest.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import { learningRateAt } from './schedule.js';
 import {
   type GrpoOptions,
   type GrpoSettings,
@@ -20,6 +25,7 @@ import {
   keysThatMatter,
   parseSettings,
 } from './settings.js';
+import { skippedNotice, type UpdateResult, update } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
 export type TrainablePolicy = Pick<
@@ -88,6 +94,14 @@ export interface GrpoMetrics {
   trainingSeconds: number;
   /** By view of the motivation, where the step was followed by an evaluation. */
   evaluation?: Record<string, Evaluation>;
+}
+
+/** The completions of a step, all in the order of its prompts, and what became of them. */
+interface Rollout {
+  prompts: readonly string[];
+  groups: readonly CompletionGroup[];
+  scores: readonly Score[][];
+  advantages: readonly number[][];
 }
 
 const stepsBeforeAdvice = 3;
@@ -178,136 +192,120 @@ export class Trainer<Row = unknown> {
   async #step(source: RowSource<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
-      return await this.#rolloutAndUpdate(source, step, position, signal, () => {
+      const clock = new Stopwatch();
+      const view = motivationAt(this.#motivation, step - 1);
+      const rows = Array.from({ length: this.settings.promptsPerStep }, (_, i) => source.at(position + i));
+      const { prompts, groups } = await this.#sample(rows, view, step, signal);
+      const rolloutSeconds = clock.lap();
+
+      this.#emit({ type: 'phase', phase: 'scoring', step });
+      const { task } = this.#options;
+      const scores = await scoreGroups(task, rows, prompts, groups, { ...(signal && { signal }) });
+      const scoringSeconds = clock.lap();
+
+      const { advantage: kind, scaleAdvantages: scale = true } = this.settings;
+      const rewards = scores.map((group) => group.map((score) => score.total));
+      const rollout: Rollout = {
+        prompts,
+        groups,
+        scores,
+        advantages: groupAdvantages(rewards, { kind, scale }),
+      };
+      const updates = await this.#update(rollout, step, signal, () => {
         updated = true;
       });
+      const trainingSeconds = clock.lap();
+
+      this.#completions.write(step, recordsOf(rollout, step));
+      const sampled = groups.flatMap((g) => g.completions).reduce((sum, c) => sum + c.tokens.length, 0);
+      const metrics: Omit<GrpoMetrics, 'step'> = {
+        motivation: formatMotivation(view),
+        ...this.#rewardMetrics(groups, scores, rewards),
+        ...updates.summary(),
+        rolloutTokensPerSecond: sampled / rolloutSeconds,
+        trainingTokensPerSecond: updates.tokens / trainingSeconds,
+        seconds: clock.total(),
+        rolloutSeconds,
+        scoringSeconds,
+        trainingSeconds,
+      };
+      return { metrics: { ...metrics }, position: position + rows.length };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
   }
 
-  async #rolloutAndUpdate(
-    source: RowSource<Row>,
-    step: number,
-    position: number,
-    signal: AbortSignal | undefined,
-    onUpdate: () => void,
-  ) {
-    const { policy, task, reference } = this.#options;
-    const s = this.settings;
-    const clock = new Stopwatch();
-
+  async #sample(rows: readonly Row[], view: MotivationView, step: number, signal: AbortSignal | undefined) {
     this.#emit({ type: 'phase', phase: 'rollout', step });
-    const view = motivationAt(this.#motivation, step - 1);
-    const rows = Array.from({ length: s.promptsPerStep }, (_, i) => source.at(position + i));
+    const { policy, task } = this.#options;
+    const { groupSize, maxTokens, temperature, topK, topP, minP, stop, seed } = this.settings;
     const messages = rows.map((row) => task.messages(row, view));
-    const prompts = messages.map((m) => policy.tokenizer.applyChatTemplate(m, { addGenerationPrompt: true }));
     const groups = await policy.sample(
       messages.map((m) => ({ messages: m })),
       {
-        n: s.groupSize,
-        maxTokens: s.maxTokens,
-        temperature: s.temperature,
-        topK: s.topK,
-        topP: s.topP,
-        minP: s.minP,
-        ...(s.stop && { stop: s.stop }),
-        seed: (BigInt(s.seed) << 32n) | BigInt(step),
-        ...(signal && { signal }),
+        n: groupSize,
+        maxTokens,
+        temperature,
+        topK,
+        topP,
+        minP,
+        stop,
+        seed: (BigInt(seed) << 32n) | BigInt(step),
+        signal,
       },
     );
     throwIfAborted(signal, `step ${step}`);
-    const rolloutSeconds = clock.lap();
+    const prompts = messages.map((m) => policy.tokenizer.applyChatTemplate(m, { addGenerationPrompt: true }));
+    return { prompts, groups };
+  }
 
-    this.#emit({ type: 'phase', phase: 'scoring', step });
-    const scores = await scoreGroups(task, rows, prompts, groups, { ...(signal && { signal }) });
-    const rewards = scores.map((group) => group.map((score) => score.total));
-    const advantages = groupAdvantages(rewards, { kind: s.advantage, scale: s.scaleAdvantages ?? true });
-    const scoringSeconds = clock.lap();
-
+  async #update(
+    { groups, advantages }: Rollout,
+    step: number,
+    signal: AbortSignal | undefined,
+    beforeUpdate: () => void,
+  ): Promise<UpdateTally> {
     this.#emit({ type: 'phase', phase: 'training', step });
+    const { policy, reference } = this.#options;
+    const { settings } = this;
+    const { promptsPerStep, groupSize, miniBatches, updatesPerRollout, maskTruncated } = settings;
     const referenceLogprobs =
-      reference && s.kl > 0 ? await scoreReference(reference, groups, signal) : undefined;
-    const learningRate = learningRateAt(step, { kind: s.schedule, ...s });
-    const updates = new UpdateTally();
-    const promptsPerUpdate = s.promptsPerStep / s.miniBatches;
-    for (let pass = 0; pass < s.updatesPerRollout; pass++) {
-      for (let from = 0; from < s.promptsPerStep; from += promptsPerUpdate) {
-        const forest = forestOf(
-          groups.slice(from, from + promptsPerUpdate).map((group, i) => ({
-            promptTokens: group.promptTokens,
-            completions: group.completions.map((completion, j) => ({
-              tokens: completion.tokens,
-              train: {
-                advantage: (advantages[from + i] as number[])[j] as number,
-                logprobs: completion.logprobs,
-                ...(referenceLogprobs && {
-                  referenceLogprobs: referenceLogprobs[(from + i) * s.groupSize + j] as Float32Array,
-                }),
-                ...(s.maskTruncated &&
-                  completion.finishReason === 'length' && { mask: new Uint8Array(completion.tokens.length) }),
-              },
-            })),
-          })),
-        );
-        const stats = await finiteOrUndefined(() =>
-          policy.forwardBackward(forest, this.#loss(), {
-            ...(s.batchTokens !== undefined && { maxTokens: s.batchTokens }),
-            ...(signal && { signal }),
-          }),
-        );
-        throwIfAborted(signal, `step ${step}`);
-        let gradientNorm: number | undefined;
-        if (stats === undefined || !Number.isFinite(stats.loss)) await policy.zeroGradients();
-        else {
-          onUpdate();
-          const result = await policy.optimStep({
-            learningRate,
-            beta1: s.beta1,
-            beta2: s.beta2,
-            epsilon: s.epsilon,
-            weightDecay: s.weightDecay,
-            maxGradNorm: s.maxGradNorm,
-          });
-          if (result.applied) gradientNorm = result.gradientNorm;
-        }
-        if (gradientNorm === undefined) {
-          const what = stats === undefined || !Number.isFinite(stats.loss) ? 'loss' : 'gradient';
-          this.#emit({
-            type: 'notice',
-            message: `Step ${step}: the ${what} was not finite, so an update was skipped`,
-          });
-        }
-        updates.add(countTokens(forest), stats, gradientNorm);
+      reference && settings.kl > 0 ? await scoreReference(reference, groups, signal) : undefined;
+    const branches = groups.map(
+      ({ promptTokens, completions }, i): Branch => ({
+        promptTokens,
+        completions: completions.map(({ tokens, logprobs, finishReason }, j) => ({
+          tokens,
+          train: {
+            advantage: advantages[i]?.[j],
+            logprobs,
+            referenceLogprobs: referenceLogprobs?.[i * groupSize + j],
+            ...(maskTruncated && finishReason === 'length' && { mask: new Uint8Array(tokens.length) }),
+          },
+        })),
+      }),
+    );
+    const tally = new UpdateTally();
+    const promptsPerUpdate = promptsPerStep / miniBatches;
+    for (let pass = 0; pass < updatesPerRollout; pass++) {
+      for (let from = 0; from < promptsPerStep; from += promptsPerUpdate) {
+        const forest = forestOf(branches.slice(from, from + promptsPerUpdate));
+        const result = await update(policy, forest, this.#loss(), settings, { step, signal, beforeUpdate });
+        if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
+        tally.add(countTokens(forest), result);
       }
     }
-    const trainingSeconds = clock.lap();
+    return tally;
+  }
 
-    this.#completions.write(
-      step,
-      groups.flatMap((group, i) =>
-        group.completions.map((completion, j) => {
-          const score = (scores[i] as Score[])[j] as Score;
-          return {
-            step,
-            promptIndex: i,
-            completionIndex: j,
-            prompt: prompts[i] as string,
-            text: completion.text,
-            tokens: completion.tokens.length,
-            finishReason: completion.finishReason,
-            reward: score.total,
-            parts: score.parts,
-            advantage: (advantages[i] as number[])[j] as number,
-          };
-        }),
-      ),
-    );
-
+  #rewardMetrics(
+    groups: readonly CompletionGroup[],
+    scores: readonly Score[][],
+    rewards: readonly number[][],
+  ) {
+    const { task } = this.#options;
     const tally = new ScoreTally();
     for (const [i, group] of groups.entries()) tally.add(group, scores[i] as Score[]);
-    const sampled = groups.flatMap((group) => group.completions).reduce((sum, c) => sum + c.tokens.length, 0);
-    const flat = scores.flat();
     const uniform = rewards.filter((group) => group.every((reward) => reward === group[0])).length;
     this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
@@ -317,22 +315,13 @@ export class Trainer<Row = unknown> {
         `0: ${advice} other prompts, more completions of each or a higher temperature`;
       this.#emit({ type: 'notice', message });
     }
-    const metrics: Omit<GrpoMetrics, 'step'> = {
-      motivation: formatMotivation(view),
+    const all = scores.flat();
+    return {
       ...tally.summary(),
-      rewardStd: deviation(rewards.flat()),
-      correct: flat.filter((score) => isCorrect(task, score)).length / flat.length,
+      rewardStd: standardDeviation(rewards.flat()),
+      correct: all.filter((score) => isCorrect(task, score)).length / all.length,
       uniformGroups: uniform / rewards.length,
-      ...updates.summary(),
-      learningRate,
-      rolloutTokensPerSecond: sampled / rolloutSeconds,
-      trainingTokensPerSecond: updates.tokens / trainingSeconds,
-      seconds: clock.total(),
-      rolloutSeconds,
-      scoringSeconds,
-      trainingSeconds,
     };
-    return { metrics: { ...metrics }, position: position + s.promptsPerStep };
   }
 
   #loss(): Loss {
@@ -375,18 +364,29 @@ async function scoreReference(
   return logprobs;
 }
 
-/** What `work` gives, or undefined where its loss was not finite. */
-export async function finiteOrUndefined<T>(work: () => Promise<T>): Promise<T | undefined> {
-  try {
-    return await work();
-  } catch (error) {
-    if ((error as { code?: unknown }).code === 'NON_FINITE') return undefined;
-    throw error;
-  }
+function recordsOf({ prompts, groups, scores, advantages }: Rollout, step: number): CompletionRecord[] {
+  return groups.flatMap((group, i) =>
+    group.completions.map((completion, j) => {
+      const { total: reward, parts } = (scores[i] as Score[])[j] as Score;
+      return {
+        step,
+        promptIndex: i,
+        completionIndex: j,
+        prompt: prompts[i] as string,
+        text: completion.text,
+        tokens: completion.tokens.length,
+        finishReason: completion.finishReason,
+        reward,
+        parts,
+        advantage: (advantages[i] as number[])[j] as number,
+      };
+    }),
+  );
 }
 
 /** The statistics of a step's updates: means over tokens, extremes over all. */
 class UpdateTally {
+  /** Tokens computed, each distinct one of a forest once. */
   tokens = 0;
   #applied = 0;
   #skipped = 0;
@@ -396,10 +396,12 @@ class UpdateTally {
   #clipFraction = 0;
   #ratio = { mean: 0, min: Number.POSITIVE_INFINITY, max: Number.NEGATIVE_INFINITY };
   #gradientNorm = 0;
+  #learningRate = 0;
 
-  add(tokens: number, stats: LossStats | undefined, gradientNorm: number | undefined): void {
+  add(tokens: number, { stats, gradientNorm, learningRate, skipped }: UpdateResult): void {
     this.tokens += tokens;
-    if (stats === undefined || gradientNorm === undefined) {
+    this.#learningRate = learningRate;
+    if (stats === undefined || skipped) {
       this.#skipped += 1;
       return;
     }
@@ -415,7 +417,8 @@ class UpdateTally {
   }
 
   summary() {
-    const counts = { updates: this.#applied, skippedUpdates: this.#skipped };
+    const learningRate = this.#learningRate;
+    const counts = { learningRate, updates: this.#applied, skippedUpdates: this.#skipped };
     if (this.#applied === 0) {
       return { loss: null, kl: null, clipFraction: null, ratio: null, gradientNorm: null, ...counts };
     }
@@ -446,11 +449,4 @@ class Stopwatch {
   total(): number {
     return (performance.now() - this.#start) / 1000;
   }
-}
-
-function deviation(values: readonly number[]): number {
-  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
-  return Math.sqrt(
-    values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / Math.max(1, values.length - 1),
-  );
 }
