@@ -113,10 +113,10 @@ function installNpmPackages() {
 }
 
 function buildNative(tests, stamp) {
-  const sources = ['CMakeLists.txt', 'native', 'bindings', ...(tests ? ['tests/native'] : [])];
-  const state = fingerprint(sources, readFileSync(join(root, 'package-lock.json')));
-  const key = tests ? 'nativeWithTests' : 'native';
-  if (stamp[key] === state && existsSync(addon)) return;
+  const lock = readFileSync(join(root, 'package-lock.json'));
+  const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', 'benchmarks/matrix_rate.cc'], lock);
+  const testState = tests ? fingerprint(['tests/native'], state) : undefined;
+  if (existsSync(addon) && stamp.native === state && (!tests || stamp.nativeTests === testState)) return;
   installSystemPackages([
     'g++',
     'cmake',
@@ -129,32 +129,27 @@ function buildNative(tests, stamp) {
   const cmakeJs = [join('node_modules', 'cmake-js', 'bin', 'cmake-js')];
   const quiet = ['--log-level', 'error'];
   run(process.execPath, [...cmakeJs, 'configure', ...quiet, ...(tests ? ['--CDMERF_BUILD_TESTS=ON'] : [])]);
-  const target = tests ? [] : ['--target', 'merf'];
-  run(process.execPath, [
-    ...cmakeJs,
-    'build',
-    ...quiet,
-    ...target,
-    '--parallel',
-    String(availableParallelism()),
-  ]);
+  run(process.execPath, [...cmakeJs, 'build', ...quiet, '--parallel', String(availableParallelism())]);
   if (!existsSync(addon)) throw new BootstrapError(`the build left no ${addon}`);
-  stamp[key] = state;
+  stamp.native = state;
+  if (tests) stamp.nativeTests = testState;
   writeStamp(stamp);
 }
 
 function buildTypeScript(stamp) {
+  const projects = ['tsconfig.build.json', 'tsconfig.benchmarks.json'];
   const state = fingerprint([
     'lib',
-    'benchmarks',
+    'benchmarks/index.ts',
     'tsconfig.json',
-    'tsconfig.build.json',
+    ...projects,
     'package-lock.json',
   ]);
   if (stamp.dist === state && existsSync(join(root, 'dist', 'index.js'))) return;
   say('compiling TypeScript');
   rmSync(join(root, 'dist'), { recursive: true, force: true });
-  run(process.execPath, [join('node_modules', 'typescript', 'bin', 'tsc'), '-p', 'tsconfig.build.json']);
+  const tsc = join('node_modules', 'typescript', 'bin', 'tsc');
+  for (const project of projects) run(process.execPath, [tsc, '-p', project]);
   stamp.dist = state;
   writeStamp(stamp);
 }

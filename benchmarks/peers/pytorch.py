@@ -1,13 +1,14 @@
-"""PyTorch with transformers on the work of benchmarks/bench.ts; prints one JSON object.
+"""PyTorch with transformers on the very prompts and completions that benchmarks/index.ts measured merf with.
 
     python pytorch.py SPEC.json
 
-SPEC: {config: a Hugging Face config, tokens: {opening, question, completion: lengths}, prompts, group, dtype,
-threads, microBatch, repetitions}. Weights are random: no figure here depends on their values.
+SPEC: {model: directory} or {config: a Hugging Face config, for random weights}, prompts: ids of each, group,
+completions: ids of each (prompt-major), maxTokens, dtype, threads, microBatch, repetitions. Prints one JSON object.
 
-Training is what TRL does: every completion is a row of its own with its prompt before it, log-probabilities of the
-completions, their policy gradient, AdamW in float32 with bfloat16 autocast where dtype is bf16. Generation is
-`generate` with the key/value cache, all rows in one batch, sampling at temperature 1.
+Generation is `generate` with the key/value cache, every row of the batch at once, sampling at temperature 1, in
+bfloat16 where dtype is bf16. Training is what TRL does: each completion is a row with its prompt before it (prompts
+padded left, completions right), log-probabilities of the completions, their clipped policy gradient, clipping, AdamW
+on float32 weights, with bfloat16 autocast where dtype is bf16.
 """
 
 import json
@@ -15,56 +16,58 @@ import sys
 import time
 
 import torch
+import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-def rows(spec, vocabulary, completions):
-    """Token ids [prompts * group, length]: rows share the opening, groups share the question."""
-    generator = torch.Generator().manual_seed(0)
-    tokens = spec["tokens"]
-
-    def draw(count):
-        return torch.randint(3, vocabulary, (count,), generator=generator)
-
-    opening = draw(tokens["opening"])
-    found = []
-    for _ in range(spec["prompts"]):
-        prompt = torch.cat([opening, draw(tokens["question"])])
-        for _ in range(spec["group"]):
-            found.append(torch.cat([prompt, draw(tokens["completion"])]) if completions else prompt)
-    return torch.stack(found)
+def padded(rows, left):
+    """Ids and mask [rows, longest]."""
+    width = max(len(row) for row in rows)
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
+    for i, row in enumerate(rows):
+        at = slice(width - len(row), width) if left else slice(0, len(row))
+        ids[i, at] = torch.tensor(row)
+        mask[i, at] = 1
+    return ids, mask
 
 
-def median(values):
-    return sorted(values)[len(values) // 2]
-
-
-def timed(repetitions, run):
+def median_seconds(repetitions, run):
     seconds = []
     for _ in range(repetitions):
         start = time.perf_counter()
         run()
         seconds.append(time.perf_counter() - start)
-    return median(seconds)
+    return sorted(seconds)[len(seconds) // 2]
 
 
-def train_step(model, optimizer, ids, completion, micro_batch, autocast):
-    optimizer.zero_grad()
-    count = ids.shape[0] * completion
-    for chunk in ids.split(micro_batch):
+def train_step(model, optimizer, prompts, completions, micro_batch, autocast):
+    (prompt_ids, prompt_mask), (ids, mask) = prompts, completions
+    for rows in torch.arange(len(ids)).split(micro_batch):
+        attention = torch.cat([prompt_mask[rows], mask[rows]], 1)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits = model(input_ids=chunk, use_cache=False, logits_to_keep=completion + 1).logits[:, :-1]
-        logprobs = torch.log_softmax(logits.float(), -1).gather(-1, chunk[:, -completion:, None])[..., 0]
+            logits = model(
+                input_ids=torch.cat([prompt_ids[rows], ids[rows]], 1), attention_mask=attention,
+                position_ids=(attention.cumsum(1) - 1).clamp(min=0), use_cache=False,
+                logits_to_keep=ids.shape[1] + 1,
+            ).logits[:, :-1]
+        logprobs = torch.log_softmax(logits.float(), -1).gather(-1, ids[rows][..., None])[..., 0]
         ratio = torch.exp(logprobs - logprobs.detach())
-        (-(ratio * 0.5).sum() / count).backward()
+        (-(ratio * mask[rows]).sum() / mask.sum()).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    optimizer.zero_grad()
 
 
-def generate(model, ids, completion):
+def generate(model, prompts, max_tokens):
+    """Tokens drawn, to each row's end token."""
+    ids, mask = prompts
     with torch.no_grad():
-        model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=completion, min_new_tokens=completion,
-                       do_sample=True, top_k=0, pad_token_id=0)
+        full = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=True, temperature=1.0,
+                              top_k=0, top_p=1.0, pad_token_id=0)
+    ends = model.generation_config.eos_token_id
+    ends = torch.tensor([ends] if isinstance(ends, int) else ends or [])
+    drawn = torch.isin(full[:, ids.shape[1]:], ends)
+    return sum(row.int().argmax().item() + 1 if row.any() else len(row) for row in drawn)
 
 
 def main():
@@ -72,29 +75,38 @@ def main():
         spec = json.load(file)
     torch.set_num_threads(spec["threads"])
     torch.manual_seed(0)
-    config = AutoConfig.for_model(**spec["config"])
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    completion = spec["tokens"]["completion"]
-    bf16 = spec["dtype"] == "bf16"
+    if "model" in spec:
+        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
+    else:
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec["config"]), dtype=torch.float32)
+    bf16, micro_batch = spec["dtype"] == "bf16", spec["microBatch"]
+    prompts = padded([prompt for prompt in spec["prompts"] for _ in range(spec["group"])], left=True)
+    completions = padded(spec["completions"], left=False)
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-    ids = rows(spec, config.vocab_size, completions=True)
-    train_step(model, optimizer, ids[: spec["microBatch"]], completion, spec["microBatch"], bf16)
-    training = timed(spec["repetitions"],
-                     lambda: train_step(model, optimizer, ids, completion, spec["microBatch"], bf16))
+
+    def step(rows=None):
+        some = slice(rows)
+        train_step(model, optimizer, [t[some] for t in prompts], [t[some] for t in completions], micro_batch, bf16)
+
+    step(rows=2)
+    training = median_seconds(spec["repetitions"], step)
     del optimizer
     model.zero_grad(set_to_none=True)
 
     model.eval()
     if bf16:
         model.to(torch.bfloat16)
-    prompts = rows(spec, config.vocab_size, completions=False)
-    generate(model, prompts, 4)
-    rollout = timed(spec["repetitions"], lambda: generate(model, prompts, completion))
-    import transformers
+    generate(model, [t[:2] for t in prompts], 2)
+    rates = []
+    for _ in range(spec["repetitions"]):
+        start = time.perf_counter()
+        tokens = generate(model, prompts, spec["maxTokens"])
+        rates.append(tokens / (time.perf_counter() - start))
     print(json.dumps({
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "rolloutSeconds": rollout, "trainingSeconds": training,
+        "name": f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}",
+        "rollout": sorted(rates)[len(rates) // 2],
+        "training": sum(len(row) for row in spec["completions"]) / training,
     }))
 
 
