@@ -104,8 +104,8 @@ export async function evaluate<Row>(
         ...(options.topP !== undefined && { topP: options.topP }),
         ...(options.minP !== undefined && { minP: options.minP }),
         ...(options.stop && { stop: [...options.stop] }),
-        // Each batch draws from a stream of its own.
-        seed: (BigInt(seed) << 24n) + BigInt(from),
+        // Each batch draws from a stream of its own, none of them that of a training step.
+        seed: (1n << 63n) | (BigInt.asUintN(39, BigInt(seed)) << 24n) | BigInt(from),
         ...(options.signal && { signal: options.signal }),
       },
     );
