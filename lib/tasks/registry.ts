@@ -99,13 +99,15 @@ export async function importModule(path: string): Promise<Record<string, unknown
 
 async function importTypeScript(url: string, path: string): Promise<Record<string, unknown>> {
   const { register, tsImport } = await importTsx(path);
-  const unregister = register();
+  // A tsconfig's path aliases could lead the module to sources of this library instead of to the one that runs.
+  const tsconfig = false;
+  const unregister = register({ tsconfig });
   try {
     return (await import(url)) as Record<string, unknown>;
   } catch (error) {
     // In a package of type commonjs only tsImport can, at the price of a second copy of this library.
     if ((error as { code?: unknown }).code !== 'ERR_REQUIRE_CYCLE_MODULE') throw error;
-    return (await tsImport(url, import.meta.url)) as Record<string, unknown>;
+    return (await tsImport(url, { parentURL: import.meta.url, tsconfig })) as Record<string, unknown>;
   } finally {
     await unregister();
   }
