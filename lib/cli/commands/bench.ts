@@ -1,8 +1,8 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { pathToFileURL } from 'node:url';
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
+import { importModule } from '../../tasks/index.js';
 import { list } from '../flags.js';
 import { packageRoot } from '../models.js';
 
@@ -25,8 +25,10 @@ export function addBench(program: Command): void {
 }
 
 async function bench(options: BenchOptions): Promise<void> {
-  const entry = join(packageRoot(), 'dist', 'benchmarks', 'index.js');
-  if (!existsSync(entry)) throw new MerfError('FILE_NOT_FOUND', `The benchmarks are not built: no ${entry}`);
-  const module = (await import(pathToFileURL(entry).href)) as { bench(options: BenchOptions): Promise<void> };
+  // Compiled with the package, or in a clone as its source.
+  const built = join(packageRoot(), 'dist', 'benchmarks', 'index.js');
+  const entry = existsSync(built) ? built : join(packageRoot(), 'benchmarks', 'index.ts');
+  const module = (await importModule(entry)) as { bench?: (options: BenchOptions) => Promise<void> };
+  if (!module.bench) throw new MerfError('INTERNAL', `Expected ${entry} to export bench`);
   await module.bench(options);
 }
