@@ -123,7 +123,7 @@ async function train(flags: Shared & Partial<TrainConfig>): Promise<void> {
       type: 'notice',
       message: `Training ${shortPath(model)} on ${task.name} into ${shortPath(out)}`,
     });
-    return new Trainer({
+    const trainer = new Trainer({
       ...pick(config, grpoSchema),
       policy,
       task,
@@ -133,6 +133,7 @@ async function train(flags: Shared & Partial<TrainConfig>): Promise<void> {
       launch,
       onEvent: view.event,
     });
+    return { trainer, policies: reference ? [policy, reference] : [policy] };
   });
 }
 
@@ -155,7 +156,7 @@ async function sft(flags: Shared & Partial<SftConfig>): Promise<void> {
   await runTraining(out, async (view) => {
     const policy = await Policy.load(model, loadOptions(config, true));
     view.event({ type: 'notice', message: `Warming up ${shortPath(model)} into ${shortPath(out)}` });
-    return new SupervisedTrainer({
+    const trainer = new SupervisedTrainer({
       ...pick(config, sftSchema),
       policy,
       ...(examples && { examples }),
@@ -165,33 +166,32 @@ async function sft(flags: Shared & Partial<SftConfig>): Promise<void> {
       launch,
       onEvent: view.event,
     });
+    return { trainer, policies: [policy] };
   });
 }
 
+interface Opened {
+  trainer: { run(options: { signal: AbortSignal }): Promise<RunResult>; stop(): void };
+  policies: readonly Policy[];
+}
+
 /** Runs a trainer under a live view, with Ctrl-C wired to end the step, and says where the results are. */
-async function runTraining(
-  out: string,
-  open: (view: View) => Promise<{ run(options: { signal: AbortSignal }): Promise<RunResult>; stop(): void }>,
-): Promise<void> {
+async function runTraining(out: string, open: (view: View) => Promise<Opened>): Promise<void> {
   const view = trainingView();
   const abort = new AbortController();
-  let trainer: { stop(): void } | undefined;
+  let opened: Opened | undefined;
   let interrupts = 0;
   const onInterrupt = () => {
     interrupts += 1;
-    if (trainer && interrupts === 1) {
-      trainer.stop();
-      view.event({
-        type: 'notice',
-        message: 'Ending after this step, which is then saved. Ctrl-C again gives up at once.',
-      });
-    } else abort.abort();
+    if (!opened || interrupts > 1) return abort.abort();
+    opened.trainer.stop();
+    const message = 'Ending after this step, which is then saved. Ctrl-C again gives up at once.';
+    view.event({ type: 'notice', message });
   };
   process.on('SIGINT', onInterrupt);
   try {
-    const opened = await open(view);
-    trainer = opened;
-    const result = await opened.run({ signal: abort.signal });
+    opened = await open(view);
+    const result = await opened.trainer.run({ signal: abort.signal });
     view.close();
     const done = result.stopped ? `Stopped after step ${result.step}` : `Done: ${result.step} steps`;
     process.stdout.write(
@@ -201,6 +201,7 @@ async function runTraining(
   } finally {
     view.close();
     process.off('SIGINT', onInterrupt);
+    for (const policy of opened?.policies ?? []) policy.dispose();
   }
 }
 
