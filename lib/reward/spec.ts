@@ -304,7 +304,9 @@ function checkComponents(specName: string, components: readonly Component<never>
   const fail = (message: string): never => {
     throw new MerfError('INVALID_ARGUMENT', `${message} in the reward ${specName}`);
   };
-  if (components.length === 0) fail('Expected at least one component but received none');
+  if (!Array.isArray(components) || components.length === 0) {
+    fail(`Expected at least one component but received ${describeValue(components)}`);
+  }
   const implications: { where: string; component: string; target: string; to: string }[] = [];
   components.forEach((component, i) => {
     const { name } = component;
@@ -314,14 +316,20 @@ function checkComponents(specName: string, components: readonly Component<never>
     if (components.findIndex((other) => other.name === name) !== i) {
       fail(`Expected different names for the components but received ${name} twice`);
     }
+    if (typeof component.verify !== 'function') {
+      fail(`Expected a function for the verifier of ${name} but received ${describeValue(component.verify)}`);
+    }
     if ('range' in component) {
+      checkSentence(component.sentence, name, fail);
       const [least, greatest] = component.range;
       if (!(Number.isFinite(least) && Number.isFinite(greatest) && least < greatest)) {
         fail(`Expected two ascending numbers for the range of ${name} but received ${least} and ${greatest}`);
       }
       return;
     }
-    if (component.cases.length === 0) fail(`Expected at least one case for ${name} but received none`);
+    if (!Array.isArray(component.cases) || component.cases.length === 0) {
+      fail(`Expected at least one case for ${name} but received ${describeValue(component.cases)}`);
+    }
     component.cases.forEach((option, j) => {
       const where = `${name}.${option.name}`;
       if (!/^[A-Za-z][\w-]*$/.test(option.name)) {
@@ -330,6 +338,7 @@ function checkComponents(specName: string, components: readonly Component<never>
       if (component.cases.findIndex((other) => other.name === option.name) !== j) {
         fail(`Expected different names for the cases but received ${where} twice`);
       }
+      checkSentence(option.sentence, where, fail);
       if (!Number.isFinite(option.score)) {
         fail(
           `Expected a finite number for the score of ${where} but received ${describeValue(option.score)}`,
@@ -354,4 +363,9 @@ function checkComponents(specName: string, components: readonly Component<never>
       }
     });
   });
+}
+
+function checkSentence(sentence: unknown, where: string, fail: (message: string) => never): void {
+  if (typeof sentence === 'string' && sentence.trim() !== '' && !sentence.includes('\n')) return;
+  fail(`Expected one line of words for the sentence of ${where} but received ${describeValue(sentence)}`);
 }

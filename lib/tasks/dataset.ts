@@ -17,6 +17,7 @@ export type Fields = Readonly<Record<string, unknown>>;
  * Parquet, EMPTY_DATASET
  */
 export async function readRows<Row>(file: string, parse: (fields: Fields) => Row): Promise<LoadedRow<Row>[]> {
+  if (typeof file !== 'string') throw invalidArgument('data', "a file's path", file);
   const kind = extname(file).toLowerCase();
   if (kind !== '.jsonl' && kind !== '.parquet') {
     throw new MerfError('UNSUPPORTED', `Expected a .jsonl or .parquet file for data but received ${file}`);

@@ -62,6 +62,11 @@ export interface TaskDefinition<Row> {
  */
 export async function defineTask<Row>(definition: TaskDefinition<Row>): Promise<Task<Row>> {
   const { name, spec, data, testData } = definition;
+  if (typeof name !== 'string' || name === '') throw invalidArgument('name', 'the name of the task', name);
+  if (typeof spec?.score !== 'function') throw invalidArgument('spec', 'a RewardSpec', spec);
+  if (typeof definition.messages !== 'function') {
+    throw invalidArgument('messages', "a function that makes a row's prompt", definition.messages);
+  }
   const parse = (fields: Fields) => (definition.parse ? definition.parse(fields) : (fields as Row));
   const read = (file: string) => readRows(file, parse);
   const load = async (file: string) => requireRows(await read(file));

@@ -383,6 +383,14 @@ describe('specifications that cannot be', () => {
 
   test.each<[string, Component[], string]>([
     ['no component', [], 'at least one component'],
+    ['no list of components', undefined as never, 'at least one component but received undefined'],
+    ['no verifier', [component({ verify: undefined })], 'verifier of x but received undefined'],
+    ['a sentence of two lines', [component({ cases: [{ ...option, sentence: 'a\nb' }] })], 'sentence of x.a'],
+    [
+      'no sentence',
+      [component({ cases: [{ name: 'a', score: 1 }] })],
+      'sentence of x.a but received undefined',
+    ],
     ['no case', [component({ cases: [] })], 'at least one case for x'],
     ['two components of one name', [component({}), component({})], 'x twice'],
     ['two cases of one name', [component({ cases: [option, option] })], 'x.a twice'],
@@ -392,7 +400,7 @@ describe('specifications that cannot be', () => {
       'score of x.a but received NaN',
     ],
     ['a name with spaces', [component({ name: 'x y' })], '"x y"'],
-    ['an empty range', [{ name: 'x', range: [1, 1], sentence: '', verify: () => 1 }], 'range of x'],
+    ['an empty range', [{ name: 'x', range: [1, 1], sentence: 'x', verify: () => 1 }], 'range of x'],
     [
       'an implied case that does not exist',
       [component({ cases: [{ ...option, implies: { y: 'b' } }] }), component({ name: 'y' })],

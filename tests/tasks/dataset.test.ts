@@ -208,6 +208,14 @@ describe('defineTask', () => {
     expect([few.code, few.message]).toEqual(['EMPTY_DATASET', expect.stringContaining('give test rows')]);
     const none = await failureOf(() => defineTask<Sum>({ ...sumTask, data: 5 as never }));
     expect(none.code).toBe('INVALID_ARGUMENT');
+    for (const [key, value] of Object.entries({ name: '', spec: {}, messages: 'What?' })) {
+      const broken = { ...sumTask, data: someSums, [key]: value };
+      const wrong = await failureOf(() => defineTask<Sum>(broken as never));
+      expect([wrong.code, wrong.message]).toEqual([
+        'INVALID_ARGUMENT',
+        expect.stringContaining(`for ${key} but received`),
+      ]);
+    }
   });
 });
 

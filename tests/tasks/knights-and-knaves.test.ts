@@ -202,15 +202,25 @@ describe('generated puzzles', () => {
     }
   });
 
-  test.each<[unknown]>([[1], [9], [2.5], ['x'], ['3-'], ['5-3'], ['2-99999999'], [[]], [[3, 12]], ['']])(
-    'refuses %j people',
-    async (people) => {
-      await expect(knightsAndKnaves({ people: people as number })).rejects.toMatchObject({
-        code: 'INVALID_ARGUMENT',
-        message: expect.stringContaining('for people'),
-      });
-    },
-  );
+  test.each<[unknown]>([
+    [1],
+    [9],
+    [2.5],
+    ['x'],
+    ['3-'],
+    ['5-3'],
+    ['2-99999999'],
+    [[]],
+    [[3, 12]],
+    [{}],
+    [true],
+    [''],
+  ])('refuses %j people', async (people) => {
+    await expect(knightsAndKnaves({ people: people as number })).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('for people'),
+    });
+  });
 });
 
 describe('statements of the published files', () => {

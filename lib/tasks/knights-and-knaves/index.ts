@@ -115,7 +115,8 @@ function parsePeople(people: number | readonly number[] | string): number[] {
       if (last > 8 || last < first) throw fail();
       return Array.from({ length: last - first + 1 }, (_, i) => first + i);
     });
-  } else counts = [...people];
+  } else if (Array.isArray(people)) counts = [...people];
+  else throw fail();
   if (counts.length === 0 || counts.some((n) => !Number.isInteger(n) || n < 2 || n > 8)) throw fail();
   return [...new Set(counts)].sort((a, b) => a - b);
 }
