@@ -116,9 +116,10 @@ async function train(flags: Shared & Partial<TrainConfig>): Promise<void> {
   const task = await openTask(config);
   const launch = launchOf(config, configPath);
   const model = launch.model as string;
-  await runTraining(out, async (view) => {
-    const policy = await Policy.load(model, loadOptions(config, true));
-    const reference = config.kl > 0 ? await Policy.load(model, loadOptions(config, false)) : undefined;
+  await runTraining(out, async (view, signal) => {
+    const policy = await Policy.load(model, { ...loadOptions(config, true), signal });
+    const reference =
+      config.kl > 0 ? await Policy.load(model, { ...loadOptions(config, false), signal }) : undefined;
     view.event({
       type: 'notice',
       message: `Training ${shortPath(model)} on ${task.name} into ${shortPath(out)}`,
@@ -153,8 +154,8 @@ async function sft(flags: Shared & Partial<SftConfig>): Promise<void> {
   const task = config.task === undefined ? undefined : await openTask(isExamples ? withoutData : config);
   const launch = launchOf(config, configPath);
   const model = launch.model as string;
-  await runTraining(out, async (view) => {
-    const policy = await Policy.load(model, loadOptions(config, true));
+  await runTraining(out, async (view, signal) => {
+    const policy = await Policy.load(model, { ...loadOptions(config, true), signal });
     view.event({ type: 'notice', message: `Warming up ${shortPath(model)} into ${shortPath(out)}` });
     const trainer = new SupervisedTrainer({
       ...pick(config, sftSchema),
@@ -176,7 +177,10 @@ interface Opened {
 }
 
 /** Runs a trainer under a live view, with Ctrl-C wired to end the step, and says where the results are. */
-async function runTraining(out: string, open: (view: View) => Promise<Opened>): Promise<void> {
+async function runTraining(
+  out: string,
+  open: (view: View, signal: AbortSignal) => Promise<Opened>,
+): Promise<void> {
   const view = trainingView();
   const abort = new AbortController();
   let opened: Opened | undefined;
@@ -190,7 +194,7 @@ async function runTraining(out: string, open: (view: View) => Promise<Opened>): 
   };
   process.on('SIGINT', onInterrupt);
   try {
-    opened = await open(view);
+    opened = await open(view, abort.signal);
     const result = await opened.trainer.run({ signal: abort.signal });
     view.close();
     const done = result.stopped ? `Stopped after step ${result.step}` : `Done: ${result.step} steps`;
