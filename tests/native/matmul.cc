@@ -155,9 +155,12 @@ TEST_CASE("products have the same bits whatever the number of threads, and rows 
           first_y = vy;
           first_dx = vdx;
           first_dw = vdw;
-          const Tensor one = poisoned(*backend, DType::f32, {1, n});
-          backend->linear(tx.rows(m - 1, m), *packed, {}, one);
-          CHECK(same_bits(download(*backend, one), std::vector<float>(vy.end() - n, vy.end())));
+          // Only oneDNN's products for AVX-512 promise this.
+          if (backend->info().isa == "AVX3") {
+            const Tensor one = poisoned(*backend, DType::f32, {1, n});
+            backend->linear(tx.rows(m - 1, m), *packed, {}, one);
+            CHECK(same_bits(download(*backend, one), std::vector<float>(vy.end() - n, vy.end())));
+          }
         }
         CHECK(same_bits(vy, first_y));
         CHECK(same_bits(vdx, first_dx));
