@@ -6,8 +6,6 @@
 #include <string>
 #include <vector>
 
-
-
 namespace merf {
 
 // Where in a file a parameter lies.
