@@ -17,16 +17,25 @@ export async function kindOf(path: string): Promise<'file' | 'directory' | 'abse
     return stats.isFile() ? 'file' : stats.isDirectory() ? 'directory' : 'other';
   } catch (error) {
     if (['ENOENT', 'ENOTDIR'].includes((error as NodeJS.ErrnoException).code ?? '')) return 'absent';
-    throw new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
-      cause: error,
-    });
+    throw unreadable(path, error);
   }
+}
+
+function unreadable(path: string, error: unknown): MerfError {
+  if (error instanceof MerfError) return error;
+  return new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
+    cause: error,
+  });
 }
 
 /** The text of a file, or undefined where there is none. */
 export async function readTextIfPresent(path: string): Promise<string | undefined> {
   if ((await kindOf(path)) !== 'file') return undefined;
-  return readFile(path, 'utf8');
+  try {
+    return await readFile(path, 'utf8');
+  } catch (error) {
+    throw unreadable(path, error);
+  }
 }
 
 export function parseJsonObject(path: string, text: string): Record<string, unknown> {
@@ -42,26 +51,33 @@ export function parseJsonObject(path: string, text: string): Record<string, unkn
   return value as Record<string, unknown>;
 }
 
+/** Node reads less than 2 GiB at once. */
+const maxReadBytes = 1 << 30;
+
 /** `length` bytes at `offset`; fewer there than that is a malformed file. */
 export async function readRange(path: string, offset: number, length: number): Promise<Uint8Array> {
-  const file = await open(path, 'r');
+  const bytes = new Uint8Array(length);
   try {
-    const bytes = new Uint8Array(length);
-    let done = 0;
-    while (done < length) {
-      const { bytesRead } = await file.read(bytes, done, length - done, offset + done);
-      if (bytesRead === 0) {
-        throw malformed(
-          path,
-          `expected ${length} bytes at offset ${offset} but the file ends after ${done} of them`,
-        );
+    const file = await open(path, 'r');
+    try {
+      for (let done = 0; done < length; ) {
+        const wanted = Math.min(length - done, maxReadBytes);
+        const { bytesRead } = await file.read(bytes, done, wanted, offset + done);
+        if (bytesRead === 0) {
+          throw malformed(
+            path,
+            `expected ${length} bytes at offset ${offset} but the file ends after ${done} of them`,
+          );
+        }
+        done += bytesRead;
       }
-      done += bytesRead;
+    } finally {
+      await file.close();
     }
-    return bytes;
-  } finally {
-    await file.close();
+  } catch (error) {
+    throw unreadable(path, error);
   }
+  return bytes;
 }
 
 export async function fileSize(path: string): Promise<number> {

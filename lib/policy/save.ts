@@ -1,4 +1,4 @@
-import { createHash, type Hash } from 'node:crypto';
+import { createHash, type Hash, randomBytes } from 'node:crypto';
 import { mkdir, open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
@@ -83,10 +83,10 @@ export async function writeDirectory(
   }
   const beside = join(
     dirname(target),
-    `.${basename(target)}.${process.pid}.${Math.random().toString(36).slice(2, 8)}`,
+    `.${basename(target)}.${process.pid}.${randomBytes(4).toString('hex')}`,
   );
-  await mkdir(beside, { recursive: true });
   try {
+    await mkdir(beside, { recursive: true });
     await fill(beside);
     if (kind === 'absent') {
       await rename(beside, target);
@@ -97,8 +97,12 @@ export async function writeDirectory(
     for (const name of await readdir(target)) {
       if (isStale(name) && !names.includes(name)) await rm(join(target, name));
     }
+  } catch (error) {
+    if ((error as NodeJS.ErrnoException).syscall === undefined) throw error;
+    const reason = (error as Error).message;
+    throw new MerfError('INVALID_ARGUMENT', `${directory} cannot be written: ${reason}`, { cause: error });
   } finally {
-    await rm(beside, { recursive: true, force: true });
+    await rm(beside, { recursive: true, force: true }).catch(() => undefined);
   }
 }
 

@@ -201,14 +201,13 @@ export class TextStream {
   ) {}
 
   push(ids: ArrayLike<number>): string {
-    let text = '';
+    const pieces: Uint8Array[] = [];
     for (let i = 0; i < ids.length; ++i) {
       const id = ids[i] as number;
       const bytes = this.tokenizer.bytes(id);
-      if (this.options.skipSpecial && this.tokenizer.isSpecial(id)) continue;
-      text += this.#decoder.decode(bytes, { stream: true });
+      if (!this.options.skipSpecial || !this.tokenizer.isSpecial(id)) pieces.push(bytes);
     }
-    return text;
+    return this.#decoder.decode(Buffer.concat(pieces), { stream: true });
   }
 
   /** What is left: U+FFFD where the tokens ended inside a character. */

@@ -449,6 +449,7 @@ describe('save', () => {
     expect(existsSync(join(path, 'model-00001-of-00002.safetensors'))).toBe(false);
     expect(await values(await load(path))).toEqual(await values(policy));
     await expectFailure(() => policy.save(join(path, 'notes.txt')), 'INVALID_ARGUMENT', 'notes.txt');
+    await expectFailure(() => policy.save(join(path, 'notes.txt', 'deeper')), 'INVALID_ARGUMENT', 'deeper');
     expect(readFileSync(join(path, 'notes.txt'), 'utf8')).toBe('mine');
   });
 });
