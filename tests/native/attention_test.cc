@@ -262,10 +262,10 @@ TEST_CASE("a token's attention in a forest is that of its path alone") {
       const Fused alone{140, 3, 1, 64};
       const Result apart = run(backend, alone, path, {}, causal(140), 0.125f, DType::f32);
       const int64_t width = 3 * 64;
-      for (int64_t i = 0; i < 50 * width; ++i) {
-        CHECK(together.out[(90 + child * 50) * width + i] ==
-              doctest::Approx(apart.out[90 * width + i]).epsilon(1e-5));
-      }
+      const auto rows = [&](const std::vector<float>& out, int64_t begin) {
+        return std::vector<float>(out.begin() + begin * width, out.begin() + (begin + 50) * width);
+      };
+      CHECK(relative_error(rows(together.out, 90 + child * 50), rows(apart.out, 90)) < 1e-6);
     }
   });
 }
@@ -285,10 +285,12 @@ TEST_CASE("attention survives large scores and non-finite values") {
     std::vector<int32_t> mask = causal(130);
     for (int64_t i = 65; i < 80; ++i) mask[i] = 80;
     const Result result = run(backend, shape, qkv, Random(8).normals(130 * 2 * 16), mask, 0.25f, DType::f32);
+    int64_t wrong = 0;
     for (int64_t i = 0; i < 130; ++i) {
       const bool sees = i >= 70 && i < 80;
-      CHECK(std::isnan(result.lse[i]) == sees);
-      CHECK(std::isnan(result.out[i * 32]) == sees);
+      wrong += std::isnan(result.lse[i]) != sees;
+      wrong += std::isnan(result.out[i * 32]) != sees;
     }
+    CHECK(wrong == 0);
   });
 }

@@ -53,19 +53,22 @@ class ThresholdSearch {
  public:
   ThresholdSearch() : counts_(kBins), masses_(kBins) {}
 
+  // The weights, all positive, that the following searches are among.
   void count(const float* weights, int64_t n) {
     std::fill(counts_.begin(), counts_.end(), 0);
     std::fill(masses_.begin(), masses_.end(), 0.0);
     weights_ = weights;
     size_ = n;
+    mass_ = 0.0;
     for (int64_t i = 0; i < n; ++i) {
-      if (weights[i] > 0.0f) {
-        const uint32_t bin = (std::bit_cast<uint32_t>(weights[i]) >> 16) - kFirstBin;
-        ++counts_[bin];
-        masses_[bin] += weights[i];
-      }
+      const uint32_t bin = (std::bit_cast<uint32_t>(weights[i]) >> 16) - kFirstBin;
+      ++counts_[bin];
+      masses_[bin] += weights[i];
+      mass_ += weights[i];
     }
   }
+
+  double mass() const { return mass_; }
 
   struct Bound {
     float threshold;
@@ -140,6 +143,7 @@ class ThresholdSearch {
   std::vector<double> masses_;
   std::vector<uint32_t> members_;
   const float* weights_ = nullptr;
+  double mass_ = 0.0;
   int64_t size_ = 0;
 };
 
@@ -265,9 +269,51 @@ HWY_INLINE int64_t find_drawn(const float* weights, int64_t n, float threshold, 
   return last;
 }
 
-// `weights` has room for n rounded up to whole vectors.
+// Copies the weights of at least `floor` that are not 0, in order; returns how many.
+HWY_INLINE int64_t collect(const float* weights, int64_t n, float floor, float* candidates) {
+  const SampleTag d;
+  const SampleVec bound = hn::Set(d, floor), zero = hn::Zero(d);
+  int64_t count = 0;
+  for (int64_t i = 0; i < n; i += kSampleLanes) {
+    const SampleVec w = hn::LoadU(d, weights + i);
+    const auto wanted = hn::And(hn::Ge(w, bound), hn::Gt(w, zero));
+    if (hn::AllFalse(d, wanted)) continue;
+    hn::StoreU(hn::Compress(w, wanted), d, candidates + count);
+    count += static_cast<int64_t>(hn::CountTrue(d, wanted));
+  }
+  return count;
+}
+
+// The least weight that top-k and top-p keep.
+HWY_INLINE float filter_threshold(const float* weights, int64_t n, double mass,
+                                  const SamplingOptions& options, float* candidates,
+                                  ThresholdSearch& search) {
+  const bool top_k = options.top_k > 0 && options.top_k < n;
+  // Most of a language model's vocabulary weighs next to nothing: look among the heavy tokens first.
+  for (const float floor : {0x1p-12f, 0.0f}) {
+    const int64_t count = collect(weights, n, floor, candidates);
+    if (top_k && count < options.top_k && floor > 0.0f) continue;
+    search.count(candidates, count);
+    float threshold = 0.0f;
+    double kept = mass;
+    if (top_k) {
+      const auto bound = search.top_count(options.top_k);
+      threshold = bound.threshold;
+      kept = bound.mass;
+    }
+    if (options.top_p < 1.0f) {
+      const double goal = static_cast<double>(options.top_p) * kept;
+      if (search.mass() < goal && floor > 0.0f) continue;
+      threshold = std::max(threshold, search.top_mass(goal).threshold);
+    }
+    return threshold;
+  }
+  return 0.0f;
+}
+
+// `weights` and `candidates` have room for n rounded up to whole vectors.
 Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions& options, bool want_entropy,
-           float* weights, ThresholdSearch& search) {
+           float* weights, float* candidates, ThresholdSearch& search) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
   constexpr double kLog2eExact = 1.44269504088896340736;
   const float maximum = finite_maximum(logits, n);
@@ -292,20 +338,9 @@ Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions
     mass = write_weights(logits, n, maximum, static_cast<float>(factor), weights);
   }
   float threshold = std::clamp(options.min_p, 0.0f, 1.0f);
-  const bool top_k = options.top_k > 0 && options.top_k < n;
-  const bool top_p = options.top_p < 1.0f;
   bool truncated = threshold > 0.0f;
-  if (top_k || top_p) {
-    search.count(weights, n);
-    double kept = mass;
-    if (top_k) {
-      const auto bound = search.top_count(options.top_k);
-      threshold = std::max(threshold, bound.threshold);
-      kept = bound.mass;
-    }
-    if (top_p) {
-      threshold = std::max(threshold, search.top_mass(static_cast<double>(options.top_p) * kept).threshold);
-    }
+  if ((options.top_k > 0 && options.top_k < n) || options.top_p < 1.0f) {
+    threshold = std::max(threshold, filter_threshold(weights, n, mass, options, candidates, search));
     truncated = true;
   }
   if (truncated) {
@@ -345,12 +380,12 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
   if (rows == 0 || vocabulary == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), rows));
   const int64_t room = (vocabulary + kWidestLanes - 1) / kWidestLanes * kWidestLanes;
-  const Tensor weights = allocate(DType::f32, {threads, room});
+  const Tensor weights = allocate(DType::f32, {threads, 2, room});
 
 #pragma omp parallel num_threads(threads)
   {
     ThresholdSearch search;
-    float* own_weights = weights.as<float>() + omp_get_thread_num() * room;
+    float* own_weights = weights.as<float>() + omp_get_thread_num() * 2 * room;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
       const int32_t* key = keys.as<int32_t>() + 2 * row;
@@ -359,7 +394,7 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
                            static_cast<uint32_t>(positions.as<int32_t>()[row]));
       const Drawn drawn =
           HWY_DYNAMIC_DISPATCH(draw)(logits.as<float>() + row * vocabulary, vocabulary, uniform, options,
-                                     static_cast<bool>(entropies), own_weights, search);
+                                     static_cast<bool>(entropies), own_weights, own_weights + room, search);
       tokens.as<int32_t>()[row] = drawn.token;
       logprobs.as<float>()[row] = drawn.logprob;
       raw_logprobs.as<float>()[row] = drawn.raw_logprob;
