@@ -37,11 +37,17 @@ class ThreadScope {
 };
 
 // Shapes vary with the number of tokens in a batch; beyond this many the cache starts anew.
-constexpr size_t kMostPrimitives = 2048;
+constexpr size_t kMostPrimitives = 1024;
 
 // Rows summed into a weight's gradient at a time. From 2048 on, oneDNN divides the sum among its threads, and the
 // result would depend on how many there are.
 constexpr int64_t kOuterRows = 1024;
+
+// Batches of every size come by, and each new one costs a primitive: half a millisecond and 100 KB. A multiple of this
+// many rows and the rest make two products of which there are few sizes. That the weight is read twice costs nothing
+// as long as it stays in the cache.
+constexpr int64_t kRowsOfShape = 64;
+constexpr int64_t kCachedWeightBytes = int64_t{8} << 20;
 
 bool is_blocked(const char* implementation) { return std::strncmp(implementation, "brg", 3) == 0; }
 
@@ -225,6 +231,26 @@ void add_bias_rows(int threads, const Tensor& y, const float* bias, int64_t n) {
   });
 }
 
+// c = a * b with b the packed weight, where oneDNN has no blocked product for it.
+void multiply_plain(CpuBackend& backend, Products& products, Form form, const Tensor& a,
+                    const CpuPackedWeight& weight, const Tensor& bias, const Tensor& c, bool accumulate) {
+  const bool forward = form == Form::packed_forward;
+  Tensor plain = weight.plain;
+  if (weight.blocked) {
+    const Tensor unpacked = backend.allocate(weight.computed, {weight.outputs, weight.inputs});
+    products.unpack(form, forward ? weight.forward : weight.backward, unpacked);
+    plain = converted(backend, unpacked, DType::f32);
+  }
+  const Tensor operand = converted(backend, a, DType::f32);
+  const int64_t m = c.shape[0], n = c.shape[1];
+  const Tensor result = c.dtype == DType::f32 ? c : backend.allocate(DType::f32, {m, n});
+  if (c.dtype != DType::f32 && accumulate) backend.cast(result, c);
+  products.gemm(false, forward, m, n, a.shape[1], operand.as<const float>(), plain.as<const float>(),
+                accumulate ? 1.0f : 0.0f, result.as<float>());
+  if (bias) add_bias_rows(backend.num_threads(), result, bias.as<const float>(), n);
+  if (c.dtype != DType::f32) backend.cast(c, result);
+}
+
 // c = a * b with b the packed weight, by whatever this processor has for it.
 void multiply(CpuBackend& backend, Products& products, Form form, const Tensor& a,
               const CpuPackedWeight& weight, const Tensor& bias, const Tensor& c, bool accumulate) {
@@ -232,41 +258,31 @@ void multiply(CpuBackend& backend, Products& products, Form form, const Tensor& 
   const int64_t k = forward ? weight.inputs : weight.outputs;
   const int64_t n = forward ? weight.outputs : weight.inputs;
   const int64_t m = a.size() / k;
-  if (m == 0) return;
-  const Tensor& packed = forward ? weight.forward : weight.backward;
-  if (weight.blocked && !packed) throw Error("INTERNAL", "Expected a weight that is packed for backward");
-
+  const Tensor from = a.view({m, k}), to = c.view({m, n});
+  int64_t done = 0;
   if (weight.blocked) {
-    const Tensor operand = converted(backend, a, weight.computed);
+    const Tensor& packed = forward ? weight.forward : weight.backward;
+    if (!packed) throw Error("INTERNAL", "Expected a weight that is packed for backward");
+    const Tensor operand = converted(backend, from, weight.computed);
     const DType out = weight.computed == DType::bf16 ? c.dtype : DType::f32;
-    Tensor result = c;
-    if (out != c.dtype) {
-      result = backend.allocate(out, {m, n});
-      if (accumulate) backend.cast(result, c);
+    const Tensor result = out == c.dtype ? to : backend.allocate(out, {m, n});
+    if (out != c.dtype && accumulate) backend.cast(result, to);
+    const bool cached = n * k * static_cast<int64_t>(size_of(weight.computed)) <= kCachedWeightBytes;
+    const int64_t whole = cached ? m / kRowsOfShape * kRowsOfShape : 0;
+    for (const int64_t end : {whole, m}) {
+      if (end == done) continue;
+      const ProductShape shape{form,       weight.computed, out, static_cast<bool>(bias),
+                               accumulate, end - done,      n,   k};
+      if (!products.run(shape, operand.rows(done, end).data, packed.data, bias.data,
+                        result.rows(done, end).data))
+        break;
+      done = end;
     }
-    const ProductShape shape{form, weight.computed, out, static_cast<bool>(bias), accumulate, m, n, k};
-    if (products.run(shape, operand.data, packed.data, bias.data, result.data)) {
-      if (out != c.dtype) backend.cast(c, result);
-      return;
-    }
+    if (out != c.dtype) backend.cast(to.rows(0, done), result.rows(0, done));
   }
-
-  Tensor plain = weight.plain;
-  if (weight.blocked) {
-    Tensor unpacked = backend.allocate(weight.computed, {weight.outputs, weight.inputs});
-    products.unpack(form, packed, unpacked);
-    plain = converted(backend, unpacked, DType::f32);
+  if (done < m) {
+    multiply_plain(backend, products, form, from.rows(done, m), weight, bias, to.rows(done, m), accumulate);
   }
-  const Tensor operand = converted(backend, a, DType::f32);
-  Tensor result = c;
-  if (c.dtype != DType::f32) {
-    result = backend.allocate(DType::f32, {m, n});
-    if (accumulate) backend.cast(result, c);
-  }
-  products.gemm(false, forward, m, n, k, operand.as<const float>(), plain.as<const float>(),
-                accumulate ? 1.0f : 0.0f, result.as<float>());
-  if (bias) add_bias_rows(backend.num_threads(), result, bias.as<const float>(), n);
-  if (c.dtype != DType::f32) backend.cast(c, result);
 }
 
 // sums[n] += columns of x[m, n], in stretches of rows so that long columns lose no precision.
