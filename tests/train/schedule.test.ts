@@ -1,4 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
+import { groupAdvantages as kernel, openDevice } from '../../lib/kernels/index.js';
+import { Random } from '../../lib/tasks/random.js';
 import { groupAdvantages } from '../../lib/train/advantages.js';
 import { learningRateAt, type ScheduleKind } from '../../lib/train/schedule.js';
 
@@ -66,6 +68,23 @@ describe('groupAdvantages', () => {
   test('leave one out: each against the mean of the others', () => {
     const [first] = groupAdvantages(rewards, { kind: 'leave_one_out' });
     expect(first).toEqual([1 - 11 / 3, 2 - 10 / 3, 3 - 3, 6 - 2].map((d) => expect.closeTo(d, 12)));
+  });
+
+  test('agrees with the kernel that other trainers embed', async () => {
+    const random = new Random(7);
+    const groups = Array.from({ length: 9 }, (_, i) =>
+      Array.from({ length: i + 1 }, () => random.uniform() * 6 - 3),
+    );
+    const offsets = groups.reduce((all, group) => [...all, (all.at(-1) as number) + group.length], [0]);
+    const tensor = openDevice('cpu').tensor(Float32Array.from(groups.flat()));
+    for (const kind of ['group', 'batch', 'leave_one_out'] as const) {
+      for (const scale of [true, false]) {
+        const expected = groupAdvantages(groups, { kind, scale }).flat();
+        const args = { rewards: tensor, groupOffsets: Int32Array.from(offsets), kind, scale };
+        const actual = await (await kernel(args)).read();
+        expect(Array.from(actual)).toEqual(expected.map((advantage) => expect.closeTo(advantage, 5)));
+      }
+    }
   });
 
   test('one alone has advantage 0; a reward that is no number is refused', () => {
