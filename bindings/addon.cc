@@ -77,5 +77,7 @@ Napi::Object initialize(Napi::Env env, Napi::Object exports) {
 }  // namespace
 }  // namespace merf
 
-static Napi::Object initialize_addon(Napi::Env env, Napi::Object exports) { return merf::initialize(env, exports); }
+static Napi::Object initialize_addon(Napi::Env env, Napi::Object exports) {
+  return merf::initialize(env, exports);
+}
 NODE_API_MODULE(NODE_GYP_MODULE_NAME, initialize_addon)

@@ -12,7 +12,8 @@ constexpr size_t kCopiedBytes = size_t{64} << 10;
 std::string number_text(double value) {
   if (std::isnan(value)) return "NaN";
   if (std::isinf(value)) return value > 0 ? "Infinity" : "-Infinity";
-  if (value == std::floor(value) && std::abs(value) < 1e15) return std::to_string(static_cast<int64_t>(value));
+  if (value == std::floor(value) && std::abs(value) < 1e15)
+    return std::to_string(static_cast<int64_t>(value));
   char text[32];
   std::snprintf(text, sizeof text, "%.9g", value);
   return text;
@@ -20,18 +21,30 @@ std::string number_text(double value) {
 
 const char* array_name(napi_typedarray_type type) {
   switch (type) {
-    case napi_int8_array: return "Int8Array";
-    case napi_uint8_array: return "Uint8Array";
-    case napi_uint8_clamped_array: return "Uint8ClampedArray";
-    case napi_int16_array: return "Int16Array";
-    case napi_uint16_array: return "Uint16Array";
-    case napi_int32_array: return "Int32Array";
-    case napi_uint32_array: return "Uint32Array";
-    case napi_float32_array: return "Float32Array";
-    case napi_float64_array: return "Float64Array";
-    case napi_bigint64_array: return "BigInt64Array";
-    case napi_biguint64_array: return "BigUint64Array";
-    default: return "TypedArray";
+    case napi_int8_array:
+      return "Int8Array";
+    case napi_uint8_array:
+      return "Uint8Array";
+    case napi_uint8_clamped_array:
+      return "Uint8ClampedArray";
+    case napi_int16_array:
+      return "Int16Array";
+    case napi_uint16_array:
+      return "Uint16Array";
+    case napi_int32_array:
+      return "Int32Array";
+    case napi_uint32_array:
+      return "Uint32Array";
+    case napi_float32_array:
+      return "Float32Array";
+    case napi_float64_array:
+      return "Float64Array";
+    case napi_bigint64_array:
+      return "BigInt64Array";
+    case napi_biguint64_array:
+      return "BigUint64Array";
+    default:
+      return "TypedArray";
   }
 }
 
@@ -45,7 +58,8 @@ View to_view(const Napi::Value& value, const std::string& name, napi_typedarray_
   napi_typedarray_type actual;
   View view;
   void* data = nullptr;
-  if (napi_get_typedarray_info(value.Env(), value, &actual, &view.length, &data, nullptr, nullptr) != napi_ok ||
+  if (napi_get_typedarray_info(value.Env(), value, &actual, &view.length, &data, nullptr, nullptr) !=
+          napi_ok ||
       actual != type) {
     refuse(array_name(type), name, value);
   }
@@ -68,8 +82,8 @@ Array to_js_array(Napi::Env env, std::vector<T> values) {
     auto* owned = new std::vector<T>(std::move(values));
     napi_value buffer;
     const napi_status status = napi_create_external_arraybuffer(
-        env, owned->data(), bytes, [](napi_env, void*, void* hint) { delete static_cast<std::vector<T>*>(hint); },
-        owned, &buffer);
+        env, owned->data(), bytes,
+        [](napi_env, void*, void* hint) { delete static_cast<std::vector<T>*>(hint); }, owned, &buffer);
     if (status == napi_ok) return Array::New(env, owned->size(), Napi::ArrayBuffer(env, buffer), 0);
     values = std::move(*owned);
     delete owned;
@@ -96,7 +110,8 @@ std::string describe(const Napi::Value& value) {
   if (value.IsFunction()) return "a function";
   if (value.IsTypedArray()) {
     const Napi::TypedArray array = value.As<Napi::TypedArray>();
-    return std::string(array_name(array.TypedArrayType())) + " of length " + std::to_string(array.ElementLength());
+    return std::string(array_name(array.TypedArrayType())) + " of length " +
+           std::to_string(array.ElementLength());
   }
   if (value.IsArray()) return "an array of length " + std::to_string(value.As<Napi::Array>().Length());
   return "an object";
@@ -130,7 +145,8 @@ int64_t to_integer(const Napi::Value& value, const std::string& name, int64_t le
   };
   if (!value.IsNumber()) refuse(expected(), name, value);
   const double number = value.As<Napi::Number>().DoubleValue();
-  if (!(number >= static_cast<double>(least) && number <= static_cast<double>(most)) || number != std::floor(number)) {
+  if (!(number >= static_cast<double>(least) && number <= static_cast<double>(most)) ||
+      number != std::floor(number)) {
     refuse(expected(), name, value);
   }
   return static_cast<int64_t>(number);
@@ -141,7 +157,8 @@ double to_number(const Napi::Value& value, const std::string& name, double least
     if (std::isfinite(least) && std::isfinite(most)) {
       return "a number from " + number_text(least) + " to " + number_text(most);
     }
-    return std::isfinite(least) ? "a finite number of at least " + number_text(least) : std::string("a finite number");
+    return std::isfinite(least) ? "a finite number of at least " + number_text(least)
+                                : std::string("a finite number");
   };
   if (!value.IsNumber()) refuse(expected(), name, value);
   const double number = value.As<Napi::Number>().DoubleValue();
@@ -173,7 +190,8 @@ size_t to_choice(const Napi::Value& value, const std::string& name, const std::v
     }
   }
   std::string list;
-  for (size_t i = 0; i < choices.size(); ++i) list += (i == 0 ? "" : i + 1 == choices.size() ? " or " : ", ") + choices[i];
+  for (size_t i = 0; i < choices.size(); ++i)
+    list += (i == 0 ? "" : i + 1 == choices.size() ? " or " : ", ") + choices[i];
   refuse(list, name, value);
 }
 

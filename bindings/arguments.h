@@ -15,8 +15,10 @@
 namespace merf {
 
 std::string describe(const Napi::Value& value);
-[[noreturn]] void refuse(const std::string& expected, const std::string& argument, const std::string& received);
-[[noreturn]] void refuse(const std::string& expected, const std::string& argument, const Napi::Value& received);
+[[noreturn]] void refuse(const std::string& expected, const std::string& argument,
+                         const std::string& received);
+[[noreturn]] void refuse(const std::string& expected, const std::string& argument,
+                         const Napi::Value& received);
 
 // `name` is what the message calls the argument.
 Napi::Object to_object(const Napi::Value& value, const std::string& name);
@@ -41,7 +43,8 @@ std::string to_bytes(const Napi::Value& value, const std::string& name);  // of 
 
 // Further checks of the content.
 template <typename T>
-void check_length(const std::vector<T>& values, const std::string& name, size_t length, const std::string& same_as) {
+void check_length(const std::vector<T>& values, const std::string& name, size_t length,
+                  const std::string& same_as) {
   if (values.size() == length) return;
   refuse(std::to_string(length) + " elements, as many as " + same_as, name, std::to_string(values.size()));
 }

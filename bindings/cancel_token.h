@@ -18,8 +18,9 @@ inline Napi::Value create_cancel_token(const Napi::CallbackInfo& info) {
   const Napi::Object token = Napi::Object::New(env);
   auto* cancel = new std::shared_ptr<Cancel>(std::make_shared<Cancel>());
   napi_wrap(
-      env, token, cancel, [](napi_env, void* data, void*) { delete static_cast<std::shared_ptr<Cancel>*>(data); },
-      nullptr, nullptr);
+      env, token, cancel,
+      [](napi_env, void* data, void*) { delete static_cast<std::shared_ptr<Cancel>*>(data); }, nullptr,
+      nullptr);
   napi_type_tag_object(env, token, &kCancelTokenTag);
   return token;
 }
@@ -27,7 +28,8 @@ inline Napi::Value create_cancel_token(const Napi::CallbackInfo& info) {
 inline std::shared_ptr<Cancel> to_cancel(const Napi::Value& value, const std::string& name) {
   bool ours = false;
   void* data = nullptr;
-  if (value.IsObject() && napi_check_object_type_tag(value.Env(), value, &kCancelTokenTag, &ours) == napi_ok && ours &&
+  if (value.IsObject() &&
+      napi_check_object_type_tag(value.Env(), value, &kCancelTokenTag, &ours) == napi_ok && ours &&
       napi_unwrap(value.Env(), value, &data) == napi_ok) {
     return *static_cast<std::shared_ptr<Cancel>*>(data);
   }

@@ -95,13 +95,14 @@ Environment::Environment(Napi::Env env) : env_(env), mailbox_(std::make_shared<M
   };
   napi_value name;
   if (napi_create_string_utf8(env, "merf", NAPI_AUTO_LENGTH, &name) != napi_ok ||
-      napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, mailbox_.get(), wake,
-                                      &mailbox_->wake_) != napi_ok) {
+      napi_create_threadsafe_function(env, nullptr, nullptr, name, 0, 1, nullptr, nullptr, mailbox_.get(),
+                                      wake, &mailbox_->wake_) != napi_ok) {
     throw Napi::Error::New(env, "Could not create the channel from engine threads");
   }
   napi_unref_threadsafe_function(env, mailbox_->wake_);
   // Hooks run in the reverse of their order, so this one finds the thread-safe function alive.
-  napi_add_env_cleanup_hook(env, [](void* self) { static_cast<Environment*>(self)->close(); }, this);
+  napi_add_env_cleanup_hook(
+      env, [](void* self) { static_cast<Environment*>(self)->close(); }, this);
   // process.exit() runs no such hooks on the main thread, but emits this.
   const Napi::Object process = env.Global().Get("process").As<Napi::Object>();
   const Napi::Function on_exit = Napi::Function::New(env, [](const Napi::CallbackInfo& info) {

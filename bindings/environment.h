@@ -61,7 +61,8 @@ class Environment {
 
   // A promise for what `work` delivers. `cancel` may be null; a work that was cancelled before it began still runs,
   // and decides for itself what that means. `listener`, if not 0, is removed when the promise is settled.
-  Napi::Value run(Napi::Env env, Engine& engine, std::shared_ptr<Cancel> cancel, Work work, uint32_t listener = 0);
+  Napi::Value run(Napi::Env env, Engine& engine, std::shared_ptr<Cancel> cancel, Work work,
+                  uint32_t listener = 0);
   // As run, without a promise: for work that cannot fail.
   void post(Engine& engine, std::function<void()> work);
 

@@ -26,10 +26,14 @@ std::string shape_text(const std::vector<int64_t>& shape) {
 
 Tensor allocate(Backend& backend, DType dtype, const std::vector<int64_t>& shape) {
   switch (shape.size()) {
-    case 1: return backend.allocate(dtype, {shape[0]});
-    case 2: return backend.allocate(dtype, {shape[0], shape[1]});
-    case 3: return backend.allocate(dtype, {shape[0], shape[1], shape[2]});
-    default: return backend.allocate(dtype, {shape[0], shape[1], shape[2], shape[3]});
+    case 1:
+      return backend.allocate(dtype, {shape[0]});
+    case 2:
+      return backend.allocate(dtype, {shape[0], shape[1]});
+    case 3:
+      return backend.allocate(dtype, {shape[0], shape[1], shape[2]});
+    default:
+      return backend.allocate(dtype, {shape[0], shape[1], shape[2], shape[3]});
   }
 }
 
@@ -80,7 +84,8 @@ class Operands {
     return state;
   }
   // Null where it is not given.
-  State get_optional(const char* key, const std::vector<int64_t>& shape, std::initializer_list<DType> dtypes) const {
+  State get_optional(const char* key, const std::vector<int64_t>& shape,
+                     std::initializer_list<DType> dtypes) const {
     return object_.Get(key).IsUndefined() ? nullptr : get(key, shape, dtypes);
   }
 
@@ -111,7 +116,8 @@ AttentionArguments to_attention(const Operands& operands, const Napi::Object& ob
   }
   a.v = operands.get("v", a.k->shape, {a.q->dtype});
   if (head_size % 8 != 0 || head_size > 1024) {
-    refuse("a head size that is a multiple of 8 and at most 1024", operands.path("q"), shape_text(a.q->shape));
+    refuse("a head size that is a multiple of 8 and at most 1024", operands.path("q"),
+           shape_text(a.q->shape));
   }
   a.visible_until = to_int32s(object.Get("visibleUntil"), operands.path("visibleUntil"));
   check_length(a.visible_until, operands.path("visibleUntil"), static_cast<size_t>(tokens), "tokens in q");
@@ -128,8 +134,9 @@ struct LossArguments {
   LossOptions options;
 
   LossRows open_rows(Backend& backend) const {
-    return {open(weights), open(advantages), open(old_logprobs), open(reference_logprobs),
-            sequences.empty() ? Tensor() : upload(backend, sequences, {static_cast<int64_t>(sequences.size())})};
+    return {
+        open(weights), open(advantages), open(old_logprobs), open(reference_logprobs),
+        sequences.empty() ? Tensor() : upload(backend, sequences, {static_cast<int64_t>(sequences.size())})};
   }
 };
 
@@ -205,11 +212,13 @@ Napi::Value NativeTensor::create(Napi::Env env, State state) {
 
 const State& NativeTensor::of(const Napi::Value& value, const std::string& name) {
   bool ours = false;
-  if (!value.IsObject() || napi_check_object_type_tag(value.Env(), value, &kTensorTag, &ours) != napi_ok || !ours) {
+  if (!value.IsObject() || napi_check_object_type_tag(value.Env(), value, &kTensorTag, &ours) != napi_ok ||
+      !ours) {
     refuse("a tensor", name, value);
   }
   const NativeTensor* tensor = Unwrap(value.As<Napi::Object>());
-  if (!tensor->state_) throw Error("DISPOSED", "Expected a live tensor for " + name + " but received one that was disposed of");
+  if (!tensor->state_)
+    throw Error("DISPOSED", "Expected a live tensor for " + name + " but received one that was disposed of");
   return tensor->state_;
 }
 
@@ -332,23 +341,24 @@ Napi::Value NativeDevice::tensor(const Napi::CallbackInfo& info) {
         floats = to_floats(info[0], "data");
         check_length(floats, "data", size, "the shape holds");
       }
-      Environment::of(env).post(*engine_, [state, floats = std::move(floats), integers = std::move(integers)] {
-        Backend& backend = state->engine->backend();
-        try {
-          const Tensor& tensor = state->open();
-          if (state->dtype == DType::i32) {
-            backend.upload(tensor, integers.data(), tensor.bytes());
-          } else if (state->dtype == DType::f32) {
-            backend.upload(tensor, floats.data(), tensor.bytes());
-          } else {
-            const Tensor staged = allocate(backend, DType::f32, state->shape);
-            backend.upload(staged, floats.data(), staged.bytes());
-            backend.cast(tensor, staged);
-          }
-        } catch (const Error& error) {
-          state->failure = error.what();
-        }
-      });
+      Environment::of(env).post(*engine_,
+                                [state, floats = std::move(floats), integers = std::move(integers)] {
+                                  Backend& backend = state->engine->backend();
+                                  try {
+                                    const Tensor& tensor = state->open();
+                                    if (state->dtype == DType::i32) {
+                                      backend.upload(tensor, integers.data(), tensor.bytes());
+                                    } else if (state->dtype == DType::f32) {
+                                      backend.upload(tensor, floats.data(), tensor.bytes());
+                                    } else {
+                                      const Tensor staged = allocate(backend, DType::f32, state->shape);
+                                      backend.upload(staged, floats.data(), staged.bytes());
+                                      backend.cast(tensor, staged);
+                                    }
+                                  } catch (const Error& error) {
+                                    state->failure = error.what();
+                                  }
+                                });
     }
     return NativeTensor::create(env, state);
   });
@@ -362,13 +372,14 @@ Napi::Value NativeDevice::attention(const Napi::CallbackInfo& info) {
     auto a = to_attention(operands, object);
     const State out = make_state(*engine_, a.q->dtype, a.q->shape);
     const State lse = make_state(*engine_, DType::f32, {a.q->shape[1], a.q->shape[0]});
-    return Environment::of(env).run(env, *engine_, nullptr, [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
-      Backend& backend = engine->backend();
-      const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
-      backend.attention(heads(a.q->open()), heads(a.k->open()), heads(a.v->open()), visible_until, a.visible_until,
-                        a.scale, heads(out->open()), lse->open());
-      return deliver_tensors({{"out", out}, {"lse", lse}});
-    });
+    return Environment::of(env).run(
+        env, *engine_, nullptr, [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
+          Backend& backend = engine->backend();
+          const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
+          backend.attention(heads(a.q->open()), heads(a.k->open()), heads(a.v->open()), visible_until,
+                            a.visible_until, a.scale, heads(out->open()), lse->open());
+          return deliver_tensors({{"out", out}, {"lse", lse}});
+        });
   });
 }
 
@@ -385,12 +396,14 @@ Napi::Value NativeDevice::attention_backward(const Napi::CallbackInfo& info) {
     const State dk = make_state(*engine_, a.q->dtype, a.k->shape);
     const State dv = make_state(*engine_, a.q->dtype, a.k->shape);
     return Environment::of(env).run(
-        env, *engine_, nullptr, [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
+        env, *engine_, nullptr,
+        [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
           Backend& backend = engine->backend();
           const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
-          backend.attention_backward(heads(dout->open()), heads(a.q->open()), heads(a.k->open()), heads(a.v->open()),
-                                     heads(out->open()), lse->open(), visible_until, a.visible_until, a.scale,
-                                     heads(dq->open()), heads(dk->open()), heads(dv->open()));
+          backend.attention_backward(heads(dout->open()), heads(a.q->open()), heads(a.k->open()),
+                                     heads(a.v->open()), heads(out->open()), lse->open(), visible_until,
+                                     a.visible_until, a.scale, heads(dq->open()), heads(dk->open()),
+                                     heads(dv->open()));
           return deliver_tensors({{"dq", dq}, {"dk", dk}, {"dv", dv}});
         });
   });
@@ -416,14 +429,17 @@ Napi::Value NativeDevice::sample_tokens(const Napi::CallbackInfo& info) {
     const State entropies = make_state(*engine_, DType::f32, {rows});
     return Environment::of(env).run(
         env, *engine_, nullptr,
-        [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions), options, tokens, logprobs,
-         raw_logprobs, entropies]() -> Deliver {
+        [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions), options, tokens,
+         logprobs, raw_logprobs, entropies]() -> Deliver {
           Backend& backend = engine->backend();
           const int64_t rows = logits->shape[0];
-          backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}), upload(backend, positions, {rows}),
-                                options, tokens->open(), logprobs->open(), raw_logprobs->open(), entropies->open());
-          return deliver_tensors(
-              {{"tokens", tokens}, {"logprobs", logprobs}, {"rawLogprobs", raw_logprobs}, {"entropies", entropies}});
+          backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
+                                upload(backend, positions, {rows}), options, tokens->open(), logprobs->open(),
+                                raw_logprobs->open(), entropies->open());
+          return deliver_tensors({{"tokens", tokens},
+                                  {"logprobs", logprobs},
+                                  {"rawLogprobs", raw_logprobs},
+                                  {"entropies", entropies}});
         });
   });
 }
@@ -438,8 +454,8 @@ Napi::Value NativeDevice::group_advantages(const Napi::CallbackInfo& info) {
     if (given.size() < 2 || given.front() != 0 || given.back() != rewards->shape[0]) {
       refuse("offsets from 0 to " + std::to_string(rewards->shape[0]), "arguments.groupOffsets",
              given.empty() ? "none"
-                           : std::to_string(given.size()) + " from " + std::to_string(given.front()) + " to " +
-                                 std::to_string(given.back()));
+                           : std::to_string(given.size()) + " from " + std::to_string(given.front()) +
+                                 " to " + std::to_string(given.back()));
     }
     for (size_t i = 1; i < given.size(); ++i) {
       if (given[i] <= given[i - 1]) {
@@ -451,15 +467,18 @@ Napi::Value NativeDevice::group_advantages(const Napi::CallbackInfo& info) {
     const auto kind = static_cast<Backend::AdvantageKind>(
         to_choice(object.Get("kind"), "arguments.kind", {"group", "batch", "leave_one_out"}));
     const bool scale = to_bool(object.Get("scale"), "arguments.scale");
-    const float epsilon =
-        static_cast<float>(to_number(object.Get("epsilon"), "arguments.epsilon", 0.0, std::numeric_limits<float>::max()));
+    const float epsilon = static_cast<float>(
+        to_number(object.Get("epsilon"), "arguments.epsilon", 0.0, std::numeric_limits<float>::max()));
     const State advantages = make_state(*engine_, DType::f32, rewards->shape);
-    return Environment::of(env).run(
-        env, *engine_, nullptr,
-        [engine = engine_, rewards, offsets = std::move(offsets), kind, scale, epsilon, advantages]() -> Deliver {
-          engine->backend().group_advantages(rewards->open(), offsets, kind, scale, epsilon, advantages->open());
-          return [advantages](Napi::Env env) { return NativeTensor::create(env, advantages); };
-        });
+    return Environment::of(env).run(env, *engine_, nullptr,
+                                    [engine = engine_, rewards, offsets = std::move(offsets), kind, scale,
+                                     epsilon, advantages]() -> Deliver {
+                                      engine->backend().group_advantages(rewards->open(), offsets, kind,
+                                                                         scale, epsilon, advantages->open());
+                                      return [advantages](Napi::Env env) {
+                                        return NativeTensor::create(env, advantages);
+                                      };
+                                    });
   });
 }
 
@@ -515,15 +534,15 @@ Napi::Value NativeDevice::fused_policy_loss(const Napi::CallbackInfo& info) {
     const State dweight = make_state(*engine_, DType::f32, weight->shape);
     return Environment::of(env).run(
         env, *engine_, nullptr,
-        [engine = engine_, hidden, weight, rows = std::move(rows), targets = std::move(targets), loss = std::move(loss),
-         logprobs, entropies, dhidden, dweight]() -> Deliver {
+        [engine = engine_, hidden, weight, rows = std::move(rows), targets = std::move(targets),
+         loss = std::move(loss), logprobs, entropies, dhidden, dweight]() -> Deliver {
           Backend& backend = engine->backend();
           const int64_t count = static_cast<int64_t>(rows.size());
           const auto packed = backend.pack_weight(weight->open(), true);
-          const double value = backend.head_loss(
-              hidden->open(), *packed, upload(backend, rows, {count}), upload(backend, targets, {count}),
-              loss.open_rows(backend), loss.options, logprobs->open(), entropies->open(), dhidden->open(),
-              dweight->open());
+          const double value =
+              backend.head_loss(hidden->open(), *packed, upload(backend, rows, {count}),
+                                upload(backend, targets, {count}), loss.open_rows(backend), loss.options,
+                                logprobs->open(), entropies->open(), dhidden->open(), dweight->open());
           Deliver tensors = deliver_tensors(
               {{"logprobs", logprobs}, {"entropies", entropies}, {"dhidden", dhidden}, {"dweight", dweight}});
           return [value, tensors = std::move(tensors)](Napi::Env env) -> Napi::Value {

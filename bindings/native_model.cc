@@ -60,12 +60,14 @@ ModelConfig to_config(const Napi::Value& value) {
 
 // tokens, positions and visibleUntil of `object`, checked against the model.
 void to_forest(const Napi::Object& object, const std::string& name, const ModelConfig& config,
-               std::vector<int32_t>& tokens, std::vector<int32_t>& positions, std::vector<int32_t>& visible_until) {
+               std::vector<int32_t>& tokens, std::vector<int32_t>& positions,
+               std::vector<int32_t>& visible_until) {
   tokens = to_int32s(object.Get("tokens"), name + ".tokens");
   positions = to_int32s(object.Get("positions"), name + ".positions");
   visible_until = to_int32s(object.Get("visibleUntil"), name + ".visibleUntil");
   if (tokens.empty() || static_cast<int64_t>(tokens.size()) > kMostTokens) {
-    refuse("1 to " + std::to_string(kMostTokens) + " tokens", name + ".tokens", std::to_string(tokens.size()));
+    refuse("1 to " + std::to_string(kMostTokens) + " tokens", name + ".tokens",
+           std::to_string(tokens.size()));
   }
   check_length(positions, name + ".positions", tokens.size(), name + ".tokens");
   check_length(visible_until, name + ".visibleUntil", tokens.size(), name + ".tokens");
@@ -215,11 +217,11 @@ class TokenStream final : public Delivery, public std::enable_shared_from_this<T
       tokens.swap(tokens_);
       logprobs.swap(logprobs_);
     }
-    Environment::of(env).call_listener(env, listener_,
-                                       {to_int32_array(env, std::move(sequences)),
-                                        to_int32_array(env, std::move(tokens)),
-                                        to_float32_array(env, std::move(logprobs))},
-                                       cancel_);
+    Environment::of(env).call_listener(
+        env, listener_,
+        {to_int32_array(env, std::move(sequences)), to_int32_array(env, std::move(tokens)),
+         to_float32_array(env, std::move(logprobs))},
+        cancel_);
   }
 
  private:
@@ -255,27 +257,27 @@ Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
 }  // namespace
 
 void NativeModel::define(Napi::Env env) {
-  const Napi::Function model = DefineClass(
-      env, "NativeModel",
-      {
-          InstanceMethod<&NativeModel::parameters>("parameters"),
-          InstanceMethod<&NativeModel::load>("load"),
-          InstanceMethod<&NativeModel::initialize>("initialize"),
-          InstanceMethod<&NativeModel::read_tensor>("readTensor"),
-          InstanceMethod<&NativeModel::write_tensor>("writeTensor"),
-          InstanceMethod<&NativeModel::set_token_bytes>("setTokenBytes"),
-          InstanceMethod<&NativeModel::logits>("logits"),
-          InstanceMethod<&NativeModel::score>("score"),
-          InstanceMethod<&NativeModel::forward_backward>("forwardBackward"),
-          InstanceMethod<&NativeModel::zero_gradients>("zeroGradients"),
-          InstanceMethod<&NativeModel::optim_step>("optimStep"),
-          InstanceMethod<&NativeModel::sample>("sample"),
-          InstanceAccessor<&NativeModel::optimizer_step>("optimizerStep"),
-          InstanceMethod<&NativeModel::set_optimizer_step>("setOptimizerStep"),
-          InstanceMethod<&NativeModel::memory>("memory"),
-          InstanceMethod<&NativeModel::reset_peak_memory>("resetPeakMemory"),
-          InstanceMethod<&NativeModel::dispose>("dispose"),
-      });
+  const Napi::Function model =
+      DefineClass(env, "NativeModel",
+                  {
+                      InstanceMethod<&NativeModel::parameters>("parameters"),
+                      InstanceMethod<&NativeModel::load>("load"),
+                      InstanceMethod<&NativeModel::initialize>("initialize"),
+                      InstanceMethod<&NativeModel::read_tensor>("readTensor"),
+                      InstanceMethod<&NativeModel::write_tensor>("writeTensor"),
+                      InstanceMethod<&NativeModel::set_token_bytes>("setTokenBytes"),
+                      InstanceMethod<&NativeModel::logits>("logits"),
+                      InstanceMethod<&NativeModel::score>("score"),
+                      InstanceMethod<&NativeModel::forward_backward>("forwardBackward"),
+                      InstanceMethod<&NativeModel::zero_gradients>("zeroGradients"),
+                      InstanceMethod<&NativeModel::optim_step>("optimStep"),
+                      InstanceMethod<&NativeModel::sample>("sample"),
+                      InstanceAccessor<&NativeModel::optimizer_step>("optimizerStep"),
+                      InstanceMethod<&NativeModel::set_optimizer_step>("setOptimizerStep"),
+                      InstanceMethod<&NativeModel::memory>("memory"),
+                      InstanceMethod<&NativeModel::reset_peak_memory>("resetPeakMemory"),
+                      InstanceMethod<&NativeModel::dispose>("dispose"),
+                  });
   Environment::of(env).model_class = Napi::Persistent(model);
 }
 
@@ -402,13 +404,14 @@ Napi::Value NativeModel::set_token_bytes(const Napi::CallbackInfo& info) {
       }
     }
     if (static_cast<size_t>(offsets.back()) != token_bytes.bytes.size()) {
-      refuse("offsets that end at " + std::to_string(token_bytes.bytes.size()) + ", the length of bytes,", "offsets",
-             std::to_string(offsets.back()));
+      refuse("offsets that end at " + std::to_string(token_bytes.bytes.size()) + ", the length of bytes,",
+             "offsets", std::to_string(offsets.back()));
     }
     Environment::of(info.Env())
-        .post(*state()->engine, [state = state(), token_bytes = std::make_shared<TokenBytes>(std::move(token_bytes))] {
-          state->token_bytes = std::move(*token_bytes);
-        });
+        .post(*state()->engine,
+              [state = state(), token_bytes = std::make_shared<TokenBytes>(std::move(token_bytes))] {
+                state->token_bytes = std::move(*token_bytes);
+              });
     has_token_bytes_ = true;
     return info.Env().Undefined();
   });
@@ -424,10 +427,11 @@ Napi::Value NativeModel::logits(const Napi::CallbackInfo& info) {
     }
     auto cancel = std::make_shared<Cancel>();
     return Environment::of(info.Env())
-        .run(info.Env(), *state()->engine, cancel, [state = state(), batch = std::move(batch), cancel]() -> Deliver {
-          auto data = std::make_shared<std::vector<float>>(state->open().logits(batch, *cancel));
-          return [data](Napi::Env env) { return to_float32_array(env, std::move(*data)); };
-        });
+        .run(info.Env(), *state()->engine, cancel,
+             [state = state(), batch = std::move(batch), cancel]() -> Deliver {
+               auto data = std::make_shared<std::vector<float>>(state->open().logits(batch, *cancel));
+               return [data](Napi::Env env) { return to_float32_array(env, std::move(*data)); };
+             });
   });
 }
 
@@ -436,10 +440,11 @@ Napi::Value NativeModel::score(const Napi::CallbackInfo& info) {
     Batch batch = to_batch(info[0], state()->config, true);
     auto cancel = to_cancel(info[1], "cancel");
     return Environment::of(info.Env())
-        .run(info.Env(), *state()->engine, cancel, [state = state(), batch = std::move(batch), cancel]() -> Deliver {
-          auto scores = std::make_shared<Scores>(state->open().score(batch, *cancel));
-          return [scores](Napi::Env env) { return scores_to_js(env, std::move(*scores)); };
-        });
+        .run(info.Env(), *state()->engine, cancel,
+             [state = state(), batch = std::move(batch), cancel]() -> Deliver {
+               auto scores = std::make_shared<Scores>(state->open().score(batch, *cancel));
+               return [scores](Napi::Env env) { return scores_to_js(env, std::move(*scores)); };
+             });
   });
 }
 
@@ -451,7 +456,8 @@ Napi::Value NativeModel::forward_backward(const Napi::CallbackInfo& info) {
     return Environment::of(info.Env())
         .run(info.Env(), *state()->engine, cancel,
              [state = state(), batch = std::move(batch), loss = std::move(loss), cancel]() -> Deliver {
-               auto result = std::make_shared<LossResult>(state->open().forward_backward(batch, loss, *cancel));
+               auto result =
+                   std::make_shared<LossResult>(state->open().forward_backward(batch, loss, *cancel));
                return [result](Napi::Env env) {
                  const Napi::Object object = scores_to_js(env, std::move(result->scores));
                  object.Set("loss", result->loss);
@@ -465,10 +471,11 @@ Napi::Value NativeModel::forward_backward(const Napi::CallbackInfo& info) {
 Napi::Value NativeModel::zero_gradients(const Napi::CallbackInfo& info) {
   return promised(info.Env(), [&] {
     const auto& shared = trainable_state("zeroGradients");
-    return Environment::of(info.Env()).run(info.Env(), *shared->engine, nullptr, [state = shared]() -> Deliver {
-      state->open().zero_gradients();
-      return undefined;
-    });
+    return Environment::of(info.Env())
+        .run(info.Env(), *shared->engine, nullptr, [state = shared]() -> Deliver {
+          state->open().zero_gradients();
+          return undefined;
+        });
   });
 }
 
@@ -525,7 +532,9 @@ Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
           TokenCallback callback;
           if (stream) {
             callback = [&stream](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-                                 const std::vector<float>& logprobs) { stream->push(sequences, tokens, logprobs); };
+                                 const std::vector<float>& logprobs) {
+              stream->push(sequences, tokens, logprobs);
+            };
           }
           auto result = std::make_shared<SampleResult>(
               merf::sample(state->open(), state->token_bytes, request, *cancel, callback));

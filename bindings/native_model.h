@@ -18,8 +18,8 @@ struct ModelState {
   Engine* engine = nullptr;
   ModelConfig config;
   bool trainable = false;
-  TokenBytes token_bytes;          // engine thread only
-  std::unique_ptr<Model> model;    // engine thread only
+  TokenBytes token_bytes;        // engine thread only
+  std::unique_ptr<Model> model;  // engine thread only
   std::atomic<int64_t> optimizer_step{0};
 
   Model& open() {

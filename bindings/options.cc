@@ -9,10 +9,11 @@ namespace merf {
 
 LossOptions to_loss_options(const Napi::Object& object, const std::string& name) {
   LossOptions options;
-  options.kind = static_cast<LossKind>(
-      to_choice(object.Get("kind"), name + ".kind", {"policy_gradient_clip", "cispo", "gspo", "cross_entropy"}));
+  options.kind = static_cast<LossKind>(to_choice(object.Get("kind"), name + ".kind",
+                                                 {"policy_gradient_clip", "cispo", "gspo", "cross_entropy"}));
   const auto coefficient = [&](const char* key) {
-    return static_cast<float>(to_number(object.Get(key), name + "." + key, 0.0, std::numeric_limits<float>::max()));
+    return static_cast<float>(
+        to_number(object.Get(key), name + "." + key, 0.0, std::numeric_limits<float>::max()));
   };
   options.clip_low = coefficient("clipLow");
   options.clip_high = coefficient("clipHigh");
@@ -23,10 +24,12 @@ LossOptions to_loss_options(const Napi::Object& object, const std::string& name)
 
 SamplingOptions to_sampling_options(const Napi::Object& object, const std::string& name) {
   SamplingOptions options;
-  options.temperature = static_cast<float>(to_number(object.Get("temperature"), name + ".temperature", 0.0, 1e6));
+  options.temperature =
+      static_cast<float>(to_number(object.Get("temperature"), name + ".temperature", 0.0, 1e6));
   // Below this the reciprocal overflows; the draw is the greedy one either way.
   if (options.temperature < 1e-6f) options.temperature = 0.0f;
-  options.top_k = static_cast<int32_t>(to_integer(object.Get("topK"), name + ".topK", 0, 1 << 30));
+  options.top_k = static_cast<int32_t>(
+      to_integer(object.Get("topK"), name + ".topK", 0, std::numeric_limits<int32_t>::max()));
   options.top_p = static_cast<float>(to_number(object.Get("topP"), name + ".topP", 0.0, 1.0));
   options.min_p = static_cast<float>(to_number(object.Get("minP"), name + ".minP", 0.0, 1.0));
   if (options.top_p == 0.0f) refuse("a number above 0 and at most 1", name + ".topP", object.Get("topP"));
@@ -37,7 +40,8 @@ SamplingOptions to_sampling_options(const Napi::Object& object, const std::strin
 Engine& to_engine(const Napi::Value& value, const std::string& name) {
   const Napi::Object device = to_object(value, name);
   const std::string device_name = to_text(device.Get("name"), name + ".name");
-  return Engine::open(device_name, static_cast<int>(to_integer(device.Get("threads"), name + ".threads", 0, 4096)));
+  return Engine::open(device_name,
+                      static_cast<int>(to_integer(device.Get("threads"), name + ".threads", 0, 4096)));
 }
 
 }  // namespace merf

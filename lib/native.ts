@@ -182,7 +182,10 @@ export interface NativeModel {
   setTokenBytes(bytes: Uint8Array, offsets: Int32Array): void;
   /** [R, vocabSize] row-major; at most 2^28 numbers. */
   logits(batch: Omit<NativeBatch, 'targets'>): Promise<Float32Array>;
-  score(batch: NativeBatch, cancel: CancelToken): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
+  score(
+    batch: NativeBatch,
+    cancel: CancelToken,
+  ): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
   /**
    * Adds to the gradients. They are as before the call where the loss is not finite (`finite` is false) and where the
    * promise rejects with ABORTED. A cancel that comes after the backward pass began has no effect.
@@ -242,14 +245,23 @@ export interface NativeLossTensors extends NativeLossOptions {
 /** Kernels over tensors; lib/kernels says what they compute. */
 export interface NativeDevice {
   readonly name: string;
-  tensor(data: Float32Array | Int32Array | null, shape: number[], dtype: 'f32' | 'bf16' | 'i32'): NativeTensor;
+  tensor(
+    data: Float32Array | Int32Array | null,
+    shape: number[],
+    dtype: 'f32' | 'bf16' | 'i32',
+  ): NativeTensor;
   attention(o: NativeAttention): Promise<{ out: NativeTensor; lse: NativeTensor }>;
   attentionBackward(
     o: NativeAttention & { out: NativeTensor; lse: NativeTensor; dout: NativeTensor },
   ): Promise<{ dq: NativeTensor; dk: NativeTensor; dv: NativeTensor }>;
   sampleTokens(
     o: NativeSamplingOptions & { logits: NativeTensor; keys: Uint32Array; positions: Int32Array },
-  ): Promise<{ tokens: NativeTensor; logprobs: NativeTensor; rawLogprobs: NativeTensor; entropies: NativeTensor }>;
+  ): Promise<{
+    tokens: NativeTensor;
+    logprobs: NativeTensor;
+    rawLogprobs: NativeTensor;
+    entropies: NativeTensor;
+  }>;
   groupAdvantages(o: {
     rewards: NativeTensor;
     groupOffsets: Int32Array;
@@ -261,7 +273,12 @@ export interface NativeDevice {
     o: NativeLossTensors & { logprobs: NativeTensor; entropies?: NativeTensor | undefined },
   ): Promise<{ loss: number; coefficients: NativeTensor }>;
   fusedPolicyLoss(
-    o: NativeLossTensors & { hidden: NativeTensor; weight: NativeTensor; rows: Int32Array; targets: Int32Array },
+    o: NativeLossTensors & {
+      hidden: NativeTensor;
+      weight: NativeTensor;
+      rows: Int32Array;
+      targets: Int32Array;
+    },
   ): Promise<{
     loss: number;
     logprobs: NativeTensor;

@@ -20,7 +20,8 @@ class Cancel {
     if (requested()) throw Error("ABORTED", std::string(work) + " was aborted");
   }
   void check_abandoned(const char* work) const {
-    if (abandoned_.load(std::memory_order_relaxed)) throw Error("ABORTED", std::string(work) + " was abandoned");
+    if (abandoned_.load(std::memory_order_relaxed))
+      throw Error("ABORTED", std::string(work) + " was abandoned");
   }
 
  private:

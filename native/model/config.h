@@ -20,10 +20,10 @@ struct ModelConfig {
   int64_t vocab_size = 0;
   int64_t max_positions = 0;
   float rms_norm_epsilon = 1e-5f;
-  bool tied_head = false;       // the head is the embedding table
-  bool attention_bias = false;  // q, k and v projections
-  bool output_bias = false;     // o projection
-  bool mlp_bias = false;        // gate, up and down projections
+  bool tied_head = false;                  // the head is the embedding table
+  bool attention_bias = false;             // q, k and v projections
+  bool output_bias = false;                // o projection
+  bool mlp_bias = false;                   // gate, up and down projections
   std::vector<float> inverse_frequencies;  // [head_size / 2], RoPE scaling already in them
   float rope_attention_scale = 1.0f;
   DType dtype = DType::f32;  // of weights in products and of activations between them; f32|bf16

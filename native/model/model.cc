@@ -77,7 +77,8 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
   }
   for (const NamedParameter& named : parameters_.named()) {
     if (!seen.count(named.name)) {
-      throw Error("INVALID_ARGUMENT", "Expected a source for every parameter but received none for " + named.name);
+      throw Error("INVALID_ARGUMENT",
+                  "Expected a source for every parameter but received none for " + named.name);
     }
   }
   stale_ = true;
@@ -196,7 +197,8 @@ Scores Model::score(const Batch& batch, const Cancel& cancel) {
   arena_.reset();
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
   const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
-  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}), entropies = arena_.take(DType::f32, {rows.size()});
+  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}),
+               entropies = arena_.take(DType::f32, {rows.size()});
   const Tensor hidden = hidden_of(forest, cancel, "scoring");
   cancel.check("scoring");
   backend_.head_logprobs(hidden, *parameters_.head().packed, rows, targets, logprobs, entropies);
@@ -217,7 +219,8 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
   const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
   const LossRows loss_rows{upload(loss.weights), upload(loss.advantages), upload(loss.old_logprobs),
                            upload(loss.reference_logprobs), upload(loss.sequences)};
-  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}), entropies = arena_.take(DType::f32, {rows.size()});
+  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}),
+               entropies = arena_.take(DType::f32, {rows.size()});
   const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
   const Tensor dhidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
   Activations activations = transformer_.make_activations(arena_, forest.tokens, true);
@@ -236,8 +239,8 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
     backend_.copy(head_gradient_before, head.gradient);
   }
   LossResult result;
-  result.loss = backend_.head_loss(hidden, *head.packed, rows, targets, loss_rows, loss.options, logprobs, entropies,
-                                   dhidden, head.gradient);
+  result.loss = backend_.head_loss(hidden, *head.packed, rows, targets, loss_rows, loss.options, logprobs,
+                                   entropies, dhidden, head.gradient);
   result.finite = std::isfinite(result.loss);
   if (result.finite) {
     has_gradients_ = true;

@@ -105,7 +105,7 @@ class Model {
   Parameters parameters_;
   Transformer transformer_;
   bool has_gradients_ = false;  // that are not all zero
-  bool stale_ = true;  // the packed weights and the embedding table do not hold `value`
+  bool stale_ = true;           // the packed weights and the embedding table do not hold `value`
 };
 
 }  // namespace merf

@@ -30,8 +30,9 @@ void visit_parameters(const ModelConfig& c, Parameters* p, Visit visit) {
                              {attention + "v_proj.weight", kv}});
     if (c.attention_bias) {
       visit(l ? &l->qkv_bias : nullptr, std::vector<int64_t>{q + 2 * kv},
-            std::vector<Slice>{
-                {attention + "q_proj.bias", q}, {attention + "k_proj.bias", kv}, {attention + "v_proj.bias", kv}});
+            std::vector<Slice>{{attention + "q_proj.bias", q},
+                               {attention + "k_proj.bias", kv},
+                               {attention + "v_proj.bias", kv}});
     }
     visit(l ? &l->output : nullptr, std::vector<int64_t>{h, q},
           std::vector<Slice>{{attention + "o_proj.weight", h}});
@@ -47,9 +48,11 @@ void visit_parameters(const ModelConfig& c, Parameters* p, Visit visit) {
       visit(l ? &l->gate_up_bias : nullptr, std::vector<int64_t>{2 * f},
             std::vector<Slice>{{mlp + "gate_proj.bias", f}, {mlp + "up_proj.bias", f}});
     }
-    visit(l ? &l->down : nullptr, std::vector<int64_t>{h, f}, std::vector<Slice>{{mlp + "down_proj.weight", h}});
+    visit(l ? &l->down : nullptr, std::vector<int64_t>{h, f},
+          std::vector<Slice>{{mlp + "down_proj.weight", h}});
     if (c.mlp_bias) {
-      visit(l ? &l->down_bias : nullptr, std::vector<int64_t>{h}, std::vector<Slice>{{mlp + "down_proj.bias", h}});
+      visit(l ? &l->down_bias : nullptr, std::vector<int64_t>{h},
+            std::vector<Slice>{{mlp + "down_proj.bias", h}});
     }
   }
   visit(p ? &p->final_norm : nullptr, std::vector<int64_t>{h}, std::vector<Slice>{{"model.norm.weight", h}});
@@ -71,7 +74,8 @@ void append_named(std::vector<NamedParameter>& named, Parameter* parameter, cons
 }
 
 Tensor allocate_like(Backend& backend, DType dtype, const std::vector<int64_t>& shape) {
-  return shape.size() == 2 ? backend.allocate(dtype, {shape[0], shape[1]}) : backend.allocate(dtype, {shape[0]});
+  return shape.size() == 2 ? backend.allocate(dtype, {shape[0], shape[1]})
+                           : backend.allocate(dtype, {shape[0]});
 }
 
 // Elements [begin, begin + count) of a tensor as a flat one.
@@ -97,16 +101,17 @@ Parameters::Parameters(Backend& backend, const ModelConfig& config, bool trainab
       trainable_(trainable),
       tied_(config.tied_head) {
   int64_t largest = 0;
-  visit_parameters(config, this,
-                   [&](Parameter* parameter, const std::vector<int64_t>& shape, const std::vector<Slice>& slices) {
-                     parameter->shape = shape;
-                     const bool f32 = trainable || !parameter->matrix();
-                     parameter->value = allocate_like(backend, f32 ? DType::f32 : config.dtype, shape);
-                     backend.zero(parameter->value);
-                     all_.push_back(parameter);
-                     if (parameter->matrix()) largest = std::max(largest, parameter->size());
-                     append_named(named_, parameter, shape, slices);
-                   });
+  visit_parameters(
+      config, this,
+      [&](Parameter* parameter, const std::vector<int64_t>& shape, const std::vector<Slice>& slices) {
+        parameter->shape = shape;
+        const bool f32 = trainable || !parameter->matrix();
+        parameter->value = allocate_like(backend, f32 ? DType::f32 : config.dtype, shape);
+        backend.zero(parameter->value);
+        all_.push_back(parameter);
+        if (parameter->matrix()) largest = std::max(largest, parameter->size());
+        append_named(named_, parameter, shape, slices);
+      });
   if (trainable && config.dtype != DType::f32) staging_ = backend.allocate(config.dtype, {largest});
 }
 
@@ -114,7 +119,8 @@ const NamedParameter& Parameters::find(const std::string& name) const {
   for (const NamedParameter& named : named_) {
     if (named.name == name) return named;
   }
-  throw Error("INVALID_ARGUMENT", "Expected the name of a parameter of this model for name but received " + name);
+  throw Error("INVALID_ARGUMENT",
+              "Expected the name of a parameter of this model for name but received " + name);
 }
 
 void Parameters::make_gradients() {
@@ -173,11 +179,12 @@ void Parameters::refresh() {
   for (Parameter* parameter : all_) refresh(*parameter);
 }
 
-void Parameters::write(const NamedParameter& named, const Tensor& whole, const float* data, int64_t first_element,
-                       int64_t elements) {
+void Parameters::write(const NamedParameter& named, const Tensor& whole, const float* data,
+                       int64_t first_element, int64_t elements) {
   const Tensor target = named.slice(whole);
   if (target.dtype == DType::f32) {
-    backend_.upload(flat(target, first_element, elements), data, static_cast<size_t>(elements) * sizeof(float));
+    backend_.upload(flat(target, first_element, elements), data,
+                    static_cast<size_t>(elements) * sizeof(float));
     return;
   }
   const Tensor staged = backend_.allocate(DType::f32, {std::min(elements, kStagedElements)});
@@ -211,7 +218,8 @@ void Parameters::update(AdamWOptions options) {
     if (parameter->matrix() && config_.dtype != DType::f32) {
       copy = staging_.rows(0, parameter->size()).view({parameter->shape[0], parameter->shape[1]});
     }
-    backend_.adamw(parameter->value, copy, parameter->gradient, parameter->adam_m, parameter->adam_v, options);
+    backend_.adamw(parameter->value, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
+                   options);
     if (parameter->matrix()) make_products(*parameter, copy ? copy : parameter->value);
   }
 }

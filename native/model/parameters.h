@@ -98,7 +98,8 @@ class Parameters {
   const ModelConfig& config_;
   bool trainable_;
   bool tied_;
-  Tensor staging_;  // bf16 models in training: the largest matrix, on its way from the master into its packed form
+  Tensor
+      staging_;  // bf16 models in training: the largest matrix, on its way from the master into its packed form
   std::vector<Parameter*> all_;
   std::vector<NamedParameter> named_;
 };

@@ -81,7 +81,8 @@ BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens)
 Transformer::Heads Transformer::split(const Tensor& qkv) const {
   const auto view = [&](int64_t first_head, int64_t heads) {
     HeadsView v;
-    v.data = static_cast<char*>(qkv.data) + static_cast<size_t>(first_head * config_.head_size) * size_of(qkv.dtype);
+    v.data = static_cast<char*>(qkv.data) +
+             static_cast<size_t>(first_head * config_.head_size) * size_of(qkv.dtype);
     v.dtype = qkv.dtype;
     v.tokens = qkv.shape[0];
     v.heads = heads;
@@ -103,8 +104,8 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
   const Tensor none;
   backend_.embedding(ids, parameters_.embedding.table, activations.layers[0].attention_input);
   // to = from + weight * x; in place where the two are one buffer.
-  const auto add_product = [&](const Tensor& from, const Tensor& x, const Parameter& weight, const Tensor& bias,
-                               const Tensor& to) {
+  const auto add_product = [&](const Tensor& from, const Tensor& x, const Parameter& weight,
+                               const Tensor& bias, const Tensor& to) {
     if (to.data != from.data) backend_.copy(to, from);
     backend_.linear(x, *weight.packed, bias, to, true);
   };
@@ -118,7 +119,8 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     backend_.linear(activations.normed, *p.qkv.packed, p.qkv_bias.value, a.qkv);
     const Heads heads = split(a.qkv);
     backend_.rope(heads.qk, positions, inverse_frequencies_, false, config_.rope_attention_scale);
-    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output), a.lse);
+    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
+                     a.lse);
     add_product(a.attention_input, a.attention_output, p.output, p.output_bias.value, a.mlp_input);
 
     backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, a.mlp_rstd);
@@ -148,8 +150,8 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
   };
 
   backend_.zero(dx);
-  backend_.rms_norm_backward(dhidden, activations.output, parameters_.final_norm.value, activations.output_rstd, dx,
-                             parameters_.final_norm.gradient);
+  backend_.rms_norm_backward(dhidden, activations.output, parameters_.final_norm.value,
+                             activations.output_rstd, dx, parameters_.final_norm.gradient);
   for (size_t i = activations.layers.size(); i-- > 0;) {
     cancel.check_abandoned("the backward pass");
     const LayerParameters& p = parameters_.layers[i];
@@ -161,7 +163,8 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
     backend_.linear_backward_input(dx_cast, *p.down.packed, dgated);
     backend_.swiglu_backward(dgated, a.gate_up, dgate_up);
     backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, none);
-    backend_.linear_backward_weight(dgate_up, activations.normed, p.gate_up.gradient, p.gate_up_bias.gradient);
+    backend_.linear_backward_weight(dgate_up, activations.normed, p.gate_up.gradient,
+                                    p.gate_up_bias.gradient);
     backend_.linear_backward_input(dgate_up, *p.gate_up.packed, dnormed);
     backend_.rms_norm_backward(dnormed, a.mlp_input, p.mlp_norm.value, a.mlp_rstd, dx, p.mlp_norm.gradient);
 
@@ -170,9 +173,9 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
     backend_.linear_backward_weight(dx_cast, a.attention_output, p.output.gradient, p.output_bias.gradient);
     backend_.linear_backward_input(dx_cast, *p.output.packed, dattention);
     const Heads heads = split(a.qkv), dheads = split(dqkv);
-    backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                                a.lse, forest.visible_until, forest.visible_until_host, attention_scale_, dheads.q,
-                                dheads.k, dheads.v);
+    backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v,
+                                whole_heads(a.attention_output), a.lse, forest.visible_until,
+                                forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v);
     backend_.rope(dheads.qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
     backend_.linear_backward_weight(dqkv, activations.normed, p.qkv.gradient, p.qkv_bias.gradient);

@@ -74,13 +74,13 @@ struct Activations {
 
 // What the backward needs beside what the forward kept; layers share it.
 struct BackwardBuffers {
-  Tensor dx;         // [T, H] f32, gradient of the residual stream
-  Tensor dx_cast;    // [T, H], the same as products read it
-  Tensor dnormed;    // [T, H]
-  Tensor dgated;     // [T, F]
-  Tensor dgate_up;   // [T, 2F]
-  Tensor dattention; // [T, Hq D]
-  Tensor dqkv;       // [T, (Hq + 2 Hk) D]
+  Tensor dx;          // [T, H] f32, gradient of the residual stream
+  Tensor dx_cast;     // [T, H], the same as products read it
+  Tensor dnormed;     // [T, H]
+  Tensor dgated;      // [T, F]
+  Tensor dgate_up;    // [T, 2F]
+  Tensor dattention;  // [T, Hq D]
+  Tensor dqkv;        // [T, (Hq + 2 Hk) D]
 };
 
 class Transformer {

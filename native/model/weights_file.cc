@@ -27,7 +27,7 @@ class Mapping {
       throw Error(missing ? "FILE_NOT_FOUND" : "MALFORMED_FILE",
                   "Could not open " + source.path + ": " + std::strerror(errno));
     }
-    struct stat status{};
+    struct stat status {};
     if (fstat(file, &status) != 0 || !S_ISREG(status.st_mode)) {
       close(file);
       throw Error("MALFORMED_FILE", "Expected a file at " + source.path + " but found something else");
@@ -35,8 +35,8 @@ class Mapping {
     if (source.offset > status.st_size || source.byte_length > status.st_size - source.offset) {
       close(file);
       throw Error("MALFORMED_FILE", "Expected bytes " + std::to_string(source.offset) + " to " +
-                                        std::to_string(source.offset + source.byte_length) + " of " + source.path +
-                                        " for " + source.name + " but the file has " +
+                                        std::to_string(source.offset + source.byte_length) + " of " +
+                                        source.path + " for " + source.name + " but the file has " +
                                         std::to_string(status.st_size) + " bytes");
     }
     const int64_t page = sysconf(_SC_PAGESIZE);
@@ -65,12 +65,14 @@ class Mapping {
 
 }  // namespace
 
-void read_tensor(const TensorSource& source,
-                 const std::function<void(const float* data, int64_t first_element, int64_t elements)>& consume) {
+void read_tensor(
+    const TensorSource& source,
+    const std::function<void(const float* data, int64_t first_element, int64_t elements)>& consume) {
   const std::optional<Encoding> encoding = encoding_by_name(source.encoding);
   if (!encoding) {
-    throw Error("UNSUPPORTED", "Expected F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K for the encoding of " +
-                                   source.name + " in " + source.path + " but received " + source.encoding);
+    throw Error("UNSUPPORTED",
+                "Expected F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K or Q6_K for the encoding of " + source.name +
+                    " in " + source.path + " but received " + source.encoding);
   }
   int64_t elements = 1;
   for (int64_t extent : source.shape) elements *= extent;
@@ -80,19 +82,21 @@ void read_tensor(const TensorSource& source,
   const int64_t rows = source.shape.size() == 1 && !permuted ? 1 : source.shape[0];
   const int64_t row_elements = elements / rows;
   if (row_elements % block != 0) {
-    throw Error("MALFORMED_FILE", "Expected rows of a multiple of " + std::to_string(block) + " elements for " +
-                                      source.name + " in " + source.path + ", which is " + source.encoding +
-                                      ", but received rows of " + std::to_string(row_elements));
+    throw Error("MALFORMED_FILE", "Expected rows of a multiple of " + std::to_string(block) +
+                                      " elements for " + source.name + " in " + source.path + ", which is " +
+                                      source.encoding + ", but received rows of " +
+                                      std::to_string(row_elements));
   }
   const int64_t row_bytes = row_elements / block * block_bytes(*encoding);
   if (source.byte_length != rows * row_bytes) {
-    throw Error("MALFORMED_FILE", "Expected " + std::to_string(rows * row_bytes) + " bytes for " + source.name +
-                                      " in " + source.path + " but received " + std::to_string(source.byte_length));
+    throw Error("MALFORMED_FILE", "Expected " + std::to_string(rows * row_bytes) + " bytes for " +
+                                      source.name + " in " + source.path + " but received " +
+                                      std::to_string(source.byte_length));
   }
   if (elements == 0) return;
   if (permuted && rows % (2 * source.permuted_heads) != 0) {
-    throw Error("MALFORMED_FILE", "Expected an even number of rows a head for " + source.name + " in " + source.path +
-                                      " but received " + std::to_string(rows) + " rows and " +
+    throw Error("MALFORMED_FILE", "Expected an even number of rows a head for " + source.name + " in " +
+                                      source.path + " but received " + std::to_string(rows) + " rows and " +
                                       std::to_string(source.permuted_heads) + " heads");
   }
   const Mapping mapping(source);

@@ -23,7 +23,8 @@ struct TensorSource {
 
 // Gives `consume` the tensor's elements in order, as float32, a bounded stretch at a time. Throws FILE_NOT_FOUND,
 // MALFORMED_FILE or UNSUPPORTED with the tensor's name and the file's.
-void read_tensor(const TensorSource& source,
-                 const std::function<void(const float* data, int64_t first_element, int64_t elements)>& consume);
+void read_tensor(
+    const TensorSource& source,
+    const std::function<void(const float* data, int64_t first_element, int64_t elements)>& consume);
 
 }  // namespace merf

@@ -23,7 +23,9 @@ class KvCache {
     return 2 * config.layers * config.kv_heads * kPageTokens * config.head_size *
            static_cast<int64_t>(size_of(config.dtype));
   }
-  static int32_t pages_for(int64_t tokens) { return static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens); }
+  static int32_t pages_for(int64_t tokens) {
+    return static_cast<int32_t>((tokens + kPageTokens - 1) / kPageTokens);
+  }
 
   std::vector<PagedLayer> layers;
   PageAllocator pages;

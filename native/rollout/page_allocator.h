@@ -21,7 +21,8 @@ class PageAllocator {
   // A page with one reference. Throws OUT_OF_MEMORY where none is left.
   int32_t acquire() {
     if (free_.empty()) {
-      throw Error("OUT_OF_MEMORY", "All " + std::to_string(total()) + " pages of the key/value cache are in use");
+      throw Error("OUT_OF_MEMORY",
+                  "All " + std::to_string(total()) + " pages of the key/value cache are in use");
     }
     const int32_t page = free_.back();
     free_.pop_back();

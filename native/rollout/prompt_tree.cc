@@ -4,7 +4,8 @@
 
 namespace merf {
 
-PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until, const std::vector<int32_t>& prompt_rows) {
+PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
+                            const std::vector<int32_t>& prompt_rows) {
   const int32_t tokens = static_cast<int32_t>(visible_until.size());
   std::vector<bool> ends_prompt(visible_until.size(), false);
   for (int32_t row : prompt_rows) ends_prompt[static_cast<size_t>(row)] = true;

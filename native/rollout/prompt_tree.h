@@ -20,7 +20,8 @@ struct PromptTree {
 };
 
 // `visible_until` [T] as in backend.h, nested; prompt_rows [P] rows of the prompts' last tokens.
-PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until, const std::vector<int32_t>& prompt_rows);
+PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
+                            const std::vector<int32_t>& prompt_rows);
 
 // One forward pass of a prefill: the tokens [begin, end), after those before them that they see.
 struct PrefillPass {

@@ -10,11 +10,13 @@
 namespace merf {
 namespace {
 
-constexpr int32_t kPrefillTokens = 8192;           // in one forward pass, about
+constexpr int32_t kPrefillTokens = 8192;             // in one forward pass, about
 constexpr int64_t kLogitsBytes = int64_t{64} << 20;  // of one block of rows x vocabulary
 
 using Clock = std::chrono::steady_clock;
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
 
 HeadsView first_rows_off(const HeadsView& x, int64_t rows) {
   HeadsView out = x;
@@ -28,7 +30,11 @@ class PrefillAttention final : public AttentionStep {
  public:
   PrefillAttention(Backend& backend, const Forest& forest, float scale, int64_t first, const Tensor& slots,
                    const KvCache& cache)
-      : backend_(backend), forest_attention_(backend, forest, scale), first_(first), slots_(slots), cache_(cache) {}
+      : backend_(backend),
+        forest_attention_(backend, forest, scale),
+        first_(first),
+        slots_(slots),
+        cache_(cache) {}
   void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
               const Tensor& lse) override {
     forest_attention_.attend(layer, q, k, v, out, lse);
@@ -66,8 +72,8 @@ class DecodeAttention final : public AttentionStep {
 };
 
 struct Sequence {
-  int32_t index = 0;    // among all completions
-  int32_t segment = 0;  // the segment of its prompt's last token
+  int32_t index = 0;          // among all completions
+  int32_t segment = 0;        // the segment of its prompt's last token
   int32_t prompt_tokens = 0;  // on the path to it
   int32_t max_tokens = 0;
   FinishReason reason = FinishReason::aborted;
@@ -143,7 +149,8 @@ class Sampler {
   const PromptTree tree_;
 
   std::vector<Sequence> sequences_;
-  std::vector<int32_t> order_;  // sequences by the depth-first order of their prompts: all lists of them are in it
+  std::vector<int32_t>
+      order_;  // sequences by the depth-first order of their prompts: all lists of them are in it
   std::vector<std::vector<int32_t>> segment_pages_;
   std::vector<int32_t> segment_users_;  // unfinished completions under each segment
   std::unique_ptr<KvCache> cache_;
@@ -193,7 +200,8 @@ void Sampler::make_sequences() {
   }
   order_.resize(sequences_.size());
   std::iota(order_.begin(), order_.end(), 0);
-  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return at(a).segment < at(b).segment; });
+  std::stable_sort(order_.begin(), order_.end(),
+                   [&](int32_t a, int32_t b) { return at(a).segment < at(b).segment; });
 
   segment_pages_.resize(tree_.segments.size());
   segment_users_.assign(tree_.segments.size(), 0);
@@ -217,8 +225,8 @@ void Sampler::make_buffers() {
   }
   const int64_t page_bytes = KvCache::page_bytes(config_);
   const int64_t bytes = request_.cache_bytes > 0 ? request_.cache_bytes : backend_.info().memory_bytes / 4;
-  const int64_t pages = std::max(prompt_pages + longest,
-                                 std::min(prompt_pages + std::min(wanted, live * longest), bytes / page_bytes));
+  const int64_t pages = std::max(
+      prompt_pages + longest, std::min(prompt_pages + std::min(wanted, live * longest), bytes / page_bytes));
   cache_ = std::make_unique<KvCache>(arena_, config_, static_cast<int32_t>(std::max<int64_t>(pages, 1)));
   result_.cache_pages = pages;
 
@@ -278,7 +286,8 @@ void Sampler::prefill_pass(const PrefillPass& pass) {
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
   Activations activations = transformer.make_activations(arena_, forest.tokens, false);
-  PrefillAttention attention(backend_, forest, transformer.attention_scale(), ancestors, device_slots, *cache_);
+  PrefillAttention attention(backend_, forest, transformer.attention_scale(), ancestors, device_slots,
+                             *cache_);
   transformer.forward(forest.ids, forest.positions, attention, activations, cancel_, "sampling");
   result_.prefill_tokens += forest.tokens;
   draw_first_tokens(activations.output, pass);
@@ -492,8 +501,8 @@ void Sampler::step() {
     const size_t key = 2 * static_cast<size_t>(sequence.index);
     inputs_[row] = sequence.tokens.back();
     inputs_[count + row] = sequence.prompt_tokens + offset;
-    inputs_[2 * count + row] =
-        sequence.pages.back() * static_cast<int32_t>(kPageTokens) + offset % static_cast<int32_t>(kPageTokens);
+    inputs_[2 * count + row] = sequence.pages.back() * static_cast<int32_t>(kPageTokens) +
+                               offset % static_cast<int32_t>(kPageTokens);
     inputs_[3 * count + row] = offset + 1;
     inputs_[4 * count + 2 * row] = static_cast<int32_t>(request_.keys[key]);
     inputs_[4 * count + 2 * row + 1] = static_cast<int32_t>(request_.keys[key + 1]);
@@ -522,7 +531,8 @@ void Sampler::step() {
     const Sequence& sequence = at(index);
     if (sequence.reason == FinishReason::aborted) return false;
     // Its pages are back already; what it was promised and did not use is free to promise again.
-    promised_pages_ -= sequence.pages_at_most() - KvCache::pages_for(static_cast<int64_t>(sequence.tokens.size()) - 1);
+    promised_pages_ -=
+        sequence.pages_at_most() - KvCache::pages_for(static_cast<int64_t>(sequence.tokens.size()) - 1);
     return true;
   });
   release_unused_segments();
@@ -557,8 +567,8 @@ void Sampler::collect() {
 
 }  // namespace
 
-SampleResult sample(Model& model, const TokenBytes& token_bytes, const SampleRequest& request, const Cancel& cancel,
-                    const TokenCallback& on_tokens) {
+SampleResult sample(Model& model, const TokenBytes& token_bytes, const SampleRequest& request,
+                    const Cancel& cancel, const TokenCallback& on_tokens) {
   return Sampler(model, token_bytes, request, cancel, on_tokens).run();
 }
 

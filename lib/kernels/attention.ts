@@ -1,0 +1,67 @@
+import { kernelCall, type Tensor } from './device.js';
+
+export interface AttentionArguments {
+  /** [T, query heads, head size], f32 or bf16; head size a multiple of 8. */
+  q: Tensor;
+  /** [T, key/value heads, head size]; query heads are a multiple of them, as in grouped-query attention. */
+  k: Tensor;
+  /** As k. */
+  v: Tensor;
+  /**
+   * [T], the token forest's mask: key j is visible to query i exactly when j <= i < visibleUntil[j]. All T: one causal
+   * row. The end of its row: packed rows. The end of its subtree: rows that share prefixes. Stretches are nested.
+   */
+  visibleUntil: Int32Array;
+  /** Default 1 / sqrt(head size). */
+  scale?: number | undefined;
+}
+
+export interface AttentionResult {
+  /** As q. */
+  out: Tensor;
+  /** [query heads, T] f32, log-sum-exp of the scaled scores: what the backward needs. */
+  lse: Tensor;
+}
+
+export interface AttentionGradients {
+  dq: Tensor;
+  dk: Tensor;
+  dv: Tensor;
+}
+
+/**
+ * softmax(scale * q k^T) v over the token forest; blocks that the mask empties are skipped and memory is linear in T.
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ */
+export async function attention(args: AttentionArguments): Promise<AttentionResult> {
+  const call = kernelCall(args.q, 'q');
+  const { out, lse } = await call.device.attention({
+    q: call.handle(args.q, 'q'),
+    k: call.handle(args.k, 'k'),
+    v: call.handle(args.v, 'v'),
+    visibleUntil: args.visibleUntil,
+    scale: args.scale,
+  });
+  return { out: call.tensor(out), lse: call.tensor(lse) };
+}
+
+/**
+ * The gradients of `attention`'s inputs, given its results and the gradient of `out`.
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ */
+export async function attentionBackward(
+  args: AttentionArguments & AttentionResult & { /** As q. */ dout: Tensor },
+): Promise<AttentionGradients> {
+  const call = kernelCall(args.q, 'q');
+  const { dq, dk, dv } = await call.device.attentionBackward({
+    q: call.handle(args.q, 'q'),
+    k: call.handle(args.k, 'k'),
+    v: call.handle(args.v, 'v'),
+    visibleUntil: args.visibleUntil,
+    scale: args.scale,
+    out: call.handle(args.out, 'out'),
+    lse: call.handle(args.lse, 'lse'),
+    dout: call.handle(args.dout, 'dout'),
+  });
+  return { dq: call.tensor(dq), dk: call.tensor(dk), dv: call.tensor(dv) };
+}

@@ -1,0 +1,12 @@
+export * from './attention.js';
+export {
+  type Device,
+  type DType,
+  type OpenDeviceOptions,
+  openDevice,
+  type Tensor,
+  type TensorOptions,
+} from './device.js';
+export * from './group-advantages.js';
+export * from './policy-loss.js';
+export * from './sample-tokens.js';

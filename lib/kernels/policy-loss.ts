@@ -1,0 +1,111 @@
+import type { NativeLossKind } from '../native.js';
+import { kernelCall, type Tensor } from './device.js';
+
+/**
+ * How a row's log-probability becomes loss, with ratio = exp(logprob - oldLogprob):
+ * - `policy_gradient_clip` (default): -min(ratio A, clip(ratio, 1 - clipLow, 1 + clipHigh) A), as in PPO and GRPO
+ *   (arXiv:1707.06347, arXiv:2402.03300)
+ * - `cispo`: -stop_gradient(min(ratio, 1 + clipHigh)) A logprob (arXiv:2506.13585)
+ * - `gspo`: as policy_gradient_clip, with one ratio for a sequence, exp of the mean of its rows' differences
+ *   (arXiv:2507.18071)
+ * - `cross_entropy`: -logprob
+ *
+ * plus klCoefficient (exp(d) - d - 1) with d = referenceLogprob - logprob, the k3 estimator, minus entropyCoefficient
+ * times the entropy. The loss is the sum of weights[r] times row r's.
+ */
+export interface PolicyLossOptions {
+  kind?: NativeLossKind | undefined;
+  /** Default 0.2. */
+  clipLow?: number | undefined;
+  /** Default 0.2. */
+  clipHigh?: number | undefined;
+  /** Default 0. */
+  klCoefficient?: number | undefined;
+  /** Default 0. */
+  entropyCoefficient?: number | undefined;
+  /** [R] f32. The normalisation of grpo, dapo, dr_grpo or bnpo lies in them; a row of weight 0 counts for nothing. */
+  weights: Tensor;
+  /** [R] f32, not for cross_entropy. */
+  advantages?: Tensor | undefined;
+  /** [R] f32, not for cross_entropy. */
+  oldLogprobs?: Tensor | undefined;
+  /** [R] f32, needed where klCoefficient is above 0. */
+  referenceLogprobs?: Tensor | undefined;
+  /** [R], which sequence a row belongs to, rising from 0 by at most 1; gspo only. */
+  sequences?: Int32Array | undefined;
+}
+
+export interface PolicyLossArguments extends PolicyLossOptions {
+  /** [R] f32 */
+  logprobs: Tensor;
+  /** [R] f32, needed where entropyCoefficient is not 0. */
+  entropies?: Tensor | undefined;
+}
+
+export interface FusedPolicyLossArguments extends PolicyLossOptions {
+  /** [T, H] f32 or bf16, what the head multiplies. */
+  hidden: Tensor;
+  /** [vocabulary, H] of the same dtype, the head's weight. */
+  weight: Tensor;
+  /** [R], rows of `hidden`; a row may be named more than once. */
+  rows: Int32Array;
+  /** [R], the token ids they are to predict. */
+  targets: Int32Array;
+}
+
+type Call = ReturnType<typeof kernelCall>;
+
+function lossTensors(call: Call, args: PolicyLossOptions) {
+  return {
+    kind: args.kind ?? 'policy_gradient_clip',
+    clipLow: args.clipLow ?? 0.2,
+    clipHigh: args.clipHigh ?? 0.2,
+    klCoefficient: args.klCoefficient ?? 0,
+    entropyCoefficient: args.entropyCoefficient ?? 0,
+    weights: call.handle(args.weights, 'weights'),
+    advantages: call.optional(args.advantages, 'advantages'),
+    oldLogprobs: call.optional(args.oldLogprobs, 'oldLogprobs'),
+    referenceLogprobs: call.optional(args.referenceLogprobs, 'referenceLogprobs'),
+    sequences: args.sequences,
+  };
+}
+
+/**
+ * The loss of given log-probabilities, and coefficients [R] f32: its derivative by each of them.
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ */
+export async function policyLoss(args: PolicyLossArguments): Promise<{ loss: number; coefficients: Tensor }> {
+  const call = kernelCall(args.logprobs, 'logprobs');
+  const { loss, coefficients } = await call.device.policyLoss({
+    ...lossTensors(call, args),
+    logprobs: call.handle(args.logprobs, 'logprobs'),
+    entropies: call.optional(args.entropies, 'entropies'),
+  });
+  return { loss, coefficients: call.tensor(coefficients) };
+}
+
+/**
+ * Head, log-softmax, loss and their backward in one, without ever holding rows x vocabulary.
+ * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as weight,
+ *   f32)
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ */
+export async function fusedPolicyLoss(
+  args: FusedPolicyLossArguments,
+): Promise<{ loss: number; logprobs: Tensor; entropies: Tensor; dhidden: Tensor; dweight: Tensor }> {
+  const call = kernelCall(args.hidden, 'hidden');
+  const result = await call.device.fusedPolicyLoss({
+    ...lossTensors(call, args),
+    hidden: call.handle(args.hidden, 'hidden'),
+    weight: call.handle(args.weight, 'weight'),
+    rows: args.rows,
+    targets: args.targets,
+  });
+  return {
+    loss: result.loss,
+    logprobs: call.tensor(result.logprobs),
+    entropies: call.tensor(result.entropies),
+    dhidden: call.tensor(result.dhidden),
+    dweight: call.tensor(result.dweight),
+  };
+}

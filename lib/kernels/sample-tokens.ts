@@ -1,0 +1,59 @@
+import { invalidArgument } from '../errors.js';
+import { kernelCall, type Tensor } from './device.js';
+
+export interface SampleTokensArguments {
+  /** [B, vocabulary] f32, left unchanged. */
+  logits: Tensor;
+  /** [2 B], the words (low, high) of each row's Philox key: which sequence draws. */
+  keys: Uint32Array;
+  /** [B], the counter of each row's draw: how many tokens its sequence drew before. At least 0. */
+  positions: Int32Array;
+  seed: number | bigint;
+  /** 0: the most likely token. Default 1. */
+  temperature?: number | undefined;
+  /** Only the k most likely tokens; 0 (default): all. */
+  topK?: number | undefined;
+  /** Only the most likely tokens that together reach this probability; 1 (default): all. */
+  topP?: number | undefined;
+  /** Only tokens with at least this share of the most likely one's probability; 0 (default): all. */
+  minP?: number | undefined;
+}
+
+export interface SampledTokens {
+  /** [B] i32 */
+  tokens: Tensor;
+  /** [B] under the distribution drawn from, after temperature and truncation; 0 where greedy. */
+  logprobs: Tensor;
+  /** [B] under softmax(logits): the one that an importance ratio compares. */
+  rawLogprobs: Tensor;
+  /** [B] of softmax(logits), in nats. */
+  entropies: Tensor;
+}
+
+/**
+ * Draws a token from each row with Philox4x32-10 keyed by (seed, key) at the row's counter, so that a draw depends on
+ * nothing else in the batch.
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ */
+export async function sampleTokens(args: SampleTokensArguments): Promise<SampledTokens> {
+  const call = kernelCall(args.logits, 'logits');
+  if (typeof args.seed === 'number' && !Number.isSafeInteger(args.seed)) {
+    throw invalidArgument('seed', 'an integer from 0 to 2^64 - 1', args.seed);
+  }
+  const drawn = await call.device.sampleTokens({
+    logits: call.handle(args.logits, 'logits'),
+    keys: args.keys,
+    positions: args.positions,
+    seed: typeof args.seed === 'number' ? BigInt(args.seed) : args.seed,
+    temperature: args.temperature ?? 1,
+    topK: args.topK ?? 0,
+    topP: args.topP ?? 1,
+    minP: args.minP ?? 0,
+  });
+  return {
+    tokens: call.tensor(drawn.tokens),
+    logprobs: call.tensor(drawn.logprobs),
+    rawLogprobs: call.tensor(drawn.rawLogprobs),
+    entropies: call.tensor(drawn.entropies),
+  };
+}
