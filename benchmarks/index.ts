@@ -6,8 +6,9 @@ import { cpus, tmpdir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
 import {
   type CompletionGroup,
+  countTokens,
   defaultModel,
-  type Forest,
+  forestOf,
   getTask,
   MerfError,
   type ModelConfig,
@@ -154,7 +155,15 @@ async function measure(workload: Workload, python: string | undefined): Promise<
   });
   say(`  merf rolls out ${rollout.toFixed(0)} tokens/s`);
 
-  const { forest, distinct } = forestOf(groups);
+  const forest = forestOf(
+    groups.map(({ promptTokens, completions }) => ({
+      promptTokens,
+      completions: completions.map(({ tokens, logprobs }, i) => ({
+        tokens,
+        train: { advantage: i % 2 === 0 ? 1 : -1, logprobs },
+      })),
+    })),
+  );
   const training = await median(repetitions, async () => {
     await policy.forwardBackward(forest, { type: 'grpo' });
     await policy.optimStep({ learningRate: 1e-6, maxGradNorm: 1 });
@@ -187,7 +196,7 @@ async function measure(workload: Workload, python: string | undefined): Promise<
     prompts: prompts.length,
     group,
     completionTokens: tokensOf(groups),
-    distinctTokens: distinct,
+    distinctTokens: countTokens(forest),
     unsharedTokens: unshared,
     rates,
   };
@@ -206,25 +215,6 @@ async function median(repetitions: number, run: (repetition: number) => Promise<
 
 function tokensOf(groups: readonly CompletionGroup[]): number {
   return groups.reduce((sum, g) => sum + g.completions.reduce((n, { tokens }) => n + tokens.length, 0), 0);
-}
-
-/** What all prompts begin with is the root, the rest of each a child, its completions theirs. */
-function forestOf(groups: readonly CompletionGroup[]): { forest: Forest; distinct: number } {
-  const first = groups[0]?.promptTokens ?? [];
-  let shared = first.length - 1;
-  for (const { promptTokens } of groups) {
-    const differs = promptTokens.findIndex((id, i) => id !== first[i]);
-    if (differs !== -1) shared = Math.min(shared, differs);
-  }
-  const children = groups.map(({ promptTokens, completions }) => ({
-    tokens: promptTokens.slice(shared),
-    children: completions.map(({ tokens, logprobs }, i) => ({
-      tokens,
-      train: { advantage: i % 2 === 0 ? 1 : -1, logprobs },
-    })),
-  }));
-  const distinct = children.reduce((sum, { tokens }) => sum + tokens.length, shared + tokensOf(groups));
-  return { forest: [{ tokens: first.slice(0, shared), children }], distinct };
 }
 
 // ---- what it is measured beside

@@ -2,6 +2,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Forest, type Loss, Policy, type Segment } from '../../lib/policy/index.js';
 import { largestGap, relativeError } from '../support/compare.js';
 import { type FixtureTensor, fixturePath, readJson, readTensors } from '../support/fixtures.js';
+import { report } from '../support/report.js';
 
 interface Expected {
   text: string;
@@ -96,7 +97,9 @@ describe.each(['llama', 'qwen2'])('%s agrees with transformers', (name) => {
 
   test('logits within 1e-5', async () => {
     const logits = await policy.logits(expected.tokens);
-    expect(largestGap(logits, floats('logits'))).toBeLessThan(1e-5);
+    const gap = largestGap(logits, floats('logits'));
+    report(`${name}: logits, largest gap to transformers`, gap);
+    expect(gap).toBeLessThan(1e-5);
   });
 
   test('log-probabilities and entropies of a forest within 1e-5', async () => {
@@ -125,6 +128,7 @@ describe.each(['llama', 'qwen2'])('%s agrees with transformers', (name) => {
         .map((n) => n.slice(key.length + 1));
       expect([...found.keys()].sort()).toEqual(names.sort());
       const { name: furthest, error } = worst(found, (parameter) => floats(`${key}/${parameter}`));
+      report(`${name}: ${key}, relative error of the worst gradient (${furthest})`, error);
       expect({ furthest, within: error < 1e-4 }).toEqual({ furthest, within: true });
     });
 
@@ -139,6 +143,7 @@ describe.each(['llama', 'qwen2'])('%s agrees with transformers', (name) => {
           other.gradients,
           (parameter) => shared.gradients.get(parameter) ?? [],
         );
+        report(`${name}: ${key}, relative change of the worst gradient by sharing`, error);
         expect({ furthest, within: error < 1e-5 }).toEqual({ furthest, within: true });
       }
     });

@@ -1,6 +1,7 @@
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
 import { Policy, type SampleOptions } from '../../lib/policy/index.js';
 import { fixturePath } from '../support/fixtures.js';
+import { report } from '../support/report.js';
 import { chiSquareTest } from '../support/statistics.js';
 
 let policy: Policy;
@@ -87,6 +88,7 @@ test('what is sampled with a log-probability is scored with it, over 1,000 token
       gap = Math.max(gap, Math.abs((completion.entropies[t] as number) - (entropies[i]?.[t] as number)));
     }
   });
+  report(`sample against score, largest gap over ${tokens} tokens`, gap);
   expect(tokens).toBeGreaterThanOrEqual(1000);
   expect(gap).toBeLessThan(1e-5);
 });
