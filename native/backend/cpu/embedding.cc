@@ -60,11 +60,12 @@ HWY_EXPORT(embedding_backward);
 void CpuBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) {
   const size_t bytes = static_cast<size_t>(x.row_size()) * size_of(x.dtype);
   const int32_t* row = rows.as<const int32_t>();
-  parallel_for(num_threads(), rows.size(), 16, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      std::memcpy(y.as<char>() + i * bytes, x.as<const char>() + row[i] * bytes, bytes);
-    }
-  });
+  parallel_for(num_threads(), rows.size(), rows_of_elements(x.row_size(), 1 << 14),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t i = begin; i < end; ++i) {
+                   std::memcpy(y.as<char>() + i * bytes, x.as<const char>() + row[i] * bytes, bytes);
+                 }
+               });
 }
 
 void CpuBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {

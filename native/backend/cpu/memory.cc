@@ -144,7 +144,9 @@ std::shared_ptr<Storage> MemoryPool::allocate(size_t requested) {
       data = std::aligned_alloc(alignment, bytes);
     }
     if (data == nullptr) refuse("the system has no more");
+#ifdef MADV_HUGEPAGE
     if (bytes >= kHugePage) madvise(data, bytes, MADV_HUGEPAGE);
+#endif
     found = bytes;
   }
   try {

@@ -87,7 +87,7 @@ void rms_norm(int threads, const Tensor& x, const Tensor& delta, const Tensor& w
   const int64_t size = x.row_size();
   const auto run = [&](auto* px, auto* py) {
     using Y = std::remove_pointer_t<decltype(py)>;
-    parallel_for(threads, rows, 4, [&](int64_t begin, int64_t end) {
+    parallel_for(threads, rows, rows_of_elements(size, 4096), [&](int64_t begin, int64_t end) {
       norm_rows(begin, end, size, px, delta.as<const Y>(), weight.as<const float>(), epsilon, py,
                 rstd.as<float>());
     });

@@ -8,6 +8,11 @@
 
 namespace merf {
 
+// Rows that together have about so many elements: less is not worth waking a thread for.
+inline int64_t rows_of_elements(int64_t row_size, int64_t elements) {
+  return std::max<int64_t>(1, elements / std::max<int64_t>(1, row_size));
+}
+
 // Calls body(begin, end) for stretches of [0, n) that are multiples of `grain` long (but for the last), on up to
 // `threads` threads. The stretches differ with the number of threads: bodies treat every element independently.
 template <class Body>

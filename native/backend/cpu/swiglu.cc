@@ -62,7 +62,7 @@ void swiglu_backward_rows(int64_t begin, int64_t end, int64_t size, const T* dy,
 
 void swiglu(int threads, const Tensor& gate_up, const Tensor& y) {
   const int64_t size = y.row_size();
-  parallel_for(threads, y.shape[0], 4, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, y.shape[0], rows_of_elements(size, 2048), [&](int64_t begin, int64_t end) {
     if (y.dtype == DType::bf16) {
       swiglu_rows(begin, end, size, gate_up.as<const bf16>(), y.as<bf16>());
     } else {
@@ -73,7 +73,7 @@ void swiglu(int threads, const Tensor& gate_up, const Tensor& y) {
 
 void swiglu_backward(int threads, const Tensor& dy, const Tensor& gate_up, const Tensor& dgate_up) {
   const int64_t size = dy.row_size();
-  parallel_for(threads, dy.shape[0], 4, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, dy.shape[0], rows_of_elements(size, 2048), [&](int64_t begin, int64_t end) {
     if (dy.dtype == DType::bf16) {
       swiglu_backward_rows(begin, end, size, dy.as<const bf16>(), gate_up.as<const bf16>(),
                            dgate_up.as<bf16>());
