@@ -78,6 +78,7 @@ export interface GrpoMetrics {
   truncated: number;
   entropy: number;
   loss: number | null;
+  /** Mean k3 estimate against the reference; null without one. */
   kl: number | null;
   clipFraction: number | null;
   ratio: { mean: number; min: number; max: number } | null;
@@ -222,6 +223,7 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(view),
         ...this.#rewardMetrics(groups, scores, rewards),
         ...updates.summary(),
+        ...(this.settings.kl === 0 && { kl: null }),
         rolloutTokensPerSecond: sampled / rolloutSeconds,
         trainingTokensPerSecond: updates.tokens / trainingSeconds,
         seconds: clock.total(),

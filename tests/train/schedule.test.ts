@@ -75,7 +75,8 @@ describe('groupAdvantages', () => {
     const groups = Array.from({ length: 9 }, (_, i) =>
       Array.from({ length: i + 1 }, () => random.uniform() * 6 - 3),
     );
-    const offsets = groups.reduce((all, group) => [...all, (all.at(-1) as number) + group.length], [0]);
+    const offsets = [0];
+    for (const group of groups) offsets.push((offsets.at(-1) as number) + group.length);
     const tensor = openDevice('cpu').tensor(Float32Array.from(groups.flat()));
     for (const kind of ['group', 'batch', 'leave_one_out'] as const) {
       for (const scale of [true, false]) {
