@@ -105,7 +105,7 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
     },
     generation: {
       bos_token_id: bos ?? null,
-      eos_token_id: [...new Set(ends)],
+      eos_token_id: ends.length === 0 ? null : [...new Set(ends)],
       pad_token_id: pad ?? null,
     },
     ...(typeof template === 'string' ? { chatTemplate: template } : {}),

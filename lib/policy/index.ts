@@ -1,5 +1,5 @@
 export type { ChatTurn } from '../prompt/chat-template.js';
-export { type ModelConfig, parameterCount } from './config.js';
+export type { ModelConfig } from './config.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
 export type { Loss, LossStats, PolicyLossType } from './loss.js';
@@ -10,6 +10,7 @@ export {
   type DeviceOptions,
   type OptimizerOptions,
   Policy,
+  type SaveOptions,
   type Scores,
 } from './policy.js';
 export type { RopeConfig } from './rope.js';

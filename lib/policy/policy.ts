@@ -23,7 +23,7 @@ import {
   sampleRequest,
   seedOf,
 } from './sampling.js';
-import { saveModel } from './save.js';
+import { defaultShardBytes, saveModel } from './save.js';
 import { loadState, saveState } from './state.js';
 import { TextStream, Tokenizer } from './tokenizer.js';
 
@@ -63,6 +63,14 @@ export interface OptimizerOptions {
   weightDecay?: number | undefined;
   /** Gradients are scaled down to this global norm; 0 (default): not clipped. */
   maxGradNorm?: number | undefined;
+}
+
+export interface SaveOptions {
+  /** Of the stored weights. Default: the policy's. */
+  dtype?: 'f32' | 'bf16' | undefined;
+  /** Weights beyond this are divided into several files, with an index. Default 5 GB. */
+  maxShardBytes?: number | undefined;
+  signal?: AbortSignal | undefined;
 }
 
 export interface DeviceDescription {
@@ -393,21 +401,19 @@ export class Policy {
   // ---- storage
 
   /**
-   * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors (in shards of 5 GB),
-   * tokenizer, generation settings, chat template. Files are written beside the directory and renamed into place.
-   * @param options.dtype of the stored weights; default: the policy's
+   * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors, tokenizer, generation
+   * settings, chat template. Files are written beside the directory and renamed into place.
+   * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
-  async save(
-    directory: string,
-    options: { dtype?: 'f32' | 'bf16' | undefined; signal?: AbortSignal | undefined } = {},
-  ): Promise<void> {
+  async save(directory: string, options: SaveOptions = {}): Promise<void> {
     this.#check();
     checkDirectory(directory);
-    const dtype = options.dtype ?? this.dtype;
+    const { dtype = this.dtype, maxShardBytes = defaultShardBytes, signal } = options;
     if (dtype !== 'f32' && dtype !== 'bf16') throw invalidArgument('dtype', 'f32 or bf16', dtype);
+    if (!(maxShardBytes > 0)) throw invalidArgument('maxShardBytes', 'a positive number', maxShardBytes);
     const { model, config, tokenizer, configJson } = this;
-    await this.#enqueue('saving', options.signal, () =>
-      saveModel(directory, { model, config, tokenizer, configJson, dtype }, options.signal),
+    await this.#enqueue('saving', signal, () =>
+      saveModel(directory, { model, config, tokenizer, configJson, dtype, maxShardBytes }, signal),
     );
   }
 

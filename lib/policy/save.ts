@@ -11,7 +11,8 @@ import type { Tokenizer } from './tokenizer.js';
 /** Elements cast and written at once, so that the event loop is never held for long. */
 const chunkElements = 1 << 20;
 
-const shardBytes = 5_000_000_000;
+/** As transformers divides them. */
+export const defaultShardBytes = 5_000_000_000;
 
 interface TensorToWrite {
   name: string;
@@ -140,6 +141,8 @@ export interface SaveContents {
   /** The config.json that the model came with. */
   configJson: Record<string, unknown> | undefined;
   dtype: 'f32' | 'bf16';
+  /** The most bytes of weights in one file, as far as tensors allow. */
+  maxShardBytes: number;
 }
 
 /** A directory that `transformers` loads: weights, configuration, tokenizer, generation settings, chat template. */
@@ -161,7 +164,7 @@ export async function saveModel(
 
 async function writeWeights(
   directory: string,
-  { model, dtype }: SaveContents,
+  { model, dtype, maxShardBytes }: SaveContents,
   signal?: AbortSignal,
 ): Promise<void> {
   const stored = dtype === 'f32' ? 'F32' : 'BF16';
@@ -172,7 +175,7 @@ async function writeWeights(
   for (const tensor of parameterTensors(model, 'value')) {
     if (shards.length === 0 || bytesOf(tensor) > room) {
       shards.push([]);
-      room = shardBytes;
+      room = maxShardBytes;
     }
     shards.at(-1)?.push(tensor);
     room -= bytesOf(tensor);
@@ -213,7 +216,7 @@ async function writeDescription(directory: string, contents: SaveContents): Prom
   );
   await writeText(join(directory, 'tokenizer.json'), JSON.stringify(files.tokenizer));
   const template = files.chatTemplate === undefined ? {} : { chat_template: files.chatTemplate };
-  await writeJson(join(directory, 'tokenizer_config.json'), { ...files.config, ...template });
+  await writeJson(join(directory, 'tokenizer_config.json'), { ...template, ...files.config });
   if (files.chatTemplate !== undefined)
     await writeText(join(directory, 'chat_template.jinja'), files.chatTemplate);
   if (files.generation !== undefined)

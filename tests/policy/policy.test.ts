@@ -1,4 +1,4 @@
-import { existsSync, readFileSync, writeFileSync } from 'node:fs';
+import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
@@ -436,6 +436,18 @@ describe('save', () => {
         );
       });
     }
+  });
+
+  test('divides the weights where asked to', async () => {
+    const policy = await load();
+    const path = fresh('sharded');
+    await policy.save(path, { maxShardBytes: 40_000 });
+    const shards = readdirSync(path).filter((name) => name.endsWith('.safetensors'));
+    expect(shards.length).toBeGreaterThan(1);
+    expect(shards).not.toContain('model.safetensors');
+    for (const shard of shards) expect(statSync(join(path, shard)).size).toBeLessThan(44_000);
+    expect(await values(await load(path))).toEqual(await values(policy));
+    await expectFailure(() => policy.save(path, { maxShardBytes: 0 }), 'INVALID_ARGUMENT', 'maxShardBytes');
   });
 
   test('keeps other files of the directory and replaces its own', async () => {
