@@ -7,8 +7,8 @@ import { list } from '../flags.js';
 import { packageRoot } from '../models.js';
 
 export interface BenchOptions {
-  profile?: boolean;
   peers?: string[];
+  out?: string;
 }
 
 export function addBench(program: Command): void {
@@ -19,8 +19,12 @@ export function addBench(program: Command): void {
       'Measures tokens/s of rollout and of training for the model that ships with merf and for a random model of ' +
         '135M parameters, beside its peers where they are installed.',
     )
-    .option('--profile', 'say where the time goes')
-    .option('--peers <list>', 'which peers to measure beside, such as trl,llama.cpp', list)
+    .option(
+      '--peers <list>',
+      'which peers to measure beside, such as pytorch (default: those installed)',
+      list,
+    )
+    .option('--out <folder>', 'where to write the table, as Markdown and as JSON')
     .action(bench);
 }
 
