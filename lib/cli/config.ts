@@ -31,7 +31,7 @@ export const modelShape = {
 
 /** Which task, and what there is to choose about it. */
 export const taskShape = {
-  task: setting(z.union([z.string(), z.custom<Task>(isTask, 'expected the name of a task or a task')]), {
+  task: setting(z.union([z.string(), z.custom<Task>(isTask)], 'expected the name of a task or a task'), {
     group: 'Task',
     description: 'its name, or the path of a .ts or .js module that exports `task`',
   }),
@@ -67,8 +67,9 @@ export const sftFileSchema = z.strictObject({
   ...sftSchema.shape,
 });
 
-export type TrainConfig = z.input<typeof trainFileSchema>;
-export type SftConfig = z.input<typeof sftFileSchema>;
+type WithTask<C> = Omit<C, 'task'> & { task?: string | Task | Promise<Task> | undefined };
+export type TrainConfig = WithTask<z.input<typeof trainFileSchema>>;
+export type SftConfig = WithTask<z.input<typeof sftFileSchema>>;
 
 /** For config files in TypeScript: `export const config = defineConfig({ task: 'knights-and-knaves', steps: 50 })`. */
 export function defineConfig<C extends TrainConfig | SftConfig>(config: C): C {
@@ -110,7 +111,7 @@ export async function readConfigFile(path: string, schema: z.ZodObject): Promise
     const name = toCamelCase(key);
     if (!(name in schema.shape)) unknown[key] = value;
     else if (name in config) throw new MerfError('INVALID_CONFIG', `In ${path}: ${key} stands there twice`);
-    else config[name] = value;
+    else config[name] = await value;
   }
   parseSettings(schema.partial(), { ...config, ...unknown }, path);
   for (const key of ['model', 'data', 'testData', 'out', 'task'] as const) {
