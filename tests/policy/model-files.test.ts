@@ -4,6 +4,7 @@ import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { readGguf } from '../../lib/policy/gguf.js';
 import { openModel } from '../../lib/policy/model-files.js';
+import { inverseFrequencies } from '../../lib/policy/rope.js';
 import { readSafetensorsHeader } from '../../lib/policy/safetensors.js';
 import { Tokenizer } from '../../lib/policy/tokenizer.js';
 import {
@@ -307,6 +308,47 @@ describe('a GGUF file', () => {
     expect(tokenizer.eosIds).toEqual([0, 2]);
   });
 
+  test.each([
+    ['qwen2', { architecture: 'qwen2', attentionBias: true, tiedHead: false }],
+    ['llama with all biases', { attentionBias: true, outputBias: true, mlpBias: true }],
+  ] as const)('may be %s', async (_, change) => {
+    const config = { ...tinyConfig, ...change };
+    const files = await openModel(file(ggufFile(ggufFields(config), ggufTensors(config)), 'gguf'));
+    expect(files.config).toEqual(config);
+    expect(files.sources.map(({ name }) => name)).toEqual(tinyWeights(config).map(({ name }) => name));
+    const q = files.sources.find(({ name }) => name === 'model.layers.0.self_attn.q_proj.bias');
+    expect(q?.permutedHeads).toBe(config.architecture === 'llama' ? 4 : undefined);
+  });
+
+  test('holds the scaling of Llama 3 as divisors', async () => {
+    const rope = {
+      type: 'llama3',
+      theta: 500_000,
+      factor: 32,
+      lowFrequencyFactor: 1,
+      highFrequencyFactor: 4,
+      originalMaxPositions: 8192,
+    } as const;
+    const config = { ...tinyConfig, rope };
+    const plain = inverseFrequencies({ type: 'default', theta: rope.theta }, 8);
+    const divisors = inverseFrequencies(rope, 8).map((value, i) => (plain[i] as number) / value);
+    const tensor = (values: Float32Array) => ({
+      name: 'rope_freqs.weight',
+      type: 0,
+      dimensions: [values.length],
+      data: new Uint8Array(values.buffer),
+    });
+    const open = (values: Float32Array) =>
+      openModel(file(ggufFile(ggufFields(config), [...ggufTensors(config), tensor(values)]), 'gguf'));
+    expect((await open(divisors)).config.rope).toMatchObject({ ...rope, factor: expect.closeTo(32, 3) });
+    expect((await open(new Float32Array(4).fill(1))).config.rope).toEqual({
+      type: 'default',
+      theta: 500_000,
+    });
+    await expectFailure(() => open(Float32Array.of(1, 2, 3, 4)), 'UNSUPPORTED', 'rope_freqs');
+    await expectFailure(() => open(new Float32Array(8).fill(2)), 'MALFORMED_FILE', 'expected 4 values');
+  });
+
   test('is refused wherever it is cut, at every byte of its header and at the ends of its tensors', async () => {
     const small = ggufFile(
       ggufFields().map((field) =>
@@ -338,7 +380,8 @@ describe('a GGUF file', () => {
       const path = join(directory.path, 'fuzzed.gguf');
       writeFileSync(path, bytes);
       try {
-        await openModel(path);
+        const files = await openModel(path);
+        new Tokenizer(files.tokenizer, path).encode('hello <|im_end|>');
       } catch (error) {
         expect(error).toBeInstanceOf(MerfError);
         expect((error as MerfError).message).toContain('fuzzed.gguf');
@@ -559,7 +602,7 @@ describe('a GGUF file', () => {
 });
 
 const describeShared = existsSync(smollm) ? describe : describe.skip;
-describeShared(`SmolLM2 (skipped where ${smollm} is absent)`, () => {
+describeShared('SmolLM2 [needs ../shared]', () => {
   test('has the configuration that its README names', async () => {
     const { config, sources } = await openModel(smollm);
     expect(config).toEqual({

@@ -170,7 +170,7 @@ describe('a SentencePiece tokenizer of a GGUF file', () => {
 });
 
 const describeShared = existsSync(smollm) ? describe : describe.skip;
-describeShared(`the tokenizer of SmolLM2 (skipped where ${smollm} is absent)`, () => {
+describeShared('the tokenizer of SmolLM2 [needs ../shared]', () => {
   const here = dirname(fileURLToPath(import.meta.url));
   const expected = JSON.parse(readFileSync(join(here, 'fixtures', 'tokens.json'), 'utf8')) as Expected;
   let file: GgufFile;

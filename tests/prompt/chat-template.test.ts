@@ -1,0 +1,55 @@
+import { describe, expect, test } from '@jest/globals';
+import { MerfError } from '../../lib/errors.js';
+import { ChatTemplate, type ChatTurn } from '../../lib/prompt/chat-template.js';
+
+const source = `{{ bos_token }}{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no such role: ' + message.role) }}{% endif %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}
+{% endfor %}{% if add_generation_prompt %}[assistant]{% if thinking is defined %} <think>{% endif %}{% endif %}`;
+const template = new ChatTemplate(source, { bos_token: '<s>', eos_token: '</s>' });
+const messages: ChatTurn[] = [
+  { role: 'system', content: ' be brief ' },
+  { role: 'user', content: '{{ not a template }}' },
+];
+
+function refusal(run: () => unknown): MerfError {
+  try {
+    run();
+  } catch (error) {
+    expect(error).toBeInstanceOf(MerfError);
+    return error as MerfError;
+  }
+  throw new Error('expected a MerfError');
+}
+
+describe('a chat template', () => {
+  test('writes the conversation with its tokens, whatever stands in the messages', () => {
+    expect(template.render(messages)).toBe('<s>[system] be brief</s>\n[user] {{ not a template }}</s>\n');
+  });
+
+  test('opens the turn of the assistant where asked to, with variables of its own', () => {
+    expect(template.render(messages, { addGenerationPrompt: true })).toMatch(/\n\[assistant\]$/);
+    const thinking = template.render(messages, { addGenerationPrompt: true, variables: { thinking: true } });
+    expect(thinking).toMatch(/\n\[assistant\] <think>$/);
+  });
+
+  test('passes its own refusals on', () => {
+    const error = refusal(() => template.render([{ role: 'tool', content: 'x' }]));
+    expect(error).toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('no such role: tool'),
+    });
+  });
+
+  test.each([
+    ['no messages', []],
+    ['no list', 'text'],
+    ['a message without a role', [{ content: 'x' }]],
+    ['a content that is no text', [{ role: 'user', content: 5 }]],
+    ['null', [null]],
+  ])('refuses %s', (_, value) => {
+    expect(refusal(() => template.render(value as ChatTurn[])).code).toBe('INVALID_ARGUMENT');
+  });
+
+  test('is refused where it is no Jinja', () => {
+    expect(refusal(() => new ChatTemplate('{% for %}', {})).code).toBe('UNSUPPORTED');
+  });
+});
