@@ -3,7 +3,7 @@ import { spawnSync } from 'node:child_process';
 import { bootstrap, root } from './bootstrap.mjs';
 
 bootstrap();
-const demo = spawnSync(process.execPath, ['bin/merf.js', 'demo', ...process.argv.slice(2)], {
+const demo = spawnSync(process.execPath, ['--import', 'tsx', 'scripts/demo.ts', ...process.argv.slice(2)], {
   cwd: root,
   stdio: 'inherit',
 });

@@ -1,0 +1,43 @@
+import type { Segment, Tokenizer } from '../../lib/policy/index.js';
+import type { Lesson } from './corpus.js';
+
+/**
+ * A lesson as one tree: the system message is the root, then what all questions begin with, the rest of each
+ * question, and its completion. All of it is learned, not the completions alone: what a question says twice teaches
+ * to look things up.
+ */
+export function lessonTree(lesson: Lesson, tokenizer: Tokenizer): Segment {
+  const end = tokenizer.eosIds[0] as number;
+  const system = tokenizer.applyChatTemplate([lesson.system]);
+  const examples = lesson.examples.map(({ question, completion }) => {
+    const prompt = tokenizer.applyChatTemplate([lesson.system, question], { addGenerationPrompt: true });
+    return {
+      question: tokenizer.encode(prompt.slice(system.length)),
+      completion: [...tokenizer.encode(completion), end],
+    };
+  });
+  const shared = commonLength(examples.map(({ question }) => question));
+  const first = examples[0]?.question ?? [];
+  return {
+    tokens: tokenizer.encode(system),
+    train: {},
+    children: [
+      {
+        tokens: first.slice(0, shared),
+        train: {},
+        children: examples.map(({ question, completion }) => ({
+          tokens: question.slice(shared),
+          train: {},
+          children: [{ tokens: completion, train: {} }],
+        })),
+      },
+    ],
+  };
+}
+
+/** How many tokens all of the lists begin with in common. */
+function commonLength(lists: readonly (readonly number[])[]): number {
+  const [first = [], ...others] = lists;
+  const differs = first.findIndex((token, i) => others.some((other) => other[i] !== token));
+  return differs < 0 ? first.length : differs;
+}
