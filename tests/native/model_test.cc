@@ -1,0 +1,518 @@
+// The whole network: loss and gradients against a float64 forward, shared prefixes against unshared ones.
+#include <cstdio>
+#include <fstream>
+#include <map>
+
+#include "harness.h"
+#include "model/model.h"
+
+using namespace merf;
+using namespace merf::test;
+
+namespace {
+
+ModelConfig tiny_config(bool qwen) {
+  ModelConfig c;
+  c.architecture = qwen ? "qwen2" : "llama";
+  c.hidden_size = 24;
+  c.layers = 2;
+  c.heads = 6;
+  c.kv_heads = 2;
+  c.head_size = 8;
+  c.mlp_size = 40;
+  c.vocab_size = 61;
+  c.max_positions = 512;
+  c.rms_norm_epsilon = 1e-5f;
+  c.tied_head = !qwen;
+  // More biases than either architecture has at once, so that all are tried.
+  c.attention_bias = c.output_bias = c.mlp_bias = qwen;
+  c.rope_attention_scale = qwen ? 1.25f : 1.0f;
+  for (int i = 0; i < 4; ++i) c.inverse_frequencies.push_back(static_cast<float>(std::pow(100.0, -i / 4.0)));
+  return c;
+}
+
+using Weights = std::map<std::string, std::vector<double>>;
+
+Weights random_weights(Model& model, uint64_t seed) {
+  Random random(seed);
+  Weights weights;
+  for (const NamedParameter& named : model.parameters().named()) {
+    std::vector<float> values = random.normals(named.size(), named.decayed() ? 0.25 : 0.2);
+    if (named.name.ends_with("norm.weight")) {
+      for (float& v : values) v += 1.0f;
+    }
+    model.write(named.name, ParameterKind::value, values);
+    weights[named.name] = std::vector<double>(values.begin(), values.end());
+  }
+  return weights;
+}
+
+// The forward in float64, one token and one number at a time.
+class Reference {
+ public:
+  Reference(const ModelConfig& config, const Weights& weights) : c_(config), w_(weights) {}
+
+  // [T][vocab] log-probabilities after each token.
+  std::vector<std::vector<double>> logprobs(const Batch& b) const {
+    const size_t tokens = b.tokens.size(), h = static_cast<size_t>(c_.hidden_size);
+    const size_t d = static_cast<size_t>(c_.head_size), heads = static_cast<size_t>(c_.heads);
+    const size_t kv = static_cast<size_t>(c_.kv_heads);
+    std::vector<std::vector<double>> x(tokens);
+    const auto& table = w_.at("model.embed_tokens.weight");
+    for (size_t t = 0; t < tokens; ++t) {
+      const size_t row = static_cast<size_t>(b.tokens[t]) * h;
+      x[t].assign(table.begin() + static_cast<std::ptrdiff_t>(row),
+                  table.begin() + static_cast<std::ptrdiff_t>(row + h));
+    }
+    for (int64_t l = 0; l < c_.layers; ++l) {
+      const std::string base = "model.layers." + std::to_string(l) + ".";
+      std::vector<std::vector<double>> q(tokens), k(tokens), v(tokens);
+      for (size_t t = 0; t < tokens; ++t) {
+        const auto y = norm(x[t], base + "input_layernorm.weight");
+        q[t] = rotate(linear(y, base + "self_attn.q_proj"), b.positions[t]);
+        k[t] = rotate(linear(y, base + "self_attn.k_proj"), b.positions[t]);
+        v[t] = linear(y, base + "self_attn.v_proj");
+      }
+      for (size_t i = 0; i < tokens; ++i) {
+        std::vector<double> out(heads * d, 0.0);
+        for (size_t head = 0; head < heads; ++head) {
+          const size_t from = head / (heads / kv) * d;
+          double sum = 0.0;
+          for (size_t j = 0; j <= i; ++j) {
+            if (static_cast<int32_t>(i) >= b.visible_until[j]) continue;
+            double score = 0.0;
+            for (size_t e = 0; e < d; ++e) score += q[i][head * d + e] * k[j][from + e];
+            const double p = std::exp(score / std::sqrt(static_cast<double>(d)));
+            sum += p;
+            for (size_t e = 0; e < d; ++e) out[head * d + e] += p * v[j][from + e];
+          }
+          for (size_t e = 0; e < d; ++e) out[head * d + e] /= sum;
+        }
+        const auto projected = linear(out, base + "self_attn.o_proj");
+        for (size_t e = 0; e < h; ++e) x[i][e] += projected[e];
+      }
+      for (size_t t = 0; t < tokens; ++t) {
+        const auto y = norm(x[t], base + "post_attention_layernorm.weight");
+        auto gate = linear(y, base + "mlp.gate_proj");
+        const auto up = linear(y, base + "mlp.up_proj");
+        for (size_t e = 0; e < gate.size(); ++e) gate[e] = gate[e] / (1.0 + std::exp(-gate[e])) * up[e];
+        const auto down = linear(gate, base + "mlp.down_proj");
+        for (size_t e = 0; e < h; ++e) x[t][e] += down[e];
+      }
+    }
+    std::vector<std::vector<double>> out(tokens);
+    for (size_t t = 0; t < tokens; ++t) {
+      out[t] = product(norm(x[t], "model.norm.weight"),
+                       w_.at(c_.tied_head ? "model.embed_tokens.weight" : "lm_head.weight"));
+      double sum = 0.0;
+      for (double logit : out[t]) sum += std::exp(logit);
+      for (double& logit : out[t]) logit -= std::log(sum);
+    }
+    return out;
+  }
+
+  double loss(const Batch& b, const BatchLoss& loss) const {
+    const auto all = logprobs(b);
+    double total = 0.0;
+    std::map<int32_t, std::pair<double, int>> by_sequence;
+    for (size_t r = 0; r < b.source_rows.size() && loss.options.kind == LossKind::gspo; ++r) {
+      // As TRL's masked mean, the ratio of a sequence leaves rows without a weight out.
+      if (loss.weights[r] == 0.0f) continue;
+      auto& [sum, count] = by_sequence[loss.sequences[r]];
+      sum += all[static_cast<size_t>(b.source_rows[r])][static_cast<size_t>(b.targets[r])] -
+             loss.old_logprobs[r];
+      ++count;
+    }
+    for (size_t r = 0; r < b.source_rows.size(); ++r) {
+      const auto& row = all[static_cast<size_t>(b.source_rows[r])];
+      const double logprob = row[static_cast<size_t>(b.targets[r])];
+      double value = -logprob;
+      if (loss.options.kind != LossKind::cross_entropy) {
+        double log_ratio = logprob - loss.old_logprobs[r];
+        if (loss.options.kind == LossKind::gspo) {
+          const auto& [sum, count] = by_sequence[loss.sequences[r]];
+          log_ratio = sum / count;
+        }
+        const double ratio = std::exp(log_ratio), a = loss.advantages[r];
+        const double clipped = std::clamp(ratio, 1.0 - static_cast<double>(loss.options.clip_low),
+                                          1.0 + static_cast<double>(loss.options.clip_high));
+        value = -std::min(ratio * a, clipped * a);
+      }
+      if (!loss.reference_logprobs.empty()) {
+        const double difference = loss.reference_logprobs[r] - logprob;
+        value += static_cast<double>(loss.options.kl_coefficient) * (std::exp(difference) - difference - 1.0);
+      }
+      double entropy = 0.0;
+      for (double lp : row) entropy -= std::exp(lp) * lp;
+      total += static_cast<double>(loss.weights[r]) *
+               (value - static_cast<double>(loss.options.entropy_coefficient) * entropy);
+    }
+    return total;
+  }
+
+ private:
+  std::vector<double> product(const std::vector<double>& x, const std::vector<double>& weight) const {
+    std::vector<double> y(weight.size() / x.size(), 0.0);
+    for (size_t n = 0; n < y.size(); ++n) {
+      for (size_t i = 0; i < x.size(); ++i) y[n] += weight[n * x.size() + i] * x[i];
+    }
+    return y;
+  }
+  std::vector<double> linear(const std::vector<double>& x, const std::string& name) const {
+    std::vector<double> y = product(x, w_.at(name + ".weight"));
+    const auto bias = w_.find(name + ".bias");
+    for (size_t n = 0; bias != w_.end() && n < y.size(); ++n) y[n] += bias->second[n];
+    return y;
+  }
+  std::vector<double> norm(const std::vector<double>& x, const std::string& name) const {
+    double sum = 0.0;
+    for (double v : x) sum += v * v;
+    const double rstd =
+        1.0 / std::sqrt(sum / static_cast<double>(x.size()) + static_cast<double>(c_.rms_norm_epsilon));
+    std::vector<double> y = x;
+    for (size_t i = 0; i < y.size(); ++i) y[i] *= rstd * w_.at(name)[i];
+    return y;
+  }
+  std::vector<double> rotate(std::vector<double> x, int32_t position) const {
+    const size_t d = static_cast<size_t>(c_.head_size), half = d / 2;
+    for (size_t head = 0; head < x.size() / d; ++head) {
+      for (size_t i = 0; i < half; ++i) {
+        const double angle = position * static_cast<double>(c_.inverse_frequencies[i]);
+        const double cos = std::cos(angle) * static_cast<double>(c_.rope_attention_scale);
+        const double sin = std::sin(angle) * static_cast<double>(c_.rope_attention_scale);
+        double& a = x[head * d + i];
+        double& b = x[head * d + half + i];
+        const double first = a * cos - b * sin, second = b * cos + a * sin;
+        a = first;
+        b = second;
+      }
+    }
+    return x;
+  }
+
+  const ModelConfig& c_;
+  const Weights& w_;
+};
+
+struct Node {
+  int tokens;
+  std::vector<Node> children;
+};
+
+// A forest with random tokens; every token below the roots is predicted by the one before it on its path.
+Batch random_forest(const std::vector<Node>& roots, int64_t vocabulary, uint64_t seed) {
+  Random random(seed);
+  Batch b;
+  const auto add = [&](const auto& self, const Node& node, int32_t parent) -> void {
+    const size_t first = b.tokens.size();
+    int32_t last = parent;
+    for (int i = 0; i < node.tokens; ++i) {
+      const int32_t token = static_cast<int32_t>(random.below(vocabulary)),
+                    row = static_cast<int32_t>(b.tokens.size());
+      if (parent >= 0) {
+        b.source_rows.push_back(last);
+        b.targets.push_back(token);
+      }
+      b.positions.push_back(last < 0 ? 0 : b.positions[static_cast<size_t>(last)] + 1);
+      b.tokens.push_back(token);
+      last = row;
+    }
+    b.visible_until.resize(b.tokens.size());
+    for (const Node& child : node.children) self(self, child, last);
+    b.visible_until.resize(b.tokens.size());
+    for (size_t i = first; i < first + static_cast<size_t>(node.tokens); ++i) {
+      b.visible_until[i] = static_cast<int32_t>(b.tokens.size());
+    }
+  };
+  for (const Node& root : roots) add(add, root, -1);
+  return b;
+}
+
+const std::vector<Node> kForest = {
+    {5, {{3, {{4, {}}, {6, {}}, {1, {}}}}, {2, {{7, {}}, {3, {{2, {}}, {4, {}}}}}}}}, {1, {{9, {}}}}};
+
+BatchLoss random_loss(LossKind kind, const Batch& batch, uint64_t seed) {
+  Random random(seed);
+  const size_t rows = batch.source_rows.size();
+  BatchLoss loss;
+  loss.options.kind = kind;
+  for (size_t r = 0; r < rows; ++r) {
+    loss.weights.push_back(r % 7 == 3 ? 0.0f : static_cast<float>(0.02 + 0.05 * random.uniform()));
+    if (kind == LossKind::cross_entropy) continue;
+    loss.advantages.push_back(static_cast<float>(random.normal()));
+    loss.old_logprobs.push_back(static_cast<float>(-4.1 + 0.5 * random.normal()));
+    loss.reference_logprobs.push_back(static_cast<float>(-4.1 + 0.3 * random.normal()));
+    loss.sequences.push_back(static_cast<int32_t>(r / 5));
+  }
+  if (kind != LossKind::gspo) loss.sequences.clear();
+  if (kind == LossKind::cross_entropy) return loss;
+  loss.options.kl_coefficient = 0.3f;
+  loss.options.entropy_coefficient = 0.1f;
+  return loss;
+}
+
+std::map<std::string, std::vector<float>> gradients(Model& model) {
+  std::map<std::string, std::vector<float>> all;
+  for (const NamedParameter& named : model.parameters().named()) {
+    all[named.name] = model.read(named.name, ParameterKind::gradient);
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("loss and gradients of every parameter agree with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const bool qwen : {false, true}) {
+      for (const LossKind kind : {LossKind::cross_entropy, LossKind::policy_gradient_clip, LossKind::gspo}) {
+        CAPTURE(qwen);
+        CAPTURE(static_cast<int>(kind));
+        Arena arena(backend);
+        Model model(backend, arena, tiny_config(qwen), true);
+        Weights weights = random_weights(model, 3);
+        const Batch batch = random_forest(kForest, 61, 4);
+        const BatchLoss loss = random_loss(kind, batch, 5);
+        const Reference reference(model.config(), weights);
+        const LossResult result = model.forward_backward(batch, loss, Cancel());
+        CHECK(result.finite);
+        CHECK(result.loss == doctest::Approx(reference.loss(batch, loss)).epsilon(1e-5));
+        Random random(6);
+        for (const auto& [name, gradient] : gradients(model)) {
+          CAPTURE(name);
+          // The derivative along a random direction, by central differences in float64.
+          std::vector<double>& values = weights[name];
+          const std::vector<double> at = values;
+          std::vector<double> direction;
+          double expected_scale = 0.0, actual = 0.0;
+          for (size_t i = 0; i < at.size(); ++i) {
+            direction.push_back(random.normal());
+            actual += direction[i] * static_cast<double>(gradient[i]);
+            expected_scale += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
+          }
+          // Small, so that no ratio crosses a bound of the clip on the way.
+          const double step = 1e-7;
+          const auto moved = [&](double by) {
+            for (size_t i = 0; i < at.size(); ++i) values[i] = at[i] + by * direction[i];
+            return reference.loss(batch, loss);
+          };
+          const double expected = (moved(step) - moved(-step)) / (2.0 * step);
+          values = at;
+          CHECK(std::fabs(actual - expected) < 2e-5 * std::sqrt(expected_scale) + 1e-7);
+        }
+      }
+    }
+  });
+}
+
+TEST_CASE("bf16 follows float64 within its rounding") {
+  for_each_backend([](Backend& backend) {
+    Arena arena(backend);
+    ModelConfig config = tiny_config(false);
+    config.dtype = DType::bf16;
+    Model model(backend, arena, config, true);
+    const Weights weights = random_weights(model, 3);
+    const Batch batch = random_forest(kForest, 61, 4);
+    const auto expected = Reference(model.config(), weights).logprobs(batch);
+    const Scores scores = model.score(batch, Cancel());
+    for (size_t r = 0; r < batch.source_rows.size(); ++r) {
+      CHECK(std::fabs(
+                scores.logprobs[r] -
+                expected[static_cast<size_t>(batch.source_rows[r])][static_cast<size_t>(batch.targets[r])]) <
+            0.08);
+    }
+  });
+}
+
+TEST_CASE("a forest has the loss and the gradients of its paths unshared") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Arena arena(backend);
+      ModelConfig config = tiny_config(true);
+      config.dtype = dtype;
+      Model model(backend, arena, config, true);
+      random_weights(model, 3);
+      const Batch forest = random_forest(kForest, 61, 4);
+      const BatchLoss loss = random_loss(LossKind::policy_gradient_clip, forest, 5);
+      const LossResult shared = model.forward_backward(forest, loss, Cancel());
+      const auto shared_gradients = gradients(model);
+      model.zero_gradients();
+
+      // One row for each loss row: the path to it, alone.
+      double unshared = 0.0;
+      for (size_t r = 0; r < forest.source_rows.size(); ++r) {
+        Batch path;
+        const int32_t source = forest.source_rows[r];
+        for (int32_t j = 0; j <= source; ++j) {
+          if (forest.visible_until[static_cast<size_t>(j)] <= source) continue;
+          path.tokens.push_back(forest.tokens[static_cast<size_t>(j)]);
+          path.positions.push_back(static_cast<int32_t>(path.positions.size()));
+        }
+        path.visible_until.assign(path.tokens.size(), static_cast<int32_t>(path.tokens.size()));
+        path.source_rows = {static_cast<int32_t>(path.tokens.size()) - 1};
+        path.targets = {forest.targets[r]};
+        BatchLoss row;
+        row.options = loss.options;
+        row.weights = {loss.weights[r]};
+        row.advantages = {loss.advantages[r]};
+        row.old_logprobs = {loss.old_logprobs[r]};
+        row.reference_logprobs = {loss.reference_logprobs[r]};
+        unshared += model.forward_backward(path, row, Cancel()).loss;
+      }
+      CHECK(shared.loss == doctest::Approx(unshared).epsilon(dtype == DType::f32 ? 1e-5 : 1e-2));
+      for (const auto& [name, gradient] : gradients(model)) {
+        CAPTURE(name);
+        CHECK(relative_error(shared_gradients.at(name), gradient) < (dtype == DType::f32 ? 1e-4 : 5e-2));
+      }
+    }
+  });
+}
+
+TEST_CASE("gradients are as before where the loss is not finite or the call is cancelled") {
+  for_each_backend([](Backend& backend) {
+    Arena arena(backend);
+    Model model(backend, arena, tiny_config(true), true);
+    random_weights(model, 3);
+    const Batch batch = random_forest(kForest, 61, 4);
+    BatchLoss loss = random_loss(LossKind::policy_gradient_clip, batch, 5);
+    BatchLoss exploding = loss;
+    exploding.reference_logprobs.back() = 1000.0f;
+    const Cancel never;
+
+    CHECK_FALSE(model.forward_backward(batch, exploding, never).finite);
+    for (const auto& [name, gradient] : gradients(model)) {
+      CHECK(std::all_of(gradient.begin(), gradient.end(), [](float g) { return g == 0.0f; }));
+    }
+    model.forward_backward(batch, loss, never);
+    const auto before = gradients(model);
+    CHECK_FALSE(model.forward_backward(batch, exploding, never).finite);
+    Cancel cancelled;
+    cancelled.request();
+    CHECK_THROWS_AS(model.forward_backward(batch, loss, cancelled), Error);
+    for (const auto& [name, gradient] : gradients(model)) CHECK(same_bits(before.at(name), gradient));
+  });
+}
+
+TEST_CASE("an update moves what it should, and none is applied to a gradient that is not finite") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Arena arena(backend);
+      ModelConfig config = tiny_config(true);
+      config.dtype = dtype;
+      Model model(backend, arena, config, true);
+      random_weights(model, 3);
+      const Batch batch = random_forest(kForest, 61, 4);
+      const BatchLoss loss = random_loss(LossKind::cross_entropy, batch, 5);
+      OptimizerOptions options;
+      options.learning_rate = 5e-3f;
+      const double first = model.forward_backward(batch, loss, Cancel()).loss;
+      double last = first;
+      for (int step = 1; step <= 12; ++step) {
+        CHECK(model.optim_step(options, step).applied);
+        last = model.forward_backward(batch, loss, Cancel()).loss;
+      }
+      CHECK(last < 0.7 * first);
+
+      // Weight decay alone, at gradient 0: matrices shrink, vectors stay.
+      model.zero_gradients();
+      for (const NamedParameter& named : model.parameters().named()) {
+        const std::vector<float> zeros(static_cast<size_t>(named.size()), 0.0f);
+        model.write(named.name, ParameterKind::adam_m, zeros);
+        model.write(named.name, ParameterKind::adam_v, zeros);
+      }
+      const auto bias = model.read("model.layers.0.self_attn.k_proj.bias", ParameterKind::value);
+      const auto matrix = model.read("model.layers.0.self_attn.k_proj.weight", ParameterKind::value);
+      options.learning_rate = 0.1f;
+      options.weight_decay = 0.5f;
+      const OptimizerResult decayed = model.optim_step(options, 1);
+      CHECK(decayed.applied);
+      CHECK(decayed.gradient_norm == 0.0);
+      CHECK(same_bits(bias, model.read("model.layers.0.self_attn.k_proj.bias", ParameterKind::value)));
+      const auto shrunk = model.read("model.layers.0.self_attn.k_proj.weight", ParameterKind::value);
+      for (size_t i = 0; i < matrix.size(); ++i) CHECK(shrunk[i] == doctest::Approx(0.95 * matrix[i]));
+
+      std::vector<float> poisoned(24, 0.0f);
+      poisoned[3] = std::numeric_limits<float>::infinity();
+      model.write("model.norm.weight", ParameterKind::gradient, poisoned);
+      const auto norm = model.read("model.norm.weight", ParameterKind::value);
+      CHECK_FALSE(model.optim_step(options, 2).applied);
+      CHECK(same_bits(norm, model.read("model.norm.weight", ParameterKind::value)));
+      CHECK(model.read("model.norm.weight", ParameterKind::gradient)[3] == 0.0f);
+    }
+  });
+}
+
+TEST_CASE("parameters are read from files, and files that lie are refused") {
+  for_each_backend([](Backend& backend) {
+    Arena arena(backend);
+    Model model(backend, arena, tiny_config(false), false);
+    const Weights weights = random_weights(model, 3);
+    const std::string path = "/tmp/merf-model-test-" + std::to_string(reinterpret_cast<uintptr_t>(&arena));
+    std::vector<TensorSource> sources;
+    {
+      std::ofstream file(path, std::ios::binary);
+      int64_t offset = 0;
+      for (const NamedParameter& named : model.parameters().named()) {
+        std::vector<float> values(weights.at(named.name).begin(), weights.at(named.name).end());
+        TensorSource source{named.name, path, offset, named.size() * 4, "F32", named.shape, 0};
+        if (named.name.ends_with("k_proj.weight")) {
+          // As llama's GGUF files have it: (head, i, half) in place of (head, half, i).
+          source.permuted_heads = 2;
+          std::vector<float> interleaved(values.size());
+          for (size_t head = 0; head < 2; ++head) {
+            for (size_t half = 0; half < 2; ++half) {
+              for (size_t i = 0; i < 4; ++i) {
+                std::copy_n(
+                    values.begin() + static_cast<std::ptrdiff_t>((head * 8 + half * 4 + i) * 24), 24,
+                    interleaved.begin() + static_cast<std::ptrdiff_t>((head * 8 + i * 2 + half) * 24));
+              }
+            }
+          }
+          values = interleaved;
+        }
+        file.write(reinterpret_cast<const char*>(values.data()), named.size() * 4);
+        offset += named.size() * 4;
+        sources.push_back(source);
+      }
+    }
+    Model loaded(backend, arena, tiny_config(false), true);
+    loaded.load(sources, Cancel());
+    for (const NamedParameter& named : model.parameters().named()) {
+      CAPTURE(named.name);
+      CHECK(same_bits(loaded.read(named.name, ParameterKind::value),
+                      model.read(named.name, ParameterKind::value)));
+    }
+    const auto code_of = [&](const std::vector<TensorSource>& wrong) {
+      try {
+        loaded.load(wrong, Cancel());
+      } catch (const Error& error) {
+        return error.code;
+      }
+      return std::string("none");
+    };
+    auto wrong = sources;
+    wrong.back().offset += 4;
+    CHECK(code_of(wrong) == "MALFORMED_FILE");
+    wrong = sources;
+    wrong[1].byte_length -= 4;
+    CHECK(code_of(wrong) == "MALFORMED_FILE");
+    wrong = sources;
+    wrong[1].path += ".none";
+    CHECK(code_of(wrong) == "FILE_NOT_FOUND");
+    wrong = sources;
+    wrong[1].encoding = "Q5_K";
+    CHECK(code_of(wrong) == "UNSUPPORTED");
+    wrong = sources;
+    wrong[2].encoding = "Q4_0";
+    CHECK(code_of(wrong) == "MALFORMED_FILE");
+    wrong = sources;
+    wrong[2].shape[0] += 1;
+    CHECK(code_of(wrong) == "INVALID_ARGUMENT");
+    wrong = sources;
+    wrong.pop_back();
+    CHECK(code_of(wrong) == "INVALID_ARGUMENT");
+    wrong = sources;
+    wrong.push_back(wrong.front());
+    CHECK(code_of(wrong) == "INVALID_ARGUMENT");
+    std::remove(path.c_str());
+  });
+}

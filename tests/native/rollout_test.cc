@@ -1,0 +1,284 @@
+// Sampling: what is decoded agrees with the full forward, pages come back, completions end where they should.
+#include "rollout/rollout.h"
+#include "harness.h"
+#include "model/model.h"
+#include "rollout/kv_cache.h"
+#include "rollout/prompt_tree.h"
+
+using namespace merf;
+using namespace merf::test;
+
+namespace {
+
+ModelConfig config_of(DType dtype) {
+  ModelConfig c;
+  c.architecture = "qwen2";
+  c.hidden_size = 32;
+  c.layers = 2;
+  c.heads = 4;
+  c.kv_heads = 2;
+  c.head_size = 8;
+  c.mlp_size = 48;
+  c.vocab_size = 37;
+  c.max_positions = 400;
+  c.tied_head = true;
+  c.attention_bias = true;
+  c.dtype = dtype;
+  for (int i = 0; i < 4; ++i) c.inverse_frequencies.push_back(static_cast<float>(std::pow(100.0, -i / 4.0)));
+  return c;
+}
+
+struct Fixture {
+  Fixture(Backend& backend, DType dtype = DType::f32)
+      : arena(backend), model(backend, arena, config_of(dtype), true) {
+    model.initialize(7, 0.4f);
+  }
+  Arena arena;
+  Model model;
+};
+
+// A root of 70 tokens (three pages, the last partly filled) with prompts of 5, 33 and 1 tokens under it, the second of
+// which goes on from the first, and a prompt of its own.
+SampleRequest make_request(int32_t count, int32_t max_tokens) {
+  SampleRequest r;
+  const auto add = [&](int tokens, int position, int until) {
+    for (int i = 0; i < tokens; ++i) {
+      r.tokens.push_back(static_cast<int32_t>((r.tokens.size() * 13 + 5) % 37));
+      r.positions.push_back(position + i);
+      r.visible_until.push_back(until);
+    }
+  };
+  add(70, 0, 109);
+  add(5, 70, 108);
+  add(33, 75, 108);
+  add(1, 70, 109);
+  add(4, 0, 113);
+  r.prompt_rows = {74, 107, 108, 112};
+  r.counts = {count, count, 1, count};
+  r.max_tokens.assign(4, max_tokens);
+  for (int32_t i = 0; i < 3 * count + 1; ++i) {
+    r.keys.push_back(static_cast<uint32_t>(100 + i));
+    r.keys.push_back(0);
+  }
+  r.options.seed = 11;
+  return r;
+}
+
+std::vector<int32_t> completion(const SampleResult& result, size_t i) {
+  return {result.tokens.begin() + result.offsets[i], result.tokens.begin() + result.offsets[i + 1]};
+}
+
+// The forward over one completion after its prompt's path, alone.
+Scores score_alone(Model& model, const SampleRequest& r, const SampleResult& result, size_t prompt,
+                   size_t sequence) {
+  Batch batch;
+  const int32_t row = r.prompt_rows[prompt];
+  for (int32_t j = 0; j <= row; ++j) {
+    if (r.visible_until[static_cast<size_t>(j)] > row)
+      batch.tokens.push_back(r.tokens[static_cast<size_t>(j)]);
+  }
+  for (int32_t token : completion(result, sequence)) {
+    batch.source_rows.push_back(static_cast<int32_t>(batch.tokens.size()) - 1);
+    batch.targets.push_back(token);
+    batch.tokens.push_back(token);
+  }
+  for (size_t i = 0; i < batch.tokens.size(); ++i) batch.positions.push_back(static_cast<int32_t>(i));
+  batch.visible_until.assign(batch.tokens.size(), static_cast<int32_t>(batch.tokens.size()));
+  return model.score(batch, Cancel());
+}
+
+}  // namespace
+
+TEST_CASE("decoded log-probabilities and entropies are those of the full forward") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      Fixture f(backend, dtype);
+      const SampleRequest request = make_request(3, 70);
+      const SampleResult result = sample(f.model, {}, request, Cancel(), nullptr);
+      REQUIRE(result.offsets.size() == 11);
+      CHECK(result.pages_left_in_use == 0);
+      CHECK(result.prefill_tokens == 113);
+      CHECK(result.decode_steps == 69);
+      const std::vector<size_t> prompt_of = {0, 0, 0, 1, 1, 1, 2, 3, 3, 3};
+      double worst = 0.0;
+      for (size_t s = 0; s < prompt_of.size(); ++s) {
+        REQUIRE(completion(result, s).size() == 70);
+        CHECK(result.finish_reasons[s] == FinishReason::length);
+        const Scores scores = score_alone(f.model, request, result, prompt_of[s], s);
+        for (size_t i = 0; i < scores.logprobs.size(); ++i) {
+          const size_t at = static_cast<size_t>(result.offsets[s]) + i;
+          worst = std::max<double>(worst, std::fabs(scores.logprobs[i] - result.raw_logprobs[at]));
+          worst = std::max<double>(worst, std::fabs(scores.entropies[i] - result.entropies[at]));
+        }
+      }
+      CAPTURE(worst);
+      CHECK(worst < (dtype == DType::f32 ? 2e-5 : 0.1));
+    }
+  });
+}
+
+TEST_CASE("a completion does not depend on what else is in the batch, nor on when it is let in") {
+  for_each_backend([](Backend& backend) {
+    Fixture f(backend);
+    const SampleRequest together = make_request(4, 50);
+    const SampleResult expected = sample(f.model, {}, together, Cancel(), nullptr);
+    CHECK(completion(expected, 0) != completion(expected, 1));
+
+    SampleRequest narrow = together;
+    narrow.max_live_sequences = 3;
+    const SampleResult few = sample(f.model, {}, narrow, Cancel(), nullptr);
+    CHECK(few.tokens == expected.tokens);
+    CHECK(few.decode_steps > expected.decode_steps);
+    CHECK(few.pages_left_in_use == 0);
+
+    SampleRequest tight = together;
+    tight.cache_bytes = 12 * KvCache::page_bytes(f.model.config());
+    const SampleResult paged = sample(f.model, {}, tight, Cancel(), nullptr);
+    CHECK(paged.tokens == expected.tokens);
+    CHECK(paged.cache_pages == 12);
+    CHECK(paged.pages_left_in_use == 0);
+
+    SampleRequest alone = together;
+    alone.counts = {0, 1, 0, 0};
+    alone.keys = {together.keys[8], together.keys[9]};
+    const SampleResult one = sample(f.model, {}, alone, Cancel(), nullptr);
+    CHECK(one.tokens == completion(expected, 4));
+  });
+}
+
+TEST_CASE("completions end with a stop token, at a stop string, or at the end of the context") {
+  for_each_backend([](Backend& backend) {
+    Fixture f(backend);
+    SampleRequest request = make_request(3, 60);
+    const SampleResult whole = sample(f.model, {}, request, Cancel(), nullptr);
+
+    SampleRequest stopped = request;
+    stopped.stop_tokens = {8, 21};
+    const SampleResult with_tokens = sample(f.model, {}, stopped, Cancel(), nullptr);
+    for (size_t s = 0; s + 1 < whole.offsets.size(); ++s) {
+      std::vector<int32_t> expected = completion(whole, s);
+      const auto stop =
+          std::find_if(expected.begin(), expected.end(), [](int32_t t) { return t == 8 || t == 21; });
+      const bool found = stop != expected.end();
+      if (found) expected.erase(stop + 1, expected.end());
+      CHECK(completion(with_tokens, s) == expected);
+      CHECK(with_tokens.finish_reasons[s] == (found ? FinishReason::stop_token : FinishReason::length));
+    }
+    CHECK(with_tokens.pages_left_in_use == 0);
+
+    // Token t is the letters 'a' + t % 5 and 'A' + t % 3; the stop string lies across two or three tokens.
+    TokenBytes bytes;
+    bytes.offsets.push_back(0);
+    for (int t = 0; t < 37; ++t) {
+      bytes.bytes += static_cast<char>('a' + t % 5);
+      bytes.bytes += static_cast<char>('A' + t % 3);
+      bytes.offsets.push_back(static_cast<int32_t>(bytes.bytes.size()));
+    }
+    SampleRequest strings = request;
+    strings.stop_strings = {"AbB", "never", "Cd"};
+    const SampleResult with_strings = sample(f.model, bytes, strings, Cancel(), nullptr);
+    int stops = 0;
+    for (size_t s = 0; s + 1 < whole.offsets.size(); ++s) {
+      std::vector<int32_t> expected;
+      std::string text;
+      bool found = false;
+      for (int32_t token : completion(whole, s)) {
+        expected.push_back(token);
+        text += bytes.of(token);
+        found = text.find("AbB") != std::string::npos || text.find("Cd") != std::string::npos;
+        if (found) break;
+      }
+      stops += found;
+      CHECK(completion(with_strings, s) == expected);
+      CHECK(with_strings.finish_reasons[s] == (found ? FinishReason::stop_string : FinishReason::length));
+    }
+    CHECK(stops > 0);
+    CHECK(with_strings.pages_left_in_use == 0);
+
+    SampleRequest endless = request;
+    endless.max_tokens.assign(4, 1000000);
+    const SampleResult to_the_end = sample(f.model, {}, endless, Cancel(), nullptr);
+    CHECK(completion(to_the_end, 0).size() == 400 - 75);
+    CHECK(completion(to_the_end, 9).size() == 400 - 4);
+
+    SampleRequest full = request;
+    full.positions[112] = 399;
+    CHECK_THROWS_AS(sample(f.model, {}, full, Cancel(), nullptr), Error);
+  });
+}
+
+TEST_CASE("a cancelled call returns what was drawn") {
+  for_each_backend([](Backend& backend) {
+    Fixture f(backend);
+    const SampleRequest request = make_request(2, 60);
+    const SampleResult whole = sample(f.model, {}, request, Cancel(), nullptr);
+    Cancel cancel;
+    int steps = 0;
+    size_t heard = 0;
+    const SampleResult result =
+        sample(f.model, {}, request, cancel,
+               [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
+                   const std::vector<float>& logprobs) {
+                 CHECK(sequences.size() == tokens.size());
+                 CHECK(logprobs.size() == tokens.size());
+                 heard += tokens.size();
+                 if (++steps == 10) cancel.request();
+               });
+    CHECK(heard == result.tokens.size());
+    CHECK(result.pages_left_in_use == 0);
+    for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
+      CHECK(result.finish_reasons[s] == FinishReason::aborted);
+      auto expected = completion(whole, s);
+      expected.resize(10);
+      CHECK(completion(result, s) == expected);
+    }
+    Cancel before;
+    before.request();
+    const SampleResult none = sample(f.model, {}, request, before, nullptr);
+    CHECK(none.tokens.empty());
+    CHECK(none.finish_reasons.size() == 7);
+    CHECK(none.pages_left_in_use == 0);
+  });
+}
+
+TEST_CASE("segments of prompts, and passes that split a forest where little is repeated") {
+  const SampleRequest r = make_request(1, 1);
+  const PromptTree tree = make_prompt_tree(r.visible_until, r.prompt_rows);
+  REQUIRE(tree.segments.size() == 5);
+  const std::vector<std::vector<int32_t>> expected = {
+      {0, 70, -1, 4}, {70, 5, 0, 3}, {75, 33, 1, 3}, {108, 1, 0, 4}, {109, 4, -1, 5}};
+  for (size_t s = 0; s < expected.size(); ++s) {
+    const PromptSegment& segment = tree.segments[s];
+    CHECK(std::vector<int32_t>{segment.first_token, segment.tokens, segment.parent, segment.end} ==
+          expected[s]);
+  }
+  CHECK(tree.prompt_segments == std::vector<int32_t>{1, 2, 3, 4});
+
+  Random random(3);
+  for (int trial = 0; trial < 200; ++trial) {
+    // A random forest, by the ends of random subtrees.
+    const int32_t tokens = static_cast<int32_t>(1 + random.below(120));
+    std::vector<int32_t> visible_until(static_cast<size_t>(tokens)), open;
+    for (int32_t i = 0; i < tokens; ++i) {
+      while (!open.empty() && open.back() <= i) open.pop_back();
+      const int32_t most = open.empty() ? tokens : open.back();
+      visible_until[static_cast<size_t>(i)] =
+          random.below(3) ? most : static_cast<int32_t>(i + 1 + random.below(most - i));
+      open.push_back(visible_until[static_cast<size_t>(i)]);
+    }
+    const int32_t budget = static_cast<int32_t>(4 + random.below(40));
+    int32_t next = 0;
+    for (const PrefillPass& pass : split_prefill(visible_until, budget)) {
+      CHECK(pass.begin == next);
+      CHECK(pass.end > pass.begin);
+      next = pass.end;
+      std::vector<int32_t> seen;
+      for (int32_t j = 0; j < pass.begin; ++j) {
+        if (visible_until[static_cast<size_t>(j)] > pass.begin) seen.push_back(j);
+      }
+      CHECK(pass.ancestors == seen);
+      CHECK(static_cast<int32_t>(pass.ancestors.size()) <= budget / 4);
+    }
+    CHECK(next == tokens);
+  }
+}
