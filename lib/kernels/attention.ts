@@ -1,12 +1,12 @@
-import { kernelCall, type Tensor } from './device.js';
+import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 export interface AttentionArguments {
   /** [T, query heads, head size], f32 or bf16; head size a multiple of 8. */
-  q: Tensor;
+  q: Tensor<FloatDType>;
   /** [T, key/value heads, head size]; query heads are a multiple of them, as in grouped-query attention. */
-  k: Tensor;
+  k: Tensor<FloatDType>;
   /** As k. */
-  v: Tensor;
+  v: Tensor<FloatDType>;
   /**
    * [T], the token forest's mask: key j is visible to query i exactly when j <= i < visibleUntil[j]. All T: one causal
    * row. The end of its row: packed rows. The end of its subtree: rows that share prefixes. Stretches are nested.
@@ -18,15 +18,15 @@ export interface AttentionArguments {
 
 export interface AttentionResult {
   /** As q. */
-  out: Tensor;
+  out: Tensor<FloatDType>;
   /** [query heads, T] f32, log-sum-exp of the scaled scores: what the backward needs. */
-  lse: Tensor;
+  lse: Tensor<FloatDType>;
 }
 
 export interface AttentionGradients {
-  dq: Tensor;
-  dk: Tensor;
-  dv: Tensor;
+  dq: Tensor<FloatDType>;
+  dk: Tensor<FloatDType>;
+  dv: Tensor<FloatDType>;
 }
 
 /**
@@ -50,7 +50,7 @@ export async function attention(args: AttentionArguments): Promise<AttentionResu
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
 export async function attentionBackward(
-  args: AttentionArguments & AttentionResult & { /** As q. */ dout: Tensor },
+  args: AttentionArguments & AttentionResult & { /** As q. */ dout: Tensor<FloatDType> },
 ): Promise<AttentionGradients> {
   const call = kernelCall(args.q, 'q');
   const { dq, dk, dv } = await call.device.attentionBackward({

@@ -2,6 +2,8 @@ import { describeValue, invalidArgument, MerfError } from '../errors.js';
 import { type NativeDevice, type NativeTensor, native } from '../native.js';
 
 export type DType = 'f32' | 'bf16' | 'i32';
+/** The types that most kernels compute in; both are read as float32. */
+export type FloatDType = 'f32' | 'bf16';
 
 /** How a device is chosen. */
 export interface OpenDeviceOptions {
@@ -9,9 +11,9 @@ export interface OpenDeviceOptions {
   threads?: number | undefined;
 }
 
-export interface TensorOptions {
+export interface TensorOptions<D extends DType = DType> {
   /** Default: i32 for an Int32Array, else f32. bf16 is rounded to nearest even. */
-  dtype?: DType | undefined;
+  dtype?: D | undefined;
   /** Default: one dimension, as long as the data. */
   shape?: readonly number[] | undefined;
 }
@@ -23,9 +25,9 @@ const internal = Symbol('merf kernels');
  * A dense row-major array on a device. It holds memory there until `dispose`, or until the garbage collector finds it;
  * with large ones, don't wait for that.
  */
-export class Tensor {
+export class Tensor<D extends DType = DType> {
   readonly shape: readonly number[];
-  readonly dtype: DType;
+  readonly dtype: D;
   readonly device: Device;
   readonly #native: NativeTensor;
 
@@ -33,7 +35,7 @@ export class Tensor {
   constructor(key: symbol, device: Device, tensor: NativeTensor) {
     if (key !== internal) throw new MerfError('INVALID_ARGUMENT', 'Tensors are made by device.tensor');
     this.shape = tensor.shape;
-    this.dtype = tensor.dtype;
+    this.dtype = tensor.dtype as D;
     this.device = device;
     this.#native = tensor;
   }
@@ -47,8 +49,8 @@ export class Tensor {
    * Float32Array.
    * @throws MerfError DISPOSED, OUT_OF_MEMORY
    */
-  async read(): Promise<Float32Array | Int32Array> {
-    return this.#native.read();
+  async read(): Promise<D extends 'i32' ? Int32Array : Float32Array> {
+    return (await this.#native.read()) as D extends 'i32' ? Int32Array : Float32Array;
   }
 
   /** Gives the memory back when the kernels that use it are done. Any later use fails with DISPOSED. */
@@ -84,6 +86,9 @@ export class Device {
    * A tensor with these values, or one of zeros where a shape is given alone.
    * @throws MerfError INVALID_ARGUMENT
    */
+  tensor(data: Float32Array, options?: TensorOptions<FloatDType>): Tensor<FloatDType>;
+  tensor(data: Int32Array, options?: TensorOptions<'i32'>): Tensor<'i32'>;
+  tensor<D extends DType = 'f32'>(shape: readonly number[], options?: { dtype?: D | undefined }): Tensor<D>;
   tensor(data: Float32Array | Int32Array | readonly number[], options: TensorOptions = {}): Tensor {
     const zeros = Array.isArray(data);
     if (!zeros && !ArrayBuffer.isView(data)) {
@@ -123,6 +128,6 @@ export function kernelCall(first: unknown, name: string) {
     handle: (tensor: Tensor, argument: string) => Tensor.handle(internal, tensor, argument),
     optional: (tensor: Tensor | undefined, argument: string) =>
       tensor === undefined ? undefined : Tensor.handle(internal, tensor, argument),
-    tensor: (tensor: NativeTensor) => new Tensor(internal, device, tensor),
+    tensor: <D extends DType>(tensor: NativeTensor) => new Tensor<D>(internal, device, tensor),
   };
 }

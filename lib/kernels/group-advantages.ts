@@ -1,8 +1,8 @@
-import { kernelCall, type Tensor } from './device.js';
+import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 export interface GroupAdvantagesArguments {
   /** [N] f32, the completions of one prompt beside each other. */
-  rewards: Tensor;
+  rewards: Tensor<FloatDType>;
   /** [groups + 1], rising from 0 to N: where each prompt's completions begin. */
   groupOffsets: Int32Array;
   /**
@@ -21,7 +21,7 @@ export interface GroupAdvantagesArguments {
  * Advantages [N] f32 of completions over the others of their group; 0 for a group of one.
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
-export async function groupAdvantages(args: GroupAdvantagesArguments): Promise<Tensor> {
+export async function groupAdvantages(args: GroupAdvantagesArguments): Promise<Tensor<'f32'>> {
   const call = kernelCall(args.rewards, 'rewards');
   return call.tensor(
     await call.device.groupAdvantages({

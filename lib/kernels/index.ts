@@ -2,6 +2,7 @@ export * from './attention.js';
 export {
   type Device,
   type DType,
+  type FloatDType,
   type OpenDeviceOptions,
   openDevice,
   type Tensor,

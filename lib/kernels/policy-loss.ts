@@ -1,5 +1,5 @@
 import type { NativeLossKind } from '../native.js';
-import { kernelCall, type Tensor } from './device.js';
+import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 /**
  * How a row's log-probability becomes loss, with ratio = exp(logprob - oldLogprob):
@@ -24,29 +24,29 @@ export interface PolicyLossOptions {
   /** Default 0. */
   entropyCoefficient?: number | undefined;
   /** [R] f32. The normalisation of grpo, dapo, dr_grpo or bnpo lies in them; a row of weight 0 counts for nothing. */
-  weights: Tensor;
+  weights: Tensor<FloatDType>;
   /** [R] f32, not for cross_entropy. */
-  advantages?: Tensor | undefined;
+  advantages?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
-  oldLogprobs?: Tensor | undefined;
+  oldLogprobs?: Tensor<FloatDType> | undefined;
   /** [R] f32, needed where klCoefficient is above 0. */
-  referenceLogprobs?: Tensor | undefined;
+  referenceLogprobs?: Tensor<FloatDType> | undefined;
   /** [R], which sequence a row belongs to, rising from 0 by at most 1; gspo only. */
   sequences?: Int32Array | undefined;
 }
 
 export interface PolicyLossArguments extends PolicyLossOptions {
   /** [R] f32 */
-  logprobs: Tensor;
+  logprobs: Tensor<FloatDType>;
   /** [R] f32, needed where entropyCoefficient is not 0. */
-  entropies?: Tensor | undefined;
+  entropies?: Tensor<FloatDType> | undefined;
 }
 
 export interface FusedPolicyLossArguments extends PolicyLossOptions {
   /** [T, H] f32 or bf16, what the head multiplies. */
-  hidden: Tensor;
+  hidden: Tensor<FloatDType>;
   /** [vocabulary, H] of the same dtype, the head's weight. */
-  weight: Tensor;
+  weight: Tensor<FloatDType>;
   /** [R], rows of `hidden`; a row may be named more than once. */
   rows: Int32Array;
   /** [R], the token ids they are to predict. */
@@ -74,7 +74,9 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
  * The loss of given log-probabilities, and coefficients [R] f32: its derivative by each of them.
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
-export async function policyLoss(args: PolicyLossArguments): Promise<{ loss: number; coefficients: Tensor }> {
+export async function policyLoss(
+  args: PolicyLossArguments,
+): Promise<{ loss: number; coefficients: Tensor<'f32'> }> {
   const call = kernelCall(args.logprobs, 'logprobs');
   const { loss, coefficients } = await call.device.policyLoss({
     ...lossTensors(call, args),
@@ -90,9 +92,13 @@ export async function policyLoss(args: PolicyLossArguments): Promise<{ loss: num
  *   f32)
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
-export async function fusedPolicyLoss(
-  args: FusedPolicyLossArguments,
-): Promise<{ loss: number; logprobs: Tensor; entropies: Tensor; dhidden: Tensor; dweight: Tensor }> {
+export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{
+  loss: number;
+  logprobs: Tensor<'f32'>;
+  entropies: Tensor<'f32'>;
+  dhidden: Tensor<FloatDType>;
+  dweight: Tensor<'f32'>;
+}> {
   const call = kernelCall(args.hidden, 'hidden');
   const result = await call.device.fusedPolicyLoss({
     ...lossTensors(call, args),

@@ -1,9 +1,9 @@
 import { invalidArgument } from '../errors.js';
-import { kernelCall, type Tensor } from './device.js';
+import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 export interface SampleTokensArguments {
   /** [B, vocabulary] f32, left unchanged. */
-  logits: Tensor;
+  logits: Tensor<FloatDType>;
   /** [2 B], the words (low, high) of each row's Philox key: which sequence draws. */
   keys: Uint32Array;
   /** [B], the counter of each row's draw: how many tokens its sequence drew before. At least 0. */
@@ -21,13 +21,13 @@ export interface SampleTokensArguments {
 
 export interface SampledTokens {
   /** [B] i32 */
-  tokens: Tensor;
+  tokens: Tensor<'i32'>;
   /** [B] under the distribution drawn from, after temperature and truncation; 0 where greedy. */
-  logprobs: Tensor;
+  logprobs: Tensor<'f32'>;
   /** [B] under softmax(logits): the one that an importance ratio compares. */
-  rawLogprobs: Tensor;
+  rawLogprobs: Tensor<'f32'>;
   /** [B] of softmax(logits), in nats. */
-  entropies: Tensor;
+  entropies: Tensor<'f32'>;
 }
 
 /**
