@@ -169,8 +169,9 @@ export class Trainer<Row = unknown> {
       matters: keysThatMatter(grpoSchema),
       identity: {
         ...modelIdentity(policy),
-        task: contentHash([task.name, task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
-        data: rows.fingerprint,
+        task: task.name,
+        rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
+        data: rows.fingerprint.slice(0, 16),
         ...(settings.motivation.includes('template:') && { template: contentHash([this.#motivation]) }),
       },
       ...(launch && { launch }),

@@ -113,6 +113,38 @@ describe('a run that is interrupted', () => {
     expectSameAsUnbroken('stopped');
   }, 120_000);
 
+  test('a second Ctrl-C gives up in mid-step; the checkpoint before it stays', async () => {
+    const out = join(folder, 'abandoned');
+    const large = ['--prompts-per-step', '8', '--group-size', '128', '--max-tokens', '60'];
+    let begun = false;
+    let warned = false;
+    const abandoned = await merf(
+      [...settings, ...large, '--evaluate-every', '0', '--save-every', '1', '--out', out],
+      {
+        watch: (stdout, child) => {
+          if (!begun && /^step 1\/9/m.test(stdout)) {
+            begun = true;
+            // In the middle of a later step, not in the checkpoint between.
+            setTimeout(() => child.kill('SIGINT'), 1000);
+          }
+          if (!warned && stdout.includes('gives up at once')) {
+            warned = true;
+            child.kill('SIGINT');
+          }
+        },
+      },
+    );
+    expect(abandoned.stderr).toMatch(/^merf: .*aborted\n$/);
+    expect(abandoned.code).toBe(130);
+    expect(existsSync(join(out, 'model'))).toBe(false);
+    const step = Number(readdirSync(join(out, 'checkpoints')).at(-1)?.slice('step-'.length));
+    expect(step).toBeGreaterThanOrEqual(1);
+    const resumed = await merf(['train', '--resume', out, '--steps', String(step + 1)]);
+    expect(resumed.stderr).toBe('');
+    const steps = readMetrics(join(out, 'metrics.jsonl')).map((row) => row.step);
+    expect(steps).toEqual(Array.from({ length: step + 1 }, (_, i) => i + 1));
+  }, 180_000);
+
   test('another setting, model or data set is refused by name, more steps are not', async () => {
     const out = join(folder, 'unbroken');
     const resume = (...flags: string[]) => merf(['train', '--resume', out, ...flags]);
