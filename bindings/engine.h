@@ -21,8 +21,13 @@ class Engine {
   static Engine& open(const std::string& device, int threads);
 
   Backend& backend() { return *backend_; }
-  // For jobs only.
+  // For jobs only, as the two after it.
   Arena& arena() { return arena_; }
+  // Models in use; with the last one goes the memory of activations.
+  void add_model() { ++models_; }
+  void remove_model() {
+    if (--models_ == 0) arena_.free();
+  }
 
   void post(std::function<void()> job);
   // Waits until no job is left on any engine, but not longer than this.
@@ -38,6 +43,7 @@ class Engine {
   std::condition_variable posted_, idle_;
   std::deque<std::function<void()>> jobs_;
   bool busy_ = false;
+  int models_ = 0;
 };
 
 }  // namespace merf

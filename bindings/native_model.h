@@ -22,8 +22,17 @@ struct ModelState {
   std::unique_ptr<Model> model;  // engine thread only
   std::atomic<int64_t> optimizer_step{0};
 
+  ~ModelState() {
+    if (!model) return;
+    model.reset();
+    engine->remove_model();
+  }
+
   Model& open() {
-    if (!model) model = std::make_unique<Model>(engine->backend(), engine->arena(), config, trainable);
+    if (!model) {
+      model = std::make_unique<Model>(engine->backend(), engine->arena(), config, trainable);
+      engine->add_model();
+    }
     return *model;
   }
 };

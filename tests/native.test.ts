@@ -251,6 +251,15 @@ describe('a model', () => {
     expect(model.memory().used - before).toBeLessThan(1e5);
     model.resetPeakMemory();
     expect(model.memory().peak).toBe(model.memory().used);
+    const alone = native().createModel(config, { name: 'cpu', threads: 1 }, true);
+    await alone.initialize(1n, 0.3);
+    await alone.score(batch, token());
+    alone.dispose();
+    const next = native().createModel(config, { name: 'cpu', threads: 1 }, true);
+    expect((await failure(() => next.readTensor('none', 'value'))).code).toBe('INVALID_ARGUMENT');
+    // With the last model of an engine goes everything but the new model's own weights.
+    expect(next.memory().used).toBeLessThan(1e6);
+    next.dispose();
   });
 });
 

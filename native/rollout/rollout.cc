@@ -224,7 +224,11 @@ void Sampler::make_buffers() {
     wanted += sequence.pages_at_most();
   }
   const int64_t page_bytes = KvCache::page_bytes(config_);
-  const int64_t bytes = request_.cache_bytes > 0 ? request_.cache_bytes : backend_.info().memory_bytes / 4;
+  const int64_t memory = backend_.info().memory_bytes;
+  const int64_t bytes =
+      request_.cache_bytes > 0
+          ? request_.cache_bytes
+          : std::max<int64_t>(0, std::min(memory / 4, (memory - backend_.memory_used()) / 2));
   const int64_t pages = std::max(
       prompt_pages + longest, std::min(prompt_pages + std::min(wanted, live * longest), bytes / page_bytes));
   cache_ = std::make_unique<KvCache>(arena_, config_, static_cast<int32_t>(std::max<int64_t>(pages, 1)));

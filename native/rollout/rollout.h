@@ -23,7 +23,7 @@ struct SampleRequest {
   std::vector<std::string> stop_strings;
   int32_t max_live_sequences = 0;  // decoded together at most; 0: kDefaultLiveSequences
   int64_t cache_bytes = 0;  // of keys and values at most, if that holds the prompts and one completion;
-                            // 0: a quarter of the device's memory
+                            // 0: a quarter of the device's memory, or half of what is left of it
 };
 
 constexpr int32_t kDefaultLiveSequences = 256;
