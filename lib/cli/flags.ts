@@ -26,7 +26,7 @@ export function addFlags(command: Command, shape: Record<string, z.ZodType>): vo
       command.addOption(group(on, meta?.group)).addOption(group(off, meta?.group));
       continue;
     }
-    const option = new Option(`--${flag} <${placeholder(type)}>`, `${text}${shown}`);
+    const option = new Option(`--${flag} <${valueName(type)}>`, `${text}${shown}`);
     if (type.def.type === 'enum') option.choices(Object.values(type.def.entries as Record<string, string>));
     else if (type.def.type === 'number') option.argParser(number);
     else if (type.def.type === 'array') {
@@ -53,7 +53,7 @@ function unwrap(schema: AnySchema): { type: AnySchema; fallback: unknown } {
   return { type, fallback };
 }
 
-function placeholder(type: AnySchema): string {
+function valueName(type: AnySchema): string {
   if (type.def.type === 'number') return 'n';
   if (type.def.type === 'array') return 'list';
   return 'value';
