@@ -215,9 +215,9 @@ describe('generator', () => {
     const { quiz, solution } = generatePuzzle({ people: 2, seed: 42 });
     expect({ quiz, solution }).toMatchInlineSnapshot(`
 {
-  "quiz": "A very special island is inhabited only by knights and knaves. Knights always tell the truth, and knaves always lie. You meet 2 inhabitants: Zoey and Olivia. Zoey commented, "Olivia is not a knight". Olivia commented, "Zoey is a knave if and only if Olivia is a knave". So who is a knight and who is a knave?",
+  "quiz": "A very special island is inhabited only by knights and knaves. Knights always tell the truth, and knaves always lie. You meet 2 inhabitants: Abigail and Benjamin. According to Abigail, "Benjamin is not a knave". Benjamin stated, "Benjamin is a knave if and only if Abigail is a knight". So who is a knight and who is a knave?",
   "solution": [
-    true,
+    false,
     false,
   ],
 }
