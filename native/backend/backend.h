@@ -21,8 +21,8 @@ struct DeviceInfo {
   std::string description;  // processor or card, as its maker names it
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
-  int64_t memory_bytes = 0;   // total memory of the device
-  bool fast_bf16 = false;     // bfloat16 products in hardware
+  int64_t memory_bytes = 0;                                    // total memory of the device
+  bool fast_bf16 = false;                                      // bfloat16 products in hardware
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
 
@@ -59,11 +59,11 @@ struct LossOptions {
 
 // Per loss row, all [R]; empty tensors where the kind does not need them.
 struct LossRows {
-  Tensor weights;            // f32; rows of weight 0 contribute neither loss nor gradient
-  Tensor advantages;         // f32
-  Tensor old_logprobs;       // f32
-  Tensor reference_logprobs; // f32, or empty: no KL term
-  Tensor sequences;          // i32, rising from 0 and contiguous; which completion a row belongs to; gspo only
+  Tensor weights;             // f32; rows of weight 0 contribute neither loss nor gradient
+  Tensor advantages;          // f32
+  Tensor old_logprobs;        // f32
+  Tensor reference_logprobs;  // f32, or empty: no KL term
+  Tensor sequences;  // i32, rising from 0 and contiguous; which completion a row belongs to; gspo only
 };
 
 // ---- sampling -----------------------------------------------------------------------------------------------
@@ -107,8 +107,8 @@ struct AdamWOptions {
   float beta1 = 0.9f;
   float beta2 = 0.999f;
   float epsilon = 1e-8f;
-  float weight_decay = 0.0f;  // decoupled
-  int64_t step = 1;           // 1 at the first update; bias correction as in PyTorch
+  float weight_decay = 0.0f;    // decoupled
+  int64_t step = 1;             // 1 at the first update; bias correction as in PyTorch
   float gradient_scale = 1.0f;  // multiplies gradients first: the factor of global-norm clipping
 };
 
@@ -124,7 +124,8 @@ class Backend {
   virtual void download(void* host, const Tensor& source, size_t bytes) = 0;  // synchronises
   virtual void copy(const Tensor& destination, const Tensor& source) = 0;     // equal sizes and types
   virtual void zero(const Tensor& destination) = 0;
-  virtual void cast(const Tensor& destination, const Tensor& source) = 0;     // between f32 and bf16 (nearest even)
+  virtual void cast(const Tensor& destination,
+                    const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
   virtual void synchronize() = 0;
   // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
   virtual int64_t memory_used() const = 0;
@@ -143,10 +144,12 @@ class Backend {
   virtual void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
                                      bool accumulate = false) = 0;
   // dw[N, K] += dy[M, N]^T * x[M, K]; dbias[N] += column sums of dy, where given. dw, dbias f32.
-  virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw, const Tensor& dbias) = 0;
+  virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
+                                      const Tensor& dbias) = 0;
 
   // ---- embedding
-  virtual void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) = 0;  // [T] i32, [V, H], [T, H]
+  virtual void embedding(const Tensor& ids, const Tensor& table,
+                         const Tensor& y) = 0;  // [T] i32, [V, H], [T, H]
   // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens.
   virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
@@ -155,8 +158,8 @@ class Backend {
   // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)
   // Where `delta` [T, H] is given, x += delta first (the residual stream, in place). x f32|bf16; delta and y share a
   // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
-  virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
-                        const Tensor& rstd) = 0;
+  virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
+                        const Tensor& y, const Tensor& rstd) = 0;
   // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 += . dy of y's type.
   virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                  const Tensor& dx, const Tensor& dweight) = 0;
@@ -167,43 +170,47 @@ class Backend {
   // further. In place; positions [T] i32, inverse_frequencies [head_size / 2] f32 (scaling already in them).
   // inverse: rotates by the negative angle, which is the backward of the forward. `attention_scale` multiplies
   // cos and sin.
-  virtual void rope(const HeadsView& x, const Tensor& positions, const Tensor& inverse_frequencies, bool inverse,
-                    float attention_scale = 1.0f) = 0;
+  virtual void rope(const HeadsView& x, const Tensor& positions, const Tensor& inverse_frequencies,
+                    bool inverse, float attention_scale = 1.0f) = 0;
 
   // ---- SwiGLU: gate_up [T, 2F] is gate then up; y[T, F] = silu(gate) * up
   virtual void swiglu(const Tensor& gate_up, const Tensor& y) = 0;
-  virtual void swiglu_backward(const Tensor& dy, const Tensor& gate_up, const Tensor& dgate_up) = 0;  // overwrites
+  virtual void swiglu_backward(const Tensor& dy, const Tensor& gate_up,
+                               const Tensor& dgate_up) = 0;  // overwrites
 
   // ---- attention over the token forest
   // Key j is visible to query i exactly when j <= i < visible_until[j] (visible_until [T] i32, host copy given beside
   // so that blocks can be skipped). q [T, q_heads], k and v [T, kv_heads], head_size a multiple of 8, f32|bf16;
   // query head h reads key/value head h / (q_heads / kv_heads). out: as q, may be strided; lse [q_heads, T] f32.
-  virtual void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
-                         const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                         const Tensor& lse) = 0;
+  virtual void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                         const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
+                         float scale, const HeadsView& out, const Tensor& lse) = 0;
   // Overwrites dq, dk, dv (strided like q, k, v).
-  virtual void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                                  const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
-                                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
-                                  const HeadsView& dk, const HeadsView& dv) = 0;
+  virtual void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
+                                  const HeadsView& v, const HeadsView& out, const Tensor& lse,
+                                  const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
+                                  float scale, const HeadsView& dq, const HeadsView& dk,
+                                  const HeadsView& dv) = 0;
 
   // ---- decoding against the paged cache
   // slots [N] i32: page * kPageTokens + offset in the page.
-  virtual void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots, const PagedLayer& cache) = 0;
+  virtual void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
+                           const PagedLayer& cache) = 0;
   // q, out [B, q_heads, head_size]. Every row in the plan attends to the union of its runs.
-  virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan, float scale,
-                                const HeadsView& out) = 0;
+  virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan,
+                                float scale, const HeadsView& out) = 0;
 
   // ---- head and loss: never hold more than a block of rows x vocabulary
   // logprobs[r] = log softmax(hidden[rows[r]] * W^T)[targets[r]]; entropies [R] of the same distribution or empty.
   // hidden [T, H] of W's type; rows, targets [R] i32; logprobs f32.
-  virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
-                             const Tensor& logprobs, const Tensor& entropies) = 0;
+  virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+                             const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) = 0;
   // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
   // names become 0; hidden's type), dhead [V, H] f32 (+=). logprobs, entropies [R] f32 are outputs. Returns the loss.
-  virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
-                           const LossRows& loss_rows, const LossOptions& options, const Tensor& logprobs,
-                           const Tensor& entropies, const Tensor& dhidden, const Tensor& dhead) = 0;
+  virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
+                           const Tensor& targets, const LossRows& loss_rows, const LossOptions& options,
+                           const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
+                           const Tensor& dhead) = 0;
   // The loss alone from given log-probabilities (and entropies, needed where entropy_coefficient is not 0):
   // coefficients[r] = d loss / d logprobs[r]. Returns the loss, without which head_loss could not be composed.
   virtual double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
@@ -225,8 +232,8 @@ class Backend {
   //   leave_one_out:  r - the mean of the group's others                                        (RLOO)
   // std is the sample standard deviation (n - 1), as in TRL; a group of one has advantage 0.
   enum class AdvantageKind : uint8_t { group, batch, leave_one_out };
-  virtual void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
-                                bool scale, float epsilon, const Tensor& advantages) = 0;
+  virtual void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets,
+                                AdvantageKind kind, bool scale, float epsilon, const Tensor& advantages) = 0;
 
   // ---- optimiser
   // master, m, v f32; gradient f32. weight: the copy that the products read, f32|bf16, or empty where it is master.
