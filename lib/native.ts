@@ -329,6 +329,9 @@ export function native(): NativeAddon {
   if (loaded) return loaded;
   const require = createRequire(import.meta.url);
   const root = join(dirname(fileURLToPath(import.meta.url)), '..');
+  // OpenMP's threads would by default spin for milliseconds at every barrier, which starves each other as soon as
+  // anything else runs on the machine. The runtime reads this once, when the addon brings it in.
+  if (process.env.OMP_WAIT_POLICY === undefined) process.env.GOMP_SPINCOUNT ??= '2000';
   try {
     loaded = require('node-gyp-build')(root) as AddonModule;
   } catch (cause) {

@@ -25,6 +25,7 @@ function runNativeTests() {
     process.stdout.write(`\nnative: ${name}\n`);
     const result = spawnSync(command[0], [...command.slice(1), '--no-colors'], {
       cwd: root,
+      env: { GOMP_SPINCOUNT: '2000', ...process.env },
       encoding: 'utf8',
     });
     process.stdout.write(result.stdout ?? '');
