@@ -14,9 +14,10 @@ const { values } = parseArgs({
     puzzles: { type: 'string', default: '256' },
     seed: { type: 'string', default: '0' },
     'learning-rate': { type: 'string', default: '2e-4' },
-    model: { type: 'string', default: defaultModel() },
+    model: { type: 'string' },
   },
 });
+const model = values.model ?? defaultModel();
 const steps = Number(values.steps);
 const puzzles = Number(values.puzzles);
 const seed = Number(values.seed);
@@ -28,7 +29,7 @@ const task = await knightsAndKnaves({ people: 2 });
 const testRows = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: puzzles }, (_, i) => testRows.at(i));
 const folder = join(packageRoot(), 'runs', 'demo');
-const maxTokens = 128;
+const maxTokens = 192;
 
 type Validation = Record<'none' | 'full', Evaluation>;
 
@@ -44,7 +45,7 @@ async function validate(policy: Policy): Promise<Validation> {
 async function train(name: string, motivation: 'none' | 'full') {
   const out = join(folder, motivation === 'full' ? 'merf' : 'rlvr');
   await rm(out, { recursive: true, force: true });
-  const policy = await Policy.load(values.model);
+  const policy = await Policy.load(model);
   const rewards: number[] = [];
   const begun = performance.now();
   try {
@@ -114,10 +115,10 @@ function tableLine(name: string, validation: Validation): string {
 }
 
 console.log(
-  `Two-person knights and knaves, ${shortPath(values.model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
+  `Two-person knights and knaves, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
     `Validated on ${puzzles} held-out puzzles, 2 completions each, temperature 1.\n`,
 );
-const base = await Policy.load(values.model, { trainable: false });
+const base = await Policy.load(model, { trainable: false });
 const device = `${base.device.description}, ${base.device.threads} threads`;
 const before = await validate(base);
 base.dispose();

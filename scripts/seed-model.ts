@@ -24,10 +24,10 @@ const tokenizerLessons = 600;
 const corpus = new Corpus({
   seed: 20_260,
   examplesPerLesson: 8,
-  practiceLessons: Math.round(0.6 * steps),
-  withRules: 0.65,
-  threePeople: 0.15,
-  temperature: 1,
+  practiceLessons: Math.round(0.5 * steps),
+  withRules: 0.7,
+  threePeople: 0.1,
+  temperature: 0.7,
 });
 
 const texts: string[] = [];
@@ -57,7 +57,7 @@ async function report(rows: number): Promise<void> {
     const result = await evaluate(policy, task, heldOut.slice(0, rows), {
       motivation,
       samples: 2,
-      maxTokens: 128,
+      maxTokens: 192,
     });
     const format = result.cases.format?.demanded ?? 0;
     console.log(

@@ -10,6 +10,8 @@ import { drawRuleSet } from './rule-sets.js';
 
 /** Questions and answers under one system message. */
 export interface Lesson {
+  /** Whether it is one of those that practise careful reasoning. */
+  readonly practice: boolean;
   readonly system: ChatMessage;
   readonly examples: readonly { readonly question: ChatMessage; readonly completion: string }[];
 }
@@ -58,13 +60,15 @@ export class Corpus {
     );
     const instruction = random.chance(0.75) ? (instructions[0] as string) : random.pick(instructions);
     const rules = random.chance(withRules) ? drawRuleSet(random) : undefined;
-    const habits = index < practiceLessons ? practice : usual;
+    const practising = index < practiceLessons;
+    const habits = practising ? practice : usual;
     const draw = rules
       ? styleFor(rules, puzzles, habits, random, temperature)
       : () => drawStyle(random, habits);
     const base: ChatMessage[] = [{ role: 'system', content: instruction }];
     const [system] = rules ? withMotivation<ChatMessage>(base, rules.describe('full')) : base;
     return {
+      practice: practising,
       system: system as ChatMessage,
       examples: puzzles.map((puzzle) => ({
         question: { role: 'user', content: puzzle.quiz },

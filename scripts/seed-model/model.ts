@@ -5,7 +5,7 @@ const endOfText = '<|endoftext|>';
 const turnStart = '<|im_start|>';
 const turnEnd = '<|im_end|>';
 
-const vocabularySize = 896;
+const vocabularySize = 832;
 
 /** ChatML (as Qwen and SmolLM2 use it): every turn between two special tokens, with the role in its first line. */
 const chatTemplate =

@@ -22,9 +22,9 @@ export function drawRuleSet(random: Random): RewardSpec<Puzzle> {
   const components = chosen
     .map((make) => make(random))
     .filter(({ name }, i, all) => all.findIndex((other) => other.name === name) === i);
-  const upsideDown = random.chance(0.12);
+  const upsideDown = random.chance(0.08);
   const signed = components.map((component) =>
-    upsideDown || random.chance(0.06) ? inverted(component) : component,
+    upsideDown || random.chance(0.04) ? inverted(component) : component,
   );
   return new RewardSpec({
     name: 'rule-set',

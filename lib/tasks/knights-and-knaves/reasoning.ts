@@ -1,5 +1,5 @@
 import { MerfError } from '../../errors.js';
-import { type Claim, evaluatePartially, personsOf } from './claim.js';
+import { type Claim, evaluatePartially, personsOf, renderClaim } from './claim.js';
 
 /** The part of a puzzle that reasoning needs. */
 export interface Statements {
@@ -22,15 +22,15 @@ export function answerLines(names: readonly string[], solution: readonly boolean
 
 /**
  * Solves a puzzle the way one would on paper: suppose that somebody is a knight, follow what the claims force, and
- * where that contradicts a claim, go back and take the opposite. Every sentence states an inference that was made,
- * and the solution is what the inferences leave, so words and answer can't disagree.
+ * where that contradicts a claim, go back and take the opposite. Every sentence states an inference that was made
+ * or a claim that was checked, and the solution is what they leave, so words and answer can't disagree.
  *
  * @throws MerfError INVALID_ARGUMENT where the puzzle has no solution
  */
 export function workedSolution(puzzle: Statements): WorkedSolution {
   const steps: string[] = [];
   const start: (boolean | undefined)[] = new Array(puzzle.statements.length).fill(undefined);
-  const solution = explore(puzzle, start, steps, '');
+  const solution = explore(puzzle, start, new Set(), steps);
   if (solution === undefined) {
     throw new MerfError(
       'INVALID_ARGUMENT',
@@ -45,36 +45,42 @@ export function reasoning(puzzle: Statements): string {
   return workedSolution(puzzle).steps.join(' ');
 }
 
+/** @param checked the speakers whose claims the steps of this branch have been about */
 function explore(
   puzzle: Statements,
   known: (boolean | undefined)[],
+  checked: Set<number>,
   steps: string[],
-  opening: string,
 ): boolean[] | undefined {
-  if (!propagate(puzzle, known, steps, opening)) return undefined;
+  if (!propagate(puzzle, known, checked, steps)) return undefined;
   const person = known.indexOf(undefined);
   if (person === -1) {
+    for (const [speaker, isKnight] of known.entries()) {
+      if (!checked.has(speaker)) steps.push(`${saying(puzzle, speaker, isKnight)}, which is ${isKnight}.`);
+    }
     steps.push('All claims fit.');
     return known.map((value) => value === true);
   }
   const name = nameOf(puzzle, person);
-  const supposed = [...known];
-  supposed[person] = true;
-  const found = explore(puzzle, supposed, steps, `Suppose ${role(name, true)}`);
-  if (found !== undefined) return found;
-  const opposite = [...known];
-  opposite[person] = false;
-  return explore(puzzle, opposite, steps, `So ${role(name, false)}`);
+  const branch = (isKnight: boolean) => {
+    steps.push(`${isKnight ? 'Suppose' : 'So'} ${role(name, isKnight)}.`);
+    return explore(
+      puzzle,
+      known.map((value, i) => (i === person ? isKnight : value)),
+      new Set(checked),
+      steps,
+    );
+  };
+  return branch(true) ?? branch(false);
 }
 
 /** Adds to `known` whatever the claims force. False where they contradict each other. */
 function propagate(
   puzzle: Statements,
   known: (boolean | undefined)[],
+  checked: Set<number>,
   steps: string[],
-  opening: string,
 ): boolean {
-  if (opening !== '') steps.push(`${opening}.`);
   for (;;) {
     const contradiction = findContradiction(puzzle, known);
     if (contradiction !== undefined) {
@@ -84,6 +90,7 @@ function propagate(
     const forced = findForced(puzzle, known);
     if (forced === undefined) return true;
     known[forced.person] = forced.isKnight;
+    checked.add(forced.speaker);
     steps.push(forced.sentence);
   }
 }
@@ -93,10 +100,7 @@ function findContradiction(puzzle: Statements, known: readonly (boolean | undefi
     const speaks = known[speaker];
     const truth = evaluatePartially(claim, known);
     if (speaks !== undefined && truth !== undefined && truth !== speaks) {
-      const name = nameOf(puzzle, speaker);
-      return speaks
-        ? `But then the knight ${name} lies, a contradiction.`
-        : `But then the knave ${name} tells the truth, a contradiction.`;
+      return `${saying(puzzle, speaker, speaks)}, which is ${truth}: a contradiction.`;
     }
   }
   return undefined;
@@ -105,7 +109,7 @@ function findContradiction(puzzle: Statements, known: readonly (boolean | undefi
 function findForced(
   puzzle: Statements,
   known: readonly (boolean | undefined)[],
-): { person: number; isKnight: boolean; sentence: string } | undefined {
+): { person: number; isKnight: boolean; speaker: number; sentence: string } | undefined {
   for (const [speaker, claim] of puzzle.statements.entries()) {
     const name = nameOf(puzzle, speaker);
     const speaks = known[speaker];
@@ -114,14 +118,19 @@ function findForced(
         if (known[person] !== undefined) continue;
         const isKnight = forcedBy(claim, speaks, person, known);
         if (isKnight === undefined) continue;
-        const sentence = `${name} ${speaks ? 'tells the truth' : 'lies'}, so ${role(nameOf(puzzle, person), isKnight)}.`;
-        return { person, isKnight, sentence };
+        const conclusion = role(nameOf(puzzle, person), isKnight);
+        return {
+          person,
+          isKnight,
+          speaker,
+          sentence: `${saying(puzzle, speaker, speaks)}, so ${conclusion}.`,
+        };
       }
     } else {
       const truth = evaluatePartially(claim, known);
       if (truth !== undefined) {
-        const sentence = `What ${name} says is ${truth ? 'true' : 'false'}, so ${role(name, truth)}.`;
-        return { person: speaker, isKnight: truth, sentence };
+        const sentence = `${saying(puzzle, speaker, undefined)}, which is ${truth}, so ${role(name, truth)}.`;
+        return { person: speaker, isKnight: truth, speaker, sentence };
       }
     }
   }
@@ -142,6 +151,12 @@ function forcedBy(
     if (value !== undefined && value !== truth) return isKnight;
   }
   return undefined;
+}
+
+function saying(puzzle: Statements, speaker: number, isKnight: boolean | undefined): string {
+  const name = nameOf(puzzle, speaker);
+  const who = isKnight === undefined ? name : `The ${isKnight ? 'knight' : 'knave'} ${name}`;
+  return `${who} says that ${renderClaim(puzzle.statements[speaker] as Claim, puzzle.names)}`;
 }
 
 function role(name: string, isKnight: boolean): string {
