@@ -8,6 +8,7 @@ import {
   type CompletionGroup,
   countTokens,
   defaultModel,
+  type Forest,
   forestOf,
   getTask,
   MerfError,
@@ -147,7 +148,8 @@ async function measure(workload: Workload, python: string | undefined): Promise<
   say(
     `${title}: ${prompts.length} prompts x ${group} completions of up to ${maxTokens} tokens, ${policy.dtype}`,
   );
-  await policy.sample(prompts.slice(0, 1), { n: 2, maxTokens: 4 });
+  const warmUp = await policy.sample(prompts.slice(0, 1), { n: 2, maxTokens: 4 });
+  await trainOn(policy, warmUp);
   let groups: CompletionGroup[] = [];
   const rollout = await median(repetitions, async (seed) => {
     groups = await policy.sample(prompts, { n: group, maxTokens, seed });
@@ -155,18 +157,8 @@ async function measure(workload: Workload, python: string | undefined): Promise<
   });
   say(`  merf rolls out ${rollout.toFixed(0)} tokens/s`);
 
-  const forest = forestOf(
-    groups.map(({ promptTokens, completions }) => ({
-      promptTokens,
-      completions: completions.map(({ tokens, logprobs }, i) => ({
-        tokens,
-        train: { advantage: i % 2 === 0 ? 1 : -1, logprobs },
-      })),
-    })),
-  );
   const training = await median(repetitions, async () => {
-    await policy.forwardBackward(forest, { type: 'grpo' });
-    await policy.optimStep({ learningRate: 1e-6, maxGradNorm: 1 });
+    await trainOn(policy, groups);
     return tokensOf(groups);
   });
   say(`  merf trains on ${training.toFixed(0)} completion tokens/s`);
@@ -178,7 +170,7 @@ async function measure(workload: Workload, python: string | undefined): Promise<
   if (python !== undefined) {
     const completions = groups.flatMap((g) => g.completions.map(({ tokens }) => Array.from(tokens)));
     const sizes = { group, maxTokens, dtype, threads, microBatch: group };
-    const spec = { ...workload.peerModel, prompts, completions, ...sizes, repetitions: 1 };
+    const spec = { ...workload.peerModel, prompts, completions, ...sizes, repetitions };
     const peer = runPyTorch(python, spec);
     say(`  ${peer.name}: ${peer.rollout.toFixed(0)} and ${peer.training.toFixed(0)} tokens/s`);
     rates.push(peer);
@@ -196,10 +188,28 @@ async function measure(workload: Workload, python: string | undefined): Promise<
     prompts: prompts.length,
     group,
     completionTokens: tokensOf(groups),
-    distinctTokens: countTokens(forest),
+    distinctTokens: countTokens(forestWith(groups)),
     unsharedTokens: unshared,
     rates,
   };
+}
+
+/** One update. Advantages alternate: no figure here depends on their values. */
+async function trainOn(policy: Policy, groups: readonly CompletionGroup[]): Promise<void> {
+  await policy.forwardBackward(forestWith(groups), { type: 'grpo' });
+  await policy.optimStep({ learningRate: 1e-6, maxGradNorm: 1 });
+}
+
+function forestWith(groups: readonly CompletionGroup[]): Forest {
+  return forestOf(
+    groups.map(({ promptTokens, completions }) => ({
+      promptTokens,
+      completions: completions.map(({ tokens, logprobs }, i) => ({
+        tokens,
+        train: { advantage: i % 2 === 0 ? 1 : -1, logprobs },
+      })),
+    })),
+  );
 }
 
 /** The median rate, in tokens a second, of runs that return how many tokens they made. */
@@ -210,7 +220,10 @@ async function median(repetitions: number, run: (repetition: number) => Promise<
     const tokens = await run(i);
     rates.push(tokens / ((performance.now() - start) / 1000));
   }
-  return rates.sort((a, b) => a - b)[Math.floor(repetitions / 2)] as number;
+  rates.sort((a, b) => a - b);
+  const upper = rates[Math.floor(repetitions / 2)] as number;
+  const lower = rates[Math.floor((repetitions - 1) / 2)] as number;
+  return (lower + upper) / 2;
 }
 
 function tokensOf(groups: readonly CompletionGroup[]): number {

@@ -12,6 +12,7 @@ on float32 weights, with bfloat16 autocast where dtype is bf16.
 """
 
 import json
+import statistics
 import sys
 import time
 
@@ -31,13 +32,14 @@ def padded(rows, left):
     return ids, mask
 
 
-def median_seconds(repetitions, run):
-    seconds = []
+def median_rate(repetitions, run):
+    """Tokens a second of runs that return how many tokens they made."""
+    rates = []
     for _ in range(repetitions):
         start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds)[len(seconds) // 2]
+        tokens = run()
+        rates.append(tokens / (time.perf_counter() - start))
+    return statistics.median(rates)
 
 
 def train_step(model, optimizer, prompts, completions, micro_batch, autocast):
@@ -56,6 +58,7 @@ def train_step(model, optimizer, prompts, completions, micro_batch, autocast):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
+    return mask.sum().item()
 
 
 def generate(model, prompts, max_tokens):
@@ -87,10 +90,10 @@ def main():
 
     def step(rows=None):
         some = slice(rows)
-        train_step(model, optimizer, [t[some] for t in prompts], [t[some] for t in completions], micro_batch, bf16)
+        return train_step(model, optimizer, [t[some] for t in prompts], [t[some] for t in completions], micro_batch, bf16)
 
     step(rows=2)
-    training = median_seconds(spec["repetitions"], step)
+    training = median_rate(spec["repetitions"], step)
     del optimizer
     model.zero_grad(set_to_none=True)
 
@@ -98,15 +101,11 @@ def main():
     if bf16:
         model.to(torch.bfloat16)
     generate(model, [t[:2] for t in prompts], 2)
-    rates = []
-    for _ in range(spec["repetitions"]):
-        start = time.perf_counter()
-        tokens = generate(model, prompts, spec["maxTokens"])
-        rates.append(tokens / (time.perf_counter() - start))
+    rollout = median_rate(spec["repetitions"], lambda: generate(model, prompts, spec["maxTokens"]))
     print(json.dumps({
         "name": f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}",
-        "rollout": sorted(rates)[len(rates) // 2],
-        "training": sum(len(row) for row in spec["completions"]) / training,
+        "rollout": rollout,
+        "training": training,
     }))
 
 
