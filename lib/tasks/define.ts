@@ -60,7 +60,14 @@ export interface TaskDefinition<Row> {
  *
  * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, EMPTY_DATASET for the data, INVALID_ARGUMENT
  */
-export async function defineTask<Row>(definition: TaskDefinition<Row>): Promise<Task<Row>> {
+export function defineTask<Row>(definition: TaskDefinition<Row>): Promise<Task<Row>> {
+  const task = makeTask(definition);
+  // A module exports the promise before anyone can await it; until then a failure is not an unhandled one.
+  task.catch(() => undefined);
+  return task;
+}
+
+async function makeTask<Row>(definition: TaskDefinition<Row>): Promise<Task<Row>> {
   const { name, spec, data, testData } = definition;
   if (typeof name !== 'string' || name === '') throw invalidArgument('name', 'the name of the task', name);
   if (typeof spec?.score !== 'function') throw invalidArgument('spec', 'a RewardSpec', spec);

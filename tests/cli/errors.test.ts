@@ -2,7 +2,7 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
-import { lettersTask, merf, tinyModel } from './run.js';
+import { lettersTask, merf, root, tinyModel } from './run.js';
 
 let folder: string;
 beforeAll(() => {
@@ -118,6 +118,18 @@ describe('what is not there', () => {
       /no\.jsonl/,
     );
     await fails(['train', '--resume', join(folder, 'never')], 1, /never holds no run/);
+  });
+
+  test('the data of a task module', async () => {
+    const library = JSON.stringify(join(root, 'lib', 'tasks', 'define.ts'));
+    const spec = "{ score() {}, describe: () => '' }";
+    const module = write(
+      'no-data.mts',
+      `import { defineTask } from ${library};\n` +
+        `export const task = defineTask({ name: 'x', spec: ${spec}, data: 'gone.jsonl', messages: () => [] });\n` +
+        'await new Promise((resolve) => setTimeout(resolve, 200));\n',
+    );
+    await fails(['prompt', '--task', module, '--model', tinyModel], 1, /^merf: .*gone\.jsonl/);
   });
 
   test('a truncated model', async () => {
