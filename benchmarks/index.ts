@@ -4,6 +4,7 @@ import { existsSync, mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:
 import { createRequire } from 'node:module';
 import { cpus, tmpdir } from 'node:os';
 import { dirname, join, relative } from 'node:path';
+import { monitorEventLoopDelay } from 'node:perf_hooks';
 import {
   type CompletionGroup,
   countTokens,
@@ -54,6 +55,8 @@ interface Result {
   /** Tokens that the forest computes once, and those of the same sequences side by side. */
   distinctTokens: number;
   unsharedTokens: number;
+  /** The longest that the event loop was held up while merf rolled out and trained, in milliseconds. */
+  longestBlock: number;
   rates: Rates[];
 }
 
@@ -150,6 +153,8 @@ async function measure(workload: Workload, python: string | undefined): Promise<
   );
   const warmUp = await policy.sample(prompts.slice(0, 1), { n: 2, maxTokens: 4 });
   await trainOn(policy, warmUp);
+  const loop = monitorEventLoopDelay({ resolution: 1 });
+  loop.enable();
   let groups: CompletionGroup[] = [];
   const rollout = await median(repetitions, async (seed) => {
     groups = await policy.sample(prompts, { n: group, maxTokens, seed });
@@ -162,6 +167,8 @@ async function measure(workload: Workload, python: string | undefined): Promise<
     return tokensOf(groups);
   });
   say(`  merf trains on ${training.toFixed(0)} completion tokens/s`);
+  loop.disable();
+  const longestBlock = loop.max / 1e6;
   const { dtype, parameterCount } = policy;
   const threads = policy.device.threads;
   policy.dispose();
@@ -190,6 +197,7 @@ async function measure(workload: Workload, python: string | undefined): Promise<
     completionTokens: tokensOf(groups),
     distinctTokens: countTokens(forestWith(groups)),
     unsharedTokens: unshared,
+    longestBlock,
     rates,
   };
 }
@@ -308,11 +316,13 @@ function markdown(
     completionTokens,
     distinctTokens,
     unsharedTokens,
+    longestBlock,
   } of results) {
     lines.push(
       `- ${title}: ${(parameters / 1e6).toFixed(1)}M parameters, ${prompts} prompts x ${group} completions; ` +
         `${completionTokens} completion tokens; the forest computes ${distinctTokens} tokens where rows ` +
-        `side by side hold ${unsharedTokens}.`,
+        `side by side hold ${unsharedTokens}; the event loop was never held up longer than ` +
+        `${longestBlock.toFixed(0)} ms.`,
     );
   }
   lines.push(
