@@ -90,7 +90,11 @@ Environment::Environment(Napi::Env env) : env_(env), mailbox_(std::make_shared<M
     }
     for (const auto& delivery : deliveries) {
       const Napi::HandleScope scope(env);
-      delivery->deliver(env);
+      try {
+        delivery->deliver(env);
+      } catch (const Napi::Error&) {
+        // A worker that is being terminated runs no more JavaScript, not even to settle a promise.
+      }
     }
   };
   napi_value name;

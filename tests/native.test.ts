@@ -620,21 +620,23 @@ describe('ends', () => {
     );
     const start = `
       const { Worker } = require('node:worker_threads');
-      const start = (mode) => new Promise((done) => {
+      const start = (mode, delay) => new Promise((done) => {
         const w = new Worker(${JSON.stringify(path)}, { env: { ...process.env, MODE: mode } });
         w.on('message', (m) => {
           if (mode === 'finish') console.log(m);
-          if (mode === 'terminate') setTimeout(() => w.terminate(), 30);
+          if (mode === 'terminate') setTimeout(() => w.terminate(), delay);
         });
         w.on('error', (e) => console.log('error', e.message));
         w.on('exit', done);
       });`;
     const several = `${preamble}${start}
       (async () => {
-        for (let i = 0; i < 3; ++i) await Promise.all([start('finish'), start('terminate'), start('exit')]);
+        for (let i = 0; i < 12; ++i) {
+          await Promise.all([start('finish'), start('terminate', 3 * i), start('terminate', 30), start('exit')]);
+        }
         console.log('end');
       })();`;
-    expect(run(several)).toMatchObject({ status: 0, signal: null, stdout: `${'80\n'.repeat(3)}end\n` });
+    expect(run(several)).toMatchObject({ status: 0, signal: null, stdout: `${'80\n'.repeat(12)}end\n` });
     // Where a worker alone loads the addon, its end must not unload the engine's code.
     const alone = `${start} start('exit').then(() => setTimeout(() => console.log('end'), 200));`;
     expect(run(alone)).toMatchObject({ status: 0, signal: null, stdout: 'end\n' });
