@@ -115,7 +115,7 @@ async function shippedModel(): Promise<Workload> {
     });
     return policy.tokenizer.encode(text);
   });
-  const limits = { group: 8, maxTokens: 256, repetitions: 3 };
+  const limits = { group: 8, maxTokens: 256, repetitions: 9 };
   return { title: 'merf-mini, 2-person puzzles', policy, prompts, ...limits, peerModel: { model: path } };
 }
 
