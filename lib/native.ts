@@ -24,13 +24,14 @@ export interface NativeModelConfig {
   hiddenSize: number;
   layers: number;
   heads: number;
+  /** Key/value heads; `heads` is a multiple of it. */
   kvHeads: number;
   /** A multiple of 8. */
   headSize: number;
   mlpSize: number;
   vocabSize: number;
   rmsNormEps: number;
-  /** The head is the embedding table. */
+  /** The language-model head is the embedding table. */
   tiedHead: boolean;
   /** Of the q, k and v projections. */
   attentionBias: boolean;
@@ -38,6 +39,7 @@ export interface NativeModelConfig {
   outputBias: boolean;
   /** Of the gate, up and down projections. */
   mlpBias: boolean;
+  /** The context length, in tokens. */
   maxPositions: number;
   rope: {
     /** [headSize / 2], with any scaling in them. */

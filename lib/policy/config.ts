@@ -1,29 +1,11 @@
 import { MerfError } from '../errors.js';
+import type { NativeModelConfig } from '../native.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
 import { llama3FromDivisors, type RopeConfig } from './rope.js';
 
 /** A llama or qwen2 transformer's shape, all sizes in elements. */
-export interface ModelConfig {
-  architecture: 'llama' | 'qwen2';
-  hiddenSize: number;
-  layers: number;
-  heads: number;
-  /** Key/value heads; `heads` is a multiple of it. */
-  kvHeads: number;
-  headSize: number;
-  mlpSize: number;
-  vocabSize: number;
-  rmsNormEps: number;
-  /** The language-model head is the embedding table. */
-  tiedHead: boolean;
-  /** Biases on q, k and v. */
-  attentionBias: boolean;
-  /** A bias on the attention's output projection. */
-  outputBias: boolean;
-  mlpBias: boolean;
-  /** The context length, in tokens. */
-  maxPositions: number;
+export interface ModelConfig extends Omit<NativeModelConfig, 'rope' | 'dtype'> {
   rope: RopeConfig;
 }
 
