@@ -218,16 +218,20 @@ export class TextStream {
 
 const noBytes = new Uint8Array(0);
 
-/** GPT-2's alphabet: printable bytes stand for themselves, the others for characters from U+0100 on. */
-const byteOfCharacter: ReadonlyMap<string, number> = (() => {
-  const map = new Map<string, number>();
+/** GPT-2's alphabet, by which byte-level BPE writes the 256 bytes: printable ones as they are, others from U+0100 on. */
+export const characterOfByte: readonly string[] = (() => {
+  const characters: string[] = [];
   let next = 256;
   for (let byte = 0; byte < 256; ++byte) {
     const printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-    map.set(String.fromCharCode(printable ? byte : next++), byte);
+    characters.push(String.fromCharCode(printable ? byte : next++));
   }
-  return map;
+  return characters;
 })();
+
+const byteOfCharacter: ReadonlyMap<string, number> = new Map(
+  characterOfByte.map((character, byte) => [character, byte]),
+);
 
 function byteLevelBytes(piece: string): Uint8Array {
   const bytes: number[] = [];

@@ -1,6 +1,7 @@
-import { appendFileSync, existsSync, mkdirSync, readFileSync, renameSync, writeFileSync } from 'node:fs';
+import { appendFileSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
 import { MerfError } from '../errors.js';
+import { writeFileAtomically } from './files.js';
 
 /** One line of metrics.jsonl: a step and its numbers. Values that are not finite are written as null. */
 export interface MetricsRow {
@@ -30,9 +31,7 @@ export class MetricsLog {
         const row = parseRow(line);
         return row !== undefined && row.step <= step;
       });
-    const beside = `${this.path}.tmp`;
-    writeFileSync(beside, kept.map((line) => `${line}\n`).join(''));
-    renameSync(beside, this.path);
+    writeFileAtomically(this.path, kept.map((line) => `${line}\n`).join(''));
   }
 }
 

@@ -1,18 +1,8 @@
 import { MerfError } from '../../lib/errors.js';
+import { characterOfByte } from '../../lib/policy/tokenizer.js';
 
 /** Words as GPT-2's byte-level BPE cuts them; `ByteLevel` with `use_regex` in tokenizer.json means this pattern. */
 const wordPattern = /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+/gu;
-
-/** The characters by which byte-level BPE writes the 256 bytes: printable ones as they are, others from U+0100 on. */
-const characterOfByte: readonly string[] = (() => {
-  const characters: string[] = [];
-  let next = 256;
-  for (let byte = 0; byte < 256; byte++) {
-    const printable = (byte >= 33 && byte <= 126) || (byte >= 161 && byte <= 172) || byte >= 174;
-    characters.push(String.fromCharCode(printable ? byte : next++));
-  }
-  return characters;
-})();
 
 export interface TokenizerOptions {
   /** All tokens together: bytes, merges and those added. */
