@@ -537,11 +537,9 @@ Napi::Value NativeDevice::fused_policy_loss(const Napi::CallbackInfo& info) {
         [engine = engine_, hidden, weight, rows = std::move(rows), targets = std::move(targets),
          loss = std::move(loss), logprobs, entropies, dhidden, dweight]() -> Deliver {
           Backend& backend = engine->backend();
-          const int64_t count = static_cast<int64_t>(rows.size());
           const auto packed = backend.pack_weight(weight->open(), true);
           const double value =
-              backend.head_loss(hidden->open(), *packed, upload(backend, rows, {count}),
-                                upload(backend, targets, {count}), loss.open_rows(backend), loss.options,
+              backend.head_loss(hidden->open(), *packed, rows, targets, loss.open_rows(backend), loss.options,
                                 logprobs->open(), entropies->open(), dhidden->open(), dweight->open());
           Deliver tensors = deliver_tensors(
               {{"logprobs", logprobs}, {"entropies", entropies}, {"dhidden", dhidden}, {"dweight", dweight}});

@@ -122,6 +122,7 @@ function buildNative(tests, stamp) {
     'cmake',
     'ninja-build',
     'libdnnl-dev',
+    'ocl-icd-opencl-dev', // what the CMake package of libdnnl-dev looks for but the Debian one does not bring
     'libhwy-dev',
     ...(tests ? ['doctest-dev'] : []),
   ]);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -22,6 +23,7 @@ struct DeviceInfo {
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
   int64_t memory_bytes = 0;                                    // total memory of the device
+  int64_t free_bytes = 0;                                      // of it, what was free when the device was opened
   bool fast_bf16 = false;                                      // bfloat16 products in hardware
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
@@ -102,14 +104,38 @@ struct DecodePlan {
   std::vector<int32_t> rows;
 };
 
+// One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
+struct AdamWTensor {
+  Tensor master;              // f32
+  Tensor weight;              // f32|bf16, or empty
+  Tensor gradient;            // f32
+  Tensor m, v;                // f32
+  float weight_decay = 0.0f;  // decoupled
+};
+
 struct AdamWOptions {
   float learning_rate = 1e-6f;
   float beta1 = 0.9f;
   float beta2 = 0.999f;
   float epsilon = 1e-8f;
-  float weight_decay = 0.0f;    // decoupled
   int64_t step = 1;             // 1 at the first update; bias correction as in PyTorch
   float gradient_scale = 1.0f;  // multiplies gradients first: the factor of global-norm clipping
+};
+
+// Runs work that repeats, such as the steps of a rollout. A device that can record what is enqueued does so and plays
+// the recording from then on, which saves the host's work for each operator. The tensors of a recording must live as
+// long as the recorder.
+class Recorder {
+ public:
+  virtual ~Recorder() = default;
+  // Runs `body`, which enqueues operators and neither uploads nor downloads. Calls with one key enqueue the same
+  // operators over the same tensors; only what was planned (Backend::plan_decode) may differ between them.
+  virtual void run(int64_t key, const std::function<void()>& body) {
+    (void)key;
+    body();
+  }
+  // How many rows a step for `rows` sequences should have, so that few recordings serve for all numbers of them.
+  virtual int64_t step_rows(int64_t rows) const { return rows; }
 };
 
 class Backend {
@@ -127,6 +153,7 @@ class Backend {
   virtual void cast(const Tensor& destination,
                     const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
   virtual void synchronize() = 0;
+  virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
   // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
   virtual int64_t memory_used() const = 0;
   virtual int64_t memory_peak() const = 0;
@@ -193,24 +220,29 @@ class Backend {
                                   const HeadsView& dv) = 0;
 
   // ---- decoding against the paged cache
-  // slots [N] i32: page * kPageTokens + offset in the page.
+  // slots [N] i32: page * kPageTokens + offset in the page; tokens with a slot below 0 are not kept.
   virtual void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                            const PagedLayer& cache) = 0;
-  // q, out [B, q_heads, head_size]. Every row in the plan attends to the union of its runs.
-  virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan,
-                                float scale, const HeadsView& out) = 0;
+  // What the following calls of attention_decode, over `batch` rows, attend to.
+  virtual void plan_decode(const DecodePlan& plan, int64_t batch) = 0;
+  // q, out [B, q_heads, head_size]. Every row in the plan attends to the union of its runs; rows of `out` that are in
+  // no run are left as they are.
+  virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
+                                const HeadsView& out) = 0;
 
   // ---- head and loss: never hold more than a block of rows x vocabulary
   // logprobs[r] = log softmax(hidden[rows[r]] * W^T)[targets[r]]; entropies [R] of the same distribution or empty.
-  // hidden [T, H] of W's type; rows, targets [R] i32; logprobs f32.
-  virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-                             const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) = 0;
+  // hidden [T, H] of W's type; rows, targets [R] i32; logprobs f32. `rows` and `targets` are given as they are on the
+  // host, where the work is laid out.
+  virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                             const std::vector<int32_t>& targets, const Tensor& logprobs,
+                             const Tensor& entropies) = 0;
   // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
   // names become 0; hidden's type), dhead [V, H] f32 (+=). logprobs, entropies [R] f32 are outputs. Returns the loss.
-  virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-                           const Tensor& targets, const LossRows& loss_rows, const LossOptions& options,
-                           const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
-                           const Tensor& dhead) = 0;
+  virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                           const std::vector<int32_t>& targets, const LossRows& loss_rows,
+                           const LossOptions& options, const Tensor& logprobs, const Tensor& entropies,
+                           const Tensor& dhidden, const Tensor& dhead) = 0;
   // The loss alone from given log-probabilities (and entropies, needed where entropy_coefficient is not 0):
   // coefficients[r] = d loss / d logprobs[r]. Returns the loss, without which head_loss could not be composed.
   virtual double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
@@ -236,15 +268,15 @@ class Backend {
                                 AdvantageKind kind, bool scale, float epsilon, const Tensor& advantages) = 0;
 
   // ---- optimiser
-  // master, m, v f32; gradient f32. weight: the copy that the products read, f32|bf16, or empty where it is master.
-  virtual void adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
-                     const Tensor& v, const AdamWOptions& options) = 0;
+  // One update of all the tensors.
+  virtual void adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) = 0;
   // Sum of squares over all tensors (f32), in float64, in a fixed order. Not finite where any element is not.
   virtual double sum_of_squares(const std::vector<Tensor>& tensors) = 0;
 };
 
-// The backends compiled in or openable, by name; throws Error("DEVICE_UNAVAILABLE") that says why.
-std::shared_ptr<Backend> open_backend(const std::string& name, int threads);
+// The devices by name: cpu is compiled in, cuda and cuda-emulated are plugins beside this library. open_backend throws
+// Error("DEVICE_UNAVAILABLE") that says why a device cannot be used here.
 std::vector<std::string> backend_names();
+std::shared_ptr<Backend> open_backend(const std::string& name, int threads);
 
 }  // namespace merf

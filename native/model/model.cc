@@ -196,12 +196,12 @@ Scores Model::score(const Batch& batch, const Cancel& cancel) {
   prepare();
   arena_.reset();
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
-  const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
-  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}),
-               entropies = arena_.take(DType::f32, {rows.size()});
+  const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
+  const Tensor logprobs = arena_.take(DType::f32, {rows}), entropies = arena_.take(DType::f32, {rows});
   const Tensor hidden = hidden_of(forest, cancel, "scoring");
   cancel.check("scoring");
-  backend_.head_logprobs(hidden, *parameters_.head().packed, rows, targets, logprobs, entropies);
+  backend_.head_logprobs(hidden, *parameters_.head().packed, batch.source_rows, batch.targets, logprobs,
+                         entropies);
   Scores scores;
   scores.logprobs.resize(batch.source_rows.size());
   scores.entropies.resize(batch.source_rows.size());
@@ -216,11 +216,10 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
   parameters_.make_gradients();
   arena_.reset();
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
-  const Tensor rows = upload(batch.source_rows), targets = upload(batch.targets);
+  const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
   const LossRows loss_rows{upload(loss.weights), upload(loss.advantages), upload(loss.old_logprobs),
                            upload(loss.reference_logprobs), upload(loss.sequences)};
-  const Tensor logprobs = arena_.take(DType::f32, {rows.size()}),
-               entropies = arena_.take(DType::f32, {rows.size()});
+  const Tensor logprobs = arena_.take(DType::f32, {rows}), entropies = arena_.take(DType::f32, {rows});
   const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
   const Tensor dhidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
   Activations activations = transformer_.make_activations(arena_, forest.tokens, true);
@@ -239,8 +238,8 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
     backend_.copy(head_gradient_before, head.gradient);
   }
   LossResult result;
-  result.loss = backend_.head_loss(hidden, *head.packed, rows, targets, loss_rows, loss.options, logprobs,
-                                   entropies, dhidden, head.gradient);
+  result.loss = backend_.head_loss(hidden, *head.packed, batch.source_rows, batch.targets, loss_rows,
+                                   loss.options, logprobs, entropies, dhidden, head.gradient);
   result.finite = std::isfinite(result.loss);
   if (result.finite) {
     has_gradients_ = true;
@@ -274,14 +273,13 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
     adamw.beta1 = options.beta1;
     adamw.beta2 = options.beta2;
     adamw.epsilon = options.epsilon;
-    adamw.weight_decay = options.weight_decay;
     adamw.step = step;
     if (options.max_gradient_norm > 0.0f) {
       // As torch.nn.utils.clip_grad_norm_, whose denominator has this 1e-6.
       adamw.gradient_scale =
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
-    parameters_.update(adamw);
+    parameters_.update(adamw, options.weight_decay);
   }
   zero_gradients();
   return result;

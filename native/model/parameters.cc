@@ -210,18 +210,35 @@ void Parameters::read(const NamedParameter& named, const Tensor& whole, float* d
   }
 }
 
-void Parameters::update(AdamWOptions options) {
-  const float weight_decay = options.weight_decay;
+void Parameters::update(const AdamWOptions& options, float weight_decay) {
+  // As many parameters in one call as have room for their copies.
+  std::vector<AdamWTensor> tensors;
+  std::vector<Parameter*> matrices;
+  int64_t staged = 0;
+  const auto flush = [&] {
+    backend_.adamw(tensors, options);
+    size_t i = 0;
+    for (const AdamWTensor& tensor : tensors) {
+      if (tensor.master.rank != 2) continue;
+      make_products(*matrices[i++], tensor.weight ? tensor.weight : tensor.master);
+    }
+    tensors.clear();
+    matrices.clear();
+    staged = 0;
+  };
   for (Parameter* parameter : all_) {
-    options.weight_decay = parameter->matrix() ? weight_decay : 0.0f;
     Tensor copy;
     if (parameter->matrix() && config_.dtype != DType::f32) {
-      copy = staging_.rows(0, parameter->size()).view({parameter->shape[0], parameter->shape[1]});
+      if (staged + parameter->size() > staging_.size()) flush();
+      copy = staging_.rows(staged, staged + parameter->size())
+                 .view({parameter->shape[0], parameter->shape[1]});
+      staged += parameter->size();
     }
-    backend_.adamw(parameter->value, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
-                   options);
-    if (parameter->matrix()) make_products(*parameter, copy ? copy : parameter->value);
+    if (parameter->matrix()) matrices.push_back(parameter);
+    tensors.push_back({parameter->value, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
+                       parameter->matrix() ? weight_decay : 0.0f});
   }
+  flush();
 }
 
 }  // namespace merf

@@ -87,7 +87,7 @@ class Parameters {
   void read(const NamedParameter& named, const Tensor& whole, float* data);
 
   // One update of every parameter with the gradients times `options.gradient_scale`; weight decay on matrices only.
-  void update(AdamWOptions options);
+  void update(const AdamWOptions& options, float weight_decay);
   void zero_gradients();
 
  private:

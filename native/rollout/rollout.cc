@@ -50,22 +50,20 @@ class PrefillAttention final : public AttentionStep {
   const KvCache& cache_;
 };
 
-// Stores the new token's key and value, then attends to the pages of the plan.
+// Stores the new token's key and value, then attends to what was planned.
 class DecodeAttention final : public AttentionStep {
  public:
-  DecodeAttention(Backend& backend, const DecodePlan& plan, float scale, const KvCache& cache)
-      : backend_(backend), plan_(plan), scale_(scale), cache_(cache) {}
-  void set_slots(const Tensor& slots) { slots_ = slots; }
+  DecodeAttention(Backend& backend, float scale, const KvCache& cache, const Tensor& slots)
+      : backend_(backend), scale_(scale), cache_(cache), slots_(slots) {}
   void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
               const Tensor&) override {
     const PagedLayer& pages = cache_.layers[static_cast<size_t>(layer)];
     backend_.cache_write(k, v, slots_, pages);
-    backend_.attention_decode(q, pages, plan_, scale_, out);
+    backend_.attention_decode(q, pages, scale_, out);
   }
 
  private:
   Backend& backend_;
-  const DecodePlan& plan_;
   float scale_;
   const KvCache& cache_;
   Tensor slots_;
@@ -98,7 +96,8 @@ class Sampler {
         request_(request),
         cancel_(cancel),
         on_tokens_(on_tokens),
-        tree_(make_prompt_tree(request.visible_until, request.prompt_rows)) {
+        tree_(make_prompt_tree(request.visible_until, request.prompt_rows)),
+        recorder_(model.backend().make_recorder()) {
     make_sequences();
   }
 
@@ -128,8 +127,9 @@ class Sampler {
   void admit();
   void plan_prompts();
   void step();
+  void enqueue_step(int64_t rows);
   void draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of);
-  void take_draws(const std::vector<int32_t>& sequences);
+  void take_draws(const std::vector<int32_t>& sequences, int64_t of);
   bool push(Sequence& sequence, int32_t token, float logprob, float raw_logprob, float entropy);
   void leave(Sequence& sequence);
   void release_unused_segments();
@@ -160,9 +160,11 @@ class Sampler {
   std::vector<float> outputs_;
   Tensor device_inputs_, device_outputs_, logits_, repeated_logits_, hidden_;
   int64_t logits_rows_ = 0;
+  const std::unique_ptr<Recorder> recorder_;
 
   std::vector<int32_t> waiting_;  // last first
   std::vector<int32_t> live_;
+  size_t max_live_ = 0;
   int32_t promised_pages_ = 0;  // that live completions may still acquire
   DecodePlan plan_;
   size_t prompt_runs_ = 0, prompt_pages_ = 0;  // of plan_, which change only with live_
@@ -237,7 +239,7 @@ void Sampler::make_buffers() {
   const int64_t rows = std::max<int64_t>(live, 1);
   logits_rows_ = std::clamp<int64_t>(kLogitsBytes / (4 * config_.vocab_size), 8, std::max<int64_t>(rows, 8));
   logits_ = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
-  const int64_t step_rows = std::max(rows, logits_rows_);
+  const int64_t step_rows = std::max(recorder_->step_rows(rows), logits_rows_);
   inputs_.reserve(static_cast<size_t>(6 * step_rows));
   outputs_.resize(static_cast<size_t>(4 * step_rows));
   device_inputs_ = arena_.take(DType::i32, {6 * step_rows});
@@ -354,7 +356,7 @@ void Sampler::draw_first_tokens(const Tensor& x, const PrefillPass& pass) {
       }
       backend_.upload(device_inputs_.rows(0, 6 * draws), inputs_.data(), inputs_.size() * sizeof(int32_t));
       draw(block_logits, 0, draws, draws);
-      take_draws(drawn_sequences_);
+      take_draws(drawn_sequences_, draws);
     }
   }
 }
@@ -370,15 +372,14 @@ void Sampler::draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of
   backend_.sample_tokens(logits, keys, counters, request_.options, tokens, output(1), output(2), output(3));
 }
 
-// Downloads a step's draws and appends them; `sequences` are the step's rows.
-void Sampler::take_draws(const std::vector<int32_t>& sequences) {
-  const size_t rows = sequences.size();
-  backend_.download(outputs_.data(), device_outputs_.rows(0, static_cast<int64_t>(4 * rows)),
-                    4 * rows * sizeof(float));
+// Downloads the draws of a step of `of` rows and appends them; `sequences` are its first rows.
+void Sampler::take_draws(const std::vector<int32_t>& sequences, int64_t of) {
+  const size_t rows = static_cast<size_t>(of);
+  backend_.download(outputs_.data(), device_outputs_.rows(0, 4 * of), 4 * rows * sizeof(float));
   drawn_tokens_.clear();
   drawn_logprobs_.clear();
   const int32_t* tokens = reinterpret_cast<const int32_t*>(outputs_.data());
-  for (size_t r = 0; r < rows; ++r) {
+  for (size_t r = 0; r < sequences.size(); ++r) {
     Sequence& sequence = at(sequences[r]);
     drawn_tokens_.push_back(tokens[r]);
     drawn_logprobs_.push_back(outputs_[rows + r]);
@@ -431,7 +432,8 @@ void Sampler::decode() {
     if (at(*index).reason == FinishReason::aborted) waiting_.push_back(*index);
   }
   if (waiting_.empty()) return;
-  const int64_t rows = static_cast<int64_t>(std::min(live_.capacity(), waiting_.size()));
+  max_live_ = std::min(live_.capacity(), waiting_.size());
+  const int64_t rows = recorder_->step_rows(static_cast<int64_t>(max_live_));
   buffers_ = model_.transformer().make_activations(arena_, rows, false);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
   while (!cancel_.requested()) {
@@ -448,8 +450,7 @@ void Sampler::decode() {
 
 // Lets waiting completions in, in their order, as long as the pages they may come to need can be promised.
 void Sampler::admit() {
-  const size_t rows = static_cast<size_t>(buffers_.tokens);
-  while (!waiting_.empty() && live_.size() < rows) {
+  while (!waiting_.empty() && live_.size() < max_live_) {
     const int32_t index = waiting_.back();
     const int32_t pages = at(index).pages_at_most();
     if (pages > cache_->pages.available() - promised_pages_) break;
@@ -485,7 +486,8 @@ void Sampler::plan_prompts() {
 }
 
 void Sampler::step() {
-  const int64_t rows = static_cast<int64_t>(live_.size());
+  // Rows behind those of live completions draw what nobody looks at.
+  const int64_t rows = recorder_->step_rows(static_cast<int64_t>(live_.size()));
   if (live_changed_) {
     plan_prompts();
     buffers_.shrink_to(rows, step_activations_);
@@ -493,8 +495,9 @@ void Sampler::step() {
   }
   plan_.runs.resize(prompt_runs_);
   plan_.pages.resize(prompt_pages_);
-  inputs_.resize(static_cast<size_t>(6 * rows));
-  for (int64_t r = 0; r < rows; ++r) {
+  inputs_.assign(static_cast<size_t>(6 * rows), 0);
+  std::fill(inputs_.begin() + 2 * rows, inputs_.begin() + 3 * rows, -1);  // no slot
+  for (int64_t r = 0; r < static_cast<int64_t>(live_.size()); ++r) {
     Sequence& sequence = at(live_[static_cast<size_t>(r)]);
     const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) - 1;  // of the token that is fed
     if (offset % kPageTokens == 0) {
@@ -515,21 +518,10 @@ void Sampler::step() {
   }
   backend_.upload(device_inputs_.rows(0, 6 * rows), inputs_.data(), inputs_.size() * sizeof(int32_t));
 
-  Transformer& transformer = model_.transformer();
-  DecodeAttention attention(backend_, plan_, transformer.attention_scale(), *cache_);
-  attention.set_slots(device_inputs_.rows(2 * rows, 3 * rows));
-  transformer.forward(device_inputs_.rows(0, rows), device_inputs_.rows(rows, 2 * rows), attention,
-                      step_activations_, cancel_, "sampling");
-  const Tensor hidden = hidden_.rows(0, rows);
-  transformer.final_norm(step_activations_.output, hidden, Tensor());
-  for (int64_t first = 0; first < rows; first += logits_rows_) {
-    const int64_t count = std::min(logits_rows_, rows - first);
-    const Tensor logits = logits_.rows(0, count);
-    transformer.head(hidden.rows(first, first + count), logits);
-    draw(logits, first, count, rows);
-  }
+  backend_.plan_decode(plan_, rows);
+  recorder_->run(rows, [&] { enqueue_step(rows); });
   ++result_.decode_steps;
-  take_draws(live_);
+  take_draws(live_, rows);
   if (!live_changed_) return;
   std::erase_if(live_, [&](int32_t index) {
     const Sequence& sequence = at(index);
@@ -540,6 +532,23 @@ void Sampler::step() {
     return true;
   });
   release_unused_segments();
+}
+
+// The operators of a step of `rows` rows, from device_inputs_ to device_outputs_.
+void Sampler::enqueue_step(int64_t rows) {
+  Transformer& transformer = model_.transformer();
+  DecodeAttention attention(backend_, transformer.attention_scale(), *cache_,
+                            device_inputs_.rows(2 * rows, 3 * rows));
+  transformer.forward(device_inputs_.rows(0, rows), device_inputs_.rows(rows, 2 * rows), attention,
+                      step_activations_, cancel_, "sampling");
+  const Tensor hidden = hidden_.rows(0, rows);
+  transformer.final_norm(step_activations_.output, hidden, Tensor());
+  for (int64_t first = 0; first < rows; first += logits_rows_) {
+    const int64_t count = std::min(logits_rows_, rows - first);
+    const Tensor logits = logits_.rows(0, count);
+    transformer.head(hidden.rows(first, first + count), logits);
+    draw(logits, first, count, rows);
+  }
 }
 
 void Sampler::finish_aborted() {

@@ -59,7 +59,8 @@ std::vector<float> decode(Backend& backend, const Shape& shape, const std::vecto
   const Tensor queries = upload(backend, dtype, {batch, shape.q_heads(), shape.head_size}, q);
   const Tensor out = backend.allocate(dtype, {batch, shape.q_heads(), shape.head_size});
   backend.zero(out);
-  backend.attention_decode(heads_view(queries, batch, shape.q_heads(), shape.head_size), cache, plan,
+  backend.plan_decode(plan, batch);
+  backend.attention_decode(heads_view(queries, batch, shape.q_heads(), shape.head_size), cache,
                            1.0f / std::sqrt(static_cast<float>(shape.head_size)),
                            heads_view(out, batch, shape.q_heads(), shape.head_size));
   return download(backend, out);

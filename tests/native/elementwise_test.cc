@@ -209,30 +209,40 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
         const Tensor weight = poisoned(backend, copy, {n});
         const Tensor tm = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
         const Tensor tv = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
+        // A second tensor of the same update, without decay.
+        const Tensor no_decay = upload(backend, DType::f32, {n}, start);
+        const Tensor om = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
+        const Tensor ov = upload(backend, DType::f32, {n}, std::vector<float>(n, 0.0f));
+        std::vector<double> q = p;
+        const float weight_decay = 0.1f;
         AdamWOptions options;
         options.learning_rate = 1e-2f;
-        options.weight_decay = 0.1f;
         options.gradient_scale = 0.5f;
         for (options.step = 1; options.step <= 20; ++options.step) {
           const auto gradient = random.normals(n);
-          backend.adamw(master, weight, upload(backend, DType::f32, {n}, gradient), tm, tv, options);
+          const Tensor tg = upload(backend, DType::f32, {n}, gradient);
+          backend.adamw({{master, weight, tg, tm, tv, weight_decay}, {no_decay, {}, tg, om, ov, 0.0f}},
+                        options);
           const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
           const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
           const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
           for (int64_t i = 0; i < n; ++i) {
             const double g = 0.5 * gradient[i];
-            p[i] *= 1.0 - lr * options.weight_decay;
+            p[i] *= 1.0 - lr * static_cast<double>(weight_decay);
             m[i] = b1 * m[i] + (1.0 - b1) * g;
             v[i] = b2 * v[i] + (1.0 - b2) * g * g;
-            p[i] -= lr / c1 * m[i] / (std::sqrt(v[i] / c2) + options.epsilon);
+            const double step = lr / c1 * m[i] / (std::sqrt(v[i] / c2) + options.epsilon);
+            p[i] -= step;
+            q[i] -= step;
           }
         }
         CHECK(relative_error(download(backend, master), p) < 2e-6);
+        CHECK(relative_error(download(backend, no_decay), q) < 2e-6);
         CHECK(relative_error(download(backend, tm), m) < 2e-6);
         CHECK(relative_error(download(backend, tv), v) < 2e-6);
         CHECK(same_bits(download(backend, weight), stored(download(backend, master), copy)));
         options.step = 21;
-        backend.adamw(master, {}, tm, tm, tv, options);
+        backend.adamw({{master, {}, tm, tm, tv, 0.0f}}, options);
       }
     }
   });

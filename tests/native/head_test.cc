@@ -125,8 +125,7 @@ Outputs run(Backend& backend, const Problem& p, DType dtype, const LossOptions& 
   const Tensor dhead =
       upload(backend, DType::f32, {p.vocabulary, p.width}, std::vector<float>(p.head.size(), 1.0f));
   Outputs out;
-  out.loss = backend.head_loss(hidden, *head, upload(backend, {p.count}, p.rows),
-                               upload(backend, {p.count}, p.targets), rows, options, logprobs,
+  out.loss = backend.head_loss(hidden, *head, p.rows, p.targets, rows, options, logprobs,
                                with_entropies ? entropies : Tensor(), dhidden, dhead);
   out.logprobs = download(backend, logprobs);
   out.entropies = download(backend, entropies);
@@ -232,13 +231,12 @@ TEST_CASE("head_logprobs gives what head_loss gives, with entropies or without")
       CHECK(loss.loss == without.loss);
       const Tensor hidden = upload(backend, dtype, {p.tokens, p.width}, p.hidden);
       const auto head = backend.pack_weight(upload(backend, dtype, {p.vocabulary, p.width}, p.head), false);
-      const Tensor rows = upload(backend, {p.count}, p.rows), targets = upload(backend, {p.count}, p.targets);
       const Tensor logprobs = poisoned(backend, DType::f32, {p.count});
       const Tensor entropies = poisoned(backend, DType::f32, {p.count});
-      backend.head_logprobs(hidden, *head, rows, targets, logprobs, entropies);
+      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, entropies);
       CHECK(same_bits(download(backend, logprobs), loss.logprobs));
       CHECK(same_bits(download(backend, entropies), loss.entropies));
-      backend.head_logprobs(hidden, *head, rows, targets, logprobs, {});
+      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, {});
       CHECK(same_bits(download(backend, logprobs), loss.logprobs));
     }
   });

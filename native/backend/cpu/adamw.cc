@@ -28,14 +28,14 @@ constexpr int64_t kSquaresBlock = 1 << 14;
 //   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 template <typename W>
 void adamw_range(int64_t n, float* master, W* weight, const float* gradient, float* m, float* v,
-                 const AdamWOptions& options) {
+                 float weight_decay, const AdamWOptions& options) {
   const F32 d;
   const double beta1 = options.beta1, beta2 = options.beta2;
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(options.step));
   const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(options.step));
   const VF32 scale = hn::Set(d, options.gradient_scale);
   const VF32 keep = hn::Set(d, static_cast<float>(1.0 - static_cast<double>(options.learning_rate) *
-                                                            static_cast<double>(options.weight_decay)));
+                                                            static_cast<double>(weight_decay)));
   const VF32 take1 = hn::Set(d, static_cast<float>(1.0 - beta1));
   const VF32 keep2 = hn::Set(d, options.beta2);
   const VF32 take2 = hn::Set(d, static_cast<float>(1.0 - beta2));
@@ -57,12 +57,14 @@ void adamw_range(int64_t n, float* master, W* weight, const float* gradient, flo
   });
 }
 
-void adamw(int threads, const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
-           const Tensor& v, const AdamWOptions& options) {
-  const auto run = [&](auto* copy) {
+void adamw(int threads, const AdamWTensor& tensor, const AdamWOptions& options) {
+  const auto& [master, weight, gradient, m, v, weight_decay] = tensor;
+  const auto run = [&, &master = master, &gradient = gradient, &m = m, &v = v,
+                    weight_decay = weight_decay](auto* copy) {
     parallel_for(threads, master.size(), 1 << 13, [&](int64_t begin, int64_t end) {
       adamw_range(end - begin, master.as<float>() + begin, copy ? copy + begin : nullptr,
-                  gradient.as<const float>() + begin, m.as<float>() + begin, v.as<float>() + begin, options);
+                  gradient.as<const float>() + begin, m.as<float>() + begin, v.as<float>() + begin,
+                  weight_decay, options);
     });
   };
   if (weight.dtype == DType::bf16) {
@@ -119,9 +121,8 @@ namespace merf {
 HWY_EXPORT(adamw);
 HWY_EXPORT(sum_of_squares);
 
-void CpuBackend::adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
-                       const Tensor& v, const AdamWOptions& options) {
-  HWY_DYNAMIC_DISPATCH(adamw)(num_threads(), master, weight, gradient, m, v, options);
+void CpuBackend::adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
+  for (const AdamWTensor& tensor : tensors) HWY_DYNAMIC_DISPATCH(adamw)(num_threads(), tensor, options);
 }
 
 double CpuBackend::sum_of_squares(const std::vector<Tensor>& tensors) {

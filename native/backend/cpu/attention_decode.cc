@@ -22,10 +22,6 @@
 #define MERF_BACKEND_CPU_ATTENTION_DECODE_ONCE
 
 namespace merf {
-namespace {
-
-constexpr int64_t kStretch = 512;  // cached tokens in one partial softmax
-constexpr int64_t kTaskRows = 64;  // decoding rows in one task
 
 // Some rows of a run against one stretch of its tokens.
 struct DecodeTask {
@@ -37,6 +33,7 @@ struct DecodeTask {
 };
 
 struct DecodeWork {
+  DecodePlan plan;  // what the tasks point into
   std::vector<DecodeTask> tasks;
   std::vector<int32_t> rows;           // those in the plan, rising
   std::vector<int32_t> partial_begin;  // [rows.size() + 1] into partials
@@ -44,8 +41,16 @@ struct DecodeWork {
   int64_t partial_count = 0;
 };
 
-DecodeWork lay_out(const DecodePlan& plan, int64_t batch) {
-  DecodeWork work;
+namespace {
+
+constexpr int64_t kStretch = 512;  // cached tokens in one partial softmax
+constexpr int64_t kTaskRows = 64;  // decoding rows in one task
+
+std::shared_ptr<DecodeWork> lay_out(const DecodePlan& given, int64_t batch) {
+  auto laid_out = std::make_shared<DecodeWork>();
+  DecodeWork& work = *laid_out;
+  work.plan = given;
+  const DecodePlan& plan = work.plan;
   std::vector<int32_t> owners;
   for (const DecodeRun& run : plan.runs) {
     for (int64_t token = 0; token < run.tokens; token += kStretch) {
@@ -75,7 +80,7 @@ DecodeWork lay_out(const DecodePlan& plan, int64_t batch) {
   work.partial_begin.push_back(total);
   work.partials.resize(total);
   for (size_t i = 0; i < owners.size(); ++i) work.partials[next[owners[i]]++] = static_cast<int32_t>(i);
-  return work;
+  return laid_out;
 }
 
 }  // namespace
@@ -259,6 +264,7 @@ void CpuBackend::cache_write(const HeadsView& k, const HeadsView& v, const Tenso
   const int32_t* slot = slots.as<int32_t>();
   parallel_for(num_threads(), k.tokens, 64, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
+      if (slot[t] < 0) continue;
       const int64_t page = slot[t] / kPageTokens, offset = slot[t] % kPageTokens;
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t to = ((page * heads + head) * kPageTokens + offset) * size;
@@ -271,11 +277,12 @@ void CpuBackend::cache_write(const HeadsView& k, const HeadsView& v, const Tenso
   });
 }
 
-void CpuBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan,
-                                  float scale, const HeadsView& out) {
-  const DecodeWork work = lay_out(plan, q.tokens);
-  if (work.partial_count == 0) return;
-  HWY_DYNAMIC_DISPATCH(decode)(*this, q, cache, work, scale, out);
+void CpuBackend::plan_decode(const DecodePlan& plan, int64_t batch) { decode_ = lay_out(plan, batch); }
+
+void CpuBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
+                                  const HeadsView& out) {
+  if (!decode_ || decode_->partial_count == 0) return;
+  HWY_DYNAMIC_DISPATCH(decode)(*this, q, cache, *decode_, scale, out);
 }
 
 }  // namespace merf

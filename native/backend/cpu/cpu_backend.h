@@ -12,6 +12,7 @@ namespace merf {
 
 class MemoryPool;
 class Products;
+struct DecodeWork;
 
 class CpuBackend final : public Backend {
  public:
@@ -77,15 +78,18 @@ class CpuBackend final : public Backend {
   // attention_decode.cc
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                    const PagedLayer& cache) override;
-  void attention_decode(const HeadsView& q, const PagedLayer& cache, const DecodePlan& plan, float scale,
+  void plan_decode(const DecodePlan& plan, int64_t batch) override;
+  void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
                         const HeadsView& out) override;
 
   // head.cc
-  void head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-                     const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) override;
-  double head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows, const Tensor& targets,
-                   const LossRows& loss_rows, const LossOptions& options, const Tensor& logprobs,
-                   const Tensor& entropies, const Tensor& dhidden, const Tensor& dhead) override;
+  void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                     const std::vector<int32_t>& targets, const Tensor& logprobs,
+                     const Tensor& entropies) override;
+  double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                   const std::vector<int32_t>& targets, const LossRows& loss_rows, const LossOptions& options,
+                   const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
+                   const Tensor& dhead) override;
 
   // policy_loss.cc
   double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
@@ -101,14 +105,14 @@ class CpuBackend final : public Backend {
                         bool scale, float epsilon, const Tensor& advantages) override;
 
   // adamw.cc
-  void adamw(const Tensor& master, const Tensor& weight, const Tensor& gradient, const Tensor& m,
-             const Tensor& v, const AdamWOptions& options) override;
+  void adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) override;
   double sum_of_squares(const std::vector<Tensor>& tensors) override;
 
  private:
   DeviceInfo info_;
   std::shared_ptr<MemoryPool> pool_;
   std::unique_ptr<Products> products_;
+  std::shared_ptr<DecodeWork> decode_;
 };
 
 }  // namespace merf

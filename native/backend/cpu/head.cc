@@ -188,16 +188,15 @@ struct Plan {
   std::vector<SourceRow> sources;
 };
 
-Plan plan_rows(const Tensor& rows) {
-  const int32_t* row = rows.as<const int32_t>();
+Plan plan_rows(const std::vector<int32_t>& row) {
   Plan plan;
-  plan.order.resize(static_cast<size_t>(rows.size()));
+  plan.order.resize(row.size());
   std::iota(plan.order.begin(), plan.order.end(), 0);
   const auto before = [&](int32_t a, int32_t b) { return row[a] < row[b]; };
   if (!std::is_sorted(plan.order.begin(), plan.order.end(), before)) {
     std::stable_sort(plan.order.begin(), plan.order.end(), before);
   }
-  for (int64_t i = 0; i < rows.size(); ++i) {
+  for (int64_t i = 0; i < static_cast<int64_t>(row.size()); ++i) {
     const int32_t source = row[plan.order[i]];
     if (plan.sources.empty() || plan.sources.back().row != source) plan.sources.push_back({source, i, i});
     plan.sources.back().end = i + 1;
@@ -208,12 +207,13 @@ Plan plan_rows(const Tensor& rows) {
 // What a block of source rows needs, reused from block to block.
 class HeadBlocks {
  public:
-  HeadBlocks(CpuBackend& backend, const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-             const Tensor& targets, const Tensor& logprobs, const Tensor& entropies)
+  HeadBlocks(CpuBackend& backend, const Tensor& hidden, const PackedWeight& head,
+             const std::vector<int32_t>& rows, const std::vector<int32_t>& targets, const Tensor& logprobs,
+             const Tensor& entropies)
       : backend_(backend),
         hidden_(hidden),
         head_(head),
-        targets_(targets.as<const int32_t>()),
+        targets_(targets),
         logprobs_(logprobs.as<float>()),
         entropies_(entropies.as<float>()),
         plan_(plan_rows(rows)) {
@@ -322,7 +322,7 @@ class HeadBlocks {
   CpuBackend& backend_;
   const Tensor& hidden_;
   const PackedWeight& head_;
-  const int32_t* targets_;
+  const std::vector<int32_t>& targets_;
   float* logprobs_;
   float* entropies_;
   Plan plan_;
@@ -334,8 +334,9 @@ class HeadBlocks {
 
 }  // namespace
 
-void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-                               const Tensor& targets, const Tensor& logprobs, const Tensor& entropies) {
+void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
+                               const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
+                               const Tensor& logprobs, const Tensor& entropies) {
   HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies);
   blocks.for_blocks([&](int64_t begin, int64_t end) {
     blocks.compute_logits(begin, end);
@@ -343,11 +344,11 @@ void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head, c
   });
 }
 
-double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, const Tensor& rows,
-                             const Tensor& targets, const LossRows& loss_rows, const LossOptions& options,
-                             const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
-                             const Tensor& dhead) {
-  const int64_t count = rows.size();
+double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                             const std::vector<int32_t>& targets, const LossRows& loss_rows,
+                             const LossOptions& options, const Tensor& logprobs, const Tensor& entropies,
+                             const Tensor& dhidden, const Tensor& dhead) {
+  const int64_t count = static_cast<int64_t>(rows.size());
   // The loss reads entropies where it has a term of them, wanted as an output or not.
   const Tensor own_entropies = entropies ? entropies : allocate(DType::f32, {count});
   HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies);

@@ -1,0 +1,81 @@
+// CUDA's kernel language for the host's compiler: what primitives/ needs of it, with CUDA's meaning. The work is done
+// by emulator.cc.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <source_location>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3() = default;
+  constexpr dim3(unsigned x, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace merf::cuda::emulation {
+
+struct ThreadIndices {
+  dim3 thread, block, block_size, grid_size;
+};
+// Of the thread that runs.
+const ThreadIndices& indices();
+
+// The block's piece of shared memory with that number, made at the first call for it.
+void* take_shared(int piece, size_t bytes);
+
+void sync_block(std::source_location at = std::source_location::current());
+void sync_threads(int barrier, int threads, std::source_location at = std::source_location::current());
+void sync_warp(std::source_location at = std::source_location::current());
+
+// A value of up to 8 bytes from lane `source`.
+uint64_t shuffle_bits(uint64_t value, int source, const std::source_location& at);
+template <typename T>
+T shuffle(T value, int source, std::source_location at = std::source_location::current()) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = shuffle_bits(bits, source, at);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+uint32_t ballot(bool condition, std::source_location at = std::source_location::current());
+inline bool any(bool condition, std::source_location at = std::source_location::current()) {
+  return ballot(condition, at) != 0;
+}
+
+uint32_t atomic_add(uint32_t* to, uint32_t value);
+uint64_t atomic_add(uint64_t* to, uint64_t value);
+
+float fast_exp2(float x);
+
+// The bytes arrive when the thread waits for their group, not before.
+void copy_async(void* to_shared, const void* from, bool valid = true);
+void copy_async_commit();
+void copy_async_wait_for(int pending);
+template <int Pending>
+void copy_async_wait() {
+  copy_async_wait_for(Pending);
+}
+
+void load_matrices(uint32_t (&to)[4], const void* row,
+                   std::source_location at = std::source_location::current());
+void load_matrices_transposed(uint32_t (&to)[4], const void* row,
+                              std::source_location at = std::source_location::current());
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+              std::source_location at = std::source_location::current());
+
+}  // namespace merf::cuda::emulation
+
+#define threadIdx (::merf::cuda::emulation::indices().thread)
+#define blockIdx (::merf::cuda::emulation::indices().block)
+#define blockDim (::merf::cuda::emulation::indices().block_size)
+#define gridDim (::merf::cuda::emulation::indices().grid_size)

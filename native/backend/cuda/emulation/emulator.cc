@@ -1,0 +1,613 @@
+#include "backend/cuda/emulation/emulator.h"
+
+#include <omp.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <boost/context/fiber.hpp>
+#include <cmath>
+#include <exception>
+#include <map>
+#include <mutex>
+#include <string>
+
+#include "backend/bf16.h"
+#include "backend/cuda/emulation/memory.h"
+#include "backend/tensor.h"
+
+namespace merf::cuda::emulation {
+namespace {
+
+namespace context = boost::context;
+
+constexpr int kLanes = 32;
+constexpr size_t kStackBytes = 64 << 10;
+constexpr int kMaxThreads = 1024;
+constexpr size_t kMaxShared = 227 << 10;  // of a block on sm_90
+
+// Stacks for the threads of one block, each with a page below it that may not be touched.
+class Stacks {
+ public:
+  Stacks() {
+    memory_ = static_cast<char*>(mmap(nullptr, kMaxThreads * kSlot, PROT_READ | PROT_WRITE,
+                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    if (memory_ == MAP_FAILED) throw Error("OUT_OF_MEMORY", "Could not map stacks for the emulated GPU");
+    for (int i = 0; i < kMaxThreads; ++i) mprotect(memory_ + i * kSlot, kPage, PROT_NONE);
+  }
+  ~Stacks() { munmap(memory_, kMaxThreads * kSlot); }
+  Stacks(const Stacks&) = delete;
+  Stacks& operator=(const Stacks&) = delete;
+
+  // What Boost.Context asks a stack allocator for.
+  struct Allocator {
+    char* top;
+    context::stack_context allocate() {
+      context::stack_context stack;
+      stack.sp = top;
+      stack.size = kStackBytes;
+      return stack;
+    }
+    void deallocate(context::stack_context&) noexcept {}
+  };
+  Allocator of(int slot) { return {memory_ + (slot + 1) * kSlot}; }
+
+ private:
+  static constexpr size_t kPage = 4096;
+  static constexpr size_t kSlot = kStackBytes + kPage;
+  char* memory_;
+};
+
+struct PendingCopy {
+  void* to;
+  const void* from;
+  bool valid;
+  int group;
+};
+
+// A fiber and the thread of the block that it runs.
+struct Fiber {
+  context::fiber handle;  // where it goes on; while it runs, where the scheduler does
+  ThreadIndices indices;
+  int thread = 0;
+  int open_group = 0;
+  std::vector<PendingCopy> copies;
+  const char* waits_at = nullptr;  // the operation
+  std::source_location location;
+};
+
+struct MmaOperands {
+  uint32_t a[4], b[2];
+  float d[4];
+};
+
+// What the lanes of a warp give an operation, and what they get.
+struct Warp {
+  int arrived = 0;
+  const char* operation = nullptr;
+  uint32_t line = 0;
+  int waiting[kLanes];
+  union {
+    struct {
+      uint64_t value[kLanes];
+      int source[kLanes];
+    } shuffle;
+    const void* rows[kLanes];
+    MmaOperands mma[kLanes];
+  } in;
+  union {
+    uint64_t value[kLanes];
+    uint32_t registers[kLanes][4];
+    float accumulators[kLanes][4];
+  } out;
+};
+
+struct Barrier {
+  int arrived = 0;
+  int expected = 0;
+  uint32_t line = 0;
+  std::vector<int> waiting;
+};
+
+struct SharedPiece {
+  char* data;
+  size_t bytes;
+};
+
+struct Broken {
+  std::string what;
+};
+
+class Order {
+ public:
+  explicit Order(uint64_t seed) : state_(seed) {}
+  bool drawn() const { return state_ != 0; }
+  size_t below(size_t n) {
+    state_ ^= state_ << 13;
+    state_ ^= state_ >> 7;
+    state_ ^= state_ << 17;
+    return static_cast<size_t>((state_ >> 11) % n);
+  }
+
+ private:
+  uint64_t state_;
+};
+
+}  // namespace
+
+// Runs the blocks that one thread of the host has.
+class BlockRunner {
+ public:
+  // Throws Broken.
+  void run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+           const std::function<void()>& body);
+
+  static thread_local BlockRunner* active;
+  Fiber* current = nullptr;
+
+  void* take_shared(size_t piece, size_t bytes);
+  void block_barrier(int id, int threads, const char* operation, const std::source_location& at);
+  template <class Give, class Compute>
+  Warp& warp_operation(const char* operation, const std::source_location& at, const Give& give,
+                       const Compute& compute);
+  int lane() const { return current->thread % kLanes; }
+
+ private:
+  void loop(int fiber);
+  int take_fiber();
+  void wait(const char* operation, const std::source_location& at);
+  void check_end();
+  std::string where(const std::source_location& at) const;
+
+  Stacks stacks_;
+  std::vector<std::unique_ptr<Fiber>> fibers_;
+  std::vector<int> idle_, ready_;
+  size_t ready_begin_ = 0;  // of ready_, where threads go on in order
+  std::vector<int> unstarted_;
+  size_t started_ = 0;
+  int unfinished_ = 0, threads_ = 0;
+  ThreadIndices indices_;
+  const std::function<void()>* body_ = nullptr;
+  Order order_{0};
+  std::string broken_;
+
+  std::vector<Warp> warps_;
+  std::map<int, Barrier> barriers_;
+  std::vector<char> shared_;
+  std::vector<SharedPiece> pieces_;
+  size_t shared_bytes_ = 0, shared_taken_ = 0, shared_end_ = 0;
+};
+
+thread_local BlockRunner* BlockRunner::active = nullptr;
+
+namespace {
+// Kept apart from BlockRunner so that it is one load away.
+thread_local const ThreadIndices* current_indices = nullptr;
+}  // namespace
+
+const ThreadIndices& indices() { return *current_indices; }
+
+void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+                      const std::function<void()>& body) {
+  threads_ = unfinished_ = threads;
+  indices_ = {{}, block, {static_cast<unsigned>(threads)}, grid};
+  body_ = &body;
+  order_ = Order(seed);
+  broken_.clear();
+  ready_.clear();
+  ready_begin_ = 0;
+  started_ = 0;
+  unstarted_.resize(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
+  if (order_.drawn()) {
+    for (size_t i = unstarted_.size(); i > 1; --i) std::swap(unstarted_[i - 1], unstarted_[order_.below(i)]);
+  }
+  warps_.resize(static_cast<size_t>(threads / kLanes));
+  for (Warp& warp : warps_) warp.arrived = 0;
+  barriers_.clear();
+  pieces_.clear();
+  shared_bytes_ = shared_bytes;
+  shared_taken_ = shared_end_ = 0;
+
+  active = this;
+  while (broken_.empty()) {
+    const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
+    if (!ready && !unstarted) break;
+    int next;
+    if (unstarted && (!ready || !order_.drawn() || order_.below(2) == 0)) {
+      next = take_fiber();
+    } else if (order_.drawn()) {
+      std::swap(ready_[ready_begin_ + order_.below(ready_.size() - ready_begin_)], ready_.back());
+      next = ready_.back();
+      ready_.pop_back();
+    } else {
+      next = ready_[ready_begin_++];
+      if (ready_begin_ == ready_.size()) {
+        ready_.clear();
+        ready_begin_ = 0;
+      }
+    }
+    Fiber& fiber = *fibers_[static_cast<size_t>(next)];
+    current = &fiber;
+    current_indices = &fiber.indices;
+    fiber.handle = std::move(fiber.handle).resume();
+  }
+  active = nullptr;
+  if (broken_.empty()) check_end();
+  if (broken_.empty()) return;
+  // What waits will never go on: its stack is unwound.
+  idle_.clear();
+  fibers_.clear();
+  throw Broken{broken_};
+}
+
+// The fiber that goes on with the next thread that has not started.
+int BlockRunner::take_fiber() {
+  if (!idle_.empty()) {
+    const int fiber = idle_.back();
+    idle_.pop_back();
+    return fiber;
+  }
+  const int fiber = static_cast<int>(fibers_.size());
+  fibers_.push_back(std::make_unique<Fiber>());
+  fibers_.back()->handle =
+      context::fiber(std::allocator_arg, stacks_.of(fiber), [this, fiber](context::fiber&& scheduler) {
+        fibers_[static_cast<size_t>(fiber)]->handle = std::move(scheduler);
+        loop(fiber);
+        return std::move(fibers_[static_cast<size_t>(fiber)]->handle);
+      });
+  return fiber;
+}
+
+void BlockRunner::loop(int fiber) {
+  Fiber& self = *fibers_[static_cast<size_t>(fiber)];
+  while (true) {
+    while (started_ < unstarted_.size()) {
+      self.thread = unstarted_[started_++];
+      self.indices = indices_;
+      self.indices.thread.x = static_cast<unsigned>(self.thread);
+      self.copies.clear();
+      self.open_group = 0;
+      (*body_)();
+      --unfinished_;
+      if (order_.drawn()) break;
+    }
+    idle_.push_back(fiber);
+    self.handle = std::move(self.handle).resume();
+  }
+}
+
+std::string BlockRunner::where(const std::source_location& at) const {
+  const std::string file = at.file_name();
+  return file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
+}
+
+// Until another thread puts this one back into ready_.
+void BlockRunner::wait(const char* operation, const std::source_location& at) {
+  Fiber& self = *current;
+  self.waits_at = operation;
+  self.location = at;
+  self.handle = std::move(self.handle).resume();
+  self.waits_at = nullptr;
+}
+
+void BlockRunner::check_end() {
+  if (unfinished_ > 0) {
+    std::map<std::string, int> waiting;
+    for (const auto& fiber : fibers_) {
+      if (fiber->waits_at != nullptr) {
+        ++waiting[std::string(fiber->waits_at) + " (" + where(fiber->location) + ")"];
+      }
+    }
+    for (const auto& [operation, count] : waiting) {
+      broken_ += (broken_.empty() ? "" : ", ") + std::to_string(count) + " threads wait at " + operation;
+    }
+    broken_ += " and " + std::to_string(threads_ - unfinished_) + " of " + std::to_string(threads_) +
+               " threads have ended";
+    for (const auto& fiber : fibers_) fiber->waits_at = nullptr;
+    return;
+  }
+  for (size_t i = 0; i < pieces_.size(); ++i) {
+    const bool before = guard_intact(pieces_[i].data - kGuardBytes, kGuardBytes);
+    const bool behind = guard_intact(pieces_[i].data + pieces_[i].bytes, kGuardBytes);
+    if (before && behind) continue;
+    broken_ = std::string("it wrote ") + (before ? "behind" : "before") + " piece " + std::to_string(i) +
+              " of its shared memory, of " + std::to_string(pieces_[i].bytes) + " bytes";
+    return;
+  }
+}
+
+void* BlockRunner::take_shared(size_t piece, size_t bytes) {
+  if (piece < pieces_.size()) {
+    if (pieces_[piece].bytes != bytes) {
+      broken_ = "its threads took different pieces of shared memory: " + std::to_string(pieces_[piece].bytes) +
+                " and " + std::to_string(bytes) + " bytes";
+      wait("shared memory", std::source_location::current());
+    }
+    return pieces_[piece].data;
+  }
+  shared_taken_ += bytes;
+  if (shared_taken_ > shared_bytes_) {
+    broken_ = "it took " + std::to_string(shared_taken_) + " bytes of shared memory but was launched with " +
+              std::to_string(shared_bytes_);
+    wait("shared memory", std::source_location::current());
+  }
+  // Room for the pieces with a guard zone between any two; a block takes no more than 64.
+  constexpr size_t kAlignment = 1024;
+  if (shared_.empty()) shared_.resize(kMaxShared + 65 * (kGuardBytes + kAlignment));
+  if (pieces_.empty()) {
+    shared_end_ = kAlignment - reinterpret_cast<uintptr_t>(shared_.data()) % kAlignment;
+  }
+  char* guard = shared_.data() + shared_end_;
+  char* data = reinterpret_cast<char*>(
+      (reinterpret_cast<uintptr_t>(guard) + kGuardBytes + kAlignment - 1) / kAlignment * kAlignment);
+  write_guard(data - kGuardBytes, kGuardBytes);
+  std::memset(data, kPoison, bytes);
+  write_guard(data + bytes, kGuardBytes);
+  shared_end_ = static_cast<size_t>(data + bytes + kGuardBytes - shared_.data());
+  pieces_.push_back({data, bytes});
+  return data;
+}
+
+void BlockRunner::block_barrier(int id, int threads, const char* operation, const std::source_location& at) {
+  const int self = static_cast<int>(std::find_if(fibers_.begin(), fibers_.end(),
+                                                 [&](const auto& f) { return f.get() == current; }) -
+                                    fibers_.begin());
+  Barrier& barrier = barriers_[id];
+  if (barrier.arrived == 0) {
+    barrier.expected = threads;
+    barrier.line = at.line();
+  } else if (barrier.expected != threads || barrier.line != at.line()) {
+    broken_ = "threads of one block wait at different places for barrier " + std::to_string(id) + ": line " +
+              std::to_string(barrier.line) + " and " + where(at);
+    wait(operation, at);
+  }
+  if (++barrier.arrived < barrier.expected) {
+    barrier.waiting.push_back(self);
+    wait(operation, at);
+    return;
+  }
+  barrier.arrived = 0;
+  ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+// `give` puts in what this lane brings; `compute` runs once all 32 have.
+template <class Give, class Compute>
+Warp& BlockRunner::warp_operation(const char* operation, const std::source_location& at, const Give& give,
+                                  const Compute& compute) {
+  Warp& warp = warps_[static_cast<size_t>(current->thread / kLanes)];
+  if (warp.arrived == 0) {
+    warp.operation = operation;
+    warp.line = at.line();
+  } else if (warp.operation != operation || warp.line != at.line()) {
+    broken_ = std::string("lanes of one warp reached different operations: ") + warp.operation + " in line " +
+              std::to_string(warp.line) + " and " + operation + " (" + where(at) + ")";
+    wait(operation, at);
+  }
+  const int lane = this->lane();
+  give(warp, lane);
+  if (++warp.arrived < kLanes) {
+    warp.waiting[warp.arrived - 1] = current->indices.thread.z;
+    wait(operation, at);
+    return warp;
+  }
+  warp.arrived = 0;
+  compute(warp);
+  ready_.insert(ready_.end(), warp.waiting, warp.waiting + kLanes - 1);
+  return warp;
+}
+
+// ---- the emulator
+
+Emulator::Emulator(int threads, uint64_t seed) : seed_(seed) {
+  for (int i = 0; i < std::max(1, threads); ++i) runners_.push_back(std::make_unique<BlockRunner>());
+}
+
+Emulator::~Emulator() = default;
+
+void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_bytes,
+                   const std::function<void()>& thread_body) {
+  const auto fail = [&](const std::string& what) {
+    throw Error("INTERNAL", std::string("The kernel ") + kernel + " broke the rules of CUDA: " + what);
+  };
+  if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0) {
+    fail("its blocks have " + std::to_string(threads) + " threads");
+  }
+  if (shared_bytes > kMaxShared) fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("its grid is too large");
+  const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
+  const uint64_t launch_seed = seed_ == 0 ? 0 : (seed_ * 0x9e3779b97f4a7c15u + ++launches_) | 1;
+
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> stop{false};
+  std::mutex mutex;
+  std::string broken;
+  const auto work = [&](BlockRunner& runner) {
+    for (int64_t i = next++; i < blocks && !stop; i = next++) {
+      // Another seed, another order of blocks.
+      const int64_t at = launch_seed == 0 ? i : blocks - 1 - i;
+      const dim3 block(static_cast<unsigned>(at % grid.x), static_cast<unsigned>(at / grid.x % grid.y),
+                       static_cast<unsigned>(at / grid.x / grid.y));
+      const uint64_t seed = launch_seed == 0 ? 0 : launch_seed + 2 * static_cast<uint64_t>(at);
+      try {
+        runner.run(block, grid, threads, shared_bytes, seed, thread_body);
+      } catch (const Broken& error) {
+        std::lock_guard<std::mutex> lock(mutex);
+        stop = true;
+        if (broken.empty()) {
+          broken = "in block (" + std::to_string(block.x) + ", " + std::to_string(block.y) + ", " +
+                   std::to_string(block.z) + ") " + error.what;
+        }
+      }
+    }
+  };
+  const int workers = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(runners_.size())));
+  if (workers == 1) {
+    work(*runners_[0]);
+  } else {
+#pragma omp parallel num_threads(workers)
+    work(*runners_[static_cast<size_t>(omp_get_thread_num())]);
+  }
+  if (broken.empty()) {
+    const std::string overrun = find_overrun();
+    if (!overrun.empty()) broken = "it wrote " + overrun;
+  }
+  if (!broken.empty()) fail(broken);
+}
+
+// ---- what kernels call
+
+void* take_shared(int piece, size_t bytes) {
+  return BlockRunner::active->take_shared(static_cast<size_t>(piece), bytes);
+}
+
+void sync_block(std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  runner.block_barrier(0, static_cast<int>(indices().block_size.x), "sync_block", at);
+}
+void sync_threads(int barrier, int threads, std::source_location at) {
+  BlockRunner::active->block_barrier(barrier, threads, "sync_threads", at);
+}
+void sync_warp(std::source_location at) {
+  BlockRunner::active->warp_operation("sync_warp", at, [](Warp&, int) {}, [](Warp&) {});
+}
+
+uint64_t shuffle_bits(uint64_t value, int source, const std::source_location& at) {
+  BlockRunner& runner = *BlockRunner::active;
+  const Warp& warp = runner.warp_operation(
+      "shuffle", at,
+      [&](Warp& w, int lane) {
+        w.in.shuffle.value[lane] = value;
+        w.in.shuffle.source[lane] = source & (kLanes - 1);
+      },
+      [](Warp& w) {
+        for (int l = 0; l < kLanes; ++l) w.out.value[l] = w.in.shuffle.value[w.in.shuffle.source[l]];
+      });
+  return warp.out.value[runner.lane()];
+}
+
+uint32_t ballot(bool condition, std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  const Warp& warp = runner.warp_operation(
+      "ballot", at, [&](Warp& w, int lane) { w.in.shuffle.value[lane] = condition; },
+      [](Warp& w) {
+        uint32_t bits = 0;
+        for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(w.in.shuffle.value[l]) << l;
+        for (int l = 0; l < kLanes; ++l) w.out.value[l] = bits;
+      });
+  return static_cast<uint32_t>(warp.out.value[runner.lane()]);
+}
+
+uint32_t atomic_add(uint32_t* to, uint32_t value) {
+  return std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
+}
+uint64_t atomic_add(uint64_t* to, uint64_t value) {
+  return std::atomic_ref<uint64_t>(*to).fetch_add(value, std::memory_order_relaxed);
+}
+
+float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
+
+void copy_async(void* to_shared, const void* from, bool valid) {
+  Fiber& fiber = *BlockRunner::active->current;
+  fiber.copies.push_back({to_shared, from, valid, fiber.open_group});
+}
+void copy_async_commit() { ++BlockRunner::active->current->open_group; }
+void copy_async_wait_for(int pending) {
+  Fiber& fiber = *BlockRunner::active->current;
+  size_t kept = 0;
+  for (const PendingCopy& copy : fiber.copies) {
+    if (copy.group >= fiber.open_group - pending) {
+      fiber.copies[kept++] = copy;
+    } else if (copy.valid) {
+      std::memcpy(copy.to, copy.from, 16);
+    } else {
+      std::memset(copy.to, 0, 16);
+    }
+  }
+  fiber.copies.resize(kept);
+}
+
+namespace {
+
+void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const std::source_location& at) {
+  BlockRunner& runner = *BlockRunner::active;
+  const Warp& warp = runner.warp_operation(
+      transposed ? "load_matrices_transposed" : "load_matrices", at,
+      [&](Warp& w, int lane) { w.in.rows[lane] = row; },
+      [transposed](Warp& w) {
+        for (int matrix = 0; matrix < 4; ++matrix) {
+          const void* const* rows = w.in.rows + 8 * matrix;
+          const auto element = [&](int i, int j) {
+            uint16_t bits;
+            std::memcpy(&bits, static_cast<const char*>(rows[i]) + 2 * j, 2);
+            return uint32_t{bits};
+          };
+          for (int l = 0; l < kLanes; ++l) {
+            const int i = l / 4, j = 2 * (l % 4);
+            w.out.registers[l][matrix] = transposed ? element(j, i) | element(j + 1, i) << 16
+                                                    : element(i, j) | element(i, j + 1) << 16;
+          }
+        }
+      });
+  std::memcpy(to, warp.out.registers[runner.lane()], sizeof(to));
+}
+
+float half_of(uint32_t packed, int which) { return to_f32(bf16{static_cast<uint16_t>(packed >> (16 * which))}); }
+
+// D += A * B from the fragments of the 32 lanes.
+void multiply(Warp& w) {
+  float a[16][16], b[16][8], d[16][8];
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = 2 * (l % 4);
+    const MmaOperands& in = w.in.mma[l];
+    for (int i = 0; i < 2; ++i) {
+      a[g][t + i] = half_of(in.a[0], i);
+      a[g + 8][t + i] = half_of(in.a[1], i);
+      a[g][t + 8 + i] = half_of(in.a[2], i);
+      a[g + 8][t + 8 + i] = half_of(in.a[3], i);
+      b[t + i][g] = half_of(in.b[0], i);
+      b[t + 8 + i][g] = half_of(in.b[1], i);
+      d[g][t + i] = in.d[i];
+      d[g + 8][t + i] = in.d[2 + i];
+    }
+  }
+  for (int i = 0; i < 16; ++i) {
+    for (int k = 0; k < 16; ++k) {
+      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
+    }
+  }
+  for (int l = 0; l < kLanes; ++l) {
+    const int g = l / 4, t = 2 * (l % 4);
+    for (int i = 0; i < 2; ++i) {
+      w.out.accumulators[l][i] = d[g][t + i];
+      w.out.accumulators[l][2 + i] = d[g + 8][t + i];
+    }
+  }
+}
+
+}  // namespace
+
+void load_matrices(uint32_t (&to)[4], const void* row, std::source_location at) {
+  load_matrices(to, row, false, at);
+}
+void load_matrices_transposed(uint32_t (&to)[4], const void* row, std::source_location at) {
+  load_matrices(to, row, true, at);
+}
+
+void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  const Warp& warp = runner.warp_operation(
+      "mma", at,
+      [&](Warp& w, int lane) {
+        MmaOperands& in = w.in.mma[lane];
+        std::memcpy(in.a, a, sizeof(a));
+        std::memcpy(in.b, b, sizeof(b));
+        std::memcpy(in.d, d, sizeof(d));
+      },
+      multiply);
+  std::memcpy(d, warp.out.accumulators[runner.lane()], sizeof(d));
+}
+
+}  // namespace merf::cuda::emulation

@@ -1,0 +1,35 @@
+// Runs kernels on the host. Blocks run one after another on each of a few threads of the host; a block's threads are
+// fibers, which change over at barriers and warp operations, in an order drawn from a seed: a kernel whose result
+// depends on the order lacks a barrier.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "backend/cuda/emulation/device.h"
+
+namespace merf::cuda::emulation {
+
+class BlockRunner;
+
+class Emulator {
+ public:
+  // Seed 0: threads run in the order of their indices.
+  Emulator(int threads, uint64_t seed);
+  ~Emulator();
+
+  // Runs every block of the grid. Throws Error("INTERNAL") with the kernel's name where it broke CUDA's rules: a
+  // barrier or warp operation that not all threads reached, a write outside of shared or global memory, more shared
+  // memory than it was given, a shape that no GPU accepts.
+  void run(const char* kernel, dim3 grid, int threads, size_t shared_bytes,
+           const std::function<void()>& thread_body);
+
+ private:
+  const uint64_t seed_;
+  uint64_t launches_ = 0;
+  std::vector<std::unique_ptr<BlockRunner>> runners_;
+};
+
+}  // namespace merf::cuda::emulation

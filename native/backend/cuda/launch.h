@@ -1,0 +1,50 @@
+// Starting kernels.
+#pragma once
+
+#include <utility>
+
+#include "backend/cuda/gpu.h"
+#include "backend/cuda/primitives/device.h"
+
+namespace merf::cuda {
+
+struct LaunchShape {
+  dim3 grid;          // blocks; a grid of none is no launch
+  int threads = 128;  // in a block, a multiple of 32
+  size_t shared = 0;  // bytes of shared memory a block, as shared_bytes counts them
+};
+
+inline dim3 blocks(int64_t x, int64_t y = 1, int64_t z = 1) {
+  return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
+// Enqueues the kernel on the GPU's stream. `name` is what errors call it.
+template <typename... Parameters, typename... Arguments>
+void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const LaunchShape& shape,
+            Arguments&&... arguments) {
+  static_assert(sizeof...(Parameters) == sizeof...(Arguments));
+  if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
+#if defined(MERF_CUDA_EMULATION)
+  // Parameters are copied, as a launch does.
+  gpu.enqueue([&emulator = gpu.emulator(), name, kernel, shape,
+               ... parameters = Parameters(std::forward<Arguments>(arguments))] {
+    emulator.run(name, shape.grid, shape.threads, shape.shared, [&] { kernel(parameters...); });
+  });
+#else
+  if (shape.shared > 48 * 1024) gpu.allow_shared(reinterpret_cast<const void*>(kernel), shape.shared);
+  kernel<<<shape.grid, shape.threads, shape.shared, gpu.stream()>>>(Parameters(std::forward<Arguments>(arguments))...);
+  gpu.check_launch(name);
+#endif
+}
+
+// Calls body(T()) with the element type of `dtype`.
+template <typename Body>
+void with_type(DType dtype, Body&& body) {
+  if (dtype == DType::bf16) {
+    body(bf16{});
+  } else {
+    body(float{});
+  }
+}
+
+}  // namespace merf::cuda
