@@ -13,7 +13,9 @@ struct bf16 {
 };
 
 MERF_HOST_DEVICE inline float to_f32(float value) { return value; }
-MERF_HOST_DEVICE inline float to_f32(bf16 value) { return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16); }
+MERF_HOST_DEVICE inline float to_f32(bf16 value) {
+  return std::bit_cast<float>(static_cast<uint32_t>(value.bits) << 16);
+}
 
 // To nearest, ties to even; NaN stays NaN.
 MERF_HOST_DEVICE inline bf16 to_bf16(float value) {

@@ -230,8 +230,8 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
     Tensor copy;
     if (parameter->matrix() && config_.dtype != DType::f32) {
       if (staged + parameter->size() > staging_.size()) flush();
-      copy = staging_.rows(staged, staged + parameter->size())
-                 .view({parameter->shape[0], parameter->shape[1]});
+      copy =
+          staging_.rows(staged, staged + parameter->size()).view({parameter->shape[0], parameter->shape[1]});
       staged += parameter->size();
     }
     if (parameter->matrix()) matrices.push_back(parameter);

@@ -52,9 +52,6 @@ std::string openmp_version() {
 
 CpuBackend::CpuBackend(int threads) : pool_(std::make_shared<MemoryPool>()) {
   const int processors = std::max(1, omp_get_num_procs());
-  if (threads < 0) {
-    throw Error("INVALID_ARGUMENT", "Expected 0 or more for threads but received " + std::to_string(threads));
-  }
   info_.name = "cpu";
   info_.description = processor_name();
   info_.isa = instruction_set();

@@ -25,14 +25,15 @@ class Recording {
 };
 
 struct GpuProperties {
-  std::string name;         // as its maker names it
-  int major = 0;            // compute capability
+  std::string name;  // as its maker names it
+  int major = 0;     // compute capability
   int minor = 0;
   int multiprocessors = 0;
+  int host_threads = 1;     // of the emulation
   size_t shared_bytes = 0;  // shared memory that a block can have
   size_t total_bytes = 0;
-  std::string driver;       // the CUDA version that the driver knows, such as "13.0"
-  std::string runtime;      // that of the runtime linked in
+  std::string driver;   // the CUDA version that the driver knows, such as "13.0"
+  std::string runtime;  // that of the runtime linked in
 };
 
 class Gpu {

@@ -32,7 +32,8 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
   });
 #else
   if (shape.shared > 48 * 1024) gpu.allow_shared(reinterpret_cast<const void*>(kernel), shape.shared);
-  kernel<<<shape.grid, shape.threads, shape.shared, gpu.stream()>>>(Parameters(std::forward<Arguments>(arguments))...);
+  kernel<<<shape.grid, shape.threads, shape.shared, gpu.stream()> > >(
+      Parameters(std::forward<Arguments>(arguments))...);
   gpu.check_launch(name);
 #endif
 }

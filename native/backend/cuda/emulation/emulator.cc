@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <bit>
 #include <boost/context/fiber.hpp>
 #include <cmath>
 #include <exception>
@@ -70,6 +69,7 @@ struct PendingCopy {
 struct Fiber {
   context::fiber handle;  // where it goes on; while it runs, where the scheduler does
   ThreadIndices indices;
+  int index = 0;  // among fibers
   int thread = 0;
   int open_group = 0;
   std::vector<PendingCopy> copies;
@@ -251,6 +251,7 @@ int BlockRunner::take_fiber() {
   }
   const int fiber = static_cast<int>(fibers_.size());
   fibers_.push_back(std::make_unique<Fiber>());
+  fibers_.back()->index = fiber;
   fibers_.back()->handle =
       context::fiber(std::allocator_arg, stacks_.of(fiber), [this, fiber](context::fiber&& scheduler) {
         fibers_[static_cast<size_t>(fiber)]->handle = std::move(scheduler);
@@ -321,8 +322,9 @@ void BlockRunner::check_end() {
 void* BlockRunner::take_shared(size_t piece, size_t bytes) {
   if (piece < pieces_.size()) {
     if (pieces_[piece].bytes != bytes) {
-      broken_ = "its threads took different pieces of shared memory: " + std::to_string(pieces_[piece].bytes) +
-                " and " + std::to_string(bytes) + " bytes";
+      broken_ =
+          "its threads took different pieces of shared memory: " + std::to_string(pieces_[piece].bytes) +
+          " and " + std::to_string(bytes) + " bytes";
       wait("shared memory", std::source_location::current());
     }
     return pieces_[piece].data;
@@ -340,8 +342,8 @@ void* BlockRunner::take_shared(size_t piece, size_t bytes) {
     shared_end_ = kAlignment - reinterpret_cast<uintptr_t>(shared_.data()) % kAlignment;
   }
   char* guard = shared_.data() + shared_end_;
-  char* data = reinterpret_cast<char*>(
-      (reinterpret_cast<uintptr_t>(guard) + kGuardBytes + kAlignment - 1) / kAlignment * kAlignment);
+  char* data = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(guard) + kGuardBytes + kAlignment - 1) /
+                                       kAlignment * kAlignment);
   write_guard(data - kGuardBytes, kGuardBytes);
   std::memset(data, kPoison, bytes);
   write_guard(data + bytes, kGuardBytes);
@@ -351,9 +353,6 @@ void* BlockRunner::take_shared(size_t piece, size_t bytes) {
 }
 
 void BlockRunner::block_barrier(int id, int threads, const char* operation, const std::source_location& at) {
-  const int self = static_cast<int>(std::find_if(fibers_.begin(), fibers_.end(),
-                                                 [&](const auto& f) { return f.get() == current; }) -
-                                    fibers_.begin());
   Barrier& barrier = barriers_[id];
   if (barrier.arrived == 0) {
     barrier.expected = threads;
@@ -364,7 +363,7 @@ void BlockRunner::block_barrier(int id, int threads, const char* operation, cons
     wait(operation, at);
   }
   if (++barrier.arrived < barrier.expected) {
-    barrier.waiting.push_back(self);
+    barrier.waiting.push_back(current->index);
     wait(operation, at);
     return;
   }
@@ -389,7 +388,7 @@ Warp& BlockRunner::warp_operation(const char* operation, const std::source_locat
   const int lane = this->lane();
   give(warp, lane);
   if (++warp.arrived < kLanes) {
-    warp.waiting[warp.arrived - 1] = current->indices.thread.z;
+    warp.waiting[warp.arrived - 1] = current->index;
     wait(operation, at);
     return warp;
   }
@@ -415,7 +414,8 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0) {
     fail("its blocks have " + std::to_string(threads) + " threads");
   }
-  if (shared_bytes > kMaxShared) fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > kMaxShared)
+    fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("its grid is too large");
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   const uint64_t launch_seed = seed_ == 0 ? 0 : (seed_ * 0x9e3779b97f4a7c15u + ++launches_) | 1;
@@ -471,7 +471,8 @@ void sync_threads(int barrier, int threads, std::source_location at) {
   BlockRunner::active->block_barrier(barrier, threads, "sync_threads", at);
 }
 void sync_warp(std::source_location at) {
-  BlockRunner::active->warp_operation("sync_warp", at, [](Warp&, int) {}, [](Warp&) {});
+  BlockRunner::active->warp_operation(
+      "sync_warp", at, [](Warp&, int) {}, [](Warp&) {});
 }
 
 uint64_t shuffle_bits(uint64_t value, int source, const std::source_location& at) {
@@ -554,7 +555,9 @@ void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const st
   std::memcpy(to, warp.out.registers[runner.lane()], sizeof(to));
 }
 
-float half_of(uint32_t packed, int which) { return to_f32(bf16{static_cast<uint16_t>(packed >> (16 * which))}); }
+float half_of(uint32_t packed, int which) {
+  return to_f32(bf16{static_cast<uint16_t>(packed >> (16 * which))});
+}
 
 // D += A * B from the fragments of the 32 lanes.
 void multiply(Warp& w) {

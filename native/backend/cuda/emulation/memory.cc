@@ -86,7 +86,8 @@ std::string find_overrun() {
     // Said once: what follows is another kernel's doing.
     write_guard(data - kGuardBytes, kGuardBytes);
     write_guard(data + bytes, padded(bytes) - bytes + kGuardBytes);
-    return std::string(before ? "behind" : "before") + " an allocation of " + std::to_string(bytes) + " bytes";
+    return std::string(before ? "behind" : "before") + " an allocation of " + std::to_string(bytes) +
+           " bytes";
   }
   return {};
 }

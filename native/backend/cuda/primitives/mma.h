@@ -101,8 +101,7 @@ __device__ inline void load_a_transposed(FragmentA<float>& a, const float* tile,
 #pragma unroll
   for (int k = 0; k < 8; ++k) {
 #pragma unroll
-    for (int second = 0; second < 2; ++second)
-      a.at[second][k] = tile[k * stride + accumulator_row(second)];
+    for (int second = 0; second < 2; ++second) a.at[second][k] = tile[k * stride + accumulator_row(second)];
   }
 }
 // Two neighbouring blocks B[depth, 8], stored as the transpose [16, depth]: rows are columns of B.

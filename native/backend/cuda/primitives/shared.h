@@ -12,7 +12,8 @@ constexpr size_t kSharedAlignment = 128;
 // Bytes that a piece of `count` elements takes: a launch asks for the sum over its kernel's pieces.
 template <typename T>
 constexpr size_t shared_bytes(int64_t count) {
-  return (static_cast<size_t>(count) * sizeof(T) + kSharedAlignment - 1) / kSharedAlignment * kSharedAlignment;
+  return (static_cast<size_t>(count) * sizeof(T) + kSharedAlignment - 1) / kSharedAlignment *
+         kSharedAlignment;
 }
 
 // Every thread of a block takes the same pieces in the same order. Contents are undefined at first (NaN under

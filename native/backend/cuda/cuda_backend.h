@@ -1,0 +1,137 @@
+// The GPU, real or emulated. Every operator family is defined in the .cu file of its name; matrix products are
+// cuBLASLt's where that is found, else our own.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "backend/backend.h"
+#include "backend/cuda/gpu.h"
+
+namespace merf::cuda {
+
+class MatrixLibrary;
+struct AttentionPlan;
+struct DecodeWork;
+
+// The GPU with the count of what is allocated on it: outlives the backend while tensors do. Tensors may be given back
+// on any thread.
+struct Device {
+  explicit Device(int threads) : gpu(threads) {}
+  Gpu gpu;
+  std::mutex mutex;
+  size_t used = 0, peak = 0;  // bytes
+};
+
+class CudaBackend final : public Backend {
+ public:
+  // threads: see Gpu.
+  explicit CudaBackend(int threads);
+  ~CudaBackend() override;
+
+  Gpu& gpu() { return device_->gpu; }
+  const DeviceInfo& info() const override { return info_; }
+
+  // memory.cu, cast.cu
+  Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) override;
+  void upload(const Tensor& destination, const void* host, size_t bytes) override;
+  void download(void* host, const Tensor& source, size_t bytes) override;
+  void copy(const Tensor& destination, const Tensor& source) override;
+  void zero(const Tensor& destination) override;
+  void cast(const Tensor& destination, const Tensor& source) override;
+  void synchronize() override;
+  std::unique_ptr<Recorder> make_recorder() override;
+  int64_t memory_used() const override;
+  int64_t memory_peak() const override;
+  void reset_peak_memory() override;
+
+  // A tensor with these values, for what an operator lays out on the host.
+  Tensor make(const std::vector<int32_t>& values);
+
+  // matmul.cu
+  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
+  void repack_weight(PackedWeight& packed, const Tensor& weight) override;
+  void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
+              bool accumulate) override;
+  void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
+                             bool accumulate) override;
+  void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
+                              const Tensor& dbias) override;
+
+  // embedding.cu
+  void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) override;
+  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
+  void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
+
+  // norm.cu
+  void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
+                const Tensor& rstd) override;
+  void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
+                         const Tensor& dx, const Tensor& dweight) override;
+  void add(const Tensor& y, const Tensor& x) override;
+
+  // rope.cu
+  void rope(const HeadsView& x, const Tensor& positions, const Tensor& inverse_frequencies, bool inverse,
+            float attention_scale) override;
+
+  // swiglu.cu
+  void swiglu(const Tensor& gate_up, const Tensor& y) override;
+  void swiglu_backward(const Tensor& dy, const Tensor& gate_up, const Tensor& dgate_up) override;
+
+  // attention.cu
+  void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
+                 const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
+                 const Tensor& lse) override;
+  void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
+                          const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
+                          const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
+                          const HeadsView& dk, const HeadsView& dv) override;
+
+  // attention_decode.cu
+  void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
+                   const PagedLayer& cache) override;
+  void plan_decode(const DecodePlan& plan, int64_t batch) override;
+  void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
+                        const HeadsView& out) override;
+
+  // head.cu
+  void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                     const std::vector<int32_t>& targets, const Tensor& logprobs,
+                     const Tensor& entropies) override;
+  double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
+                   const std::vector<int32_t>& targets, const LossRows& loss_rows, const LossOptions& options,
+                   const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,
+                   const Tensor& dhead) override;
+
+  // policy_loss.cu
+  double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
+                     const LossOptions& options, const Tensor& coefficients) override;
+
+  // sampling.cu
+  void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
+                     const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
+                     const Tensor& raw_logprobs, const Tensor& entropies) override;
+
+  // group_advantages.cu
+  void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
+                        bool scale, float epsilon, const Tensor& advantages) override;
+
+  // adamw.cu
+  void adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) override;
+  double sum_of_squares(const std::vector<Tensor>& tensors) override;
+
+ private:
+  friend class GpuRecorder;
+
+  DeviceInfo info_;
+  std::shared_ptr<Device> device_;
+  std::shared_ptr<MatrixLibrary> products_;        // cuBLASLt, or null
+  std::shared_ptr<AttentionPlan> attention_plan_;  // of the last forest
+  std::shared_ptr<DecodeWork> decode_;             // of the last plan_decode
+  // Changes whenever a recording made before would no longer be right, such as when decode_ moved.
+  int64_t recording_generation_ = 0;
+};
+
+}  // namespace merf::cuda

@@ -1,0 +1,124 @@
+// The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
+//
+// MERF_EMULATION_SEED chooses the order in which a block's threads run, MERF_EMULATION_MEMORY how many bytes the
+// emulated GPU has; both are for tests.
+#include "backend/cuda/gpu.h"
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <unordered_set>
+#include <vector>
+
+#include "backend/cuda/emulation/memory.h"
+
+namespace merf::cuda {
+namespace {
+
+constexpr size_t kMemory = size_t{4} << 30;
+
+uint64_t number_from(const char* variable, uint64_t otherwise) {
+  const char* text = std::getenv(variable);
+  return text == nullptr || *text == '\0' ? otherwise : std::strtoull(text, nullptr, 10);
+}
+
+class EmulatedRecording final : public Recording {
+ public:
+  ~EmulatedRecording() override {
+    for (void* data : memory) emulation::free(data);
+  }
+  std::vector<std::function<void()>> work;
+  std::vector<void*> memory;  // allocated and freed while it was recorded
+};
+
+}  // namespace
+
+struct Gpu::State {
+  explicit State(int threads)
+      : memory(number_from("MERF_EMULATION_MEMORY", kMemory)),
+        emulator(threads, number_from("MERF_EMULATION_SEED", 0)) {}
+  const size_t memory;
+  emulation::Emulator emulator;
+  std::unique_ptr<EmulatedRecording> recording;
+  std::unordered_set<void*> recorded_memory;  // allocated while recording and not freed yet
+  std::vector<void*> freed_while_recording;   // allocated before
+};
+
+Gpu::Gpu(int threads) {
+  properties_.host_threads = threads > 0 ? threads : std::max(1, omp_get_num_procs());
+  state_ = std::make_unique<State>(properties_.host_threads);
+  properties_.name = "emulated on the host";
+  properties_.major = 9;
+  properties_.multiprocessors = 2;
+  properties_.shared_bytes = 227 << 10;
+  properties_.total_bytes = state_->memory;
+}
+
+Gpu::~Gpu() = default;
+
+emulation::Emulator& Gpu::emulator() { return state_->emulator; }
+
+size_t Gpu::free_bytes() {
+  const size_t used = emulation::allocated();
+  return used > state_->memory ? 0 : state_->memory - used;
+}
+
+void Gpu::enqueue(std::function<void()> work) {
+  if (state_->recording) {
+    state_->recording->work.push_back(std::move(work));
+  } else {
+    work();
+  }
+}
+
+void* Gpu::allocate(size_t bytes) {
+  void* data = emulation::allocate(bytes, state_->memory);
+  if (data != nullptr && state_->recording) state_->recorded_memory.insert(data);
+  return data;
+}
+
+void Gpu::free(void* data) noexcept {
+  if (!state_->recording) {
+    emulation::free(data);
+  } else if (state_->recorded_memory.erase(data) > 0) {
+    state_->recording->memory.push_back(data);
+  } else {
+    state_->freed_while_recording.push_back(data);
+  }
+}
+
+void Gpu::upload(void* device, const void* host, size_t bytes) {
+  if (state_->recording) throw Error("INTERNAL", "Expected no upload while work is recorded");
+  std::memcpy(device, host, bytes);
+}
+void Gpu::download(void* host, const void* device, size_t bytes) {
+  if (state_->recording) throw Error("INTERNAL", "Expected no download while work is recorded");
+  std::memcpy(host, device, bytes);
+}
+void Gpu::copy(void* to, const void* from, size_t bytes) {
+  enqueue([=] { std::memmove(to, from, bytes); });
+}
+void Gpu::fill(void* to, int byte, size_t bytes) {
+  enqueue([=] { std::memset(to, byte, bytes); });
+}
+void Gpu::synchronize() {
+  if (state_->recording) throw Error("INTERNAL", "Expected no synchronisation while work is recorded");
+}
+
+void Gpu::begin_recording() { state_->recording = std::make_unique<EmulatedRecording>(); }
+
+std::unique_ptr<Recording> Gpu::end_recording() {
+  std::unique_ptr<Recording> recording = std::move(state_->recording);
+  state_->recorded_memory.clear();
+  for (void* data : state_->freed_while_recording) emulation::free(data);
+  state_->freed_while_recording.clear();
+  return recording;
+}
+
+void Gpu::play(Recording& recording) {
+  for (const auto& work : static_cast<EmulatedRecording&>(recording).work) work();
+}
+
+}  // namespace merf::cuda

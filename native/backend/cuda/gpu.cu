@@ -1,0 +1,270 @@
+// The real GPU behind gpu.h.
+#include "backend/cuda/gpu.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <list>
+#include <unordered_map>
+#include <vector>
+
+namespace merf::cuda {
+namespace {
+
+void check(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  cudaGetLastError();  // so that the next call does not report it again
+  throw Error("DEVICE_FAILED", std::string("The GPU failed at ") + what + ": " + cudaGetErrorString(status));
+}
+
+std::string version_text(int version) {
+  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+class GraphRecording final : public Recording {
+ public:
+  ~GraphRecording() override {
+    // Its last play may still run.
+    cudaStreamSynchronize(stream);
+    if (graph != nullptr) cudaGraphExecDestroy(graph);
+    for (const Block& block : memory) cudaFreeAsync(block.data, stream);
+  }
+  cudaStream_t stream = nullptr;
+  cudaGraphExec_t graph = nullptr;
+  std::list<Block> memory;  // allocated and freed while it was recorded: its own from then on
+};
+
+// Pinned host memory that transfers go through, in a ring: a part is written again once its last transfer is done.
+constexpr size_t kPartBytes = size_t{8} << 20;
+constexpr size_t kParts = 4;
+
+}  // namespace
+
+struct Gpu::State {
+  cudaStream_t stream = nullptr;
+  cudaStream_t side_stream = nullptr;  // for memory that is needed while the stream is recorded
+  char* pinned = nullptr;              // [kParts, kPartBytes]
+  std::array<cudaEvent_t, kParts> part_free{};
+  size_t part = 0, used = 0;
+  std::unordered_map<const void*, size_t> shared_allowed;
+
+  std::unique_ptr<GraphRecording> recording;
+  std::unordered_map<void*, size_t> recorded_memory;  // allocated while recording and not freed yet
+  std::vector<void*> freed_while_recording;           // allocated before
+
+  // Room for up to kPartBytes, and the part that it is in.
+  char* take_pinned(size_t bytes) {
+    if (used + bytes > kPartBytes) {
+      check(cudaEventRecord(part_free[part], stream), "an event");
+      part = (part + 1) % kParts;
+      used = 0;
+      check(cudaEventSynchronize(part_free[part]), "waiting for a transfer");
+    }
+    char* at = pinned + part * kPartBytes + used;
+    used += (bytes + 255) / 256 * 256;
+    return at;
+  }
+};
+
+Gpu::Gpu(int) : state_(std::make_unique<State>()) {
+  int ordinal = 0;
+  check(cudaGetDevice(&ordinal), "opening it");
+  cudaDeviceProp properties{};
+  check(cudaGetDeviceProperties(&properties, ordinal), "reading its properties");
+  properties_.name = properties.name;
+  properties_.major = properties.major;
+  properties_.minor = properties.minor;
+  properties_.multiprocessors = properties.multiProcessorCount;
+  properties_.shared_bytes = properties.sharedMemPerBlockOptin;
+  properties_.total_bytes = properties.totalGlobalMem;
+  int version = 0;
+  check(cudaDriverGetVersion(&version), "reading the driver's version");
+  properties_.driver = version_text(version);
+  check(cudaRuntimeGetVersion(&version), "reading the runtime's version");
+  properties_.runtime = version_text(version);
+
+  check(cudaStreamCreateWithFlags(&state_->stream, cudaStreamNonBlocking), "making a stream");
+  check(cudaStreamCreateWithFlags(&state_->side_stream, cudaStreamNonBlocking), "making a stream");
+  // Freed memory stays with the pool instead of going back at every synchronisation.
+  cudaMemPool_t pool = nullptr;
+  check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "opening its memory pool");
+  uint64_t keep = UINT64_MAX;
+  check(cudaMemPoolSetAttribute(pool, cudaMemPoolAttrReleaseThreshold, &keep), "its memory pool");
+  check(cudaMallocHost(reinterpret_cast<void**>(&state_->pinned), kParts * kPartBytes), "pinned memory");
+  for (cudaEvent_t& event : state_->part_free) {
+    check(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+  }
+}
+
+Gpu::~Gpu() {
+  cudaStreamSynchronize(state_->stream);
+  for (cudaEvent_t event : state_->part_free) cudaEventDestroy(event);
+  cudaFreeHost(state_->pinned);
+  cudaStreamDestroy(state_->side_stream);
+  cudaStreamDestroy(state_->stream);
+}
+
+cudaStream_t Gpu::stream() const { return state_->stream; }
+
+size_t Gpu::free_bytes() {
+  size_t free = 0, total = 0;
+  check(cudaMemGetInfo(&free, &total), "reading its free memory");
+  // What the pool holds and nobody uses can be had too.
+  int ordinal = 0;
+  cudaMemPool_t pool = nullptr;
+  uint64_t reserved = 0, used = 0;
+  check(cudaGetDevice(&ordinal), "its memory pool");
+  check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "its memory pool");
+  check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrReservedMemCurrent, &reserved), "its memory pool");
+  check(cudaMemPoolGetAttribute(pool, cudaMemPoolAttrUsedMemCurrent, &used), "its memory pool");
+  return free + static_cast<size_t>(reserved - used);
+}
+
+void* Gpu::allocate(size_t bytes) {
+  State& s = *state_;
+  bytes = std::max<size_t>(bytes, 1);
+  if (s.recording) {
+    // What this recording has freed again, else memory from beside the stream that is recorded.
+    auto& idle = s.recording->memory;
+    auto best = idle.end();
+    for (auto it = idle.begin(); it != idle.end(); ++it) {
+      if (it->bytes >= bytes && (best == idle.end() || it->bytes < best->bytes)) best = it;
+    }
+    void* data = nullptr;
+    if (best != idle.end()) {
+      data = best->data;
+      s.recorded_memory[data] = best->bytes;
+      idle.erase(best);
+      return data;
+    }
+    if (cudaMallocAsync(&data, bytes, s.side_stream) != cudaSuccess) {
+      cudaGetLastError();
+      return nullptr;
+    }
+    check(cudaStreamSynchronize(s.side_stream), "allocating");
+    s.recorded_memory[data] = bytes;
+    return data;
+  }
+  void* data = nullptr;
+  cudaError_t status = cudaMallocAsync(&data, bytes, s.stream);
+  if (status == cudaErrorMemoryAllocation) {
+    // Pieces of the pool that are free but not in one: give them back and try again.
+    cudaGetLastError();
+    check(cudaStreamSynchronize(s.stream), "waiting for memory");
+    int ordinal = 0;
+    cudaMemPool_t pool = nullptr;
+    check(cudaGetDevice(&ordinal), "its memory pool");
+    check(cudaDeviceGetDefaultMemPool(&pool, ordinal), "its memory pool");
+    check(cudaMemPoolTrimTo(pool, 0), "its memory pool");
+    status = cudaMallocAsync(&data, bytes, s.stream);
+  }
+  if (status == cudaErrorMemoryAllocation) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  check(status, "allocating");
+  return data;
+}
+
+void Gpu::free(void* data) noexcept {
+  State& s = *state_;
+  if (data == nullptr) return;
+  if (!s.recording) {
+    cudaFreeAsync(data, s.stream);
+    return;
+  }
+  const auto found = s.recorded_memory.find(data);
+  if (found == s.recorded_memory.end()) {
+    s.freed_while_recording.push_back(data);
+    return;
+  }
+  s.recording->memory.push_back({data, found->second});
+  s.recorded_memory.erase(found);
+}
+
+void Gpu::upload(void* device, const void* host, size_t bytes) {
+  if (state_->recording) throw Error("INTERNAL", "Expected no upload while work is recorded");
+  for (size_t done = 0; done < bytes;) {
+    const size_t count = std::min(kPartBytes, bytes - done);
+    char* pinned = state_->take_pinned(count);
+    std::memcpy(pinned, static_cast<const char*>(host) + done, count);
+    check(cudaMemcpyAsync(static_cast<char*>(device) + done, pinned, count, cudaMemcpyHostToDevice,
+                          state_->stream),
+          "an upload");
+    done += count;
+  }
+}
+
+void Gpu::download(void* host, const void* device, size_t bytes) {
+  if (state_->recording) throw Error("INTERNAL", "Expected no download while work is recorded");
+  for (size_t done = 0; done < bytes;) {
+    const size_t count = std::min(kPartBytes, bytes - done);
+    char* pinned = state_->take_pinned(count);
+    check(cudaMemcpyAsync(pinned, static_cast<const char*>(device) + done, count, cudaMemcpyDeviceToHost,
+                          state_->stream),
+          "a download");
+    check(cudaStreamSynchronize(state_->stream), "a download");
+    std::memcpy(static_cast<char*>(host) + done, pinned, count);
+    done += count;
+  }
+}
+
+void Gpu::copy(void* to, const void* from, size_t bytes) {
+  if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, state_->stream), "a copy");
+}
+void Gpu::fill(void* to, int byte, size_t bytes) {
+  if (bytes > 0) check(cudaMemsetAsync(to, byte, bytes, state_->stream), "clearing memory");
+}
+void Gpu::synchronize() {
+  if (state_->recording) throw Error("INTERNAL", "Expected no synchronisation while work is recorded");
+  check(cudaStreamSynchronize(state_->stream), "waiting for it");
+}
+
+void Gpu::begin_recording() {
+  State& s = *state_;
+  check(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed), "beginning a recording");
+  s.recording = std::make_unique<GraphRecording>();
+  s.recording->stream = s.stream;
+}
+
+std::unique_ptr<Recording> Gpu::end_recording() {
+  State& s = *state_;
+  std::unique_ptr<GraphRecording> recording = std::move(s.recording);
+  s.recorded_memory.clear();
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(s.stream, &graph);
+  for (void* data : s.freed_while_recording) cudaFreeAsync(data, s.stream);
+  s.freed_while_recording.clear();
+  check(ended, "ending a recording");
+  const cudaError_t made = cudaGraphInstantiate(&recording->graph, graph, 0);
+  cudaGraphDestroy(graph);
+  check(made, "making a recording playable");
+  return recording;
+}
+
+void Gpu::play(Recording& recording) {
+  check(cudaGraphLaunch(static_cast<GraphRecording&>(recording).graph, state_->stream),
+        "playing a recording");
+}
+
+void Gpu::allow_shared(const void* kernel, size_t bytes) {
+  size_t& allowed = state_->shared_allowed[kernel];
+  if (bytes <= allowed) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+        "giving a kernel shared memory");
+  allowed = bytes;
+}
+
+void Gpu::check_launch(const char* kernel) {
+  const cudaError_t status = cudaGetLastError();
+  if (status == cudaSuccess) return;
+  throw Error("DEVICE_FAILED",
+              std::string("The GPU refused to run ") + kernel + ": " + cudaGetErrorString(status));
+}
+
+}  // namespace merf::cuda

@@ -1,0 +1,170 @@
+// Tensors on the GPU, transfers, and recordings of steps.
+#include <algorithm>
+#include <map>
+
+#include "backend/cuda/cuda_backend.h"
+
+namespace merf::cuda {
+
+namespace {
+
+class DeviceStorage final : public Storage {
+ public:
+  DeviceStorage(std::shared_ptr<Device> device, size_t wanted) : device_(std::move(device)) {
+    std::lock_guard<std::mutex> lock(device_->mutex);
+    data = device_->gpu.allocate(wanted);
+    if (data == nullptr) return;
+    bytes = wanted;
+    device_->used += bytes;
+    device_->peak = std::max(device_->peak, device_->used);
+  }
+  ~DeviceStorage() override {
+    if (data == nullptr) return;
+    std::lock_guard<std::mutex> lock(device_->mutex);
+    device_->used -= bytes;
+    device_->gpu.free(data);
+  }
+
+ private:
+  std::shared_ptr<Device> device_;
+};
+
+std::string in_words(size_t bytes) {
+  if (bytes < (size_t{10} << 20)) return std::to_string(bytes) + " bytes";
+  return std::to_string(bytes >> 20) + " MiB";
+}
+
+void check_size(const char* what, size_t bytes, const Tensor& tensor) {
+  if (bytes > tensor.bytes()) {
+    throw Error("INTERNAL", std::string("Expected ") + std::to_string(tensor.bytes()) +
+                                " bytes at most for " + what + " but received " + std::to_string(bytes));
+  }
+}
+
+}  // namespace
+
+Tensor CudaBackend::allocate(DType dtype, std::initializer_list<int64_t> shape) {
+  Tensor tensor;
+  tensor.dtype = dtype;
+  if (shape.size() > tensor.shape.size()) {
+    throw Error("INTERNAL",
+                "Expected a shape of rank 4 at most but received rank " + std::to_string(shape.size()));
+  }
+  tensor.rank = static_cast<int>(shape.size());
+  int64_t bytes = static_cast<int64_t>(size_of(dtype));
+  bool overflow = false;
+  int i = 0;
+  for (const int64_t extent : shape) {
+    if (extent < 0) {
+      throw Error("INVALID_ARGUMENT",
+                  "Expected extents of 0 or more for shape but received " + std::to_string(extent));
+    }
+    tensor.shape[i++] = extent;
+    overflow = __builtin_mul_overflow(bytes, extent, &bytes) || overflow;
+  }
+  if (overflow) {
+    std::string dims;
+    for (const int64_t extent : shape) dims += (dims.empty() ? "" : " x ") + std::to_string(extent);
+    throw Error("OUT_OF_MEMORY",
+                "Could not allocate a tensor of " + dims + " " + name_of(dtype) + " on " + info_.name);
+  }
+  auto storage = std::make_shared<DeviceStorage>(device_, static_cast<size_t>(bytes));
+  if (storage->data == nullptr) {
+    throw Error("OUT_OF_MEMORY", "Could not allocate " + in_words(static_cast<size_t>(bytes)) +
+                                     " of memory on " + info_.name + ": " + in_words(gpu().free_bytes()) +
+                                     " are free of " + in_words(gpu().properties().total_bytes) + ", and " +
+                                     in_words(device_->used) + " are in use here");
+  }
+  tensor.data = storage->data;
+  tensor.storage = std::move(storage);
+  return tensor;
+}
+
+void CudaBackend::upload(const Tensor& destination, const void* host, size_t bytes) {
+  check_size("upload", bytes, destination);
+  if (bytes > 0) gpu().upload(destination.data, host, bytes);
+}
+
+void CudaBackend::download(void* host, const Tensor& source, size_t bytes) {
+  check_size("download", bytes, source);
+  if (bytes > 0) gpu().download(host, source.data, bytes);
+}
+
+void CudaBackend::copy(const Tensor& destination, const Tensor& source) {
+  gpu().copy(destination.data, source.data, source.bytes());
+}
+
+void CudaBackend::zero(const Tensor& destination) { gpu().fill(destination.data, 0, destination.bytes()); }
+
+void CudaBackend::synchronize() { gpu().synchronize(); }
+
+Tensor CudaBackend::make(const std::vector<int32_t>& values) {
+  const Tensor tensor = allocate(DType::i32, {static_cast<int64_t>(values.size())});
+  upload(tensor, values.data(), tensor.bytes());
+  return tensor;
+}
+
+int64_t CudaBackend::memory_used() const { return static_cast<int64_t>(device_->used); }
+int64_t CudaBackend::memory_peak() const { return static_cast<int64_t>(device_->peak); }
+void CudaBackend::reset_peak_memory() {
+  std::lock_guard<std::mutex> lock(device_->mutex);
+  device_->peak = device_->used;
+}
+
+// ---- recordings
+
+class GpuRecorder final : public Recorder {
+ public:
+  explicit GpuRecorder(CudaBackend& backend) : backend_(backend) {}
+
+  // The first call with a key runs as it is, so that whatever is made once (library handles, attributes, growing
+  // buffers) is made outside of a recording; the second one records.
+  void run(int64_t key, const std::function<void()>& body) override {
+    Entry& entry = entries_[key];
+    if (entry.generation != backend_.recording_generation_) entry = {};
+    entry.generation = backend_.recording_generation_;
+    if (!entry.warm) {
+      body();
+      // The body itself may have made an earlier recording wrong.
+      entry.warm = entry.generation == backend_.recording_generation_;
+      return;
+    }
+    if (!entry.recording) entry.recording = record(body);
+    backend_.gpu().play(*entry.recording);
+  }
+
+  int64_t step_rows(int64_t rows) const override {
+    const int64_t step = rows <= 64 ? 8 : rows <= 256 ? 32 : 64;
+    return (rows + step - 1) / step * step;
+  }
+
+ private:
+  struct Entry {
+    int64_t generation = -1;
+    bool warm = false;
+    std::unique_ptr<Recording> recording;
+  };
+
+  std::unique_ptr<Recording> record(const std::function<void()>& body) {
+    Gpu& gpu = backend_.gpu();
+    gpu.begin_recording();
+    try {
+      body();
+    } catch (...) {
+      // Throws itself where the failure left the recording unusable; what failed first is what to say.
+      try {
+        gpu.end_recording();
+      } catch (const Error&) {
+      }
+      throw;
+    }
+    return gpu.end_recording();
+  }
+
+  CudaBackend& backend_;
+  std::map<int64_t, Entry> entries_;
+};
+
+std::unique_ptr<Recorder> CudaBackend::make_recorder() { return std::make_unique<GpuRecorder>(*this); }
+
+}  // namespace merf::cuda

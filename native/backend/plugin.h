@@ -1,0 +1,18 @@
+// What a device that is a library of its own offers to the one that opens it.
+#pragma once
+
+#include <memory>
+
+#include "backend/backend.h"
+
+namespace merf {
+
+// Changes with every change of backend.h that old plugins do not fit.
+constexpr int kPluginInterface = 1;
+
+using PluginInterface = int();
+using OpenPlugin = void(int threads, std::shared_ptr<Backend>& backend);  // may throw Error
+constexpr const char* kPluginInterfaceSymbol = "merf_plugin_interface";
+constexpr const char* kOpenPluginSymbol = "merf_open_plugin";
+
+}  // namespace merf
