@@ -260,9 +260,9 @@ void Gpu::allow_shared(const void* kernel, size_t bytes) {
   allowed = bytes;
 }
 
-void Gpu::check_launch(const char* kernel) {
-  const cudaError_t status = cudaGetLastError();
+void Gpu::check_launch(const char* kernel, cudaError_t status) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();
   throw Error("DEVICE_FAILED",
               std::string("The GPU refused to run ") + kernel + ": " + cudaGetErrorString(status));
 }

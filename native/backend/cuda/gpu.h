@@ -71,8 +71,8 @@ class Gpu {
   cudaStream_t stream() const;
   // Lets a kernel have more shared memory than 48 KiB.
   void allow_shared(const void* kernel, size_t bytes);
-  // Throws DEVICE_FAILED where the launch just made was refused.
-  void check_launch(const char* kernel);
+  // Throws DEVICE_FAILED where the kernel's launch was refused.
+  void check_launch(const char* kernel, cudaError_t status);
 #endif
 
  private:

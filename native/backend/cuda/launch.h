@@ -1,6 +1,7 @@
 // Starting kernels.
 #pragma once
 
+#include <tuple>
 #include <utility>
 
 #include "backend/cuda/gpu.h"
@@ -31,10 +32,17 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
     emulator.run(name, shape.grid, shape.threads, shape.shared, [&] { kernel(parameters...); });
   });
 #else
-  if (shape.shared > 48 * 1024) gpu.allow_shared(reinterpret_cast<const void*>(kernel), shape.shared);
-  kernel<<<shape.grid, shape.threads, shape.shared, gpu.stream()> > >(
-      Parameters(std::forward<Arguments>(arguments))...);
-  gpu.check_launch(name);
+  const void* function = reinterpret_cast<const void*>(kernel);
+  if (shape.shared > 48 * 1024) gpu.allow_shared(function, shape.shared);
+  std::tuple<Parameters...> parameters(std::forward<Arguments>(arguments)...);
+  std::apply(
+      [&](auto&... each) {
+        void* addresses[] = {static_cast<void*>(&each)..., nullptr};
+        gpu.check_launch(name,
+                         cudaLaunchKernel(function, shape.grid, dim3(static_cast<unsigned>(shape.threads)),
+                                          addresses, shape.shared, gpu.stream()));
+      },
+      parameters);
 #endif
 }
 
