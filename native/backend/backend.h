@@ -187,7 +187,7 @@ class Backend {
   // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
   virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
                         const Tensor& y, const Tensor& rstd) = 0;
-  // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 += . dy of y's type.
+  // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 +=, or empty: not wanted. dy of y's type.
   virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                  const Tensor& dx, const Tensor& dweight) = 0;
   // y += x, elementwise; the types may differ.
@@ -238,7 +238,8 @@ class Backend {
                              const std::vector<int32_t>& targets, const Tensor& logprobs,
                              const Tensor& entropies) = 0;
   // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
-  // names become 0; hidden's type), dhead [V, H] f32 (+=). logprobs, entropies [R] f32 are outputs. Returns the loss.
+  // names become 0; hidden's type), dhead [V, H] f32 (+=), or empty: not wanted. logprobs, entropies [R] f32 are outputs.
+  // Returns the loss.
   virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                            const std::vector<int32_t>& targets, const LossRows& loss_rows,
                            const LossOptions& options, const Tensor& logprobs, const Tensor& entropies,

@@ -36,15 +36,33 @@ void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std
 
 }  // namespace
 
-Model::Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable)
+Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training)
     : backend_(backend),
       arena_(arena),
       config_(std::move(config)),
-      parameters_(backend, config_, trainable),
-      transformer_(backend, config_, parameters_) {}
+      parameters_(backend, config_, training),
+      transformer_(backend, config_, parameters_) {
+  initialize_adapters(training.lora_seed);
+}
+
+void Model::initialize_adapters(uint64_t seed) {
+  uint32_t stream = 0;
+  for (const NamedParameter& named : parameters_.named()) {
+    ++stream;
+    if (!named.adapter || !named.name.ends_with(".lora_A.weight")) continue;
+    std::vector<float> data(static_cast<size_t>(named.size()));
+    const float bound = 1.0f / std::sqrt(static_cast<float>(named.shape[1]));
+    for (size_t i = 0; i < data.size(); ++i) {
+      data[i] =
+          bound * static_cast<float>(
+                      2.0 * sampling_uniform(seed, stream, 0x6c6f7261u, static_cast<uint32_t>(i)) - 1.0);
+    }
+    parameters_.write(named, named.parameter->value, data.data(), 0, named.size());
+  }
+}
 
 void Model::require_trainable(const char* what) const {
-  if (!parameters_.trainable()) {
+  if (!parameters_.training().trainable) {
     throw Error("UNSUPPORTED", std::string("Expected a trainable model for ") + what +
                                    " but received one that was opened for inference only");
   }
@@ -76,7 +94,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
     }
   }
   for (const NamedParameter& named : parameters_.named()) {
-    if (!seen.count(named.name)) {
+    if (!named.adapter && !seen.count(named.name)) {
       throw Error("INVALID_ARGUMENT",
                   "Expected a source for every parameter but received none for " + named.name);
     }
@@ -99,6 +117,7 @@ void Model::initialize(uint64_t seed, float standard_deviation) {
   uint32_t stream = 0;
   for (const NamedParameter& named : parameters_.named()) {
     ++stream;
+    if (named.adapter) continue;
     const bool norm = !named.decayed() && named.name.ends_with("norm.weight");
     for (int64_t first = 0; first < named.size(); first += kStretch) {
       data.assign(static_cast<size_t>(std::min(kStretch, named.size() - first)), norm ? 1.0f : 0.0f);
@@ -111,13 +130,18 @@ void Model::initialize(uint64_t seed, float standard_deviation) {
 
 std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
   const NamedParameter& named = parameters_.find(name);
+  std::vector<float> data(static_cast<size_t>(named.size()), 0.0f);
+  if (kind == ParameterKind::merged) {
+    prepare();
+    parameters_.read_merged(named, data.data());
+    return data;
+  }
   if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
   const Parameter& p = *named.parameter;
   const Tensor& whole = kind == ParameterKind::value      ? p.value
                         : kind == ParameterKind::gradient ? p.gradient
                         : kind == ParameterKind::adam_m   ? p.adam_m
                                                           : p.adam_v;
-  std::vector<float> data(static_cast<size_t>(named.size()), 0.0f);
   if (whole) parameters_.read(named, whole, data.data());
   return data;
 }
@@ -130,6 +154,9 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
                                         " but received " + std::to_string(data.size()));
   }
   Parameter& p = *named.parameter;
+  if (kind == ParameterKind::merged || (kind != ParameterKind::value && !p.trained)) {
+    throw Error("INVALID_ARGUMENT", "Expected a parameter that is trained for name but received " + name);
+  }
   if (kind == ParameterKind::gradient) {
     parameters_.make_gradients();
     has_gradients_ = true;
@@ -233,7 +260,7 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
   // head_loss adds the head's gradient block by block, before the whole loss is known.
   Parameter& head = parameters_.head();
   Tensor head_gradient_before;
-  if (has_gradients_) {
+  if (has_gradients_ && head.trained) {
     head_gradient_before = arena_.take(DType::f32, {head.shape[0], head.shape[1]});
     backend_.copy(head_gradient_before, head.gradient);
   }
@@ -246,7 +273,7 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
     transformer_.backward(forest, activations, dhidden, buffers, cancel);
   } else if (head_gradient_before) {
     backend_.copy(head.gradient, head_gradient_before);
-  } else {
+  } else if (head.trained) {
     backend_.zero(head.gradient);
   }
   result.scores.logprobs.resize(batch.source_rows.size());
@@ -262,8 +289,8 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
   parameters_.make_gradients();
   parameters_.make_moments();
   std::vector<Tensor> gradients;
-  gradients.reserve(parameters_.all().size());
-  for (const Parameter* parameter : parameters_.all()) gradients.push_back(parameter->gradient);
+  gradients.reserve(parameters_.trained().size());
+  for (const Parameter* parameter : parameters_.trained()) gradients.push_back(parameter->gradient);
   OptimizerResult result;
   result.gradient_norm = std::sqrt(backend_.sum_of_squares(gradients));
   result.applied = std::isfinite(result.gradient_norm);

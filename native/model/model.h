@@ -52,12 +52,13 @@ struct OptimizerResult {
   bool applied = false;
 };
 
-enum class ParameterKind : uint8_t { value, gradient, adam_m, adam_v };
+// merged: the value as a model without adapters has it, for reading.
+enum class ParameterKind : uint8_t { value, gradient, adam_m, adam_v, merged };
 
 class Model {
  public:
-  // Models that run on one thread may share an arena. Not trainable: no gradients and no moments.
-  Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable);
+  // Models that run on one thread may share an arena.
+  Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training);
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
@@ -67,7 +68,7 @@ class Model {
   Backend& backend() { return backend_; }
   Arena& arena() { return arena_; }
 
-  // Fills every parameter from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
+  // Fills every parameter but adapters from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
   // of another shape, and what read_tensor throws. After a failure the model has to be loaded again.
   void load(const std::vector<TensorSource>& sources, const Cancel& cancel);
   // Matrices from a normal distribution, norms 1, biases 0; a function of the seed alone.
@@ -98,6 +99,7 @@ class Model {
  private:
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
+  void initialize_adapters(uint64_t seed);
 
   Backend& backend_;
   Arena& arena_;
