@@ -15,6 +15,7 @@ import { fileURLToPath } from 'node:url';
 export const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const stampFile = join(root, 'build', 'bootstrap.json');
 const addon = join(root, 'build', 'Release', 'merf.node');
+const cmakeCache = join(root, 'build', 'CMakeCache.txt');
 const toolkit = join(root, 'build', 'cuda-toolkit');
 const toolkitCompiler = join(toolkit, 'nvidia', 'cu13', 'bin', 'nvcc');
 const toolkitPackages = ['cuda-nvcc', 'nvvm', 'cuda-crt', 'cuda-runtime', 'cuda-cccl'].map(
@@ -149,13 +150,15 @@ function installCudaCompiler(stamp) {
   const python = findPip();
   say('installing the CUDA compiler (nvcc, 13.0) into build/cuda-toolkit');
   rmSync(toolkit, { recursive: true, force: true });
-  run(
-    python,
-    ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps', '--retries', '2']
-      .concat(['--target', toolkit])
-      .concat(toolkitPackages),
-    { env: { ...process.env, PIP_ROOT_USER_ACTION: 'ignore' } },
-  );
+  const install = ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps'];
+  const pip = spawnSync(python, [...install, '--retries', '2', '--target', toolkit, ...toolkitPackages], {
+    cwd: root,
+    encoding: 'utf8',
+    env: { ...process.env, PIP_ROOT_USER_ACTION: 'ignore' },
+  });
+  if (pip.status !== 0) {
+    throw new BootstrapError(`pip did not bring it (${pip.stderr?.trim().split('\n').pop() ?? pip.error})`);
+  }
   // Where nvcc looks for the runtime.
   symlinkSync('lib', join(dirname(dirname(toolkitCompiler)), 'lib64'));
   stamp.cudaToolkit = wanted;
@@ -175,6 +178,13 @@ function cudaCompiler(bring, stamp) {
     }
   }
   return stamp.cudaToolkit !== undefined && existsSync(toolkitCompiler) ? toolkitCompiler : undefined;
+}
+
+/** The CUDA compiler that build/ is configured with, if any. */
+export function configuredCudaCompiler() {
+  if (!existsSync(cmakeCache)) return undefined;
+  const compiler = /^CMAKE_CUDA_COMPILER:\w+=(.+)$/m.exec(readFileSync(cmakeCache, 'utf8'))?.[1];
+  return compiler?.endsWith('NOTFOUND') ? undefined : compiler;
 }
 
 function buildNative(tests, stamp) {
@@ -203,9 +213,8 @@ function buildNative(tests, stamp) {
   const cmakeJs = [join('node_modules', 'cmake-js', 'bin', 'cmake-js')];
   const quiet = ['--log-level', 'error'];
   // CMake keeps what it was told before, but cannot change from one compiler to another.
-  if (stamp.cudaCompiler !== undefined && stamp.cudaCompiler !== compiler) {
-    rmSync(join(root, 'build', 'CMakeCache.txt'), { force: true });
-  }
+  const configured = configuredCudaCompiler();
+  if (configured !== undefined && configured !== compiler) rmSync(cmakeCache, { force: true });
   run(process.execPath, [
     ...cmakeJs,
     'configure',

@@ -7,7 +7,7 @@ import { spawnSync } from 'node:child_process';
 import { existsSync, readdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { root } from './bootstrap.mjs';
+import { configuredCudaCompiler, root } from './bootstrap.mjs';
 
 const architecture = 'sm_90a';
 const sources = join(root, 'native', 'backend', 'cuda');
@@ -22,17 +22,10 @@ function text(command, args, input) {
   return result.status === 0 ? result.stdout : undefined;
 }
 
-function cached(variable) {
-  const cache = join(root, 'build', 'CMakeCache.txt');
-  if (!existsSync(cache)) return undefined;
-  return new RegExp(`^${variable}:\\w+=(.*)$`, 'm').exec(readFileSync(cache, 'utf8'))?.[1];
-}
-
 /** The version of the CUDA compiler that the build is configured with, such as "13.0.88"; undefined without one. */
-export function compilerVersion() {
-  const compiler = cached('CMAKE_CUDA_COMPILER');
-  if (!compiler || compiler.endsWith('NOTFOUND')) return undefined;
-  return /, V([\d.]+)/.exec(text(compiler, ['--version']) ?? '')?.[1];
+function compilerVersion() {
+  const compiler = configuredCudaCompiler();
+  return compiler && /, V([\d.]+)/.exec(text(compiler, ['--version']) ?? '')?.[1];
 }
 
 /** "kernel<float, 64>" of "void merf::cuda::(anonymous namespace)::kernel<float, 64>(float const*, long)". */

@@ -1,8 +1,9 @@
 // `npm test`: brings the build up to date, runs the native tests and jest, and closes with one line for both.
 //
 //   npm test [-- --strict]
-//     --strict  CUDA kernels that nvcc did not compile count as failed; so does a test that skipped itself counts as failed, unless its title names what it needs and that thing is
-//               truly absent and not the bootstrap's to bring: [needs ../shared] or [needs python]
+//     --strict  kernels that nvcc did not compile count as failed, and so does a test that skipped itself, unless its
+//               title names what it needs and that thing is truly absent and not the bootstrap's to bring:
+//               [needs ../shared] or [needs python]
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join, relative } from 'node:path';
