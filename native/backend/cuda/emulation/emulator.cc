@@ -481,9 +481,11 @@ Warp& BlockRunner::warp_operation(const char* operation, const std::source_locat
 
 // ---- the emulator
 
-Emulator::Emulator(int threads, uint64_t seed) : seed_(seed) {
-  for (int i = 0; i < std::max(1, threads); ++i) runners_.push_back(std::make_unique<BlockRunner>());
-}
+// Each runner has a mapping for every stack and its guard page, and a process may have some 65,000.
+constexpr int kMostRunners = 16;
+
+Emulator::Emulator(int threads, uint64_t seed)
+    : seed_(seed), runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
 
 Emulator::~Emulator() = default;
 
@@ -525,6 +527,9 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
     }
   };
   const int workers = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(runners_.size())));
+  for (size_t i = 0; i < static_cast<size_t>(workers); ++i) {
+    if (!runners_[i]) runners_[i] = std::make_unique<BlockRunner>();
+  }
   if (workers == 1) {
     work(*runners_[0]);
   } else {
