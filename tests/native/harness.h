@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -19,16 +21,35 @@
 
 namespace merf::test {
 
-// Calls body(backend) for every backend that can be opened here.
+// The devices that are tested: MERF_TEST_DEVICES, names with commas between them, all of which must open; otherwise
+// those of this build that can be opened here.
+inline std::vector<std::string> tested_devices() {
+  const char* named = std::getenv("MERF_TEST_DEVICES");
+  if (named == nullptr || *named == '\0') return backend_names();
+  std::vector<std::string> names;
+  std::stringstream list(named);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
+}
+
+// For tests of the CPU alone: TEST_CASE("..." * doctest::skip(!tests_device("cpu"))).
+inline bool tests_device(const std::string& name) {
+  const std::vector<std::string> names = tested_devices();
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+// Calls body(backend) for every device that is tested.
 template <class Body>
 void for_each_backend(Body&& body, int threads = 0) {
-  for (const std::string& name : backend_names()) {
+  const char* named = std::getenv("MERF_TEST_DEVICES");
+  const bool all_must_open = named != nullptr && *named != '\0';
+  for (const std::string& name : tested_devices()) {
     std::shared_ptr<Backend> backend;
     try {
       backend = open_backend(name, threads);
     } catch (const Error& error) {
       // A device that is not there cannot be tested, but the CPU always is.
-      REQUIRE_MESSAGE(name != "cpu", error.what());
+      REQUIRE_MESSAGE((!all_must_open && name != "cpu"), error.what());
       continue;
     }
     INFO("backend: " << name << " " << backend->info().isa << ", threads: " << backend->info().threads);
