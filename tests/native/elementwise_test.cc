@@ -81,6 +81,67 @@ TEST_CASE("rms_norm and its backward agree with float64") {
   });
 }
 
+TEST_CASE("rms_norm takes rows wider than a block and more rows than blocks") {
+  for_each_backend([](Backend& backend) {
+    for (const auto& [rows, width] : {std::pair<int64_t, int64_t>{2, 16393}, {2, 17000}, {8200, 8}}) {
+      CAPTURE(width);
+      Random random(static_cast<uint64_t>(width));
+      const auto x = random.normals(rows * width), dy = random.normals(rows * width);
+      const std::vector<float> weight(static_cast<size_t>(width), 0.5f);
+      const Tensor tx = upload(backend, DType::f32, {rows, width}, x);
+      const Tensor tweight = upload(backend, DType::f32, {width}, weight);
+      const Tensor y = poisoned(backend, DType::f32, {rows, width});
+      const Tensor rstd = poisoned(backend, DType::f32, {rows});
+      const Tensor dx = upload(backend, DType::f32, {rows, width}, std::vector<float>(x.size(), 0.0f));
+      const Tensor dweight = upload(backend, DType::f32, {width}, weight);
+      backend.rms_norm(tx, {}, tweight, 1e-5f, y, rstd);
+      backend.rms_norm_backward(upload(backend, DType::f32, {rows, width}, dy), tx, tweight, rstd, dx,
+                                dweight);
+      std::vector<double> expected_y(x.size()), expected_dx(x.size()),
+          expected_dweight(weight.begin(), weight.end());
+      for (int64_t t = 0; t < rows; ++t) {
+        double squares = 0.0, dot = 0.0;
+        for (int64_t i = t * width; i < (t + 1) * width; ++i) {
+          squares += double{x[i]} * x[i];
+          dot += 0.5 * double{dy[i]} * x[i];
+        }
+        const double n = static_cast<double>(width), scale = 1.0 / std::sqrt(squares / n + 1e-5);
+        for (int64_t i = t * width; i < (t + 1) * width; ++i) {
+          expected_y[i] = 0.5 * scale * x[i];
+          expected_dx[i] = scale * (0.5 * dy[i] - x[i] * scale * scale * dot / n);
+          expected_dweight[i - t * width] += scale * double{dy[i]} * x[i];
+        }
+      }
+      CHECK(relative_error(download(backend, y), expected_y) < 1e-6);
+      CHECK(relative_error(download(backend, dx), expected_dx) < 2e-6);
+      CHECK(relative_error(download(backend, dweight), expected_dweight) < 2e-6);
+    }
+  });
+}
+
+TEST_CASE("operators on no tokens do nothing") {
+  for_each_backend([](Backend& backend) {
+    const int64_t width = 8;
+    for (const DType dtype : kTypes) {
+      const Tensor none = backend.allocate(dtype, {0, width}), ids = backend.allocate(DType::i32, {0});
+      const std::vector<float> ones(static_cast<size_t>(width), 1.0f);
+      const Tensor weight = upload(backend, DType::f32, {width}, ones);
+      const Tensor table = upload(backend, DType::f32, {1, width}, ones);
+      const Tensor rstd = backend.allocate(DType::f32, {0});
+      backend.rms_norm(none, none, weight, 1e-5f, none, rstd);
+      backend.rms_norm_backward(none, none, weight, rstd, none, weight);
+      backend.add(none, none);
+      backend.cast(none, backend.allocate(DType::f32, {0, width}));
+      backend.embedding(ids, table, none);
+      backend.gather_rows(table, ids, none);
+      backend.embedding_backward(ids, none, table);
+      backend.rope({none.data, dtype, 0, 1, width, width}, ids, weight, false);
+      CHECK(download(backend, weight) == ones);
+      CHECK(download(backend, table) == ones);
+    }
+  });
+}
+
 TEST_CASE("swiglu and its backward agree with float64") {
   for_each_backend([](Backend& backend) {
     for (const int64_t width : kWidths) {
@@ -119,7 +180,7 @@ TEST_CASE("embedding gathers rows and its backward sums them in the order of the
   for_each_backend([](Backend& backend) {
     for (const int64_t width : kWidths) {
       for (const DType dtype : kTypes) {
-        const int64_t vocabulary = 11, tokens = 97;
+        const int64_t vocabulary = 11, tokens = width == 33 ? 1000 : 97;
         Random random(static_cast<uint64_t>(width) + 4);
         std::vector<int32_t> ids(tokens);
         for (int32_t& id : ids) id = static_cast<int32_t>(random.below(vocabulary - 1));

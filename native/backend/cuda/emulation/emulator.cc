@@ -8,6 +8,7 @@
 #include <boost/context/fiber.hpp>
 #include <cmath>
 #include <exception>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -140,7 +141,7 @@ class Order {
 class BlockRunner {
  public:
   // Throws Broken.
-  void run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+  void run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed, bool by_warp,
            const std::function<void()>& body);
 
   static thread_local BlockRunner* active;
@@ -152,13 +153,20 @@ class BlockRunner {
   Warp& warp_operation(const char* operation, const std::source_location& at, const Give& give,
                        const Compute& compute);
   int lane() const { return current->thread % kLanes; }
+  // Ends the launch: no thread of the block goes on.
+  void stop(std::string what, const char* operation, const std::source_location& at);
+  // 16 bytes that cp.async or ldmatrix access.
+  void check_shared(const void* address, const char* operation, const std::source_location& at);
+  void check_global(const void* address, const char* operation, const std::source_location& at);
+  std::string where(const std::source_location& at) const;
 
  private:
   void loop(int fiber);
+  void draw_unstarted();
   int take_fiber();
+  int take_ready();
   void wait(const char* operation, const std::source_location& at);
   void check_end();
-  std::string where(const std::source_location& at) const;
 
   Stacks stacks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -170,6 +178,8 @@ class BlockRunner {
   ThreadIndices indices_;
   const std::function<void()>* body_ = nullptr;
   Order order_{0};
+  bool by_warp_ = false;
+  int favourite_ = 0;  // the warp that goes on as long as it can
   std::string broken_;
 
   std::vector<Warp> warps_;
@@ -177,6 +187,8 @@ class BlockRunner {
   std::vector<char> shared_;
   std::vector<SharedPiece> pieces_;
   size_t shared_bytes_ = 0, shared_taken_ = 0, shared_end_ = 0;
+  Range read_[4];  // allocations lately read
+  size_t next_read_ = 0;
 };
 
 thread_local BlockRunner* BlockRunner::active = nullptr;
@@ -188,39 +200,38 @@ thread_local const ThreadIndices* current_indices = nullptr;
 
 const ThreadIndices& indices() { return *current_indices; }
 
-void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed, bool by_warp,
                       const std::function<void()>& body) {
   threads_ = unfinished_ = threads;
   indices_ = {{}, block, {static_cast<unsigned>(threads)}, grid};
   body_ = &body;
   order_ = Order(seed);
+  by_warp_ = by_warp;
+  favourite_ = 0;
   broken_.clear();
   ready_.clear();
   ready_begin_ = 0;
   started_ = 0;
-  unstarted_.resize(static_cast<size_t>(threads));
-  for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
-  if (order_.drawn()) {
-    for (size_t i = unstarted_.size(); i > 1; --i) std::swap(unstarted_[i - 1], unstarted_[order_.below(i)]);
-  }
   warps_.resize(static_cast<size_t>(threads / kLanes));
   for (Warp& warp : warps_) warp.arrived = 0;
+  unstarted_.resize(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
+  if (order_.drawn()) draw_unstarted();
   barriers_.clear();
   pieces_.clear();
   shared_bytes_ = shared_bytes;
   shared_taken_ = shared_end_ = 0;
+  for (Range& range : read_) range = {};
 
   active = this;
   while (broken_.empty()) {
     const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
     if (!ready && !unstarted) break;
     int next;
-    if (unstarted && (!ready || !order_.drawn() || order_.below(2) == 0)) {
+    if (unstarted && (!ready || !order_.drawn() || (!by_warp_ && order_.below(2) == 0))) {
       next = take_fiber();
     } else if (order_.drawn()) {
-      std::swap(ready_[ready_begin_ + order_.below(ready_.size() - ready_begin_)], ready_.back());
-      next = ready_.back();
-      ready_.pop_back();
+      next = take_ready();
     } else {
       next = ready_[ready_begin_++];
       if (ready_begin_ == ready_.size()) {
@@ -240,6 +251,41 @@ void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, u
   idle_.clear();
   fibers_.clear();
   throw Broken{broken_};
+}
+
+void BlockRunner::draw_unstarted() {
+  const auto shuffle = [this](size_t begin, size_t end) {
+    for (size_t i = end; i > begin + 1; --i) {
+      std::swap(unstarted_[i - 1], unstarted_[begin + order_.below(i - begin)]);
+    }
+  };
+  shuffle(0, unstarted_.size());
+  if (!by_warp_) return;
+  std::vector<size_t> place(warps_.size(), warps_.size());
+  size_t seen = 0;
+  for (const int thread : unstarted_) {
+    size_t& of_warp = place[static_cast<size_t>(thread / kLanes)];
+    if (of_warp == warps_.size()) of_warp = seen++;
+  }
+  std::stable_sort(unstarted_.begin(), unstarted_.end(), [&](int a, int b) {
+    return place[static_cast<size_t>(a / kLanes)] < place[static_cast<size_t>(b / kLanes)];
+  });
+}
+
+// A fiber that can go on, in an order that is drawn.
+int BlockRunner::take_ready() {
+  size_t at = order_.below(ready_.size());
+  if (by_warp_) {
+    const auto warp = [&] { return fibers_[static_cast<size_t>(ready_[at])]->thread / kLanes; };
+    for (size_t tried = 0; tried < ready_.size() && warp() != favourite_; ++tried) {
+      at = (at + 1) % ready_.size();
+    }
+    favourite_ = warp();
+  }
+  std::swap(ready_[at], ready_.back());
+  const int fiber = ready_.back();
+  ready_.pop_back();
+  return fiber;
 }
 
 // The fiber that goes on with the next thread that has not started.
@@ -291,6 +337,41 @@ void BlockRunner::wait(const char* operation, const std::source_location& at) {
   self.location = at;
   self.handle = std::move(self.handle).resume();
   self.waits_at = nullptr;
+}
+
+void BlockRunner::stop(std::string what, const char* operation, const std::source_location& at) {
+  broken_ = std::move(what);
+  wait(operation, at);
+}
+
+void BlockRunner::check_shared(const void* address, const char* operation, const std::source_location& at) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    stop(std::string(operation) + " (" + where(at) +
+             ") got an address in shared memory that is no multiple of 16",
+         operation, at);
+  }
+  const bool inside = std::any_of(pieces_.begin(), pieces_.end(), [&](const SharedPiece& piece) {
+    return Range{piece.data, piece.data + piece.bytes}.contains(address, 16);
+  });
+  if (inside) return;
+  stop(std::string(operation) + " (" + where(at) + ") got an address outside of the block's shared memory",
+       operation, at);
+}
+
+void BlockRunner::check_global(const void* address, const char* operation, const std::source_location& at) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    stop(std::string(operation) + " (" + where(at) +
+             ") got an address in global memory that is no multiple of 16",
+         operation, at);
+  }
+  for (const Range& range : read_) {
+    if (range.contains(address, 16)) return;
+  }
+  read_[next_read_] = allocation_of(address);
+  if (!read_[next_read_].contains(address, 16)) {
+    stop(std::string(operation) + " (" + where(at) + ") read outside of global memory", operation, at);
+  }
+  next_read_ = (next_read_ + 1) % std::size(read_);
 }
 
 void BlockRunner::check_end() {
@@ -432,7 +513,7 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
                        static_cast<unsigned>(at / grid.x / grid.y));
       const uint64_t seed = launch_seed == 0 ? 0 : launch_seed + 2 * static_cast<uint64_t>(at);
       try {
-        runner.run(block, grid, threads, shared_bytes, seed, thread_body);
+        runner.run(block, grid, threads, shared_bytes, seed, seed_ % 2 == 1, thread_body);
       } catch (const Broken& error) {
         std::lock_guard<std::mutex> lock(mutex);
         stop = true;
@@ -510,8 +591,17 @@ uint64_t atomic_add(uint64_t* to, uint64_t value) {
 
 float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
-void copy_async(void* to_shared, const void* from, bool valid) {
-  Fiber& fiber = *BlockRunner::active->current;
+void refuse_address(const char* operation, size_t bytes) {
+  BlockRunner::active->stop(
+      std::string(operation) + " got an address that is no multiple of " + std::to_string(bytes), operation,
+      std::source_location::current());
+}
+
+void copy_async(void* to_shared, const void* from, bool valid, std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  runner.check_shared(to_shared, "copy_async", at);
+  if (valid) runner.check_global(from, "copy_async", at);
+  Fiber& fiber = *runner.current;
   fiber.copies.push_back({to_shared, from, valid, fiber.open_group});
 }
 void copy_async_commit() { ++BlockRunner::active->current->open_group; }
@@ -534,9 +624,10 @@ namespace {
 
 void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const std::source_location& at) {
   BlockRunner& runner = *BlockRunner::active;
+  const char* operation = transposed ? "load_matrices_transposed" : "load_matrices";
+  runner.check_shared(row, operation, at);
   const Warp& warp = runner.warp_operation(
-      transposed ? "load_matrices_transposed" : "load_matrices", at,
-      [&](Warp& w, int lane) { w.in.rows[lane] = row; },
+      operation, at, [&](Warp& w, int lane) { w.in.rows[lane] = row; },
       [transposed](Warp& w) {
         for (int matrix = 0; matrix < 4; ++matrix) {
           const void* const* rows = w.in.rows + 8 * matrix;

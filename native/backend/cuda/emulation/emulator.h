@@ -16,7 +16,8 @@ class BlockRunner;
 
 class Emulator {
  public:
-  // Seed 0: threads run in the order of their indices.
+  // Seed 0: threads run in the order of their indices. Even seeds: any thread goes on next. Odd seeds: a warp goes on as
+  // far as it can, past others that have not read yet what it overwrites.
   Emulator(int threads, uint64_t seed);
   ~Emulator();
 
