@@ -5,6 +5,8 @@
 //   node scripts/bootstrap.mjs [--tests] [--ci]
 //     --tests  also builds the native tests
 //     --ci     also brings clang-format
+//   node scripts/bootstrap.mjs --gpu
+//     only the Debian packages that scripts/gpu-check.sh builds with, beside CUDA's own
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
@@ -155,15 +157,10 @@ function buildTypeScript(stamp) {
   writeStamp(stamp);
 }
 
-/** Brings everything up to date, or prints what is in the way and ends the process with exit code 1. */
-export function bootstrap({ tests = false, ci = false } = {}) {
+// Prints what is in the way and ends the process with exit code 1.
+function orExit(work) {
   try {
-    checkNode();
-    installNpmPackages();
-    const stamp = readStamp();
-    buildNative(tests, stamp);
-    buildTypeScript(stamp);
-    if (ci) installSystemPackages(['clang-format']);
+    work();
   } catch (error) {
     if (!(error instanceof BootstrapError)) throw error;
     process.stderr.write(`[setup] ${error.message}\n`);
@@ -171,6 +168,22 @@ export function bootstrap({ tests = false, ci = false } = {}) {
   }
 }
 
+/** Brings everything up to date, or prints what is in the way and ends the process with exit code 1. */
+export function bootstrap({ tests = false, ci = false } = {}) {
+  orExit(() => {
+    checkNode();
+    installNpmPackages();
+    const stamp = readStamp();
+    buildNative(tests, stamp);
+    buildTypeScript(stamp);
+    if (ci) installSystemPackages(['clang-format']);
+  });
+}
+
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  if (process.argv.includes('--gpu')) {
+    orExit(() => installSystemPackages(['g++', 'cmake', 'ninja-build', 'doctest-dev']));
+  } else {
+    bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  }
 }
