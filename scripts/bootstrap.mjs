@@ -5,9 +5,20 @@
 //   node scripts/bootstrap.mjs [--tests] [--ci]
 //     --tests  also builds the native tests, and the CUDA kernels with nvcc, which is brought where there is none
 //     --ci     also brings clang-format
+//   node scripts/bootstrap.mjs --gpu
+//     only the Debian packages that scripts/gpu-check.sh builds with, beside CUDA's own
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, symlinkSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { delimiter, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
@@ -174,7 +185,9 @@ function cudaCompiler(bring, stamp) {
       installCudaCompiler(stamp);
     } catch (error) {
       if (!(error instanceof BootstrapError)) throw error;
-      say(`the CUDA kernels run under emulation but are not compiled by nvcc: ${error.message.split('\n')[0]}`);
+      say(
+        `the CUDA kernels run under emulation but are not compiled by nvcc: ${error.message.split('\n')[0]}`,
+      );
     }
   }
   return stamp.cudaToolkit !== undefined && existsSync(toolkitCompiler) ? toolkitCompiler : undefined;
@@ -248,19 +261,10 @@ function buildTypeScript(stamp) {
   writeStamp(stamp);
 }
 
-/**
- * Brings everything up to date, or prints what is in the way and ends the process with exit code 1. Returns whether the
- * CUDA kernels were compiled by nvcc, too.
- */
-export function bootstrap({ tests = false, ci = false } = {}) {
+// Prints what is in the way and ends the process with exit code 1.
+function orExit(work) {
   try {
-    checkNode();
-    installNpmPackages();
-    const stamp = readStamp();
-    buildNative(tests, stamp);
-    buildTypeScript(stamp);
-    if (ci) installSystemPackages(['clang-format']);
-    return { cuda: stamp.cudaCompiler !== undefined };
+    return work();
   } catch (error) {
     if (!(error instanceof BootstrapError)) throw error;
     process.stderr.write(`[setup] ${error.message}\n`);
@@ -268,6 +272,26 @@ export function bootstrap({ tests = false, ci = false } = {}) {
   }
 }
 
+/**
+ * Brings everything up to date, or prints what is in the way and ends the process with exit code 1. Returns whether the
+ * CUDA kernels were compiled by nvcc, too.
+ */
+export function bootstrap({ tests = false, ci = false } = {}) {
+  return orExit(() => {
+    checkNode();
+    installNpmPackages();
+    const stamp = readStamp();
+    buildNative(tests, stamp);
+    buildTypeScript(stamp);
+    if (ci) installSystemPackages(['clang-format']);
+    return { cuda: stamp.cudaCompiler !== undefined };
+  });
+}
+
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  if (process.argv.includes('--gpu')) {
+    orExit(() => installSystemPackages(['g++', 'cmake', 'ninja-build', 'doctest-dev']));
+  } else {
+    bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  }
 }
