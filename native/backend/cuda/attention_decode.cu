@@ -62,9 +62,8 @@ struct Item {
 
 template <typename T, int kHead>
 struct Tiling {
-  static constexpr int kKeys = sizeof(T) * kHead <= 256   ? 64
-                               : sizeof(T) * kHead <= 512 ? 32
-                                                          : 16;  // at a time
+  // Keys at a time: as many as fit the 99 KiB that blocks have on small GPUs (but for float32 heads above 128).
+  static constexpr int kKeys = sizeof(T) * kHead <= 256 ? 64 : sizeof(T) * kHead < 512 ? 32 : 16;
   static constexpr int kStride = kHead + kVector<T>;  // of queries, keys and values in shared memory
   static constexpr int kWeightStride = kKeys + kVector<T>;
   static constexpr int kChunks = kKeys / 16;  // of keys, each one warp's where warps share the pairs
@@ -73,10 +72,9 @@ struct Tiling {
       2 * shared_bytes<T>(2 * kKeys * kStride) + shared_bytes<T>(kTile * kStride) +
       shared_bytes<T>(kWarpPairs * kWeightStride) + shared_bytes<float>(kChunks * kWarpPairs) +
       shared_bytes<int>(kStretch / kPage) + shared_bytes<Item>(1);
-  // A multiprocessor has 228 KiB, of which every block takes one more than it asks for.
-  static constexpr int kBlocks = kShared > (size_t{113} << 10)
-                                     ? 1
-                                     : std::min<int>(3, (size_t{228} << 10) / (kShared + 1024));
+  // Of a multiprocessor at once, as its 228 KiB (each block takes one more than it asks for) and registers allow.
+  static constexpr int kBlocks =
+      std::min<int>(sizeof(T) * kHead <= 192 ? 3 : 2, (size_t{228} << 10) / (kShared + 1024));
 };
 
 // Keys and values of one step, [tokens, heads, size], to the pages [pages, heads, kPageTokens, size] of their slots; a

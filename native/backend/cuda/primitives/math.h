@@ -39,6 +39,15 @@ __device__ inline float exp2_nonpositive(float x) {
   return x < -126.0f ? 0.0f : std::bit_cast<float>(bits);
 }
 
+// How many bits are set.
+__device__ inline int count_bits(uint32_t bits) {
+#if defined(MERF_CUDA_EMULATION)
+  return std::popcount(bits);
+#else
+  return __popc(bits);
+#endif
+}
+
 // Two numbers rounded to bfloat16, the first in the lower half.
 __device__ inline uint32_t pack_bf16(float low, float high) {
 #if defined(MERF_CUDA_EMULATION)
