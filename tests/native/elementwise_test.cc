@@ -259,6 +259,61 @@ TEST_CASE("add and cast keep every value, and cast rounds to nearest even") {
   });
 }
 
+TEST_CASE("what decoding repeats gives the same when it is recorded") {
+  for_each_backend([](Backend& backend) {
+    const int64_t rows = 3, width = 72, vocabulary = 515;
+    Random random(31);
+    const Tensor table =
+        upload(backend, DType::bf16, {vocabulary, width}, random.normals(vocabulary * width));
+    const Tensor weight = upload(backend, DType::f32, {width}, random.normals(width));
+    const Tensor ids = backend.allocate(DType::i32, {rows}), keys = backend.allocate(DType::i32, {rows, 2});
+    const Tensor x = backend.allocate(DType::f32, {rows, width});
+    const Tensor delta = backend.allocate(DType::bf16, {rows, width});
+    const Tensor y = backend.allocate(DType::bf16, {rows, width});
+    const Tensor twice = backend.allocate(DType::f32, {2, width});
+    const Tensor logits = backend.allocate(DType::f32, {rows, vocabulary});
+    const Tensor tokens = backend.allocate(DType::i32, {rows});
+    const Tensor logprobs = backend.allocate(DType::f32, {rows}), raw = backend.allocate(DType::f32, {rows});
+    const Tensor frequencies = upload(backend, DType::f32, {4}, {1.0f, 0.1f, 0.01f, 0.001f});
+    const Tensor picked = upload(backend, {2}, std::vector<int32_t>{2, 0});
+    const SamplingOptions options{0.8f, 40, 0.9f, 0.01f, 5};
+    const auto step = [&] {
+      backend.embedding(ids, table, x);
+      backend.rms_norm(x, delta, weight, 1e-5f, y, {});
+      backend.rope({y.data, DType::bf16, rows, 9, 8, width}, ids, frequencies, false);
+      backend.add(x, y);
+      backend.gather_rows(x, picked, twice);
+      backend.sample_tokens(logits, keys, ids, options, tokens, logprobs, raw, {});
+    };
+    const auto recorder = backend.make_recorder();
+    for (int32_t turn = 0; turn < 4; ++turn) {
+      const std::vector<int32_t> new_ids = {turn, 7 * turn, 500 - turn},
+                                 new_keys = {1, turn, 2, turn, 3, turn};
+      const std::vector<float> new_logits = random.normals(rows * vocabulary, 3.0),
+                               new_delta = stored(random.normals(rows * width), DType::bf16);
+      std::vector<std::vector<float>> results[2];
+      std::vector<int32_t> drawn[2];
+      for (const bool recorded : {false, true}) {
+        backend.upload(ids, new_ids.data(), ids.bytes());
+        backend.upload(keys, new_keys.data(), keys.bytes());
+        backend.upload(logits, new_logits.data(), logits.bytes());
+        backend.copy(delta, upload(backend, DType::bf16, {rows, width}, new_delta));
+        if (recorded) {
+          recorder->run(1, step);
+        } else {
+          step();
+        }
+        for (const Tensor& each : {x, y, twice, logprobs, raw}) {
+          results[recorded].push_back(download(backend, each));
+        }
+        drawn[recorded] = download_ints(backend, tokens);
+      }
+      CHECK(drawn[0] == drawn[1]);
+      for (size_t i = 0; i < results[0].size(); ++i) CHECK(same_bits(results[0][i], results[1][i]));
+    }
+  });
+}
+
 TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
   for_each_backend([](Backend& backend) {
     for (const int64_t n : {1, 17, 20000}) {
