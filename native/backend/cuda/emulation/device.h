@@ -87,33 +87,8 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma_bf16(d, a, b, 1, 1, at);
 }
 
-// The same of one lane's float32 fragments: d [rows][columns][4], a [rows][2][8], b [columns][2][8].
-template <int Rows, int Columns>
-void mma_f32(float* d, const float* a, const float* b) {
-  constexpr int kWidth = 2 * Columns;  // all columns side by side, which the compiler makes vectors of
-  float by_depth[8][kWidth];
-  for (int j = 0; j < kWidth; ++j) {
-    for (int k = 0; k < 8; ++k) by_depth[k][j] = b[8 * j + k];
-  }
-  for (int i = 0; i < Rows; ++i) {
-    float sums[2][kWidth];
-    for (int j = 0; j < kWidth; ++j) {
-      sums[0][j] = d[(i * Columns + j / 2) * 4 + j % 2];
-      sums[1][j] = d[(i * Columns + j / 2) * 4 + 2 + j % 2];
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      for (int j = 0; j < kWidth; ++j) {
-        sums[0][j] = __builtin_fmaf(a[16 * i + k], by_depth[k][j], sums[0][j]);
-        sums[1][j] = __builtin_fmaf(a[16 * i + 8 + k], by_depth[k][j], sums[1][j]);
-      }
-    }
-    for (int j = 0; j < kWidth; ++j) {
-      d[(i * Columns + j / 2) * 4 + j % 2] = sums[0][j];
-      d[(i * Columns + j / 2) * 4 + 2 + j % 2] = sums[1][j];
-    }
-  }
-}
+// The same of one lane's float32 fragments: d [rows][columns][4], a [rows][2][8], b [columns][2][8]. No meeting.
+void mma_f32(float* d, const float* a, const float* b, int rows, int columns);
 
 }  // namespace merf::cuda::emulation
 

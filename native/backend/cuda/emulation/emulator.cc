@@ -2,6 +2,9 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -75,7 +78,8 @@ struct Fiber {
   int index = 0;  // among fibers
   int thread = 0;
   int open_group = 0;
-  std::vector<PendingCopy> copies;
+  std::vector<PendingCopy> copies;  // in the order of their groups, from first_copy on
+  size_t first_copy = 0;
   const char* waits_at = nullptr;  // the operation
   std::source_location location;
 };
@@ -293,6 +297,7 @@ void BlockRunner::loop(int fiber) {
       self.indices = indices_;
       self.indices.thread.x = static_cast<unsigned>(self.thread);
       self.copies.clear();
+      self.first_copy = 0;
       self.open_group = 0;
       (*body_)();
       --unfinished_;
@@ -541,17 +546,24 @@ void copy_async(void* to_shared, const void* from, bool valid) {
 void copy_async_commit() { ++BlockRunner::active->current->open_group; }
 void copy_async_wait_for(int pending) {
   Fiber& fiber = *BlockRunner::active->current;
-  size_t kept = 0;
-  for (const PendingCopy& copy : fiber.copies) {
-    if (copy.group >= fiber.open_group - pending) {
-      fiber.copies[kept++] = copy;
-    } else if (copy.valid) {
+  size_t& first = fiber.first_copy;
+  for (; first < fiber.copies.size(); ++first) {
+    const PendingCopy& copy = fiber.copies[first];
+    if (copy.group >= fiber.open_group - pending) break;
+    if (copy.valid) {
       std::memcpy(copy.to, copy.from, 16);
     } else {
       std::memset(copy.to, 0, 16);
     }
   }
-  fiber.copies.resize(kept);
+  constexpr size_t kMostPast = 64;
+  if (first == fiber.copies.size()) {
+    fiber.copies.clear();
+    first = 0;
+  } else if (first > kMostPast) {
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(first));
+    first = 0;
+  }
 }
 
 namespace {
@@ -583,6 +595,28 @@ using FourPairs [[gnu::vector_size(32)]] = double;  // of floats
 
 float low_half(uint32_t packed) { return std::bit_cast<float>(packed << 16); }
 float high_half(uint32_t packed) { return std::bit_cast<float>(packed & 0xffff0000u); }
+
+// Four pairs of floats that stand `apart` floats apart.
+Eight load_pairs(const float* from, int apart) {
+  double pairs[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&pairs[i], from + i * apart, sizeof(double));
+  return std::bit_cast<Eight>(FourPairs{pairs[0], pairs[1], pairs[2], pairs[3]});
+}
+void store_pairs(float* to, int apart, Eight value) {
+  const FourPairs pairs = std::bit_cast<FourPairs>(value);
+  for (int i = 0; i < 4; ++i) {
+    const double pair = pairs[i];
+    std::memcpy(to + i * apart, &pair, sizeof(double));
+  }
+}
+
+void fused_add(Eight& sum, float a, const Eight& b) {
+#if defined(__FMA__)
+  sum = _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
+#else
+  for (int i = 0; i < 8; ++i) sum[i] = std::fma(a, b[i], sum[i]);
+#endif
+}
 
 // D += A * B from the fragments of the 32 lanes, `rows` blocks of 16 by `columns` blocks of 8. A product of two
 // bfloat16 is exact in float32, so that it is the same whether fused into the sum or not.
@@ -647,6 +681,36 @@ void load_matrices(uint32_t* to, const void* row, int count, size_t bytes_apart,
       [=](Warp& w) {
         transposed ? load_matrices<true>(w, count, bytes_apart) : load_matrices<false>(w, count, bytes_apart);
       });
+}
+
+void mma_f32(float* d, const float* a, const float* b, int rows, int columns) {
+  int j = 0;
+  for (; j + 4 <= columns; j += 4) {
+    Eight by_depth[8];
+    for (int k = 0; k < 8; ++k) {
+      for (int i = 0; i < 8; ++i) by_depth[k][i] = b[8 * (2 * j + i) + k];
+    }
+    for (int i = 0; i < rows; ++i) {
+      float* at = d + (i * columns + j) * 4;
+      Eight first = load_pairs(at, 4), second = load_pairs(at + 2, 4);
+      for (int k = 0; k < 8; ++k) {
+        fused_add(first, a[16 * i + k], by_depth[k]);
+        fused_add(second, a[16 * i + 8 + k], by_depth[k]);
+      }
+      store_pairs(at, 4, first);
+      store_pairs(at + 2, 4, second);
+    }
+  }
+  for (; j < columns; ++j) {
+    for (int i = 0; i < rows; ++i) {
+      for (int k = 0; k < 8; ++k) {
+        for (int l = 0; l < 4; ++l) {
+          float& sum = d[(i * columns + j) * 4 + l];
+          sum = std::fma(a[16 * i + l / 2 * 8 + k], b[16 * j + l % 2 * 8 + k], sum);
+        }
+      }
+    }
+  }
 }
 
 void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, int rows, int columns,

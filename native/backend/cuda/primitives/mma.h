@@ -238,7 +238,7 @@ template <int Rows, int Columns>
 __device__ inline void mma(Accumulator (&d)[Rows][Columns], const FragmentA<float> (&a)[Rows],
                            const FragmentB<float> (&b)[Columns]) {
 #if defined(MERF_CUDA_EMULATION)
-  emulation::mma_f32<Rows, Columns>(d[0][0].at, a[0].at[0], b[0].at[0]);
+  emulation::mma_f32(d[0][0].at, a[0].at[0], b[0].at[0], Rows, Columns);
 #else
 #pragma unroll
   for (int i = 0; i < Rows; ++i) {
