@@ -16,15 +16,14 @@ let folder: string;
 let model: string;
 beforeAll(async () => {
   folder = mkdtempSync(join(tmpdir(), 'merf-devices-'));
-  model = await cutModel(shipped, join(folder, 'model'), 2);
+  model = await cutModel(shipped, join(folder, 'model'), 3);
 });
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
-// The demo's settings, with fewer and shorter completions. Ones as short as these all have one reward, so that
-// nothing but the entropy has a gradient.
+// The demo's settings with fewer and shorter completions, and a seed by which they differ in their rewards.
 const settings = ['--task', 'knights-and-knaves', '--people', '2', '--motivation', 'full'].concat(
-  ['--steps', '2', '--prompts-per-step', '2', '--group-size', '3', '--max-tokens', '12', '--entropy', '0.05'],
-  ['--learning-rate', '2e-4', '--warmup-steps', '3', '--save-every', '0'],
+  ['--steps', '2', '--prompts-per-step', '2', '--group-size', '4', '--max-tokens', '20', '--seed', '3'],
+  ['--learning-rate', '2e-4', '--warmup-steps', '3', '--save-every', '0', '--entropy', '0.01'],
 );
 
 async function train(device: string) {
@@ -59,7 +58,8 @@ describe("the demo's loop", () => {
     const gpu = await train('cuda-emulated');
 
     // Every token drawn is the same, and so is what the reward says of them.
-    expect(cpu.completions.length).toBe(2 * 2 * 3);
+    expect(cpu.completions.length).toBe(2 * 2 * 4);
+    expect(new Set(cpu.completions.map(({ reward }) => reward)).size).toBeGreaterThan(1);
     expect(gpu.completions).toEqual(cpu.completions);
 
     expect(gpu.metrics.length).toBe(2);
@@ -86,6 +86,6 @@ describe("the demo's loop", () => {
       worst = Math.max(worst, relativeError(change(others), change(data)));
     }
     report('change of the weights after two steps of the demo on cuda-emulated, relative', worst);
-    expect(worst).toBeLessThan(1e-2);
+    expect(worst).toBeLessThan(2e-3);
   }, 180_000);
 });

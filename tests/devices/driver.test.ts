@@ -4,7 +4,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import type { native } from '../../lib/native.js';
 import { chooseDevice } from '../../lib/policy/devices.js';
-import { merf, root, tinyModel } from '../cli/run.js';
+import { lettersTask, merf, root, tinyModel } from '../cli/run.js';
 import { expectFailure } from '../policy/helpers.js';
 
 const fakeDriver = join(root, 'build', 'Release', 'fake_driver');
@@ -76,7 +76,7 @@ describe('merf doctor', () => {
 });
 
 describe('a device that is not there', () => {
-  const train = ['train', '--task', 'knights-and-knaves', '--model', tinyModel, '--steps', '1'];
+  const train = ['train', '--task', lettersTask, '--model', tinyModel, '--steps', '1'];
 
   test('is refused with the reason and no stack', async () => {
     const asked = [...train, '--device', 'cuda', '--out', join(folder, 'refused')];

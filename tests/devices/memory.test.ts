@@ -18,7 +18,7 @@ function run(megabytes: number | undefined) {
 
 describe('a policy whose device runs out of memory', () => {
   test('says what would have fitted, gives back what it took and goes on as if nothing had been', () => {
-    const short = run(16);
+    const short = run(10);
     expect(short.training).toMatch(
       /^Could not allocate .* of memory on cuda-emulated: .*\. 4000 tokens at once need about \d+ MiB; about \d+ would fit \(maxTokens, or batchTokens of a trainer, sets how many\)$/,
     );

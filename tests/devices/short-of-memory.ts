@@ -1,23 +1,17 @@
 // Run by memory.test.ts in a process of its own, since the emulated GPU's memory is set by the environment: asks for
 // more than MERF_EMULATION_MEMORY has where that is set, then for what fits, and prints what came of it as JSON.
+
+import { defaultModel } from '../../lib/cli/models.js';
 import { MerfError } from '../../lib/errors.js';
-import { type Forest, Policy } from '../../lib/policy/index.js';
-import { random, tinyConfig, tokenizerFiles } from '../policy/helpers.js';
+import { type Forest, type ModelConfig, openModel, Policy } from '../../lib/policy/index.js';
 
 // Many narrow layers: much memory for little work.
-const config = {
-  ...tinyConfig,
-  hiddenSize: 16,
-  layers: 16,
-  heads: 2,
-  kvHeads: 1,
-  mlpSize: 16,
-  maxPositions: 2048,
-};
+const shipped = await openModel(defaultModel());
+const narrow = { hiddenSize: 16, layers: 16, heads: 2, kvHeads: 1, headSize: 8, mlpSize: 16 };
+const config: ModelConfig = { ...shipped.config, ...narrow };
 
 function sequence(length: number, seed: number): number[] {
-  const next = random(seed);
-  return Array.from({ length }, () => Math.floor(next() * config.vocabSize));
+  return Array.from({ length }, (_, i) => (seed * 7919 + i * i * 31) % config.vocabSize);
 }
 
 /** Completions of 20 tokens under one prompt, so many tokens together. */
@@ -40,7 +34,7 @@ async function messageOf(run: () => Promise<unknown>): Promise<string | undefine
   }
 }
 
-const policy = await Policy.create(config, tokenizerFiles() as never, {
+const policy = await Policy.create(config, shipped.tokenizer, {
   device: 'cuda-emulated',
   standardDeviation: 0.3,
   threads: 2,

@@ -1,5 +1,6 @@
 // The whole network: loss and gradients against a float64 forward, shared prefixes against unshared ones.
 #include <cstdio>
+#include <cstdlib>
 #include <fstream>
 #include <map>
 
@@ -645,4 +646,78 @@ TEST_CASE("parameters are read from files, and files that lie are refused") {
     CHECK(code_of(wrong) == "INVALID_ARGUMENT");
     std::remove(path.c_str());
   });
+}
+
+TEST_CASE("wherever memory runs out, gradients are as before or zero, and nothing is held" *
+          doctest::skip(!kEmulationBuilt || !tests_device("cuda-emulated"))) {
+  setenv("MERF_EMULATION_MEMORY", "50000000", 1);
+  const std::shared_ptr<Backend> backend = open_backend("cuda-emulated", 0);
+  unsetenv("MERF_EMULATION_MEMORY");
+  Arena arena(*backend);
+  Model model(*backend, arena, tiny_config(false), true);
+  random_weights(model, 3);
+  Batch batch = random_forest(kForest, 61, 4);
+  // Few rows, so that the backward of attention has more temporaries than the loss.
+  batch.source_rows.resize(2);
+  batch.targets.resize(2);
+  const BatchLoss loss = random_loss(LossKind::policy_gradient_clip, batch, 5);
+  const auto all_zero = [](const std::map<std::string, std::vector<float>>& all) {
+    return std::all_of(all.begin(), all.end(), [](const auto& named) {
+      return std::all_of(named.second.begin(), named.second.end(), [](float v) { return v == 0.0f; });
+    });
+  };
+  model.forward_backward(batch, loss, Cancel());
+  const auto once = gradients(model);
+  model.forward_backward(batch, loss, Cancel());
+  const auto twice = gradients(model);
+
+  // The arena has what a call needs, so that with the least of memory left it is the operators that lack it, one
+  // after another.
+  int kept = 0, zeroed = 0, succeeded = 0;
+  for (int64_t left = 256; left <= (int64_t{4} << 20); left *= 2) {
+    CAPTURE(left);
+    model.zero_gradients();
+    model.forward_backward(batch, loss, Cancel());
+    const int64_t used = backend->memory_used();
+    const Tensor hog = backend->allocate(DType::f32, {(backend->memory_free() - left) / 4});
+    std::string code, message;
+    try {
+      model.forward_backward(batch, loss, Cancel());
+    } catch (const Error& error) {
+      code = error.code;
+      message = error.what();
+    }
+    const auto after = gradients(model);
+    if (code.empty()) {
+      ++succeeded;
+      CHECK(after == twice);
+      continue;
+    }
+    CHECK(code == "OUT_OF_MEMORY");
+    CHECK(message.find(std::to_string(batch.tokens.size()) + " tokens at once need about ") !=
+          std::string::npos);
+    CHECK(backend->memory_used() <= used + static_cast<int64_t>(hog.bytes()));
+    after == once ? ++kept : ++zeroed;
+    CHECK((after == once || all_zero(after)));
+  }
+  CHECK(kept > 0);
+  CHECK(zeroed > 0);
+  CHECK(succeeded > 0);
+
+  // A model without gradients has none after a failure either, and one that fails as it is made holds nothing.
+  const int64_t used = backend->memory_used();
+  {
+    Model fresh(*backend, arena, tiny_config(false), true);
+    random_weights(fresh, 3);
+    fresh.score(batch, Cancel());
+    const int64_t before = backend->memory_used();
+    Tensor hog = backend->allocate(DType::f32, {(backend->memory_free() - 20000) / 4});
+    CHECK_THROWS_AS(fresh.forward_backward(batch, loss, Cancel()), Error);
+    CHECK_THROWS_AS(Model(*backend, arena, tiny_config(false), true), Error);
+    hog = {};
+    CHECK(backend->memory_used() <= before);
+    fresh.forward_backward(batch, loss, Cancel());
+    CHECK(gradients(fresh) == once);
+  }
+  CHECK(backend->memory_used() <= used + (int64_t{4} << 20));
 }
