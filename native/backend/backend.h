@@ -105,10 +105,10 @@ struct DecodePlan {
 
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
 struct AdamWTensor {
-  Tensor master;              // f32
-  Tensor weight;              // f32|bf16, or empty
-  Tensor gradient;            // f32
-  Tensor m, v;                // f32
+  Tensor master;    // f32
+  Tensor weight;    // f32|bf16, or empty
+  Tensor gradient;  // f32
+  Tensor m, v;      // f32|bf16; bf16 is rounded by chance (stochastic_rounding.h), lest v stand still
   float weight_decay = 0.0f;  // decoupled
 };
 
