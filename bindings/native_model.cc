@@ -151,7 +151,8 @@ Training to_training(const Napi::Value& value, const ModelConfig& config) {
 }
 
 ParameterKind to_kind(const Napi::Value& value) {
-  return static_cast<ParameterKind>(to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v", "merged"}));
+  return static_cast<ParameterKind>(
+      to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v", "merged"}));
 }
 
 SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bool has_token_bytes) {

@@ -23,7 +23,6 @@ struct DeviceInfo {
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
   int64_t memory_bytes = 0;  // total memory of the device
-  int64_t free_bytes = 0;    // of it, what was free when the device was opened
   bool fast_bf16 = false;    // bfloat16 products in hardware
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
@@ -106,10 +105,10 @@ struct DecodePlan {
 
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
 struct AdamWTensor {
-  Tensor master;              // f32
-  Tensor weight;              // f32|bf16, or empty
-  Tensor gradient;            // f32
-  Tensor m, v;                // f32
+  Tensor master;    // f32
+  Tensor weight;    // f32|bf16, or empty
+  Tensor gradient;  // f32
+  Tensor m, v;      // f32|bf16; bf16 is rounded by chance (stochastic_rounding.h), lest v stand still
   float weight_decay = 0.0f;  // decoupled
 };
 
@@ -154,6 +153,8 @@ class Backend {
                     const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
   virtual void synchronize() = 0;
   virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
+  // Bytes that could be allocated now, whoever has the others. Any thread may ask.
+  virtual int64_t memory_free() const = 0;
   // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
   virtual int64_t memory_used() const = 0;
   virtual int64_t memory_peak() const = 0;

@@ -128,22 +128,36 @@ const NamedParameter& Parameters::find(const std::string& name) const {
               "Expected the name of a parameter of this model for name but received " + name);
 }
 
-void Parameters::make_gradients() {
-  for (Parameter* parameter : trained_) {
-    if (parameter->gradient) continue;
-    parameter->gradient = allocate_like(backend_, DType::f32, parameter->shape);
-    backend_.zero(parameter->gradient);
+bool Parameters::make(std::initializer_list<Tensor Parameter::*> members) {
+  std::vector<Tensor*> made;
+  try {
+    for (Parameter* parameter : trained_) {
+      for (const auto member : members) {
+        Tensor& tensor = parameter->*member;
+        if (tensor) continue;
+        tensor = allocate_like(backend_, DType::f32, parameter->shape);
+        made.push_back(&tensor);
+        backend_.zero(tensor);
+      }
+    }
+  } catch (...) {
+    for (Tensor* tensor : made) *tensor = {};
+    throw;
   }
+  return !made.empty();
 }
 
-void Parameters::make_moments() {
-  for (Parameter* parameter : trained_) {
-    for (Tensor* moment : {&parameter->adam_m, &parameter->adam_v}) {
-      if (*moment) continue;
-      *moment = allocate_like(backend_, DType::f32, parameter->shape);
-      backend_.zero(*moment);
-    }
-  }
+bool Parameters::make_gradients() { return make({&Parameter::gradient}); }
+bool Parameters::make_moments() { return make({&Parameter::adam_m, &Parameter::adam_v}); }
+
+void Parameters::drop_gradients() {
+  for (Parameter* parameter : trained_) parameter->gradient = {};
+}
+
+int64_t Parameters::trained_size() const {
+  int64_t elements = 0;
+  for (const Parameter* parameter : trained_) elements += parameter->size();
+  return elements;
 }
 
 void Parameters::zero_gradients() {

@@ -5,6 +5,7 @@
 // is one product; their parts are slices of rows.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -111,9 +112,12 @@ class Parameters {
   // Throws INVALID_ARGUMENT where there is no parameter of this name.
   const NamedParameter& find(const std::string& name) const;
 
-  // Makes what is missing and fills it with zeros.
-  void make_gradients();
-  void make_moments();
+  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing.
+  bool make_gradients();
+  bool make_moments();
+  void drop_gradients();
+  bool has_gradients() const { return !trained_.empty() && trained_.front()->gradient; }
+  int64_t trained_size() const;
   // Brings the copies that operators read (packed weights, the embedding table) up to date with `value`.
   void refresh();
 
@@ -129,6 +133,7 @@ class Parameters {
   void zero_gradients();
 
  private:
+  bool make(std::initializer_list<Tensor Parameter::*> members);
   void refresh(Parameter& parameter);
   void make_products(Parameter& parameter, const Tensor& source);
 

@@ -43,6 +43,7 @@ class CudaBackend final : public Backend {
   void cast(const Tensor& destination, const Tensor& source) override;
   void synchronize() override;
   std::unique_ptr<Recorder> make_recorder() override;
+  int64_t memory_free() const override;
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
   void reset_peak_memory() override;

@@ -278,6 +278,12 @@ void Gpu::play(Recording& recording) {
 void Gpu::allow_shared(const void* kernel, size_t bytes) {
   size_t& allowed = state_->shared_allowed[kernel];
   if (bytes <= allowed) return;
+  if (bytes > properties_.shared_bytes) {
+    throw Error("UNSUPPORTED", "A kernel for this model needs " + std::to_string(bytes) +
+                                   " bytes of shared memory and the " + properties_.name + " has " +
+                                   std::to_string(properties_.shared_bytes) +
+                                   ": use bf16, a model of smaller heads, or another GPU");
+  }
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
         "giving a kernel shared memory");
   allowed = bytes;

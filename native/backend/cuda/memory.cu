@@ -3,6 +3,7 @@
 #include <map>
 
 #include "backend/cuda/cuda_backend.h"
+#include "backend/in_words.h"
 
 namespace merf::cuda {
 
@@ -28,11 +29,6 @@ class DeviceStorage final : public Storage {
  private:
   std::shared_ptr<Device> device_;
 };
-
-std::string in_words(size_t bytes) {
-  if (bytes < (size_t{10} << 20)) return std::to_string(bytes) + " bytes";
-  return std::to_string(bytes >> 20) + " MiB";
-}
 
 void check_size(const char* what, size_t bytes, const Tensor& tensor) {
   if (bytes > tensor.bytes()) {
@@ -104,6 +100,7 @@ Tensor CudaBackend::make(const std::vector<int32_t>& values) {
   return tensor;
 }
 
+int64_t CudaBackend::memory_free() const { return static_cast<int64_t>(device_->gpu.free_bytes()); }
 int64_t CudaBackend::memory_used() const {
   std::lock_guard<std::mutex> lock(device_->mutex);
   return static_cast<int64_t>(device_->used);

@@ -233,6 +233,7 @@ void CudaBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Ten
              partials.as<float>(), rows, size, rows_per_block);
     });
   });
+  if (!dweight) return;
   const int warps = static_cast<int>(std::min<int64_t>(parts, 32));
   launch(gpu(), "rms_norm_backward", add_columns_kernel,
          {blocks(divide_up(size, kWarp)), warps * kWarp, shared_bytes<float>(kWarp * kWarp)},

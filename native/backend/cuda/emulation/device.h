@@ -26,8 +26,8 @@ namespace merf::cuda::emulation {
 struct ThreadIndices {
   dim3 thread, block, block_size, grid_size;
 };
-// Of the thread that runs.
-const ThreadIndices& indices();
+// Of the thread that runs; the same place as long as it does.
+[[gnu::const]] const ThreadIndices& indices();
 
 // The block's piece of shared memory with that number, made at the first call for it.
 void* take_shared(int piece, size_t bytes);
@@ -73,12 +73,29 @@ void copy_async_wait() {
   copy_async_wait_for(Pending);
 }
 
-void load_matrices(uint32_t (&to)[4], const void* row,
+// `count` times load_matrices, each `bytes_apart` further in shared memory and 4 registers further in `to`.
+void load_matrices(uint32_t* to, const void* row, int count, size_t bytes_apart, bool transposed,
                    std::source_location at = std::source_location::current());
-void load_matrices_transposed(uint32_t (&to)[4], const void* row,
-                              std::source_location at = std::source_location::current());
-void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+inline void load_matrices(uint32_t (&to)[4], const void* row,
+                          std::source_location at = std::source_location::current()) {
+  load_matrices(to, row, 1, 0, false, at);
+}
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row,
+                                     std::source_location at = std::source_location::current()) {
+  load_matrices(to, row, 1, 0, true, at);
+}
+
+// Every product of `rows` fragments A with `columns` fragments B: d [rows][columns][4], a [rows][4], b [columns][2].
+constexpr int kMostMmaBlocks = 16;  // rows or columns
+void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, int rows, int columns,
               std::source_location at = std::source_location::current());
+inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     std::source_location at = std::source_location::current()) {
+  mma_bf16(d, a, b, 1, 1, at);
+}
+
+// The same of one lane's float32 fragments: d [rows][columns][4], a [rows][2][8], b [columns][2][8]. No meeting.
+void mma_f32(float* d, const float* a, const float* b, int rows, int columns);
 
 }  // namespace merf::cuda::emulation
 

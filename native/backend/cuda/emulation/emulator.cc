@@ -2,6 +2,9 @@
 
 #include <omp.h>
 #include <sys/mman.h>
+#if defined(__FMA__)
+#include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -26,6 +29,7 @@ constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kMaxThreads = 1024;
 constexpr size_t kMaxShared = 227 << 10;  // of a block on sm_90
+constexpr int kScheduler = -1;            // in place of a fiber's number
 
 // Stacks for the threads of one block, each with a page below it that may not be touched.
 class Stacks {
@@ -46,12 +50,14 @@ class Stacks {
     context::stack_context allocate() {
       context::stack_context stack;
       stack.sp = top;
-      stack.size = kStackBytes;
+      stack.size = kStackBytes - kPage;
       return stack;
     }
     void deallocate(context::stack_context&) noexcept {}
   };
-  Allocator of(int slot) { return {memory_ + (slot + 1) * kSlot}; }
+  // Tops stand in different lines of a page: else what all threads have at one depth would share a few sets of the
+  // cache.
+  Allocator of(int slot) { return {memory_ + (slot + 1) * kSlot - slot % 64 * 64}; }
 
  private:
   static constexpr size_t kPage = 4096;
@@ -68,19 +74,25 @@ struct PendingCopy {
 
 // A fiber and the thread of the block that it runs.
 struct Fiber {
-  context::fiber handle;  // where it goes on; while it runs, where the scheduler does
+  context::fiber handle;  // where it goes on; empty while it runs
   ThreadIndices indices;
   int index = 0;  // among fibers
   int thread = 0;
   int open_group = 0;
-  std::vector<PendingCopy> copies;
+  std::vector<PendingCopy> copies;  // in the order of their groups, from first_copy on
+  size_t first_copy = 0;
   const char* waits_at = nullptr;  // the operation
   std::source_location location;
 };
 
+// Where one lane's fragments stand, on its stack: [blocks][registers].
 struct MmaOperands {
-  uint32_t a[4], b[2];
-  float d[4];
+  const uint32_t *a, *b;
+  float* d;
+};
+struct MatrixRow {
+  const char* row;
+  uint32_t* to;
 };
 
 // What the lanes of a warp give an operation, and what they get.
@@ -94,14 +106,10 @@ struct Warp {
       uint64_t value[kLanes];
       int source[kLanes];
     } shuffle;
-    const void* rows[kLanes];
+    MatrixRow matrices[kLanes];
     MmaOperands mma[kLanes];
   } in;
-  union {
-    uint64_t value[kLanes];
-    uint32_t registers[kLanes][4];
-    float accumulators[kLanes][4];
-  } out;
+  uint64_t out[kLanes];
 };
 
 struct Barrier {
@@ -165,11 +173,17 @@ class BlockRunner {
   void draw_unstarted();
   int take_fiber();
   int take_ready();
+  int next_fiber();
+  // Never inlined: the next block may have the fiber on another thread of the host, where addresses of thread_local
+  // variables that the compiler kept would be wrong.
+  [[gnu::noinline]] void leave(context::fiber& from, int self);
   void wait(const char* operation, const std::source_location& at);
   void check_end();
 
   Stacks stacks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
+  context::fiber scheduler_;           // where run() goes on
+  context::fiber* leaving_ = nullptr;  // where to keep what was left last
   std::vector<int> idle_, ready_;
   size_t ready_begin_ = 0;  // of ready_, where threads go on in order
   std::vector<int> unstarted_;
@@ -224,26 +238,7 @@ void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, u
   for (Range& range : read_) range = {};
 
   active = this;
-  while (broken_.empty()) {
-    const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
-    if (!ready && !unstarted) break;
-    int next;
-    if (unstarted && (!ready || !order_.drawn() || (!by_warp_ && order_.below(2) == 0))) {
-      next = take_fiber();
-    } else if (order_.drawn()) {
-      next = take_ready();
-    } else {
-      next = ready_[ready_begin_++];
-      if (ready_begin_ == ready_.size()) {
-        ready_.clear();
-        ready_begin_ = 0;
-      }
-    }
-    Fiber& fiber = *fibers_[static_cast<size_t>(next)];
-    current = &fiber;
-    current_indices = &fiber.indices;
-    fiber.handle = std::move(fiber.handle).resume();
-  }
+  leave(scheduler_, kScheduler);
   active = nullptr;
   if (broken_.empty()) check_end();
   if (broken_.empty()) return;
@@ -288,6 +283,36 @@ int BlockRunner::take_ready() {
   return fiber;
 }
 
+// Which fiber goes on; kScheduler where none can, or the block is broken.
+int BlockRunner::next_fiber() {
+  const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
+  if (!broken_.empty() || (!ready && !unstarted)) return kScheduler;
+  if (unstarted && (!ready || !order_.drawn() || (!by_warp_ && order_.below(2) == 0))) return take_fiber();
+  if (order_.drawn()) return take_ready();
+  const int next = ready_[ready_begin_++];
+  if (ready_begin_ == ready_.size()) {
+    ready_.clear();
+    ready_begin_ = 0;
+  }
+  return next;
+}
+
+// Goes straight to what can go on, without a detour through run(); comes back when something goes on with `self`, which
+// stands in `from`.
+void BlockRunner::leave(context::fiber& from, int self) {
+  const int next = next_fiber();
+  if (next == self) return;
+  leaving_ = &from;
+  context::fiber* to = &scheduler_;
+  if (next != kScheduler) {
+    current = fibers_[static_cast<size_t>(next)].get();
+    current_indices = &current->indices;
+    to = &current->handle;
+  }
+  context::fiber left = std::move(*to).resume();
+  *leaving_ = std::move(left);
+}
+
 // The fiber that goes on with the next thread that has not started.
 int BlockRunner::take_fiber() {
   if (!idle_.empty()) {
@@ -299,10 +324,10 @@ int BlockRunner::take_fiber() {
   fibers_.push_back(std::make_unique<Fiber>());
   fibers_.back()->index = fiber;
   fibers_.back()->handle =
-      context::fiber(std::allocator_arg, stacks_.of(fiber), [this, fiber](context::fiber&& scheduler) {
-        fibers_[static_cast<size_t>(fiber)]->handle = std::move(scheduler);
+      context::fiber(std::allocator_arg, stacks_.of(fiber), [this, fiber](context::fiber&& left) {
+        *leaving_ = std::move(left);
         loop(fiber);
-        return std::move(fibers_[static_cast<size_t>(fiber)]->handle);
+        return std::move(scheduler_);
       });
   return fiber;
 }
@@ -315,13 +340,14 @@ void BlockRunner::loop(int fiber) {
       self.indices = indices_;
       self.indices.thread.x = static_cast<unsigned>(self.thread);
       self.copies.clear();
+      self.first_copy = 0;
       self.open_group = 0;
       (*body_)();
       --unfinished_;
       if (order_.drawn()) break;
     }
     idle_.push_back(fiber);
-    self.handle = std::move(self.handle).resume();
+    leave(self.handle, fiber);
   }
 }
 
@@ -335,7 +361,7 @@ void BlockRunner::wait(const char* operation, const std::source_location& at) {
   Fiber& self = *current;
   self.waits_at = operation;
   self.location = at;
-  self.handle = std::move(self.handle).resume();
+  leave(self.handle, self.index);
   self.waits_at = nullptr;
 }
 
@@ -481,9 +507,11 @@ Warp& BlockRunner::warp_operation(const char* operation, const std::source_locat
 
 // ---- the emulator
 
-Emulator::Emulator(int threads, uint64_t seed) : seed_(seed) {
-  for (int i = 0; i < std::max(1, threads); ++i) runners_.push_back(std::make_unique<BlockRunner>());
-}
+// Each runner has a mapping for every stack and its guard page, and a process may have some 65,000.
+constexpr int kMostRunners = 16;
+
+Emulator::Emulator(int threads, uint64_t seed)
+    : seed_(seed), runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
 
 Emulator::~Emulator() = default;
 
@@ -525,6 +553,9 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
     }
   };
   const int workers = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(runners_.size())));
+  for (size_t i = 0; i < static_cast<size_t>(workers); ++i) {
+    if (!runners_[i]) runners_[i] = std::make_unique<BlockRunner>();
+  }
   if (workers == 1) {
     work(*runners_[0]);
   } else {
@@ -565,9 +596,9 @@ uint64_t shuffle_bits(uint64_t value, int source, const std::source_location& at
         w.in.shuffle.source[lane] = source & (kLanes - 1);
       },
       [](Warp& w) {
-        for (int l = 0; l < kLanes; ++l) w.out.value[l] = w.in.shuffle.value[w.in.shuffle.source[l]];
+        for (int l = 0; l < kLanes; ++l) w.out[l] = w.in.shuffle.value[w.in.shuffle.source[l]];
       });
-  return warp.out.value[runner.lane()];
+  return warp.out[runner.lane()];
 }
 
 uint32_t ballot(bool condition, std::source_location at) {
@@ -577,9 +608,9 @@ uint32_t ballot(bool condition, std::source_location at) {
       [](Warp& w) {
         uint32_t bits = 0;
         for (int l = 0; l < kLanes; ++l) bits |= static_cast<uint32_t>(w.in.shuffle.value[l]) << l;
-        for (int l = 0; l < kLanes; ++l) w.out.value[l] = bits;
+        for (int l = 0; l < kLanes; ++l) w.out[l] = bits;
       });
-  return static_cast<uint32_t>(warp.out.value[runner.lane()]);
+  return static_cast<uint32_t>(warp.out[runner.lane()]);
 }
 
 uint32_t atomic_add(uint32_t* to, uint32_t value) {
@@ -607,101 +638,186 @@ void copy_async(void* to_shared, const void* from, bool valid, std::source_locat
 void copy_async_commit() { ++BlockRunner::active->current->open_group; }
 void copy_async_wait_for(int pending) {
   Fiber& fiber = *BlockRunner::active->current;
-  size_t kept = 0;
-  for (const PendingCopy& copy : fiber.copies) {
-    if (copy.group >= fiber.open_group - pending) {
-      fiber.copies[kept++] = copy;
-    } else if (copy.valid) {
+  size_t& first = fiber.first_copy;
+  for (; first < fiber.copies.size(); ++first) {
+    const PendingCopy& copy = fiber.copies[first];
+    if (copy.group >= fiber.open_group - pending) break;
+    if (copy.valid) {
       std::memcpy(copy.to, copy.from, 16);
     } else {
       std::memset(copy.to, 0, 16);
     }
   }
-  fiber.copies.resize(kept);
+  constexpr size_t kMostPast = 64;
+  if (first == fiber.copies.size()) {
+    fiber.copies.clear();
+    first = 0;
+  } else if (first > kMostPast) {
+    fiber.copies.erase(fiber.copies.begin(), fiber.copies.begin() + static_cast<std::ptrdiff_t>(first));
+    first = 0;
+  }
 }
 
 namespace {
 
-void load_matrices(uint32_t (&to)[4], const void* row, bool transposed, const std::source_location& at) {
-  BlockRunner& runner = *BlockRunner::active;
-  const char* operation = transposed ? "load_matrices_transposed" : "load_matrices";
-  runner.check_shared(row, operation, at);
-  const Warp& warp = runner.warp_operation(
-      operation, at, [&](Warp& w, int lane) { w.in.rows[lane] = row; },
-      [transposed](Warp& w) {
-        for (int matrix = 0; matrix < 4; ++matrix) {
-          const void* const* rows = w.in.rows + 8 * matrix;
-          const auto element = [&](int i, int j) {
-            uint16_t bits;
-            std::memcpy(&bits, static_cast<const char*>(rows[i]) + 2 * j, 2);
-            return uint32_t{bits};
-          };
-          for (int l = 0; l < kLanes; ++l) {
-            const int i = l / 4, j = 2 * (l % 4);
-            w.out.registers[l][matrix] = transposed ? element(j, i) | element(j + 1, i) << 16
-                                                    : element(i, j) | element(i, j + 1) << 16;
-          }
+template <bool Transposed>
+void load_matrices(Warp& w, int count, size_t bytes_apart) {
+  for (int l = 0; l < kLanes; ++l) {
+    const int i = l / 4, j = 2 * (l % 4);
+    for (int n = 0; n < count; ++n) {
+      const size_t offset = static_cast<size_t>(n) * bytes_apart;
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const MatrixRow* rows = w.in.matrices + 8 * matrix;
+        uint32_t& to = w.in.matrices[l].to[4 * n + matrix];
+        if (!Transposed) {
+          std::memcpy(&to, rows[i].row + offset + 2 * j, 4);
+        } else {
+          uint16_t low, high;
+          std::memcpy(&low, rows[j].row + offset + 2 * i, 2);
+          std::memcpy(&high, rows[j + 1].row + offset + 2 * i, 2);
+          to = low | uint32_t{high} << 16;
         }
-      });
-  std::memcpy(to, warp.out.registers[runner.lane()], sizeof(to));
-}
-
-float half_of(uint32_t packed, int which) {
-  return to_f32(bf16{static_cast<uint16_t>(packed >> (16 * which))});
-}
-
-// D += A * B from the fragments of the 32 lanes.
-void multiply(Warp& w) {
-  float a[16][16], b[16][8], d[16][8];
-  for (int l = 0; l < kLanes; ++l) {
-    const int g = l / 4, t = 2 * (l % 4);
-    const MmaOperands& in = w.in.mma[l];
-    for (int i = 0; i < 2; ++i) {
-      a[g][t + i] = half_of(in.a[0], i);
-      a[g + 8][t + i] = half_of(in.a[1], i);
-      a[g][t + 8 + i] = half_of(in.a[2], i);
-      a[g + 8][t + 8 + i] = half_of(in.a[3], i);
-      b[t + i][g] = half_of(in.b[0], i);
-      b[t + 8 + i][g] = half_of(in.b[1], i);
-      d[g][t + i] = in.d[i];
-      d[g + 8][t + i] = in.d[2 + i];
+      }
     }
   }
-  for (int i = 0; i < 16; ++i) {
-    for (int k = 0; k < 16; ++k) {
-      for (int j = 0; j < 8; ++j) d[i][j] += a[i][k] * b[k][j];
-    }
+}
+
+using Eight [[gnu::vector_size(32)]] = float;
+using FourPairs [[gnu::vector_size(32)]] = double;  // of floats
+
+float low_half(uint32_t packed) { return std::bit_cast<float>(packed << 16); }
+float high_half(uint32_t packed) { return std::bit_cast<float>(packed & 0xffff0000u); }
+
+// Four pairs of floats that stand `apart` floats apart.
+Eight load_pairs(const float* from, int apart) {
+  double pairs[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&pairs[i], from + i * apart, sizeof(double));
+  return std::bit_cast<Eight>(FourPairs{pairs[0], pairs[1], pairs[2], pairs[3]});
+}
+void store_pairs(float* to, int apart, Eight value) {
+  const FourPairs pairs = std::bit_cast<FourPairs>(value);
+  for (int i = 0; i < 4; ++i) {
+    const double pair = pairs[i];
+    std::memcpy(to + i * apart, &pair, sizeof(double));
   }
+}
+
+void fused_add(Eight& sum, float a, const Eight& b) {
+#if defined(__FMA__)
+  sum = _mm256_fmadd_ps(_mm256_set1_ps(a), b, sum);
+#else
+  for (int i = 0; i < 8; ++i) sum[i] = std::fma(a, b[i], sum[i]);
+#endif
+}
+
+// D += A * B from the fragments of the 32 lanes, `rows` blocks of 16 by `columns` blocks of 8. A product of two
+// bfloat16 is exact in float32, so that it is the same whether fused into the sum or not.
+void multiply(Warp& w, int rows, int columns) {
+  float a[kMostMmaBlocks * 16][16];
+  float b[kMostMmaBlocks][16][8];
   for (int l = 0; l < kLanes; ++l) {
     const int g = l / 4, t = 2 * (l % 4);
-    for (int i = 0; i < 2; ++i) {
-      w.out.accumulators[l][i] = d[g][t + i];
-      w.out.accumulators[l][2 + i] = d[g + 8][t + i];
+    for (int i = 0; i < rows; ++i) {
+      const uint32_t* in = w.in.mma[l].a + 4 * i;
+      for (int r = 0; r < 4; ++r) {
+        float* to = &a[16 * i + g + r % 2 * 8][t + r / 2 * 8];
+        to[0] = low_half(in[r]);
+        to[1] = high_half(in[r]);
+      }
+    }
+    for (int j = 0; j < columns; ++j) {
+      const uint32_t* in = w.in.mma[l].b + 2 * j;
+      for (int r = 0; r < 2; ++r) {
+        b[j][t + r * 8][g] = low_half(in[r]);
+        b[j][t + 1 + r * 8][g] = high_half(in[r]);
+      }
+    }
+  }
+  for (int j = 0; j < columns; ++j) {
+    for (int i = 0; i < 2 * rows; ++i) {
+      // Eight rows of the block; two neighbours stand in each of four lanes.
+      const auto pair = [&](int g, int t) {
+        return w.in.mma[4 * g + t].d + 4 * (i / 2 * columns + j) + i % 2 * 2;
+      };
+      Eight d[8];
+      for (int g = 0; g < 8; ++g) {
+        double pairs[4];
+        for (int t = 0; t < 4; ++t) std::memcpy(&pairs[t], pair(g, t), sizeof(double));
+        d[g] = std::bit_cast<Eight>(FourPairs{pairs[0], pairs[1], pairs[2], pairs[3]});
+      }
+      for (int k = 0; k < 16; ++k) {
+        Eight bk;
+        std::memcpy(&bk, b[j][k], sizeof(bk));
+        for (int g = 0; g < 8; ++g) d[g] += a[8 * i + g][k] * bk;
+      }
+      for (int g = 0; g < 8; ++g) {
+        const FourPairs pairs = std::bit_cast<FourPairs>(d[g]);
+        for (int t = 0; t < 4; ++t) {
+          const double value = pairs[t];
+          std::memcpy(pair(g, t), &value, sizeof(double));
+        }
+      }
     }
   }
 }
 
 }  // namespace
 
-void load_matrices(uint32_t (&to)[4], const void* row, std::source_location at) {
-  load_matrices(to, row, false, at);
-}
-void load_matrices_transposed(uint32_t (&to)[4], const void* row, std::source_location at) {
-  load_matrices(to, row, true, at);
+void load_matrices(uint32_t* to, const void* row, int count, size_t bytes_apart, bool transposed,
+                   std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  const char* operation = transposed ? "load_matrices_transposed" : "load_matrices";
+  for (int i = 0; i < count; ++i) {
+    runner.check_shared(static_cast<const char*>(row) + static_cast<size_t>(i) * bytes_apart, operation, at);
+  }
+  runner.warp_operation(
+      operation, at,
+      [&](Warp& w, int lane) {
+        w.in.matrices[lane] = {static_cast<const char*>(row), to};
+      },
+      [=](Warp& w) {
+        transposed ? load_matrices<true>(w, count, bytes_apart) : load_matrices<false>(w, count, bytes_apart);
+      });
 }
 
-void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], std::source_location at) {
-  BlockRunner& runner = *BlockRunner::active;
-  const Warp& warp = runner.warp_operation(
+void mma_f32(float* d, const float* a, const float* b, int rows, int columns) {
+  int j = 0;
+  for (; j + 4 <= columns; j += 4) {
+    Eight by_depth[8];
+    for (int k = 0; k < 8; ++k) {
+      for (int i = 0; i < 8; ++i) by_depth[k][i] = b[8 * (2 * j + i) + k];
+    }
+    for (int i = 0; i < rows; ++i) {
+      float* at = d + (i * columns + j) * 4;
+      Eight first = load_pairs(at, 4), second = load_pairs(at + 2, 4);
+      for (int k = 0; k < 8; ++k) {
+        fused_add(first, a[16 * i + k], by_depth[k]);
+        fused_add(second, a[16 * i + 8 + k], by_depth[k]);
+      }
+      store_pairs(at, 4, first);
+      store_pairs(at + 2, 4, second);
+    }
+  }
+  for (; j < columns; ++j) {
+    for (int i = 0; i < rows; ++i) {
+      for (int k = 0; k < 8; ++k) {
+        for (int l = 0; l < 4; ++l) {
+          float& sum = d[(i * columns + j) * 4 + l];
+          sum = std::fma(a[16 * i + l / 2 * 8 + k], b[16 * j + l % 2 * 8 + k], sum);
+        }
+      }
+    }
+  }
+}
+
+void mma_bf16(float* d, const uint32_t* a, const uint32_t* b, int rows, int columns,
+              std::source_location at) {
+  BlockRunner::active->warp_operation(
       "mma", at,
       [&](Warp& w, int lane) {
-        MmaOperands& in = w.in.mma[lane];
-        std::memcpy(in.a, a, sizeof(a));
-        std::memcpy(in.b, b, sizeof(b));
-        std::memcpy(in.d, d, sizeof(d));
+        w.in.mma[lane] = {a, b, d};
       },
-      multiply);
-  std::memcpy(d, warp.out.accumulators[runner.lane()], sizeof(d));
+      [=](Warp& w) { multiply(w, rows, columns); });
 }
 
 }  // namespace merf::cuda::emulation

@@ -30,7 +30,7 @@ class Emulator {
  private:
   const uint64_t seed_;
   uint64_t launches_ = 0;
-  std::vector<std::unique_ptr<BlockRunner>> runners_;
+  std::vector<std::unique_ptr<BlockRunner>> runners_;  // one for each thread, made when it is first needed
 };
 
 }  // namespace merf::cuda::emulation

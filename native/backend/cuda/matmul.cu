@@ -1,0 +1,425 @@
+// Matrix products: cuBLASLt's where it was found, else the one kernel below, and the sums of columns that are a bias's
+// gradient.
+//
+// The kernel computes C = op(A) op(B) in tiles of C, one block each. Tiles of A and B come through a ring of stages in
+// shared memory, filled by cp.async some stages ahead, and go from there into the fragments of mma. Every element of C
+// is one chain of mma over k from first to last, whatever the tile, so that a row of a product has the same bits
+// however many rows it stands among: what was sampled in one batch is scored the same in another. Only products that
+// are added to a weight's gradient, where k is the tokens and C may be too small to fill a GPU, divide k; their parts
+// are summed in a fixed order.
+//
+// cuBLASLt chooses its algorithm by the number of rows, and does not promise the same bits for a row in another batch.
+#include <algorithm>
+
+#include "backend/cuda/cuda_backend.h"
+#include "backend/cuda/launch.h"
+#include "backend/cuda/matrix_library.h"
+#include "backend/cuda/primitives/mma.h"
+#include "backend/cuda/primitives/shared.h"
+#include "backend/cuda/products.h"
+
+namespace merf::cuda {
+
+namespace {
+
+template <int M, int N, int WarpsM, int WarpsN, int Stages>
+struct TileShape {
+  static constexpr int kM = M, kN = N;
+  static constexpr int kThreads = WarpsM * WarpsN * kWarp;
+  static constexpr int kStages = Stages;
+  static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
+  static constexpr int kWarpsN = WarpsN;
+};
+// For many rows and for few: decoding reads all of a weight for 16 rows, which takes many bytes in flight.
+template <typename T>
+using LargeTile =
+    std::conditional_t<sizeof(T) == 2, TileShape<128, 128, 2, 2, 4>, TileShape<128, 128, 2, 4, 4>>;
+using MediumTile = TileShape<64, 64, 2, 2, 5>;
+using SmallTile = TileShape<16, 64, 1, 4, 8>;
+
+// The same for all tiles, so that all pad k alike: 64 bytes.
+template <typename T>
+constexpr int kTileDepth = 64 / static_cast<int>(sizeof(T));
+// Rows of a tile in shared memory are 16 bytes longer than they need be, against bank conflicts.
+template <typename T>
+constexpr int kPadding = kVector<T>;
+
+// One operand's tile in shared memory: as in global memory, rows are `extent` rows or columns of C, or steps of k.
+template <typename T, int Extent, bool RowsAreDepth>
+struct OperandTile {
+  static constexpr int kRows = RowsAreDepth ? kTileDepth<T> : Extent;
+  static constexpr int kColumns = RowsAreDepth ? Extent : kTileDepth<T>;
+  static constexpr int kStride = kColumns + kPadding<T>;
+  static constexpr int kSize = kRows * kStride;
+};
+
+// Starts filling a tile from a matrix with rows of `row_size` elements. `corner` is where the tile begins in it; what
+// lies beyond the `rows` and `columns` that are left there becomes 0. `aligned`: 16-byte accesses are possible.
+template <typename T, class Tile, int Threads>
+__device__ inline void fill_tile(T* tile, const T* corner, int64_t row_size, int rows, int columns,
+                                 bool aligned) {
+  if (aligned) {
+    constexpr int kChunks = Tile::kColumns / kVector<T>;  // in a row
+    constexpr int kStep = Threads / kChunks;
+    const int row = thread_index() / kChunks, column = thread_index() % kChunks * kVector<T>;
+    const T* from = corner + row * row_size + column;
+#pragma unroll
+    for (int i = 0; i < (Tile::kRows + kStep - 1) / kStep; ++i) {
+      const int at = row + i * kStep;
+      if (Tile::kRows % kStep != 0 && at >= Tile::kRows) break;
+      const bool inside = at < rows && column < columns;
+      copy_async(tile + at * Tile::kStride + column, inside ? from + i * kStep * row_size : corner, inside);
+    }
+    return;
+  }
+  constexpr int kStep = Threads / Tile::kColumns;
+  constexpr int kAtOnce = Tile::kRows / kStep < 4 ? Tile::kRows / kStep : 4;  // loads under way
+  static_assert(Threads % Tile::kColumns == 0 && Tile::kRows % (kStep * kAtOnce) == 0);
+  const int column = thread_index() % Tile::kColumns;
+#pragma unroll 1
+  for (int row = thread_index() / Tile::kColumns; row < Tile::kRows; row += kStep * kAtOnce) {
+    T values[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const int at = row + i * kStep;
+      values[i] = at < rows && column < columns ? corner[at * row_size + column] : T{};
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) tile[(row + i * kStep) * Tile::kStride + column] = values[i];
+  }
+}
+
+__device__ inline int clamp_to(int64_t value, int most) {
+  return value < most ? static_cast<int>(value) : most;
+}
+
+template <typename T, typename C>
+struct ProductArguments {
+  const T* a;         // [m, k], or [k, m] where transposed
+  const T* b;         // [k, n], or [n, k] where transposed
+  const float* bias;  // [n], or null
+  C* c;               // [m, n], or [parts, m, n]
+  int64_t m, n, k;
+  int64_t
+      part;  // steps of k that a part has, a multiple of kTileDepth; part i of the grid's y begins at i * part
+  bool aligned_a, aligned_b;  // 16-byte accesses are possible
+  bool pairs_c;               // accesses of two elements are possible
+  bool accumulate;
+};
+
+// How many rows of tiles a column of blocks goes down before the next begins, so that blocks that run at the same time
+// share what they read in the cache.
+constexpr int kGroupedRows = 8;
+
+// c = op(a) * op(b) (+ bias) (+ c).
+template <typename T, typename C, bool TransposeA, bool TransposeB, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, sizeof(T) == 2 ? 2 : 1)
+    product_kernel(ProductArguments<T, C> arguments) {
+  using TileA = OperandTile<T, Shape::kM, TransposeA>;
+  using TileB = OperandTile<T, Shape::kN, !TransposeB>;
+  constexpr int kStages = Shape::kStages;
+  constexpr int kTile = kTileDepth<T>;
+  constexpr int kBlocksM = Shape::kWarpM / 16, kBlocksN = Shape::kWarpN / 8;
+  const int64_t m = arguments.m, n = arguments.n;
+
+  const int64_t tiles_m = divide_up(m, Shape::kM), tiles_n = divide_up(n, Shape::kN);
+  const int64_t group = blockIdx.x / (kGroupedRows * tiles_n);
+  const int64_t in_group = blockIdx.x % (kGroupedRows * tiles_n);
+  const int64_t left = tiles_m - group * kGroupedRows;
+  const int64_t height = left < kGroupedRows ? left : kGroupedRows;
+  const int64_t row = (group * kGroupedRows + in_group % height) * Shape::kM;
+  const int64_t column = in_group / height * Shape::kN;
+
+  const int64_t begin = blockIdx.y * arguments.part;
+  const int64_t end = begin + arguments.part < arguments.k ? begin + arguments.part : arguments.k;
+  const int steps = static_cast<int>(divide_up(end - begin, kTile));
+  const int rows_left = clamp_to(m - row, Shape::kM), columns_left = clamp_to(n - column, Shape::kN);
+
+  SharedMemory shared;
+  T* tiles_a = shared.take<T>(kStages * TileA::kSize);
+  T* tiles_b = shared.take<T>(kStages * TileB::kSize);
+
+  const int64_t row_size_a = TransposeA ? m : arguments.k, row_size_b = TransposeB ? arguments.k : n;
+  const T* from_a = arguments.a + (TransposeA ? begin * m + row : row * arguments.k + begin);
+  const T* from_b = arguments.b + (TransposeB ? column * arguments.k + begin : begin * n + column);
+  const auto fill = [&](int step) {
+    if (step < steps) {
+      const int stage = step % kStages;
+      const int depth = clamp_to(end - begin - int64_t{step} * kTile, kTile);
+      fill_tile<T, TileA, Shape::kThreads>(
+          tiles_a + stage * TileA::kSize, from_a + int64_t{step} * kTile * (TransposeA ? m : 1), row_size_a,
+          TransposeA ? depth : rows_left, TransposeA ? rows_left : depth, arguments.aligned_a);
+      fill_tile<T, TileB, Shape::kThreads>(
+          tiles_b + stage * TileB::kSize, from_b + int64_t{step} * kTile * (TransposeB ? 1 : n), row_size_b,
+          TransposeB ? columns_left : depth, TransposeB ? depth : columns_left, arguments.aligned_b);
+    }
+    copy_async_commit();
+  };
+
+  Accumulator sums[kBlocksM][kBlocksN] = {};
+  const int warp_row = warp_index() / Shape::kWarpsN * Shape::kWarpM;
+  const int warp_column = warp_index() % Shape::kWarpsN * Shape::kWarpN;
+  for (int step = 0; step < kStages - 1; ++step) fill(step);
+  for (int step = 0; step < steps; ++step) {
+    copy_async_wait<kStages - 2>();
+    // This stage is there for all, and all are done with the one before, which the next copies overwrite.
+    sync_block();
+    fill(step + kStages - 1);
+    const T* a = tiles_a + step % kStages * TileA::kSize;
+    const T* b = tiles_b + step % kStages * TileB::kSize;
+#pragma unroll
+    for (int k = 0; k < kTile; k += kDepth<T>) {
+      FragmentA<T> fragments_a[kBlocksM];
+      FragmentB<T> fragments_b[kBlocksN];
+      if constexpr (TransposeA) {
+        load_a_transposed(fragments_a, a + k * TileA::kStride + warp_row, TileA::kStride);
+      } else {
+        load_a(fragments_a, a + warp_row * TileA::kStride + k, TileA::kStride);
+      }
+      if constexpr (TransposeB) {
+        load_b_transposed(fragments_b, b + warp_column * TileB::kStride + k, TileB::kStride);
+      } else {
+        load_b(fragments_b, b + k * TileB::kStride + warp_column, TileB::kStride);
+      }
+      mma(sums, fragments_a, fragments_b);
+    }
+  }
+  copy_async_wait<0>();
+
+  C* c = arguments.c + blockIdx.y * m * n;
+#pragma unroll
+  for (int i = 0; i < kBlocksM; ++i) {
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      const int64_t at_row = row + warp_row + 16 * i + accumulator_row(second);
+      if (at_row >= m) continue;
+#pragma unroll
+      for (int j = 0; j < kBlocksN; ++j) {
+        const int64_t at = column + warp_column + 8 * j + accumulator_column();
+        C* to = c + at_row * n + at;
+        if (arguments.pairs_c) {
+          if (at >= n) continue;
+          Vector<C, 2> before{};
+          if (arguments.accumulate) before = load_vector<2>(to);
+          Vector<C, 2> result;
+#pragma unroll
+          for (int l = 0; l < 2; ++l) {
+            const float bias = arguments.bias != nullptr ? arguments.bias[at + l] : 0.0f;
+            result.at[l] = from_f32<C>(sums[i][j].at[2 * second + l] + bias + to_f32(before.at[l]));
+          }
+          store_vector<2>(to, result);
+        } else {
+#pragma unroll
+          for (int l = 0; l < 2; ++l) {
+            if (at + l >= n) continue;
+            const float bias = arguments.bias != nullptr ? arguments.bias[at + l] : 0.0f;
+            const float before = arguments.accumulate ? to_f32(to[l]) : 0.0f;
+            to[l] = from_f32<C>(sums[i][j].at[2 * second + l] + bias + before);
+          }
+        }
+      }
+    }
+  }
+}
+
+// c[size] += parts[count, size], in the order of the parts.
+constexpr int kThreads = 256;
+__global__ void __launch_bounds__(kThreads)
+    add_parts_kernel(const float* parts, float* c, int64_t size, int count) {
+  const int64_t at = grid_index();
+  if (at >= size) return;
+  float sum = c[at];
+  for (int i = 0; i < count; ++i) sum += parts[i * size + at];
+  c[at] = sum;
+}
+
+// c[m, n] += bias[n].
+template <typename C>
+__global__ void __launch_bounds__(kThreads) add_bias_kernel(C* c, const float* bias, int64_t m, int64_t n) {
+  for (int64_t at = grid_index(); at < m * n; at += grid_size()) {
+    c[at] = from_f32<C>(to_f32(c[at]) + bias[at % n]);
+  }
+}
+
+// sums[n] += columns of x[m, n]. A lane has a column and a warp every 16th stretch of rows; stretches are summed apart
+// so that long columns lose no precision.
+constexpr int kColumnWarps = 16;
+constexpr int kStretch = 32;
+template <typename T>
+__global__ void __launch_bounds__(kColumnWarps* kWarp)
+    column_sums_kernel(const T* x, float* sums, int64_t m, int64_t n) {
+  SharedMemory shared;
+  float* of_warps = shared.take<float>(kColumnWarps * kWarp);
+  const int64_t column = int64_t{blockIdx.x} * kWarp + lane_index();
+  float sum = 0.0f;
+  if (column < n) {
+    for (int64_t top = int64_t{warp_index()} * kStretch; top < m; top += kColumnWarps * kStretch) {
+      const int rows = clamp_to(m - top, kStretch);
+      const T* from = x + top * n + column;
+      float partial = 0.0f;
+#pragma unroll 8
+      for (int i = 0; i < rows; ++i) partial += to_f32(from[i * n]);
+      sum += partial;
+    }
+  }
+  of_warps[thread_index()] = sum;
+  sync_block();
+  if (warp_index() == 0 && column < n) {
+    float total = of_warps[lane_index()];
+    for (int i = 1; i < kColumnWarps; ++i) total += of_warps[i * kWarp + lane_index()];
+    sums[column] += total;
+  }
+}
+
+bool vectors_fit(const void* data, int64_t row_size, DType dtype) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+         row_size * static_cast<int64_t>(size_of(dtype)) % 16 == 0;
+}
+
+// One product, as its operator wants it: c[m, n] = op(a) * op(b) (+ bias) (+ c).
+struct Product {
+  int64_t m, n, k;
+  const void *a, *b;
+  DType in;
+  void* c;
+  DType out;
+  const float* bias;
+  bool accumulate;
+};
+
+template <typename T, typename C, bool TransposeA, bool TransposeB, class Shape>
+void launch_product(Gpu& gpu, const Product& product, C* c, int64_t parts, int64_t part, bool accumulate) {
+  using TileA = OperandTile<T, Shape::kM, TransposeA>;
+  using TileB = OperandTile<T, Shape::kN, !TransposeB>;
+  const int64_t m = product.m, n = product.n, k = product.k;
+  const ProductArguments<T, C> arguments{static_cast<const T*>(product.a),
+                                         static_cast<const T*>(product.b),
+                                         product.bias,
+                                         c,
+                                         m,
+                                         n,
+                                         k,
+                                         part,
+                                         vectors_fit(product.a, TransposeA ? m : k, product.in),
+                                         vectors_fit(product.b, TransposeB ? k : n, product.in),
+                                         n % 2 == 0 && reinterpret_cast<uintptr_t>(c) % (2 * sizeof(C)) == 0,
+                                         accumulate};
+  launch(gpu, "product", product_kernel<T, C, TransposeA, TransposeB, Shape>,
+         {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads,
+          shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize)},
+         arguments);
+}
+
+template <typename T, typename C, bool TransposeA, bool TransposeB>
+void multiply_here(CudaBackend& backend, const Product& product) {
+  Gpu& gpu = backend.gpu();
+  const int64_t m = product.m, n = product.n, k = product.k;
+  const int64_t processors = gpu.properties().multiprocessors;
+  const int64_t large_tiles = divide_up(m, LargeTile<T>::kM) * divide_up(n, LargeTile<T>::kN);
+  C* const c = static_cast<C*>(product.c);
+  if constexpr (TransposeA) {
+    // The sum over tokens, divided where the tiles alone would leave much of the GPU idle.
+    constexpr int64_t kShortestPart = 512;
+    const int64_t parts = std::clamp<int64_t>(2 * processors / large_tiles, 1, divide_up(k, kShortestPart));
+    const int64_t part = round_up(divide_up(k, parts), kTileDepth<T>);
+    if (parts > 1) {
+      const int64_t count = divide_up(k, part);
+      const Tensor sums = backend.allocate(DType::f32, {count, m, n});
+      launch_product<T, C, TransposeA, TransposeB, LargeTile<T>>(gpu, product, sums.as<float>(), count, part,
+                                                                 false);
+      launch(gpu, "add_parts", add_parts_kernel, {blocks(divide_up(m * n, kThreads)), kThreads},
+             sums.as<const float>(), c, m * n, static_cast<int>(count));
+      return;
+    }
+  } else if (m <= SmallTile::kM) {
+    return launch_product<T, C, TransposeA, TransposeB, SmallTile>(gpu, product, c, 1, k, product.accumulate);
+  }
+  if (large_tiles < processors) {
+    launch_product<T, C, TransposeA, TransposeB, MediumTile>(gpu, product, c, 1, k, product.accumulate);
+  } else {
+    launch_product<T, C, TransposeA, TransposeB, LargeTile<T>>(gpu, product, c, 1, k, product.accumulate);
+  }
+}
+
+template <bool TransposeA, bool TransposeB>
+void multiply(CudaBackend& backend, MatrixLibrary* library, const Product& product) {
+  if (product.m == 0 || product.n == 0) return;
+  const bool done = library != nullptr && product.k > 0 &&
+                    library->multiply(TransposeA, TransposeB, product.m, product.n, product.k, product.a,
+                                      product.b, product.in, product.c, product.out, product.accumulate);
+  if (!done) {
+    if (product.in != DType::bf16) {
+      multiply_here<float, float, TransposeA, TransposeB>(backend, product);
+    } else if (product.out != DType::bf16) {
+      multiply_here<bf16, float, TransposeA, TransposeB>(backend, product);
+    } else if constexpr (!TransposeA) {  // gradients of weights are float32
+      multiply_here<bf16, bf16, TransposeA, TransposeB>(backend, product);
+    }
+  } else if (product.bias != nullptr) {
+    with_type(product.out, [&](auto type) {
+      using C = decltype(type);
+      launch(backend.gpu(), "add_bias", add_bias_kernel<C>,
+             {blocks(std::min<int64_t>(divide_up(product.m * product.n, kThreads), 4096)), kThreads},
+             static_cast<C*>(product.c), product.bias, product.m, product.n);
+    });
+  }
+}
+
+const Tensor& values_of(const PackedWeight& weight) {
+  return static_cast<const CudaPackedWeight&>(weight).values;
+}
+
+}  // namespace
+
+std::unique_ptr<PackedWeight> CudaBackend::pack_weight(const Tensor& weight, bool) {
+  auto packed = std::make_unique<CudaPackedWeight>();
+  packed->outputs = weight.shape[0];
+  packed->inputs = weight.row_size();
+  packed->dtype = weight.dtype;
+  packed->values = allocate(weight.dtype, {packed->outputs, packed->inputs});
+  copy(packed->values, weight);
+  return packed;
+}
+
+void CudaBackend::repack_weight(PackedWeight& packed, const Tensor& weight) {
+  if (weight.dtype != packed.dtype || weight.shape[0] != packed.outputs ||
+      weight.row_size() != packed.inputs) {
+    throw Error("INTERNAL", "Expected the type and shape that the weight was packed with");
+  }
+  copy(values_of(packed), weight);
+}
+
+void CudaBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
+                         bool accumulate) {
+  const int64_t n = weight.outputs, k = weight.inputs;
+  multiply<false, true>(*this, products_.get(),
+                        {x.size() / k, n, k, x.data, values_of(weight).data, x.dtype, y.data, y.dtype,
+                         bias.as<const float>(), accumulate});
+}
+
+void CudaBackend::linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
+                                        bool accumulate) {
+  const int64_t n = weight.outputs, k = weight.inputs;
+  multiply<false, false>(*this, products_.get(),
+                         {dy.size() / n, k, n, dy.data, values_of(weight).data, dy.dtype, dx.data, dx.dtype,
+                          nullptr, accumulate});
+}
+
+void CudaBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
+                                         const Tensor& dbias) {
+  const int64_t n = dw.shape[0], k = dw.row_size();
+  const int64_t m = x.size() / k;
+  if (m == 0) return;
+  if (dbias) {
+    with_type(dy.dtype, [&](auto type) {
+      using T = decltype(type);
+      launch(gpu(), "column_sums", column_sums_kernel<T>,
+             {blocks(divide_up(n, kWarp)), kColumnWarps * kWarp, shared_bytes<float>(kColumnWarps * kWarp)},
+             dy.as<const T>(), dbias.as<float>(), m, n);
+    });
+  }
+  multiply<true, false>(*this, products_.get(),
+                        {n, k, m, dy.data, x.data, dy.dtype, dw.data, DType::f32, nullptr, true});
+}
+
+}  // namespace merf::cuda
