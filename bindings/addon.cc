@@ -11,37 +11,48 @@
 namespace merf {
 namespace {
 
-Napi::Value backends(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  const Napi::Array array = Napi::Array::New(env);
-  uint32_t i = 0;
-  for (const std::string& name : backend_names()) {
-    const Napi::Object object = Napi::Object::New(env);
-    object.Set("name", name);
-    DeviceInfo device;
-    try {
-      device = Engine::open(name, 0).backend().info();
-      object.Set("available", true);
-    } catch (const Error& error) {
-      object.Set("available", false);
-      object.Set("reason", error.what());
-    }
-    object.Set("description", device.description);
-    object.Set("isa", device.isa);
-    object.Set("threads", device.threads);
-    object.Set("memoryBytes", static_cast<double>(device.memory_bytes));
-    object.Set("fastBf16", device.fast_bf16);
-    const Napi::Array libraries = Napi::Array::New(env);
-    for (size_t l = 0; l < device.libraries.size(); ++l) {
-      const Napi::Array pair = Napi::Array::New(env, 2);
-      pair.Set(uint32_t{0}, device.libraries[l].first);
-      pair.Set(uint32_t{1}, device.libraries[l].second);
-      libraries.Set(static_cast<uint32_t>(l), pair);
-    }
-    object.Set("libraries", libraries);
-    array.Set(i++, object);
+// What a device is, or why it cannot be used.
+Napi::Object describe(Napi::Env env, const std::string& name) {
+  const Napi::Object object = Napi::Object::New(env);
+  object.Set("name", name);
+  DeviceInfo device;
+  int64_t free_bytes = 0;
+  std::string reason;
+  try {
+    const Backend& backend = Engine::open(name, 0).backend();
+    free_bytes = backend.memory_free();
+    device = backend.info();
+  } catch (const std::exception& error) {
+    reason = error.what();
+    object.Set("reason", reason);
   }
+  object.Set("available", reason.empty());
+  object.Set("description", device.description);
+  object.Set("isa", device.isa);
+  object.Set("threads", device.threads);
+  object.Set("memoryBytes", static_cast<double>(device.memory_bytes));
+  object.Set("freeBytes", static_cast<double>(free_bytes));
+  object.Set("fastBf16", device.fast_bf16);
+  const Napi::Array libraries = Napi::Array::New(env);
+  for (size_t l = 0; l < device.libraries.size(); ++l) {
+    const Napi::Array pair = Napi::Array::New(env, 2);
+    pair.Set(uint32_t{0}, device.libraries[l].first);
+    pair.Set(uint32_t{1}, device.libraries[l].second);
+    libraries.Set(static_cast<uint32_t>(l), pair);
+  }
+  object.Set("libraries", libraries);
+  return object;
+}
+
+Napi::Value device_names(const Napi::CallbackInfo& info) {
+  const Napi::Array array = Napi::Array::New(info.Env());
+  uint32_t i = 0;
+  for (const std::string& name : backend_names()) array.Set(i++, name);
   return array;
+}
+
+Napi::Value describe_device(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value { return describe(info.Env(), to_text(info[0], "name")); });
 }
 
 Napi::Value cancel(const Napi::CallbackInfo& info) {
@@ -66,7 +77,8 @@ Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   NativeDevice::define(env);
   exports.Set("version", MERF_VERSION);
   exports.Set("useErrorClass", Napi::Function::New<use_error_class>(env, "useErrorClass"));
-  exports.Set("backends", Napi::Function::New<backends>(env, "backends"));
+  exports.Set("deviceNames", Napi::Function::New<device_names>(env, "deviceNames"));
+  exports.Set("describeDevice", Napi::Function::New<describe_device>(env, "describeDevice"));
   exports.Set("createModel", Napi::Function::New<&NativeModel::create>(env, "createModel"));
   exports.Set("openDevice", Napi::Function::New<&NativeDevice::create>(env, "openDevice"));
   exports.Set("createCancelToken", Napi::Function::New<create_cancel_token>(env, "createCancelToken"));

@@ -38,14 +38,16 @@ Engine& Engine::open(const std::string& device, int threads) {
   return *asked;
 }
 
-Engine::Engine(std::shared_ptr<Backend> backend) : backend_(std::move(backend)), arena_(*backend_) {
-  std::thread([this] { work(); }).detach();
-}
+Engine::Engine(std::shared_ptr<Backend> backend) : backend_(std::move(backend)), arena_(*backend_) {}
 
 void Engine::post(std::function<void()> job) {
   {
     std::lock_guard lock(mutex_);
     jobs_.push_back(std::move(job));
+    if (!started_) {
+      std::thread([this] { work(); }).detach();
+      started_ = true;
+    }
   }
   posted_.notify_one();
 }

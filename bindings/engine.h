@@ -15,8 +15,8 @@ namespace merf {
 
 class Engine {
  public:
-  // The engine of this device and number of threads (0: as many as there are processors), started where there is
-  // none yet. Engines live as long as the process: a thread that is being joined while static objects die is worse
+  // The engine of this device and number of threads (0: as many as there are processors), made where there is none
+  // yet; its thread starts with its first job. Engines live as long as the process: a thread that is being joined while static objects die is worse
   // than one that sleeps.
   static Engine& open(const std::string& device, int threads);
 
@@ -42,7 +42,7 @@ class Engine {
   std::mutex mutex_;
   std::condition_variable posted_, idle_;
   std::deque<std::function<void()>> jobs_;
-  bool busy_ = false;
+  bool started_ = false, busy_ = false;
   int models_ = 0;
 };
 

@@ -141,8 +141,18 @@ std::vector<TensorSource> to_sources(const Napi::Value& value) {
   return sources;
 }
 
+// true, false, or { loraRank, loraSeed }.
+Training to_training(const Napi::Value& value, const ModelConfig& config) {
+  if (value.IsBoolean()) return Training(value.As<Napi::Boolean>().Value());
+  const Napi::Object object = to_object(value, "training");
+  const int64_t most = std::min(config.hidden_size, config.mlp_size);
+  return Training::lora(to_integer(object.Get("loraRank"), "training.loraRank", 1, most),
+                        to_uint64(object.Get("loraSeed"), "training.loraSeed"));
+}
+
 ParameterKind to_kind(const Napi::Value& value) {
-  return static_cast<ParameterKind>(to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v"}));
+  return static_cast<ParameterKind>(
+      to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v", "merged"}));
 }
 
 SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bool has_token_bytes) {
@@ -286,7 +296,7 @@ Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
   return checked(env, [&]() -> Napi::Value {
     auto state = std::make_shared<ModelState>();
     state->config = to_config(info[0]);
-    state->trainable = to_bool(info[2], "trainable");
+    state->training = to_training(info[2], state->config);
     state->engine = &to_engine(info[1], "device");
     constructing = std::move(state);
     const Napi::Object model = Environment::of(env).model_class.New({});
@@ -314,7 +324,7 @@ const std::shared_ptr<ModelState>& NativeModel::state() const {
 }
 
 const std::shared_ptr<ModelState>& NativeModel::trainable_state(const char* method) const {
-  if (!state()->trainable) {
+  if (!state()->training.trainable) {
     throw Error("UNSUPPORTED", std::string("Expected a trainable model for ") + method +
                                    " but received one that was made for inference only");
   }
@@ -324,7 +334,8 @@ const std::shared_ptr<ModelState>& NativeModel::trainable_state(const char* meth
 Napi::Value NativeModel::parameters(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return checked(env, [&]() -> Napi::Value {
-    const std::vector<NamedParameter> named = name_parameters(state()->config);
+    const std::vector<NamedParameter> named = name_parameters(state()->config, state()->training.lora_rank);
+    const bool lora = state()->training.lora_rank > 0;
     const Napi::Array array = Napi::Array::New(env, named.size());
     for (size_t i = 0; i < named.size(); ++i) {
       const Napi::Object object = Napi::Object::New(env);
@@ -335,6 +346,7 @@ Napi::Value NativeModel::parameters(const Napi::CallbackInfo& info) {
       }
       object.Set("shape", shape);
       object.Set("decayed", named[i].decayed());
+      object.Set("trained", state()->training.trainable && (!lora || named[i].adapter));
       array.Set(static_cast<uint32_t>(i), object);
     }
     return array;

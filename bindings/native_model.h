@@ -17,7 +17,7 @@ namespace merf {
 struct ModelState {
   Engine* engine = nullptr;
   ModelConfig config;
-  bool trainable = false;
+  Training training{false};
   TokenBytes token_bytes;        // engine thread only
   std::unique_ptr<Model> model;  // engine thread only
   std::atomic<int64_t> optimizer_step{0};
@@ -30,7 +30,7 @@ struct ModelState {
 
   Model& open() {
     if (!model) {
-      model = std::make_unique<Model>(engine->backend(), engine->arena(), config, trainable);
+      model = std::make_unique<Model>(engine->backend(), engine->arena(), config, training);
       engine->add_model();
     }
     return *model;
@@ -40,7 +40,7 @@ struct ModelState {
 class NativeModel : public Napi::ObjectWrap<NativeModel> {
  public:
   static void define(Napi::Env env);
-  // createModel(config, { name, threads }, trainable)
+  // createModel(config, { name, threads }, training)
   static Napi::Value create(const Napi::CallbackInfo& info);
 
   explicit NativeModel(const Napi::CallbackInfo& info);

@@ -157,7 +157,8 @@ export interface NativeSampleResult {
   seconds: { prefill: number; decode: number };
 }
 
-export type ParameterKind = 'value' | 'gradient' | 'adam_m' | 'adam_v';
+/** `merged`, which cannot be written: the value with its adapter in it. */
+export type ParameterKind = 'value' | 'gradient' | 'adam_m' | 'adam_v' | 'merged';
 
 export interface NativeOptimizerOptions {
   learningRate: number;
@@ -171,9 +172,12 @@ export interface NativeOptimizerOptions {
 }
 
 export interface NativeModel {
-  /** Names and shapes as Hugging Face has them; `decayed` are the matrices. */
-  parameters(): { name: string; shape: number[]; decayed: boolean }[];
-  /** Fills every parameter; each must be given once. */
+  /**
+   * Names and shapes as Hugging Face has them; `decayed` are the matrices. Adapters stand among them, named
+   * *.lora_A.weight and *.lora_B.weight after the products qkv_proj, o_proj, gate_up_proj and down_proj.
+   */
+  parameters(): { name: string; shape: number[]; decayed: boolean; trained: boolean }[];
+  /** Fills every parameter but adapters; each must be given once. */
   load(sources: TensorSource[], cancel: CancelToken): Promise<void>;
   /** Matrices from a normal distribution, norms 1, biases 0. */
   initialize(seed: bigint, standardDeviation: number): Promise<void>;
@@ -310,10 +314,15 @@ export interface NativeAddon {
   version: string;
   backends(): NativeBackend[];
   /**
-   * Not trainable: no float32 masters, gradients and moments. The memory is taken by the first method that needs it.
+   * `training` false: no float32 masters, gradients and moments; a rank: these are had by low-rank adapters alone.
+   * The memory is taken by the first method that needs it.
    * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE
    */
-  createModel(config: NativeModelConfig, device: NativeDeviceChoice, trainable: boolean): NativeModel;
+  createModel(
+    config: NativeModelConfig,
+    device: NativeDeviceChoice,
+    training: boolean | { loraRank: number; loraSeed: bigint },
+  ): NativeModel;
   openDevice(device: NativeDeviceChoice): NativeDevice;
   createCancelToken(): CancelToken;
   cancel(token: CancelToken): void;

@@ -3,18 +3,35 @@
 // inputs are what they were when it last succeeded, so a second run takes a few tens of milliseconds.
 //
 //   node scripts/bootstrap.mjs [--tests] [--ci]
-//     --tests  also builds the native tests
+//     --tests  also builds the native tests, and the CUDA kernels with nvcc, which is brought where there is none
 //     --ci     also brings clang-format
+//   node scripts/bootstrap.mjs --gpu
+//     only the Debian packages that scripts/gpu-check.sh builds with, beside CUDA's own
 import { spawnSync } from 'node:child_process';
 import { createHash } from 'node:crypto';
-import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, statSync, writeFileSync } from 'node:fs';
+import {
+  existsSync,
+  mkdirSync,
+  readdirSync,
+  readFileSync,
+  rmSync,
+  statSync,
+  symlinkSync,
+  writeFileSync,
+} from 'node:fs';
 import { availableParallelism } from 'node:os';
-import { dirname, join } from 'node:path';
+import { delimiter, dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 
 export const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const stampFile = join(root, 'build', 'bootstrap.json');
 const addon = join(root, 'build', 'Release', 'merf.node');
+const cmakeCache = join(root, 'build', 'CMakeCache.txt');
+const toolkit = join(root, 'build', 'cuda-toolkit');
+const toolkitCompiler = join(toolkit, 'nvidia', 'cu13', 'bin', 'nvcc');
+const toolkitPackages = ['cuda-nvcc', 'nvvm', 'cuda-crt', 'cuda-runtime', 'cuda-cccl'].map(
+  (name) => `nvidia-${name}==13.0.*`,
+);
 
 class BootstrapError extends Error {}
 
@@ -112,11 +129,89 @@ function installNpmPackages() {
   run('npm', ['ci', '--ignore-scripts', '--no-audit', '--no-fund', '--loglevel=error']);
 }
 
+// nvcc on PATH, where it is of CUDA 12.4 or later. One that the last build used is taken at its word.
+function findCudaCompiler(stamp) {
+  for (const folder of (process.env.PATH ?? '').split(delimiter)) {
+    const path = join(folder, 'nvcc');
+    if (folder === '' || !existsSync(path)) continue;
+    if (path === stamp.cudaCompiler) return path;
+    const version = /release (\d+)\.(\d+)/.exec(output(path, ['--version']) ?? '');
+    if (version && Number(version[1]) * 100 + Number(version[2]) >= 1204) return path;
+  }
+  return undefined;
+}
+
+// A Python that can install packages: pip needs no environment where it is told a folder.
+function findPip() {
+  const pip = (python) => output(python, ['-m', 'pip', '--version']) !== undefined;
+  if (pip('python3')) return 'python3';
+  const environment = join(root, 'build', 'python');
+  const made = (python) =>
+    output(python, ['-m', 'venv', environment]) !== undefined && pip(join(environment, 'bin', 'python'));
+  if (made('python3')) return join(environment, 'bin', 'python');
+  installSystemPackages(['python3-venv']);
+  if (made('/usr/bin/python3')) return join(environment, 'bin', 'python');
+  throw new BootstrapError('there is no python3 with pip or venv');
+}
+
+// NVIDIA publishes the compiler as Python packages, which need nothing of the system's.
+function installCudaCompiler(stamp) {
+  const wanted = toolkitPackages.join(' ');
+  if (stamp.cudaToolkit === wanted && existsSync(toolkitCompiler)) return;
+  const python = findPip();
+  say('installing the CUDA compiler (nvcc, 13.0) into build/cuda-toolkit');
+  rmSync(toolkit, { recursive: true, force: true });
+  const install = ['-m', 'pip', 'install', '--quiet', '--disable-pip-version-check', '--no-deps'];
+  const pip = spawnSync(python, [...install, '--retries', '2', '--target', toolkit, ...toolkitPackages], {
+    cwd: root,
+    encoding: 'utf8',
+    env: { ...process.env, PIP_ROOT_USER_ACTION: 'ignore' },
+  });
+  if (pip.status !== 0) {
+    throw new BootstrapError(`pip did not bring it (${pip.stderr?.trim().split('\n').pop() ?? pip.error})`);
+  }
+  // Where nvcc looks for the runtime.
+  symlinkSync('lib', join(dirname(dirname(toolkitCompiler)), 'lib64'));
+  stamp.cudaToolkit = wanted;
+  writeStamp(stamp);
+}
+
+// The CUDA compiler to build with: the machine's, else our own, which is brought where `bring` says so.
+function cudaCompiler(bring, stamp) {
+  const found = findCudaCompiler(stamp);
+  if (found !== undefined) return found;
+  if (bring) {
+    try {
+      installCudaCompiler(stamp);
+    } catch (error) {
+      if (!(error instanceof BootstrapError)) throw error;
+      say(
+        `the CUDA kernels run under emulation but are not compiled by nvcc: ${error.message.split('\n')[0]}`,
+      );
+    }
+  }
+  return stamp.cudaToolkit !== undefined && existsSync(toolkitCompiler) ? toolkitCompiler : undefined;
+}
+
+/** The CUDA compiler that build/ is configured with, if any. */
+export function configuredCudaCompiler() {
+  if (!existsSync(cmakeCache)) return undefined;
+  const compiler = /^CMAKE_CUDA_COMPILER:\w+=(.+)$/m.exec(readFileSync(cmakeCache, 'utf8'))?.[1];
+  return compiler?.endsWith('NOTFOUND') ? undefined : compiler;
+}
+
 function buildNative(tests, stamp) {
   const lock = readFileSync(join(root, 'package-lock.json'));
   const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', 'benchmarks/matrix_rate.cc'], lock);
   const testState = tests ? fingerprint(['tests/native'], state) : undefined;
-  if (existsSync(addon) && stamp.native === state && (!tests || stamp.nativeTests === testState)) return;
+  const compiler = cudaCompiler(tests, stamp);
+  if (
+    existsSync(addon) &&
+    stamp.native === state &&
+    stamp.cudaCompiler === compiler &&
+    (!tests || stamp.nativeTests === testState)
+  )
+    return;
   installSystemPackages([
     'g++',
     'cmake',
@@ -124,15 +219,26 @@ function buildNative(tests, stamp) {
     'libdnnl-dev',
     'ocl-icd-opencl-dev', // what the CMake package of libdnnl-dev looks for but the Debian one does not bring
     'libhwy-dev',
+    'libboost-context-dev',
     ...(tests ? ['doctest-dev'] : []),
   ]);
   say(`building the native part${tests ? ' and its tests' : ''} (a few minutes the first time)`);
   const cmakeJs = [join('node_modules', 'cmake-js', 'bin', 'cmake-js')];
   const quiet = ['--log-level', 'error'];
-  run(process.execPath, [...cmakeJs, 'configure', ...quiet, ...(tests ? ['--CDMERF_BUILD_TESTS=ON'] : [])]);
+  // CMake keeps what it was told before, but cannot change from one compiler to another.
+  const configured = configuredCudaCompiler();
+  if (configured !== undefined && configured !== compiler) rmSync(cmakeCache, { force: true });
+  run(process.execPath, [
+    ...cmakeJs,
+    'configure',
+    ...quiet,
+    ...(tests ? ['--CDMERF_BUILD_TESTS=ON'] : []),
+    ...(compiler ? [`--CDCMAKE_CUDA_COMPILER=${compiler}`] : []),
+  ]);
   run(process.execPath, [...cmakeJs, 'build', ...quiet, '--parallel', String(availableParallelism())]);
   if (!existsSync(addon)) throw new BootstrapError(`the build left no ${addon}`);
   stamp.native = state;
+  stamp.cudaCompiler = compiler;
   if (tests) stamp.nativeTests = testState;
   writeStamp(stamp);
 }
@@ -155,15 +261,10 @@ function buildTypeScript(stamp) {
   writeStamp(stamp);
 }
 
-/** Brings everything up to date, or prints what is in the way and ends the process with exit code 1. */
-export function bootstrap({ tests = false, ci = false } = {}) {
+// Prints what is in the way and ends the process with exit code 1.
+function orExit(work) {
   try {
-    checkNode();
-    installNpmPackages();
-    const stamp = readStamp();
-    buildNative(tests, stamp);
-    buildTypeScript(stamp);
-    if (ci) installSystemPackages(['clang-format']);
+    return work();
   } catch (error) {
     if (!(error instanceof BootstrapError)) throw error;
     process.stderr.write(`[setup] ${error.message}\n`);
@@ -171,6 +272,26 @@ export function bootstrap({ tests = false, ci = false } = {}) {
   }
 }
 
+/**
+ * Brings everything up to date, or prints what is in the way and ends the process with exit code 1. Returns whether the
+ * CUDA kernels were compiled by nvcc, too.
+ */
+export function bootstrap({ tests = false, ci = false } = {}) {
+  return orExit(() => {
+    checkNode();
+    installNpmPackages();
+    const stamp = readStamp();
+    buildNative(tests, stamp);
+    buildTypeScript(stamp);
+    if (ci) installSystemPackages(['clang-format']);
+    return { cuda: stamp.cudaCompiler !== undefined };
+  });
+}
+
 if (process.argv[1] === fileURLToPath(import.meta.url)) {
-  bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  if (process.argv.includes('--gpu')) {
+    orExit(() => installSystemPackages(['g++', 'cmake', 'ninja-build', 'doctest-dev']));
+  } else {
+    bootstrap({ tests: process.argv.includes('--tests'), ci: process.argv.includes('--ci') });
+  }
 }

@@ -1,12 +1,14 @@
 // `npm test`: brings the build up to date, runs the native tests and jest, and closes with one line for both.
 //
 //   npm test [-- --strict]
-//     --strict  a test that skipped itself counts as failed, unless its title names what it needs and that thing is
-//               truly absent and not the bootstrap's to bring: [needs ../shared] or [needs python]
+//     --strict  kernels that nvcc did not compile count as failed, and so does a test that skipped itself, unless its
+//               title names what it needs and that thing is truly absent and not the bootstrap's to bring:
+//               [needs ../shared] or [needs python]
 import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import { bootstrap, root } from './bootstrap.mjs';
+import { checkPtxas } from './ptxas-table.mjs';
 
 const strict = process.argv.includes('--strict');
 const total = { passed: 0, failed: 0, skipped: 0 };
@@ -44,6 +46,20 @@ function runNativeTests() {
       total.failed += 1;
     }
   }
+}
+
+function checkKernels({ cuda }) {
+  if (!cuda) {
+    process.stderr.write('skipped: what ptxas makes of the kernels [needs nvcc]\n');
+    total.skipped += 1;
+    if (strict) total.failed += 1;
+    return;
+  }
+  const { passed, failures, note } = checkPtxas();
+  total.passed += passed;
+  total.failed += failures.length;
+  for (const failure of failures) process.stderr.write(`${failure}\n`);
+  if (note) process.stderr.write(`${note}\n`);
 }
 
 const mayBeAbsent = {
@@ -88,7 +104,8 @@ function runJest() {
   }
 }
 
-bootstrap({ tests: true });
+const built = bootstrap({ tests: true });
+checkKernels(built);
 runNativeTests();
 runJest();
 const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : '';

@@ -29,6 +29,14 @@ export const modelShape = {
   }),
 };
 
+/** What of the model a run trains. */
+export const trainedShape = {
+  loraRank: setting(z.int().min(0).default(0), {
+    group: 'Model',
+    description: 'train low-rank adapters of this rank instead of all weights; 0: all weights',
+  }),
+};
+
 /** Which task, and what there is to choose about it. */
 export const taskShape = {
   task: setting(z.union([z.string(), z.custom<Task>(isTask)], 'expected the name of a task or a task'), {
@@ -55,7 +63,13 @@ const out = setting(z.string().optional(), {
   description: "the run's folder (default: runs/TASK-TIME)",
 });
 
-export const trainFileSchema = z.strictObject({ ...taskShape, ...modelShape, out, ...grpoSchema.shape });
+export const trainFileSchema = z.strictObject({
+  ...taskShape,
+  ...modelShape,
+  ...trainedShape,
+  out,
+  ...grpoSchema.shape,
+});
 export const sftFileSchema = z.strictObject({
   ...taskShape,
   task: setting(taskShape.task.optional(), {
@@ -63,6 +77,7 @@ export const sftFileSchema = z.strictObject({
     description: 'a task that can demonstrate, or to evaluate on',
   }),
   ...modelShape,
+  ...trainedShape,
   out,
   ...sftSchema.shape,
 });

@@ -8,6 +8,7 @@ export {
   type CreateOptions,
   type DeviceDescription,
   type DeviceOptions,
+  type LoraOptions,
   type OptimizerOptions,
   Policy,
   type SaveOptions,

@@ -1,5 +1,6 @@
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import { type CancelToken, type NativeModel, type NativeSampleResult, native } from '../native.js';
+import { saveAdapter } from './adapter.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
 import { checkedTokens, type Forest, type ForestPlan, type PackedBatch, planForest } from './forest.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
@@ -40,7 +41,21 @@ export interface DeviceOptions {
   threads?: number | undefined;
   /** false: no gradients and no optimiser state, for sampling and scoring. Default true. */
   trainable?: boolean | undefined;
+  /** Trains low-rank adapters on the projections of all layers and leaves the weights as they are. */
+  lora?: LoraOptions | undefined;
   signal?: AbortSignal | undefined;
+}
+
+/**
+ * y = x W^T + (x A^T) B^T with A [rank, inputs] and B [outputs, rank] (LoRA, https://arxiv.org/abs/2106.09685): gradients,
+ * moments and float32 masters are those of A and B alone. Its scale is 1 (alpha equals the rank); B starts at 0. The
+ * products q, k, v share an A, and so do gate and up.
+ */
+export interface LoraOptions {
+  /** 1 to the smaller of the hidden and the MLP size; 8 to 64 are usual. */
+  rank: number;
+  /** Of the first values of A. Default 0. */
+  seed?: number | bigint | undefined;
 }
 
 export interface CreateOptions extends DeviceOptions {
@@ -110,6 +125,8 @@ export class Policy {
     readonly device: Readonly<DeviceDescription>,
     readonly dtype: 'f32' | 'bf16',
     readonly trainable: boolean,
+    /** The rank of its adapters; 0 where all weights are trained, or none. */
+    readonly loraRank: number,
     /** Where it was loaded from; undefined for one that was created. */
     readonly path: string | undefined,
     private readonly model: NativeModel,
@@ -177,12 +194,13 @@ export class Policy {
     path: string | undefined,
     configJson: Record<string, unknown> | undefined,
   ): Policy {
-    const { threads = 0, trainable = true, dtype: wanted = 'auto' } = options;
+    const { threads = 0, trainable = true, dtype: wanted = 'auto', lora } = options;
     if (!Number.isInteger(threads) || threads < 0 || threads > 4096) {
       throw invalidArgument('threads', 'an integer from 0 to 4096', threads);
     }
     if (!['auto', 'f32', 'bf16'].includes(wanted))
       throw invalidArgument('dtype', 'auto, f32 or bf16', wanted);
+    if (lora !== undefined) checkLora(lora, trainable, config);
     const device = chooseDevice(options.device ?? 'auto');
     const large = parameterCount(config) >= autoBf16Parameters;
     const dtype = wanted === 'auto' ? (device.fastBf16 && large ? 'bf16' : 'f32') : wanted;
@@ -194,11 +212,21 @@ export class Policy {
         dtype,
       },
       { name: device.name, threads },
-      trainable,
+      lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
     );
     const { name, description, isa, memoryBytes } = device;
     const described = { name, description, isa, threads: threads || device.threads, memoryBytes };
-    return new Policy(config, tokenizer, described, dtype, trainable, path, model, configJson);
+    return new Policy(
+      config,
+      tokenizer,
+      described,
+      dtype,
+      trainable,
+      lora?.rank ?? 0,
+      path,
+      model,
+      configJson,
+    );
   }
 
   // ---- the four primitives
@@ -402,7 +430,8 @@ export class Policy {
 
   /**
    * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors, tokenizer, generation
-   * settings, chat template. Files are written beside the directory and renamed into place.
+   * settings, chat template. Adapters are merged into the weights. Files are written beside the directory and renamed
+   * into place.
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
   async save(directory: string, options: SaveOptions = {}): Promise<void> {
@@ -417,13 +446,33 @@ export class Policy {
     );
   }
 
-  /** Writes the float32 master weights, AdamW's moments and its step, from which training goes on bit for bit. */
+  /**
+   * Writes the adapters alone, in PEFT's layout (adapter_config.json, adapter_model.safetensors), which
+   * `PeftModel.from_pretrained` puts on the model that they were trained on.
+   * @throws MerfError INVALID_ARGUMENT where the directory cannot be written, UNSUPPORTED for a policy without `lora`
+   */
+  async saveAdapter(directory: string, options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
+    this.#check();
+    checkDirectory(directory);
+    if (this.loraRank === 0) {
+      throw new MerfError('UNSUPPORTED', 'saveAdapter needs a policy that was loaded with lora');
+    }
+    const { model, config, path, loraRank } = this;
+    await this.#enqueue('saving the adapter', options.signal, () =>
+      saveAdapter(directory, { model, config, base: path, rank: loraRank }, options.signal),
+    );
+  }
+
+  /**
+   * Writes the float32 master weights of what is trained, AdamW's moments and its step, from which training goes on
+   * bit for bit.
+   */
   async saveState(directory: string, options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     this.#check();
     this.#requireTrainable('saveState');
     checkDirectory(directory);
     await this.#enqueue('saving the state', options.signal, () =>
-      saveState(directory, this.model, this.config, options.signal),
+      saveState(directory, this.model, this.#identity(), options.signal),
     );
   }
 
@@ -436,7 +485,7 @@ export class Policy {
     this.#requireTrainable('loadState');
     checkDirectory(directory);
     await this.#enqueue('loading the state', options.signal, async () => {
-      await loadState(directory, this.model, this.config, options.signal);
+      await loadState(directory, this.model, this.#identity(), options.signal);
       await this.model.zeroGradients();
     });
   }
@@ -449,10 +498,13 @@ export class Policy {
     return this.model.parameters().map(({ name, shape }) => ({ name, shape }));
   }
 
-  /** A parameter's float32 master weight, gradient or moment, row-major. @throws MerfError INVALID_ARGUMENT */
+  /**
+   * A parameter's float32 master weight, gradient or moment, row-major; `merged` is the weight with its adapter in it.
+   * @throws MerfError INVALID_ARGUMENT
+   */
   async readParameter(
     name: string,
-    kind: 'value' | 'gradient' | 'adam_m' | 'adam_v' = 'value',
+    kind: 'value' | 'gradient' | 'adam_m' | 'adam_v' | 'merged' = 'value',
   ): Promise<Float32Array> {
     this.#check();
     return this.#enqueue('readParameter', undefined, () => this.model.readTensor(name, kind));
@@ -492,6 +544,11 @@ export class Policy {
     if (this.#disposed) return;
     this.#disposed = true;
     this.model.dispose();
+  }
+
+  /** What a training state must have been made with. */
+  #identity() {
+    return this.loraRank === 0 ? this.config : { ...this.config, loraRank: this.loraRank };
   }
 
   // ---- how calls run
@@ -583,6 +640,14 @@ function checkVocabulary(tokenizer: Tokenizer, config: ModelConfig, path: string
       'MALFORMED_FILE',
       `${path}: expected a tokenizer of at most ${config.vocabSize} tokens, as the model has rows, but it has ${tokenizer.size}`,
     );
+  }
+}
+
+function checkLora({ rank }: LoraOptions, trainable: boolean, config: ModelConfig): void {
+  if (!trainable) throw invalidArgument('lora', 'nothing where trainable is false', { rank });
+  const most = Math.min(config.hiddenSize, config.mlpSize);
+  if (!Number.isInteger(rank) || rank < 1 || rank > most) {
+    throw invalidArgument('lora.rank', `an integer from 1 to ${most}`, rank);
   }
 }
 

@@ -3,6 +3,7 @@ import { mkdir, open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
+import { isAdapter } from './adapter.js';
 import { configToJson, type ModelConfig } from './config.js';
 import { kindOf } from './files.js';
 import { safetensorsElementBytes, safetensorsHeader } from './safetensors.js';
@@ -14,7 +15,7 @@ const chunkElements = 1 << 20;
 /** As transformers divides them. */
 export const defaultShardBytes = 5_000_000_000;
 
-interface TensorToWrite {
+export interface TensorToWrite {
   name: string;
   shape: readonly number[];
   read: () => Promise<Float32Array>;
@@ -121,17 +122,12 @@ async function writeText(path: string, text: string): Promise<void> {
   }
 }
 
-/** The parameters as tensors to write; `kind` picks the weights or one of AdamW's moments. */
-export function parameterTensors(
-  model: NativeModel,
-  kind: 'value' | 'adam_m' | 'adam_v',
-  prefix = '',
-): TensorToWrite[] {
-  return model.parameters().map(({ name, shape }) => ({
-    name: prefix + name,
-    shape,
-    read: () => model.readTensor(name, kind),
-  }));
+/** The weights as a model without adapters has them. */
+function weightTensors(model: NativeModel): TensorToWrite[] {
+  return model
+    .parameters()
+    .filter(({ name }) => !isAdapter(name))
+    .map(({ name, shape }) => ({ name, shape, read: () => model.readTensor(name, 'merged') }));
 }
 
 export interface SaveContents {
@@ -172,7 +168,7 @@ async function writeWeights(
   const bytesOf = ({ shape }: TensorToWrite) => shape.reduce((product, n) => product * n, elementBytes);
   const shards: TensorToWrite[][] = [];
   let room = 0;
-  for (const tensor of parameterTensors(model, 'value')) {
+  for (const tensor of weightTensors(model)) {
     if (shards.length === 0 || bytesOf(tensor) > room) {
       shards.push([]);
       room = maxShardBytes;

@@ -3,26 +3,32 @@ import { createReadStream } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
-import type { ModelConfig } from './config.js';
 import { Fields, fileSize, malformed, parseJsonObject, readRange, readTextIfPresent } from './files.js';
 import { readSafetensorsHeader } from './safetensors.js';
-import { parameterTensors, writeDirectory, writeJson, writeSafetensors } from './save.js';
+import { writeDirectory, writeJson, writeSafetensors } from './save.js';
 
 const format = 'merf-training-state';
 const version = 1;
 const kinds = ['value', 'adam_m', 'adam_v'] as const;
 
-/** float32 master weights, AdamW's moments and its step: what makes a run go on bit for bit. */
+/** float32 master weights of what is trained, AdamW's moments and its step: what makes a run go on bit for bit. */
 export async function saveState(
   directory: string,
   model: NativeModel,
-  config: ModelConfig,
+  config: object,
   signal?: AbortSignal,
 ): Promise<void> {
   await writeDirectory(
     directory,
     async (beside) => {
-      const tensors = kinds.flatMap((kind) => parameterTensors(model, kind, `${kind}.`));
+      const trained = model.parameters().filter((parameter) => parameter.trained);
+      const tensors = kinds.flatMap((kind) =>
+        trained.map(({ name, shape }) => ({
+          name: `${kind}.${name}`,
+          shape,
+          read: () => model.readTensor(name, kind),
+        })),
+      );
       const written = await writeSafetensors(
         join(beside, 'state.safetensors'),
         tensors,
@@ -49,7 +55,7 @@ export async function saveState(
 export async function loadState(
   directory: string,
   model: NativeModel,
-  config: ModelConfig,
+  config: object,
   signal?: AbortSignal,
 ): Promise<void> {
   const path = join(directory, 'state.json');
@@ -83,7 +89,7 @@ export async function loadState(
     );
   }
   const header = await readSafetensorsHeader(weights);
-  const parameters = model.parameters();
+  const parameters = model.parameters().filter((parameter) => parameter.trained);
   const stored = (kind: string, name: string) => {
     const tensor = header.get(`${kind}.${name}`);
     if (tensor?.dtype !== 'F32')
@@ -112,10 +118,11 @@ export async function loadState(
   model.setOptimizerStep(step);
 }
 
-function compareModels(path: string, stored: unknown, config: ModelConfig): void {
+function compareModels(path: string, stored: unknown, config: object): void {
   if (typeof stored !== 'object' || stored === null) throw malformed(path, 'expected an object for model');
-  for (const [key, expected] of Object.entries(config)) {
-    const value = (stored as Record<string, unknown>)[key];
+  const [found, wanted] = [stored, config] as Record<string, unknown>[];
+  for (const key of new Set([...Object.keys(config), ...Object.keys(stored)])) {
+    const [value, expected] = [found?.[key], wanted?.[key]];
     if (JSON.stringify(value) !== JSON.stringify(expected)) {
       throw new MerfError(
         'RESUME_MISMATCH',

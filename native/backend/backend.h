@@ -23,7 +23,6 @@ struct DeviceInfo {
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
   int64_t memory_bytes = 0;  // total memory of the device
-  int64_t free_bytes = 0;    // of it, what was free when the device was opened
   bool fast_bf16 = false;    // bfloat16 products in hardware
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
@@ -106,10 +105,10 @@ struct DecodePlan {
 
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
 struct AdamWTensor {
-  Tensor master;              // f32
-  Tensor weight;              // f32|bf16, or empty
-  Tensor gradient;            // f32
-  Tensor m, v;                // f32
+  Tensor master;    // f32
+  Tensor weight;    // f32|bf16, or empty
+  Tensor gradient;  // f32
+  Tensor m, v;      // f32|bf16; bf16 is rounded by chance (stochastic_rounding.h), lest v stand still
   float weight_decay = 0.0f;  // decoupled
 };
 
@@ -154,6 +153,8 @@ class Backend {
                     const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
   virtual void synchronize() = 0;
   virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
+  // Bytes that could be allocated now, whoever has the others. Any thread may ask.
+  virtual int64_t memory_free() const = 0;
   // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
   virtual int64_t memory_used() const = 0;
   virtual int64_t memory_peak() const = 0;
@@ -187,7 +188,7 @@ class Backend {
   // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
   virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
                         const Tensor& y, const Tensor& rstd) = 0;
-  // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 += . dy of y's type.
+  // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 +=, or empty: not wanted. dy of y's type.
   virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                  const Tensor& dx, const Tensor& dweight) = 0;
   // y += x, elementwise; the types may differ.
@@ -238,7 +239,8 @@ class Backend {
                              const std::vector<int32_t>& targets, const Tensor& logprobs,
                              const Tensor& entropies) = 0;
   // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
-  // names become 0; hidden's type), dhead [V, H] f32 (+=). logprobs, entropies [R] f32 are outputs. Returns the loss.
+  // names become 0; hidden's type), dhead [V, H] f32 (+=), or empty: not wanted. logprobs, entropies [R] f32 are outputs.
+  // Returns the loss.
   virtual double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                            const std::vector<int32_t>& targets, const LossRows& loss_rows,
                            const LossOptions& options, const Tensor& logprobs, const Tensor& entropies,

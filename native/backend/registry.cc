@@ -2,9 +2,11 @@
 
 #include <filesystem>
 
-#include "backend/cpu/cpu_backend.h"
 #include "backend/cuda/driver.h"
 #include "backend/plugin.h"
+#if defined(MERF_CPU)
+#include "backend/cpu/cpu_backend.h"
+#endif
 
 namespace merf {
 namespace {
@@ -38,13 +40,21 @@ std::shared_ptr<Backend> open_plugin(const std::string& name, const std::string&
 
 }  // namespace
 
-std::vector<std::string> backend_names() { return {"cpu", "cuda", "cuda-emulated"}; }
+std::vector<std::string> backend_names() {
+#if defined(MERF_CPU)
+  return {"cpu", "cuda", "cuda-emulated"};
+#else
+  return {"cuda", "cuda-emulated"};
+#endif
+}
 
 std::shared_ptr<Backend> open_backend(const std::string& name, int threads) {
   if (threads < 0) {
     throw Error("INVALID_ARGUMENT", "Expected 0 or more for threads but received " + std::to_string(threads));
   }
+#if defined(MERF_CPU)
   if (name == "cpu") return std::make_shared<CpuBackend>(threads);
+#endif
   if (name == "cuda") {
     cuda::require_gpu();
     return open_plugin(name, "merf_cuda.so", threads);

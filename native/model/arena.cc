@@ -16,20 +16,21 @@ Tensor Arena::take(DType dtype, std::initializer_list<int64_t> shape) {
   tensor.rank = static_cast<int>(shape.size());
   std::copy(shape.begin(), shape.end(), tensor.shape.begin());
   const size_t bytes = (std::max<size_t>(tensor.bytes(), 1) + kAlignment - 1) / kAlignment * kAlignment;
+  taken_ += bytes;
+  most_ = std::max(most_, taken_);
+  if (backend_ == nullptr) return tensor;
   while (block_ < blocks_.size() && offset_ + bytes > blocks_[block_].bytes()) {
     ++block_;
     offset_ = 0;
   }
   if (block_ == blocks_.size()) {
     const int64_t words = static_cast<int64_t>(std::max(bytes, kSmallestBlock) / sizeof(float));
-    blocks_.push_back(backend_.allocate(DType::f32, {words}));
+    blocks_.push_back(backend_->allocate(DType::f32, {words}));
     offset_ = 0;
   }
   tensor.storage = blocks_[block_].storage;
   tensor.data = static_cast<char*>(blocks_[block_].data) + offset_;
   offset_ += bytes;
-  taken_ += bytes;
-  most_ = std::max(most_, taken_);
   return tensor;
 }
 
@@ -43,13 +44,28 @@ void Arena::reset() {
   release({});
   if (blocks_.size() < 2) return;
   blocks_.clear();
-  blocks_.push_back(backend_.allocate(DType::f32, {static_cast<int64_t>(most_ / sizeof(float))}));
+  blocks_.push_back(backend_->allocate(DType::f32, {static_cast<int64_t>(most_ / sizeof(float))}));
+}
+
+size_t Arena::held() const {
+  size_t bytes = 0;
+  for (const Tensor& block : blocks_) bytes += block.bytes();
+  return bytes;
 }
 
 void Arena::free() {
   release({});
   blocks_.clear();
   most_ = 0;
+}
+
+int64_t count_that_fits(int64_t count, int64_t needed, int64_t available) {
+  const double share =
+      0.9 * static_cast<double>(std::max<int64_t>(0, available)) / static_cast<double>(needed);
+  int64_t fit = static_cast<int64_t>(std::min(share, 0.75) * static_cast<double>(count));
+  int64_t unit = 1;
+  while (fit / unit >= 100) unit *= 10;
+  return fit / unit * unit;
 }
 
 }  // namespace merf

@@ -10,7 +10,9 @@ namespace merf {
 
 class Arena {
  public:
-  explicit Arena(Backend& backend) : backend_(backend) {}
+  explicit Arena(Backend& backend) : backend_(&backend) {}
+  // One that takes nothing and counts what would be taken.
+  Arena() = default;
 
   // Contents are undefined. The tensor is valid until release() to a mark before it.
   Tensor take(DType dtype, std::initializer_list<int64_t> shape);
@@ -22,19 +24,26 @@ class Arena {
   };
   Mark mark() const { return {block_, offset_, taken_}; }
   void release(Mark mark);
+  size_t taken() const { return taken_; }
+  // Bytes of the device that are the arena's, in use or not.
+  size_t held() const;
   // Gives everything back; where the last use spilled over several blocks, they become one.
   void reset();
   // As reset, and returns the memory to the device.
   void free();
 
  private:
-  Backend& backend_;
+  Backend* backend_ = nullptr;
   std::vector<Tensor> blocks_;
   size_t block_ = 0;   // the block in use
   size_t offset_ = 0;  // bytes used in it
   size_t taken_ = 0;   // bytes given out, without what was left over at the ends of blocks
   size_t most_ = 0;    // the most that taken_ ever was
 };
+
+// For messages: how many of `count` tokens, which need `needed` bytes together, would have fitted into `available`. In
+// two figures, with a part left for the temporaries of operators, and fewer than there were, since those did not fit.
+int64_t count_that_fits(int64_t count, int64_t needed, int64_t available);
 
 // Gives back on leaving a scope what was taken in it.
 class ArenaScope {

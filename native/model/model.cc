@@ -3,6 +3,7 @@
 #include <cmath>
 #include <unordered_set>
 
+#include "backend/in_words.h"
 #include "backend/philox.h"
 
 namespace merf {
@@ -36,15 +37,33 @@ void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std
 
 }  // namespace
 
-Model::Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable)
+Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training)
     : backend_(backend),
       arena_(arena),
       config_(std::move(config)),
-      parameters_(backend, config_, trainable),
-      transformer_(backend, config_, parameters_) {}
+      parameters_(backend, config_, training),
+      transformer_(backend, config_, parameters_) {
+  initialize_adapters(training.lora_seed);
+}
+
+void Model::initialize_adapters(uint64_t seed) {
+  uint32_t stream = 0;
+  for (const NamedParameter& named : parameters_.named()) {
+    ++stream;
+    if (!named.adapter || !named.name.ends_with(".lora_A.weight")) continue;
+    std::vector<float> data(static_cast<size_t>(named.size()));
+    const float bound = 1.0f / std::sqrt(static_cast<float>(named.shape[1]));
+    for (size_t i = 0; i < data.size(); ++i) {
+      data[i] =
+          bound * static_cast<float>(
+                      2.0 * sampling_uniform(seed, stream, 0x6c6f7261u, static_cast<uint32_t>(i)) - 1.0);
+    }
+    parameters_.write(named, named.parameter->value, data.data(), 0, named.size());
+  }
+}
 
 void Model::require_trainable(const char* what) const {
-  if (!parameters_.trainable()) {
+  if (!parameters_.training().trainable) {
     throw Error("UNSUPPORTED", std::string("Expected a trainable model for ") + what +
                                    " but received one that was opened for inference only");
   }
@@ -76,7 +95,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
     }
   }
   for (const NamedParameter& named : parameters_.named()) {
-    if (!seen.count(named.name)) {
+    if (!named.adapter && !seen.count(named.name)) {
       throw Error("INVALID_ARGUMENT",
                   "Expected a source for every parameter but received none for " + named.name);
     }
@@ -99,6 +118,7 @@ void Model::initialize(uint64_t seed, float standard_deviation) {
   uint32_t stream = 0;
   for (const NamedParameter& named : parameters_.named()) {
     ++stream;
+    if (named.adapter) continue;
     const bool norm = !named.decayed() && named.name.ends_with("norm.weight");
     for (int64_t first = 0; first < named.size(); first += kStretch) {
       data.assign(static_cast<size_t>(std::min(kStretch, named.size() - first)), norm ? 1.0f : 0.0f);
@@ -111,13 +131,18 @@ void Model::initialize(uint64_t seed, float standard_deviation) {
 
 std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
   const NamedParameter& named = parameters_.find(name);
+  std::vector<float> data(static_cast<size_t>(named.size()), 0.0f);
+  if (kind == ParameterKind::merged) {
+    prepare();
+    parameters_.read_merged(named, data.data());
+    return data;
+  }
   if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
   const Parameter& p = *named.parameter;
   const Tensor& whole = kind == ParameterKind::value      ? p.value
                         : kind == ParameterKind::gradient ? p.gradient
                         : kind == ParameterKind::adam_m   ? p.adam_m
                                                           : p.adam_v;
-  std::vector<float> data(static_cast<size_t>(named.size()), 0.0f);
   if (whole) parameters_.read(named, whole, data.data());
   return data;
 }
@@ -130,6 +155,9 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
                                         " but received " + std::to_string(data.size()));
   }
   Parameter& p = *named.parameter;
+  if (kind == ParameterKind::merged || (kind != ParameterKind::value && !p.trained)) {
+    throw Error("INVALID_ARGUMENT", "Expected a parameter that is trained for name but received " + name);
+  }
   if (kind == ParameterKind::gradient) {
     parameters_.make_gradients();
     has_gradients_ = true;
@@ -177,9 +205,63 @@ Tensor Model::hidden_of(const Forest& forest, const Cancel& cancel, const char* 
   return hidden;
 }
 
+template <class Work>
+auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
+  const bool made_gradients = trains && parameters_.make_gradients();
+  try {
+    arena_.reset();
+    return work();
+  } catch (const Error& error) {
+    if (error.code != "OUT_OF_MEMORY") throw;
+    if (made_gradients) {
+      parameters_.drop_gradients();
+      has_gradients_ = false;
+    }
+    throw out_of_memory(error, tokens, trains);
+  }
+}
+
+// Gives the memory of activations back, and says what would have fitted.
+Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
+  arena_.free();
+  backend_.synchronize();
+  Arena counted;
+  transformer_.make_activations(counted, tokens, trains);
+  if (trains) transformer_.make_backward_buffers(counted, tokens);
+  for (int i = 0; i < (trains ? 2 : 1); ++i) counted.take(config_.dtype, {tokens, config_.hidden_size});
+  const int64_t needed = static_cast<int64_t>(counted.taken());
+
+  int64_t beside = 0;  // what does not depend on the tokens
+  if (trains && !parameters_.has_gradients()) beside += 4 * parameters_.trained_size();
+  const Parameter& head = parameters_.head();
+  if (has_gradients_ && head.trained) beside += 4 * head.size();
+  const int64_t fit = count_that_fits(tokens, needed, backend_.memory_free() - beside);
+  return Error("OUT_OF_MEMORY",
+               std::string(error.what()) + ". " + std::to_string(tokens) + " tokens at once need about " +
+                   in_words(static_cast<size_t>(needed + beside)) + "; " +
+                   (fit > 0 ? "about " + std::to_string(fit) : std::string("none")) + " would fit");
+}
+
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
   prepare();
-  arena_.reset();
+  return within_memory(static_cast<int64_t>(batch.tokens.size()), false,
+                       [&] { return compute_logits(batch, cancel); });
+}
+
+Scores Model::score(const Batch& batch, const Cancel& cancel) {
+  prepare();
+  return within_memory(static_cast<int64_t>(batch.tokens.size()), false,
+                       [&] { return compute_scores(batch, cancel); });
+}
+
+LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
+  require_trainable("forwardBackward");
+  prepare();
+  return within_memory(static_cast<int64_t>(batch.tokens.size()), true,
+                       [&] { return add_gradients(batch, loss, cancel); });
+}
+
+std::vector<float> Model::compute_logits(const Batch& batch, const Cancel& cancel) {
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
   const Tensor hidden = hidden_of(forest, cancel, "logits");
   const Tensor rows = upload(batch.source_rows);
@@ -192,9 +274,7 @@ std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
   return out;
 }
 
-Scores Model::score(const Batch& batch, const Cancel& cancel) {
-  prepare();
-  arena_.reset();
+Scores Model::compute_scores(const Batch& batch, const Cancel& cancel) {
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
   const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
   const Tensor logprobs = arena_.take(DType::f32, {rows}), entropies = arena_.take(DType::f32, {rows});
@@ -210,11 +290,7 @@ Scores Model::score(const Batch& batch, const Cancel& cancel) {
   return scores;
 }
 
-LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
-  require_trainable("forwardBackward");
-  prepare();
-  parameters_.make_gradients();
-  arena_.reset();
+LossResult Model::add_gradients(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
   const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
   const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
   const LossRows loss_rows{upload(loss.weights), upload(loss.advantages), upload(loss.old_logprobs),
@@ -233,21 +309,37 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, co
   // head_loss adds the head's gradient block by block, before the whole loss is known.
   Parameter& head = parameters_.head();
   Tensor head_gradient_before;
-  if (has_gradients_) {
+  if (has_gradients_ && head.trained) {
     head_gradient_before = arena_.take(DType::f32, {head.shape[0], head.shape[1]});
     backend_.copy(head_gradient_before, head.gradient);
   }
+  const auto restore_head = [&] {
+    if (head_gradient_before) {
+      backend_.copy(head.gradient, head_gradient_before);
+    } else if (head.trained) {
+      backend_.zero(head.gradient);
+    }
+  };
   LossResult result;
-  result.loss = backend_.head_loss(hidden, *head.packed, batch.source_rows, batch.targets, loss_rows,
-                                   loss.options, logprobs, entropies, dhidden, head.gradient);
+  try {
+    result.loss = backend_.head_loss(hidden, *head.packed, batch.source_rows, batch.targets, loss_rows,
+                                     loss.options, logprobs, entropies, dhidden, head.gradient);
+  } catch (const Error& error) {
+    if (error.code == "OUT_OF_MEMORY") restore_head();
+    throw;
+  }
   result.finite = std::isfinite(result.loss);
   if (result.finite) {
     has_gradients_ = true;
-    transformer_.backward(forest, activations, dhidden, buffers, cancel);
-  } else if (head_gradient_before) {
-    backend_.copy(head.gradient, head_gradient_before);
+    try {
+      transformer_.backward(forest, activations, dhidden, buffers, cancel);
+    } catch (const Error& error) {
+      // What was added already cannot be taken back.
+      if (error.code == "OUT_OF_MEMORY") zero_gradients();
+      throw;
+    }
   } else {
-    backend_.zero(head.gradient);
+    restore_head();
   }
   result.scores.logprobs.resize(batch.source_rows.size());
   result.scores.entropies.resize(batch.source_rows.size());
@@ -260,10 +352,16 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
   require_trainable("optimStep");
   prepare();
   parameters_.make_gradients();
-  parameters_.make_moments();
+  try {
+    parameters_.make_moments();
+  } catch (const Error& error) {
+    if (error.code != "OUT_OF_MEMORY") throw;
+    const size_t bytes = 8 * static_cast<size_t>(parameters_.trained_size());
+    throw Error(error.code, std::string(error.what()) + ". AdamW's moments take " + in_words(bytes));
+  }
   std::vector<Tensor> gradients;
-  gradients.reserve(parameters_.all().size());
-  for (const Parameter* parameter : parameters_.all()) gradients.push_back(parameter->gradient);
+  gradients.reserve(parameters_.trained().size());
+  for (const Parameter* parameter : parameters_.trained()) gradients.push_back(parameter->gradient);
   OptimizerResult result;
   result.gradient_norm = std::sqrt(backend_.sum_of_squares(gradients));
   result.applied = std::isfinite(result.gradient_norm);

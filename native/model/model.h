@@ -52,12 +52,13 @@ struct OptimizerResult {
   bool applied = false;
 };
 
-enum class ParameterKind : uint8_t { value, gradient, adam_m, adam_v };
+// merged: the value as a model without adapters has it, for reading.
+enum class ParameterKind : uint8_t { value, gradient, adam_m, adam_v, merged };
 
 class Model {
  public:
-  // Models that run on one thread may share an arena. Not trainable: no gradients and no moments.
-  Model(Backend& backend, Arena& arena, ModelConfig config, bool trainable);
+  // Models that run on one thread may share an arena.
+  Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training);
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
@@ -67,7 +68,10 @@ class Model {
   Backend& backend() { return backend_; }
   Arena& arena() { return arena_; }
 
-  // Fills every parameter from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
+  // Where memory runs out, every method gives back what it took and throws OUT_OF_MEMORY; those that take a batch say
+  // how many tokens would have fitted.
+
+  // Fills every parameter but adapters from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
   // of another shape, and what read_tensor throws. After a failure the model has to be loaded again.
   void load(const std::vector<TensorSource>& sources, const Cancel& cancel);
   // Matrices from a normal distribution, norms 1, biases 0; a function of the seed alone.
@@ -79,7 +83,8 @@ class Model {
   std::vector<float> logits(const Batch& batch, const Cancel& cancel);
   Scores score(const Batch& batch, const Cancel& cancel);
   // Adds to the gradients. Where the loss is not finite, or `cancel` came before the backward began, they are as
-  // before the call; a later request is too late, and the call ends as if it had not come.
+  // before the call; a later request is too late, and the call ends as if it had not come. Where memory runs out they
+  // are as before the call, or zero once the backward began.
   LossResult forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
   void zero_gradients();
   // Clips, updates and zeroes the gradients. Not applied where their norm is not finite. `step` is 1 at the first
@@ -96,8 +101,16 @@ class Model {
                        const std::vector<int32_t>& visible_until);
 
  private:
+  // Runs work over a batch of so many tokens; `trains` where it is kept for a backward.
+  template <class Work>
+  auto within_memory(int64_t tokens, bool trains, const Work& work);
+  Error out_of_memory(const Error& error, int64_t tokens, bool trains);
+  std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);
+  Scores compute_scores(const Batch& batch, const Cancel& cancel);
+  LossResult add_gradients(const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
+  void initialize_adapters(uint64_t seed);
 
   Backend& backend_;
   Arena& arena_;

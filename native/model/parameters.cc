@@ -14,61 +14,63 @@ struct Slice {
   int64_t rows;
 };
 template <typename Visit>
-void visit_parameters(const ModelConfig& c, Parameters* p, Visit visit) {
+void visit_parameters(const ModelConfig& c, int64_t lora_rank, Parameters* p, Visit visit) {
+  using Shape = std::vector<int64_t>;
+  using Slices = std::vector<Slice>;
   const int64_t h = c.hidden_size, q = c.attention_size(), kv = c.kv_heads * c.head_size, f = c.mlp_size;
-  visit(p ? &p->embedding : nullptr, std::vector<int64_t>{c.vocab_size, h},
-        std::vector<Slice>{{"model.embed_tokens.weight", c.vocab_size}});
+  const auto add = [&](Parameter* parameter, const Shape& shape, const Slices& slices) {
+    visit(parameter, shape, slices, nullptr, false);
+  };
+  // A projection of `inputs` whose outputs are those of `parts` (module names) one after another.
+  const auto add_projection = [&](Projection* projection, const std::string& fused_name, int64_t inputs,
+                                  bool bias, const Slices& parts) {
+    int64_t outputs = 0;
+    Slices weights, biases;
+    for (const Slice& part : parts) {
+      outputs += part.rows;
+      weights.push_back({part.name + ".weight", part.rows});
+      biases.push_back({part.name + ".bias", part.rows});
+    }
+    const auto of = [&](Parameter Projection::*member) {
+      return projection ? &(projection->*member) : nullptr;
+    };
+    Adapter* adapter = projection && lora_rank > 0 ? &projection->adapter : nullptr;
+    visit(of(&Projection::weight), Shape{outputs, inputs}, weights, adapter, false);
+    if (bias) add(of(&Projection::bias), {outputs}, biases);
+    if (lora_rank == 0) return;
+    visit(adapter ? &adapter->a : nullptr, Shape{lora_rank, inputs},
+          Slices{{fused_name + ".lora_A.weight", lora_rank}}, nullptr, true);
+    visit(adapter ? &adapter->b : nullptr, Shape{outputs, lora_rank},
+          Slices{{fused_name + ".lora_B.weight", outputs}}, nullptr, true);
+  };
+  add(p ? &p->embedding : nullptr, {c.vocab_size, h}, {{"model.embed_tokens.weight", c.vocab_size}});
   for (int64_t i = 0; i < c.layers; ++i) {
     LayerParameters* l = p ? &p->layers[static_cast<size_t>(i)] : nullptr;
     const std::string base = "model.layers." + std::to_string(i) + ".";
     const std::string attention = base + "self_attn.", mlp = base + "mlp.";
-    visit(l ? &l->attention_norm : nullptr, std::vector<int64_t>{h},
-          std::vector<Slice>{{base + "input_layernorm.weight", h}});
-    visit(l ? &l->qkv : nullptr, std::vector<int64_t>{q + 2 * kv, h},
-          std::vector<Slice>{{attention + "q_proj.weight", q},
-                             {attention + "k_proj.weight", kv},
-                             {attention + "v_proj.weight", kv}});
-    if (c.attention_bias) {
-      visit(l ? &l->qkv_bias : nullptr, std::vector<int64_t>{q + 2 * kv},
-            std::vector<Slice>{{attention + "q_proj.bias", q},
-                               {attention + "k_proj.bias", kv},
-                               {attention + "v_proj.bias", kv}});
-    }
-    visit(l ? &l->output : nullptr, std::vector<int64_t>{h, q},
-          std::vector<Slice>{{attention + "o_proj.weight", h}});
-    if (c.output_bias) {
-      visit(l ? &l->output_bias : nullptr, std::vector<int64_t>{h},
-            std::vector<Slice>{{attention + "o_proj.bias", h}});
-    }
-    visit(l ? &l->mlp_norm : nullptr, std::vector<int64_t>{h},
-          std::vector<Slice>{{base + "post_attention_layernorm.weight", h}});
-    visit(l ? &l->gate_up : nullptr, std::vector<int64_t>{2 * f, h},
-          std::vector<Slice>{{mlp + "gate_proj.weight", f}, {mlp + "up_proj.weight", f}});
-    if (c.mlp_bias) {
-      visit(l ? &l->gate_up_bias : nullptr, std::vector<int64_t>{2 * f},
-            std::vector<Slice>{{mlp + "gate_proj.bias", f}, {mlp + "up_proj.bias", f}});
-    }
-    visit(l ? &l->down : nullptr, std::vector<int64_t>{h, f},
-          std::vector<Slice>{{mlp + "down_proj.weight", h}});
-    if (c.mlp_bias) {
-      visit(l ? &l->down_bias : nullptr, std::vector<int64_t>{h},
-            std::vector<Slice>{{mlp + "down_proj.bias", h}});
-    }
+    add(l ? &l->attention_norm : nullptr, {h}, {{base + "input_layernorm.weight", h}});
+    add_projection(l ? &l->qkv : nullptr, attention + "qkv_proj", h, c.attention_bias,
+                   {{attention + "q_proj", q}, {attention + "k_proj", kv}, {attention + "v_proj", kv}});
+    add_projection(l ? &l->output : nullptr, attention + "o_proj", q, c.output_bias,
+                   {{attention + "o_proj", h}});
+    add(l ? &l->mlp_norm : nullptr, {h}, {{base + "post_attention_layernorm.weight", h}});
+    add_projection(l ? &l->gate_up : nullptr, mlp + "gate_up_proj", h, c.mlp_bias,
+                   {{mlp + "gate_proj", f}, {mlp + "up_proj", f}});
+    add_projection(l ? &l->down : nullptr, mlp + "down_proj", f, c.mlp_bias, {{mlp + "down_proj", h}});
   }
-  visit(p ? &p->final_norm : nullptr, std::vector<int64_t>{h}, std::vector<Slice>{{"model.norm.weight", h}});
+  add(p ? &p->final_norm : nullptr, {h}, {{"model.norm.weight", h}});
   if (!c.tied_head) {
-    visit(p ? &p->untied_head : nullptr, std::vector<int64_t>{c.vocab_size, h},
-          std::vector<Slice>{{"lm_head.weight", c.vocab_size}});
+    add(p ? &p->untied_head : nullptr, {c.vocab_size, h}, {{"lm_head.weight", c.vocab_size}});
   }
 }
 
 void append_named(std::vector<NamedParameter>& named, Parameter* parameter, const std::vector<int64_t>& shape,
-                  const std::vector<Slice>& slices) {
+                  const std::vector<Slice>& slices, const Adapter* adapted, bool adapter) {
   int64_t first_row = 0;
   for (const Slice& slice : slices) {
     std::vector<int64_t> slice_shape = shape;
     slice_shape[0] = slice.rows;
-    named.push_back({slice.name, std::move(slice_shape), parameter, first_row});
+    named.push_back({slice.name, std::move(slice_shape), parameter, first_row, adapter, adapted});
     first_row += slice.rows;
   }
 }
@@ -85,34 +87,37 @@ Tensor flat(const Tensor& tensor, int64_t begin, int64_t count) {
 
 }  // namespace
 
-std::vector<NamedParameter> name_parameters(const ModelConfig& config) {
+std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t lora_rank) {
   std::vector<NamedParameter> named;
-  visit_parameters(config, nullptr,
-                   [&](Parameter*, const std::vector<int64_t>& shape, const std::vector<Slice>& slices) {
-                     append_named(named, nullptr, shape, slices);
-                   });
+  visit_parameters(
+      config, lora_rank, nullptr,
+      [&](Parameter*, const std::vector<int64_t>& shape, const std::vector<Slice>& slices, const Adapter*,
+          bool adapter) { append_named(named, nullptr, shape, slices, nullptr, adapter); });
   return named;
 }
 
-Parameters::Parameters(Backend& backend, const ModelConfig& config, bool trainable)
+Parameters::Parameters(Backend& backend, const ModelConfig& config, const Training& training)
     : layers(static_cast<size_t>(config.layers)),
       backend_(backend),
       config_(config),
-      trainable_(trainable),
+      training_(training),
       tied_(config.tied_head) {
   int64_t largest = 0;
-  visit_parameters(
-      config, this,
-      [&](Parameter* parameter, const std::vector<int64_t>& shape, const std::vector<Slice>& slices) {
-        parameter->shape = shape;
-        const bool f32 = trainable || !parameter->matrix();
-        parameter->value = allocate_like(backend, f32 ? DType::f32 : config.dtype, shape);
-        backend.zero(parameter->value);
-        all_.push_back(parameter);
-        if (parameter->matrix()) largest = std::max(largest, parameter->size());
-        append_named(named_, parameter, shape, slices);
-      });
-  if (trainable && config.dtype != DType::f32) staging_ = backend.allocate(config.dtype, {largest});
+  visit_parameters(config, training.lora_rank, this,
+                   [&](Parameter* parameter, const std::vector<int64_t>& shape,
+                       const std::vector<Slice>& slices, const Adapter* adapted, bool adapter) {
+                     parameter->shape = shape;
+                     parameter->trained = training.trainable && (training.lora_rank == 0 || adapter);
+                     const bool f32 = parameter->trained || !parameter->matrix();
+                     parameter->value = allocate_like(backend, f32 ? DType::f32 : config.dtype, shape);
+                     backend.zero(parameter->value);
+                     all_.push_back(parameter);
+                     if (parameter->trained) trained_.push_back(parameter);
+                     if (parameter->trained && parameter->matrix())
+                       largest = std::max(largest, parameter->size());
+                     append_named(named_, parameter, shape, slices, adapted, adapter);
+                   });
+  if (largest > 0 && config.dtype != DType::f32) staging_ = backend.allocate(config.dtype, {largest});
 }
 
 const NamedParameter& Parameters::find(const std::string& name) const {
@@ -123,26 +128,40 @@ const NamedParameter& Parameters::find(const std::string& name) const {
               "Expected the name of a parameter of this model for name but received " + name);
 }
 
-void Parameters::make_gradients() {
-  for (Parameter* parameter : all_) {
-    if (parameter->gradient) continue;
-    parameter->gradient = allocate_like(backend_, DType::f32, parameter->shape);
-    backend_.zero(parameter->gradient);
+bool Parameters::make(std::initializer_list<Tensor Parameter::*> members) {
+  std::vector<Tensor*> made;
+  try {
+    for (Parameter* parameter : trained_) {
+      for (const auto member : members) {
+        Tensor& tensor = parameter->*member;
+        if (tensor) continue;
+        tensor = allocate_like(backend_, DType::f32, parameter->shape);
+        made.push_back(&tensor);
+        backend_.zero(tensor);
+      }
+    }
+  } catch (...) {
+    for (Tensor* tensor : made) *tensor = {};
+    throw;
   }
+  return !made.empty();
 }
 
-void Parameters::make_moments() {
-  for (Parameter* parameter : all_) {
-    for (Tensor* moment : {&parameter->adam_m, &parameter->adam_v}) {
-      if (*moment) continue;
-      *moment = allocate_like(backend_, DType::f32, parameter->shape);
-      backend_.zero(*moment);
-    }
-  }
+bool Parameters::make_gradients() { return make({&Parameter::gradient}); }
+bool Parameters::make_moments() { return make({&Parameter::adam_m, &Parameter::adam_v}); }
+
+void Parameters::drop_gradients() {
+  for (Parameter* parameter : trained_) parameter->gradient = {};
+}
+
+int64_t Parameters::trained_size() const {
+  int64_t elements = 0;
+  for (const Parameter* parameter : trained_) elements += parameter->size();
+  return elements;
 }
 
 void Parameters::zero_gradients() {
-  for (Parameter* parameter : all_) {
+  for (Parameter* parameter : trained_) {
     if (parameter->gradient) backend_.zero(parameter->gradient);
   }
 }
@@ -160,7 +179,7 @@ void Parameters::make_products(Parameter& parameter, const Tensor& source) {
   if (parameter.packed) {
     backend_.repack_weight(*parameter.packed, source);
   } else {
-    parameter.packed = backend_.pack_weight(source, trainable_);
+    parameter.packed = backend_.pack_weight(source, training_.trainable);
   }
 }
 
@@ -210,6 +229,24 @@ void Parameters::read(const NamedParameter& named, const Tensor& whole, float* d
   }
 }
 
+void Parameters::read_merged(const NamedParameter& named, float* data) {
+  if (named.adapted == nullptr) return read(named, named.parameter->value, data);
+  const auto& [a, b] = *named.adapted;
+  const Tensor weight = named.slice(named.parameter->value), low = named.slice(b.value);
+  Tensor merged = backend_.allocate(DType::f32, {weight.shape[0], weight.shape[1]}), factor = low;
+  if (weight.dtype == DType::f32) {
+    backend_.copy(merged, weight);
+  } else {
+    backend_.cast(merged, weight);
+  }
+  if (low.dtype != a.packed->dtype) {
+    factor = backend_.allocate(a.packed->dtype, {low.shape[0], low.shape[1]});
+    backend_.cast(factor, low);
+  }
+  backend_.linear_backward_input(factor, *a.packed, merged, true);
+  backend_.download(data, merged, merged.bytes());
+}
+
 void Parameters::update(const AdamWOptions& options, float weight_decay) {
   // As many parameters in one call as have room for their copies.
   std::vector<AdamWTensor> tensors;
@@ -226,7 +263,7 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
     matrices.clear();
     staged = 0;
   };
-  for (Parameter* parameter : all_) {
+  for (Parameter* parameter : trained_) {
     Tensor copy;
     if (parameter->matrix() && config_.dtype != DType::f32) {
       if (staged + parameter->size() > staging_.size()) flush();

@@ -5,6 +5,7 @@
 // is one product; their parts are slices of rows.
 #pragma once
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 #include <vector>
@@ -14,11 +15,28 @@
 
 namespace merf {
 
-// One stored parameter. `value` is what the other operators read: the float32 master itself, or in a bfloat16 model
-// that is not trained a bfloat16 copy.
+// What of a model is trained.
+struct Training {
+  // Not trainable: nothing; there are no gradients and no moments.
+  Training(bool trainable = true) : trainable(trainable) {}  // NOLINT: a yes or no says it all
+  static Training lora(int64_t rank, uint64_t seed) {
+    Training training;
+    training.lora_rank = rank;
+    training.lora_seed = seed;
+    return training;
+  }
+  bool trainable;
+  // Above 0: low-rank adapters on the projections of all layers, and nothing else (LoRA, Hu et al. 2021).
+  int64_t lora_rank = 0;
+  uint64_t lora_seed = 0;  // of the first values of every A
+};
+
+// One stored parameter. `value` is what the other operators read: the float32 master itself, or a bfloat16 copy where
+// it is a matrix of a bfloat16 model and not trained.
 struct Parameter {
   std::vector<int64_t> shape;            // [N, K] of a matrix, [N] of a bias or a norm's weight
-  Tensor value;                          // f32; matrices of a bf16 model that is not trained: bf16
+  bool trained = false;                  // has a gradient and moments
+  Tensor value;                          // f32|bf16
   Tensor gradient;                       // f32; made at the first backward
   Tensor adam_m, adam_v;                 // f32; made at the first update
   Tensor table;                          // the embedding table that is looked up, of the model's dtype
@@ -38,6 +56,8 @@ struct NamedParameter {
   std::vector<int64_t> shape;
   Parameter* parameter = nullptr;
   int64_t first_row = 0;
+  bool adapter = false;                     // one of LoRA's, which models are not loaded with
+  const struct Adapter* adapted = nullptr;  // the adapter of the projection that this is a part of
 
   int64_t size() const {
     int64_t n = 1;
@@ -49,17 +69,33 @@ struct NamedParameter {
   Tensor slice(const Tensor& whole) const { return whole.rows(first_row, first_row + shape[0]); }
 };
 
-struct LayerParameters {
-  Parameter attention_norm, qkv, qkv_bias, output, output_bias;
-  Parameter mlp_norm, gate_up, gate_up_bias, down, down_bias;
+// LoRA: y += (x A^T) B^T beside the frozen y = x W^T. One for each product, so q, k and v share an A, and gate and up.
+// Its scale is 1 (alpha equals the rank).
+struct Adapter {
+  Parameter a;  // [rank, K], at first uniform in +-1 / sqrt(K)
+  Parameter b;  // [N, rank], at first 0
 };
 
-// The names and shapes of a model's parameters without the parameters: of what `config` describes.
-std::vector<NamedParameter> name_parameters(const ModelConfig& config);
+// y = x W^T + bias, with its adapter where the model has them.
+struct Projection {
+  Parameter weight, bias;
+  Adapter adapter;
+};
+
+struct LayerParameters {
+  Parameter attention_norm;
+  Projection qkv, output;
+  Parameter mlp_norm;
+  Projection gate_up, down;
+};
+
+// The names and shapes of a model's parameters without the parameters: of what `config` describes, with adapters of
+// that rank where it is not 0.
+std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t lora_rank = 0);
 
 class Parameters {
  public:
-  Parameters(Backend& backend, const ModelConfig& config, bool trainable);
+  Parameters(Backend& backend, const ModelConfig& config, const Training& training);
 
   Parameter embedding;
   std::vector<LayerParameters> layers;
@@ -69,15 +105,19 @@ class Parameters {
   Parameter& head() { return tied_ ? embedding : untied_head; }
 
   const std::vector<NamedParameter>& named() const { return named_; }
-  const std::vector<Parameter*>& all() const { return all_; }
-  bool trainable() const { return trainable_; }
+  // Those that are trained.
+  const std::vector<Parameter*>& trained() const { return trained_; }
+  const Training& training() const { return training_; }
 
   // Throws INVALID_ARGUMENT where there is no parameter of this name.
   const NamedParameter& find(const std::string& name) const;
 
-  // Makes what is missing and fills it with zeros.
-  void make_gradients();
-  void make_moments();
+  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing.
+  bool make_gradients();
+  bool make_moments();
+  void drop_gradients();
+  bool has_gradients() const { return !trained_.empty() && trained_.front()->gradient; }
+  int64_t trained_size() const;
   // Brings the copies that operators read (packed weights, the embedding table) up to date with `value`.
   void refresh();
 
@@ -85,22 +125,25 @@ class Parameters {
   void write(const NamedParameter& named, const Tensor& whole, const float* data, int64_t first_element,
              int64_t elements);
   void read(const NamedParameter& named, const Tensor& whole, float* data);
+  // The value as a model without adapters has it: W + B A.
+  void read_merged(const NamedParameter& named, float* data);
 
   // One update of every parameter with the gradients times `options.gradient_scale`; weight decay on matrices only.
   void update(const AdamWOptions& options, float weight_decay);
   void zero_gradients();
 
  private:
+  bool make(std::initializer_list<Tensor Parameter::*> members);
   void refresh(Parameter& parameter);
   void make_products(Parameter& parameter, const Tensor& source);
 
   Backend& backend_;
   const ModelConfig& config_;
-  bool trainable_;
+  const Training training_;
   bool tied_;
   Tensor
       staging_;  // bf16 models in training: the largest matrix, on its way from the master into its packed form
-  std::vector<Parameter*> all_;
+  std::vector<Parameter*> all_, trained_;
   std::vector<NamedParameter> named_;
 };
 

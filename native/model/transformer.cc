@@ -25,6 +25,7 @@ void Activations::shrink_to(int64_t rows, Activations& out) const {
   }
   out.normed = first(normed);
   out.gated = first(gated);
+  out.low_rank = first(low_rank);
   out.output = first(output);
 }
 
@@ -60,6 +61,8 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
   }
   a.normed = arena.take(c.dtype, {tokens, c.hidden_size});
   a.gated = arena.take(c.dtype, {tokens, c.mlp_size});
+  const int64_t rank = parameters_.training().lora_rank;
+  if (rank > 0) a.low_rank = arena.take(c.dtype, {tokens, rank});
   a.output = keep ? residual() : a.layers[0].attention_input;
   a.output_rstd = rstd();
   return a;
@@ -72,6 +75,9 @@ BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens)
   b.dx_cast = c.dtype == DType::f32 ? b.dx : arena.take(c.dtype, {tokens, c.hidden_size});
   b.dnormed = arena.take(c.dtype, {tokens, c.hidden_size});
   b.dgated = arena.take(c.dtype, {tokens, c.mlp_size});
+  const int64_t rank = parameters_.training().lora_rank;
+  if (rank > 0) b.low_rank = arena.take(c.dtype, {tokens, rank});
+  if (rank > 0) b.dlow_rank = arena.take(c.dtype, {tokens, rank});
   b.dgate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
   b.dattention = arena.take(c.dtype, {tokens, c.attention_size()});
   b.dqkv = arena.take(c.dtype, {tokens, c.qkv_size()});
@@ -98,16 +104,39 @@ HeadsView Transformer::whole_heads(const Tensor& x) const {
   return {x.data, x.dtype, x.shape[0], config_.heads, config_.head_size, x.shape[1]};
 }
 
+void Transformer::project(const Projection& projection, const Tensor& x, const Tensor& low_rank,
+                          const Tensor& y, bool accumulate) {
+  backend_.linear(x, *projection.weight.packed, projection.bias.value, y, accumulate);
+  if (!low_rank) return;
+  backend_.linear(x, *projection.adapter.a.packed, Tensor(), low_rank);
+  backend_.linear(low_rank, *projection.adapter.b.packed, Tensor(), y, true);
+}
+
+void Transformer::project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
+                                   const BackwardBuffers& buffers, const Tensor& dx) {
+  if (projection.weight.trained) {
+    backend_.linear_backward_weight(dy, x, projection.weight.gradient, projection.bias.gradient);
+  }
+  backend_.linear_backward_input(dy, *projection.weight.packed, dx);
+  if (!buffers.low_rank) return;
+  const auto& [a, b] = projection.adapter;
+  backend_.linear(x, *a.packed, Tensor(), buffers.low_rank);
+  backend_.linear_backward_weight(dy, buffers.low_rank, b.gradient, Tensor());
+  backend_.linear_backward_input(dy, *b.packed, buffers.dlow_rank);
+  backend_.linear_backward_weight(buffers.dlow_rank, x, a.gradient, Tensor());
+  backend_.linear_backward_input(buffers.dlow_rank, *a.packed, dx, true);
+}
+
 void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention,
                           Activations& activations, const Cancel& cancel, const char* work) {
   const float epsilon = config_.rms_norm_epsilon;
   const Tensor none;
   backend_.embedding(ids, parameters_.embedding.table, activations.layers[0].attention_input);
-  // to = from + weight * x; in place where the two are one buffer.
-  const auto add_product = [&](const Tensor& from, const Tensor& x, const Parameter& weight,
-                               const Tensor& bias, const Tensor& to) {
+  // to = from + projection(x); in place where the two are one buffer.
+  const auto add_product = [&](const Tensor& from, const Tensor& x, const Projection& projection,
+                               const Tensor& to) {
     if (to.data != from.data) backend_.copy(to, from);
-    backend_.linear(x, *weight.packed, bias, to, true);
+    project(projection, x, activations.low_rank, to, true);
   };
   for (size_t i = 0; i < activations.layers.size(); ++i) {
     cancel.check(work);
@@ -116,17 +145,17 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     const bool last = i + 1 == activations.layers.size();
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
                       a.attention_rstd);
-    backend_.linear(activations.normed, *p.qkv.packed, p.qkv_bias.value, a.qkv);
+    project(p.qkv, activations.normed, activations.low_rank, a.qkv, false);
     const Heads heads = split(a.qkv);
     backend_.rope(heads.qk, positions, inverse_frequencies_, false, config_.rope_attention_scale);
     attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
                      a.lse);
-    add_product(a.attention_input, a.attention_output, p.output, p.output_bias.value, a.mlp_input);
+    add_product(a.attention_input, a.attention_output, p.output, a.mlp_input);
 
     backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, a.mlp_rstd);
-    backend_.linear(activations.normed, *p.gate_up.packed, p.gate_up_bias.value, a.gate_up);
+    project(p.gate_up, activations.normed, activations.low_rank, a.gate_up, false);
     backend_.swiglu(a.gate_up, activations.gated);
-    add_product(a.mlp_input, activations.gated, p.down, p.down_bias.value,
+    add_product(a.mlp_input, activations.gated, p.down,
                 last ? activations.output : activations.layers[i + 1].attention_input);
   }
 }
@@ -144,7 +173,7 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
   const ModelConfig& c = config_;
   const float epsilon = c.rms_norm_epsilon;
   const Tensor none;
-  const auto& [dx, dx_cast, dnormed, dgated, dgate_up, dattention, dqkv] = buffers;
+  const auto& [dx, dx_cast, dnormed, dgated, low_rank, dlow_rank, dgate_up, dattention, dqkv] = buffers;
   const auto cast_dx = [&, &to = buffers.dx_cast, &from = buffers.dx] {
     if (to.data != from.data) backend_.cast(to, from);
   };
@@ -159,31 +188,28 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
 
     cast_dx();
     backend_.swiglu(a.gate_up, activations.gated);
-    backend_.linear_backward_weight(dx_cast, activations.gated, p.down.gradient, p.down_bias.gradient);
-    backend_.linear_backward_input(dx_cast, *p.down.packed, dgated);
+    project_backward(p.down, dx_cast, activations.gated, buffers, dgated);
     backend_.swiglu_backward(dgated, a.gate_up, dgate_up);
     backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, none);
-    backend_.linear_backward_weight(dgate_up, activations.normed, p.gate_up.gradient,
-                                    p.gate_up_bias.gradient);
-    backend_.linear_backward_input(dgate_up, *p.gate_up.packed, dnormed);
+    project_backward(p.gate_up, dgate_up, activations.normed, buffers, dnormed);
     backend_.rms_norm_backward(dnormed, a.mlp_input, p.mlp_norm.value, a.mlp_rstd, dx, p.mlp_norm.gradient);
 
     cancel.check_abandoned("the backward pass");
     cast_dx();
-    backend_.linear_backward_weight(dx_cast, a.attention_output, p.output.gradient, p.output_bias.gradient);
-    backend_.linear_backward_input(dx_cast, *p.output.packed, dattention);
+    project_backward(p.output, dx_cast, a.attention_output, buffers, dattention);
     const Heads heads = split(a.qkv), dheads = split(dqkv);
     backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v,
                                 whole_heads(a.attention_output), a.lse, forest.visible_until,
                                 forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v);
     backend_.rope(dheads.qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
-    backend_.linear_backward_weight(dqkv, activations.normed, p.qkv.gradient, p.qkv_bias.gradient);
-    backend_.linear_backward_input(dqkv, *p.qkv.packed, dnormed);
+    project_backward(p.qkv, dqkv, activations.normed, buffers, dnormed);
     backend_.rms_norm_backward(dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
                                p.attention_norm.gradient);
   }
-  backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);
+  if (parameters_.embedding.trained) {
+    backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);
+  }
 }
 
 }  // namespace merf

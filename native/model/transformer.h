@@ -65,6 +65,7 @@ struct Activations {
   std::vector<Layer> layers;
   Tensor normed;       // [T, H]
   Tensor gated;        // [T, F]
+  Tensor low_rank;     // [T, rank], empty where the model has no adapters
   Tensor output;       // [T, H] f32, x after the last layer
   Tensor output_rstd;  // [T] f32
 
@@ -78,6 +79,8 @@ struct BackwardBuffers {
   Tensor dx_cast;     // [T, H], the same as products read it
   Tensor dnormed;     // [T, H]
   Tensor dgated;      // [T, F]
+  Tensor low_rank;    // [T, rank], empty where the model has no adapters
+  Tensor dlow_rank;   // as low_rank
   Tensor dgate_up;    // [T, 2F]
   Tensor dattention;  // [T, Hq D]
   Tensor dqkv;        // [T, (Hq + 2 Hk) D]
@@ -100,7 +103,7 @@ class Transformer {
   // logits [N, V] f32 of hidden [N, H].
   void head(const Tensor& hidden, const Tensor& logits);
 
-  // Adds the gradients of all parameters but the head's, given dhidden [T, H] of the model's dtype. Only
+  // Adds the gradients of all trained parameters but the head's, given dhidden [T, H] of the model's dtype. Only
   // cancel.abandon() stops it half-way, since what was added cannot be taken back.
   void backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
                 const BackwardBuffers& buffers, const Cancel& cancel);
@@ -109,6 +112,12 @@ class Transformer {
   struct Heads {
     HeadsView q, k, v, qk;
   };
+  // y = x W^T + bias (+ y), with the adapter's part, which goes through low_rank.
+  void project(const Projection& projection, const Tensor& x, const Tensor& low_rank, const Tensor& y,
+               bool accumulate);
+  // Adds the gradients of what is trained of the projection; overwrites dx.
+  void project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
+                        const BackwardBuffers& buffers, const Tensor& dx);
   Heads split(const Tensor& qkv) const;
   HeadsView whole_heads(const Tensor& x) const;
 

@@ -9,8 +9,8 @@
 #include <cerrno>
 #include <cstring>
 
-#include "backend/cpu/dequantize.h"
 #include "backend/tensor.h"
+#include "model/dequantize.h"
 
 namespace merf {
 namespace {

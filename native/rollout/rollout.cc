@@ -4,6 +4,7 @@
 #include <chrono>
 #include <numeric>
 
+#include "backend/in_words.h"
 #include "rollout/kv_cache.h"
 #include "rollout/prompt_tree.h"
 
@@ -227,10 +228,12 @@ void Sampler::make_buffers() {
   }
   const int64_t page_bytes = KvCache::page_bytes(config_);
   const int64_t memory = backend_.info().memory_bytes;
+  // Others may have memory of the device too.
+  const int64_t free = backend_.memory_free() + static_cast<int64_t>(arena_.held());
   const int64_t bytes =
       request_.cache_bytes > 0
           ? request_.cache_bytes
-          : std::max<int64_t>(0, std::min(memory / 4, (memory - backend_.memory_used()) / 2));
+          : std::max<int64_t>(0, std::min({memory / 4, (memory - backend_.memory_used()) / 2, free / 4 * 3}));
   const int64_t pages = std::max(
       prompt_pages + longest, std::min(prompt_pages + std::min(wanted, live * longest), bytes / page_bytes));
   cache_ = std::make_unique<KvCache>(arena_, config_, static_cast<int32_t>(std::max<int64_t>(pages, 1)));
@@ -578,11 +581,44 @@ void Sampler::collect() {
   }
 }
 
+// Gives the memory of the cache and of activations back, and says what would have fitted.
+Error out_of_memory(const Error& error, Model& model, const SampleRequest& request) {
+  Backend& backend = model.backend();
+  model.arena().free();
+  backend.synchronize();
+  const int64_t tokens = static_cast<int64_t>(request.tokens.size());
+  const ModelConfig& config = model.config();
+  // What the prompts and one completion need: pages of the cache, and a forward over a part of the prompts.
+  int64_t longest = 0;
+  for (const int32_t most : request.max_tokens) longest = std::max<int64_t>(longest, most);
+  longest = std::min(longest, config.max_positions);
+  const int64_t per_token = KvCache::page_bytes(config) / kPageTokens;
+  const int64_t sequences = std::accumulate(request.counts.begin(), request.counts.end(), int64_t{8});
+  const int64_t logits = 2 * std::min(kLogitsBytes, 4 * config.vocab_size * sequences);
+  const int64_t fixed = longest * per_token + logits;
+  Arena counted;
+  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), false);
+  const int64_t activations = static_cast<int64_t>(counted.taken());
+  const int64_t fit =
+      count_that_fits(tokens, tokens * per_token + activations, backend.memory_free() - fixed);
+  return Error("OUT_OF_MEMORY",
+               std::string(error.what()) + ". Prompts of " + std::to_string(tokens) +
+                   " tokens and completions of up to " + std::to_string(longest) + " need at least " +
+                   in_words(static_cast<size_t>(tokens * per_token + activations + fixed)) + "; " +
+                   (fit > 0 ? "prompts of about " + std::to_string(fit) + " tokens" : std::string("none")) +
+                   " would fit");
+}
+
 }  // namespace
 
 SampleResult sample(Model& model, const TokenBytes& token_bytes, const SampleRequest& request,
                     const Cancel& cancel, const TokenCallback& on_tokens) {
-  return Sampler(model, token_bytes, request, cancel, on_tokens).run();
+  try {
+    return Sampler(model, token_bytes, request, cancel, on_tokens).run();
+  } catch (const Error& error) {
+    if (error.code != "OUT_OF_MEMORY") throw;
+    throw out_of_memory(error, model, request);
+  }
 }
 
 }  // namespace merf

@@ -60,6 +60,35 @@ TEST_CASE("advantages sum to nothing within a group") {
   });
 }
 
+TEST_CASE("advantages of large groups, empty groups and no groups") {
+  using Kind = Backend::AdvantageKind;
+  for_each_backend([](Backend& backend) {
+    const std::vector<float> rewards = Random(4).normals(700, 10.0);
+    const std::vector<int64_t> offsets = {0, 100, 101, 101, 166, 700};
+    double all = 0, all_squares = 0;
+    for (const float r : rewards) all += r / 700.0;
+    for (const float r : rewards) all_squares += (r - all) * (r - all);
+    for (const Kind kind : {Kind::group, Kind::batch, Kind::leave_one_out}) {
+      std::vector<double> expected;
+      for (size_t g = 0; g + 1 < offsets.size(); ++g) {
+        const double n = static_cast<double>(offsets[g + 1] - offsets[g]);
+        double mean = 0, squares = 0;
+        for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i) mean += rewards[i] / n;
+        for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i)
+          squares += (rewards[i] - mean) * (rewards[i] - mean);
+        const double factor = n < 2                 ? 0
+                              : kind == Kind::group ? 1 / (std::sqrt(squares / (n - 1)) + double{1e-4f})
+                              : kind == Kind::batch ? 1 / (std::sqrt(all_squares / 699) + double{1e-4f})
+                                                    : n / (n - 1);
+        for (int64_t i = offsets[g]; i < offsets[g + 1]; ++i)
+          expected.push_back((rewards[i] - mean) * factor);
+      }
+      CHECK(relative_error(advantages(backend, rewards, offsets, kind, true, 1e-4f), expected) < 1e-7);
+      CHECK(advantages(backend, {}, {0}, kind, true, 1e-4f).empty());
+    }
+  });
+}
+
 TEST_CASE("a reward that is no number spoils its own group alone") {
   for_each_backend([](Backend& backend) {
     const std::vector<float> a =

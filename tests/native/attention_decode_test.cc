@@ -164,30 +164,186 @@ TEST_CASE("decoding agrees with float64 over every row's tokens") {
 }
 
 TEST_CASE("a decoding row does not depend on the rows beside it, nor on the threads") {
-  const Shape shape{2, 3, 64};
-  const std::vector<Run> runs = rollout(600, 2, 5);
-  const std::vector<float> q = Random(1).normals(10 * shape.q_heads() * 64);
-  const std::vector<float> k = Random(2).normals(tokens_of(runs) * shape.kv_heads * 64);
-  const std::vector<float> v = Random(3).normals(tokens_of(runs) * shape.kv_heads * 64);
-  std::vector<Run> alone = runs;
-  for (Run& run : alone) {
-    run.rows.erase(std::remove_if(run.rows.begin(), run.rows.end(), [](int32_t row) { return row != 7; }),
-                   run.rows.end());
+  struct Case {
+    Shape shape;
+    DType dtype;
+    std::vector<Run> runs;
+    int64_t batch, row;
+  };
+  const std::vector<Case> cases = {{{2, 3, 64}, DType::f32, rollout(600, 2, 5), 10, 7},
+                                   {{1, 7, 128}, DType::bf16, rollout(300, 3, 25), 75, 66},
+                                   {{1, 5, 96}, DType::bf16, rollout(70, 2, 3), 6, 4},
+                                   {{1, 1, 256}, DType::f32, rollout(70, 1, 20), 20, 19},
+                                   {{1, 20, 32}, DType::f32, rollout(70, 1, 2), 2, 1}};
+  for (const Case& c : cases) {
+    const Shape& shape = c.shape;
+    const int64_t width = shape.q_heads() * shape.head_size, tokens = tokens_of(c.runs);
+    const std::vector<float> q = stored(Random(1).normals(c.batch * width), c.dtype);
+    const std::vector<float> k =
+        stored(Random(2).normals(tokens * shape.kv_heads * shape.head_size), c.dtype);
+    const std::vector<float> v =
+        stored(Random(3).normals(tokens * shape.kv_heads * shape.head_size), c.dtype);
+    std::vector<Run> alone = c.runs;
+    for (Run& run : alone) {
+      std::erase_if(run.rows, [&](int32_t row) { return row != c.row; });
+      // Runs without rows do not belong in a plan: their tokens become one row's that is not looked at.
+      if (run.rows.empty()) run.rows = {0};
+    }
+    for (const int threads : {1, 5}) {
+      for_each_backend(
+          [&](Backend& backend) {
+            const std::vector<float> together = decode(backend, shape, c.runs, c.batch, q, k, v, c.dtype);
+            const std::vector<float> apart = decode(backend, shape, alone, c.batch, q, k, v, c.dtype);
+            const auto row_of = [&](const std::vector<float>& out) {
+              return std::vector<float>(out.begin() + c.row * width, out.begin() + (c.row + 1) * width);
+            };
+            CAPTURE(shape.head_size);
+            CHECK(same_bits(row_of(together), row_of(apart)));
+          },
+          threads);
+    }
   }
-  const int64_t width = shape.q_heads() * 64;
-  for (const int threads : {1, 2, 5}) {
-    for_each_backend(
-        [&](Backend& backend) {
-          // Runs without rows do not belong in a plan: their tokens become one row's that is not looked at.
-          std::vector<Run> others = alone;
-          for (Run& run : others) {
-            if (run.rows.empty()) run.rows = {0};
+}
+
+TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
+  for_each_backend([](Backend& backend) {
+    for (const Shape& shape : {Shape{1, 1, 8}, Shape{3, 1, 24}, Shape{2, 1, 128}}) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        // In rows that are wider than the heads, as in the output of a fused projection.
+        const int64_t tokens = 37, pages = 4, width = shape.kv_heads * shape.head_size, stride = 3 * width;
+        std::vector<int32_t> slots(tokens, -1);
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (t % 3 != 1) slots[t] = static_cast<int32_t>((t * 29 + 5) % (pages * kPageTokens));
+        }
+        const std::vector<float> values = stored(Random(9).normals(tokens * stride), dtype);
+        const Tensor rows = upload(backend, dtype, {tokens, stride}, values);
+        const auto view = [&](int64_t column, int64_t count) {
+          return HeadsView{rows.as<char>() + column * static_cast<int64_t>(size_of(dtype)),
+                           dtype,
+                           count,
+                           shape.kv_heads,
+                           shape.head_size,
+                           stride};
+        };
+        const std::vector<float> before = stored(Random(10).normals(pages * kPageTokens * width), dtype);
+        const auto make_pages = [&] {
+          return upload(backend, dtype, {pages, shape.kv_heads, kPageTokens, shape.head_size}, before);
+        };
+        const PagedLayer cache{make_pages(), make_pages()};
+        backend.cache_write(view(width, 0), view(2 * width, 0), backend.allocate(DType::i32, {0}), cache);
+        backend.cache_write(view(width, tokens), view(2 * width, tokens), upload(backend, {tokens}, slots),
+                            cache);
+
+        std::vector<float> keys = before, expected_values = before;
+        for (int64_t t = 0; t < tokens; ++t) {
+          if (slots[t] < 0) continue;
+          for (int64_t head = 0; head < shape.kv_heads; ++head) {
+            for (int64_t d = 0; d < shape.head_size; ++d) {
+              const int64_t page = slots[t] / kPageTokens, offset = slots[t] % kPageTokens;
+              const int64_t to =
+                  ((page * shape.kv_heads + head) * kPageTokens + offset) * shape.head_size + d;
+              keys[to] = values[t * stride + width + head * shape.head_size + d];
+              expected_values[to] = values[t * stride + 2 * width + head * shape.head_size + d];
+            }
           }
-          const std::vector<float> together = decode(backend, shape, runs, 10, q, k, v, DType::f32);
-          const std::vector<float> apart = decode(backend, shape, others, 10, q, k, v, DType::f32);
-          CHECK(same_bits({together.begin() + 7 * width, together.begin() + 8 * width},
-                          {apart.begin() + 7 * width, apart.begin() + 8 * width}));
-        },
-        threads);
-  }
+        }
+        CHECK(same_bits(download(backend, cache.keys), keys));
+        CHECK(same_bits(download(backend, cache.values), expected_values));
+      }
+    }
+  });
+}
+
+TEST_CASE("rows in no run are left as they are") {
+  for_each_backend([](Backend& backend) {
+    const Shape shape{1, 2, 16};
+    const int64_t batch = 6, width = shape.q_heads() * shape.head_size;
+    const PagedLayer cache{upload(backend, DType::f32, {1, 1, kPageTokens, 16}, Random(1).normals(512)),
+                           upload(backend, DType::f32, {1, 1, kPageTokens, 16}, Random(2).normals(512))};
+    const Tensor q = upload(backend, DType::f32, {batch, width}, Random(3).normals(batch * width));
+    const std::vector<float> before = Random(4).normals(batch * width);
+    const Tensor out = upload(backend, DType::f32, {batch, width}, before);
+    const auto run = [&](const DecodePlan& plan) {
+      backend.plan_decode(plan, batch);
+      backend.attention_decode(heads_view(q, batch, 2, 16), cache, 0.25f, heads_view(out, batch, 2, 16));
+    };
+    run({});
+    CHECK(same_bits(download(backend, out), before));
+    run({{{0, 20, 0, 2}}, {0}, {4, 1}});
+    const std::vector<float> after = download(backend, out);
+    for (int64_t row = 0; row < batch; ++row) {
+      const bool same = std::equal(before.begin() + row * width, before.begin() + (row + 1) * width,
+                                   after.begin() + row * width);
+      CAPTURE(row);
+      CHECK(same == (row != 1 && row != 4));
+    }
+  });
+}
+
+TEST_CASE("a recorded step attends to what was planned last, however much it is") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      const Shape shape{2, 2, 24};
+      const int64_t most = 16, width = shape.q_heads() * shape.head_size, pages = 700;
+      const std::initializer_list<int64_t> page_shape{pages, shape.kv_heads, kPageTokens, shape.head_size};
+      const auto random = [&](uint64_t seed, int64_t n) { return stored(Random(seed).normals(n), dtype); };
+      const int64_t elements = pages * shape.kv_heads * kPageTokens * shape.head_size;
+      const PagedLayer cache{upload(backend, dtype, page_shape, random(1, elements)),
+                             upload(backend, dtype, page_shape, random(2, elements))};
+      const Tensor q = upload(backend, dtype, {most, width}, random(3, most * width));
+      const Tensor kv = upload(backend, dtype, {most, 2, shape.kv_heads * shape.head_size},
+                               random(4, most * 2 * shape.kv_heads * shape.head_size));
+      const Tensor slots = backend.allocate(DType::i32, {most});
+      const Tensor out = backend.allocate(dtype, {most, width});
+      const std::unique_ptr<Recorder> recorder = backend.make_recorder();
+      struct Step {
+        int64_t rows;
+        int32_t shared, own;  // tokens of the run that all rows see, and of each row's own
+      };
+      int32_t number = 0;
+      for (const Step step :
+           {Step{8, 40, 1}, Step{8, 40, 2}, Step{8, 300, 3}, Step{16, 40, 70}, Step{8, 40, 4},
+            Step{16, 41, 70}, Step{16, 18000, 90}, Step{8, 18000, 7}, Step{16, 17000, 91},
+            Step{16, 18100, 92}, Step{8, 30, 8}, Step{8, 31, 9}, Step{16, 33, 93}}) {
+        ++number;
+        // The last row is in no run.
+        const auto rows = static_cast<int32_t>(step.rows - 1);
+        DecodePlan plan;
+        const auto add = [&](int32_t tokens, int32_t first_row, int32_t row_count) {
+          plan.runs.push_back({static_cast<int32_t>(plan.pages.size()), tokens, first_row, row_count});
+          for (int32_t t = 0; t < tokens; t += static_cast<int32_t>(kPageTokens)) {
+            plan.pages.push_back(
+                static_cast<int32_t>((plan.pages.size() * 37 + static_cast<size_t>(number)) % pages));
+          }
+        };
+        for (int32_t row = 0; row < rows; ++row) plan.rows.push_back(row);
+        add(step.shared, 0, rows);
+        for (int32_t row = 0; row < rows; ++row) add(step.own + row % 3, row, 1);
+        std::vector<int32_t> slot(most, -1);
+        for (int32_t row = 0; row < rows; ++row) slot[static_cast<size_t>(row)] = 33 * row + number;
+        backend.upload(slots, slot.data(), slots.bytes());
+        const auto body = [&] {
+          const HeadsView k{kv.data, dtype, step.rows, shape.kv_heads, shape.head_size, kv.row_size()};
+          HeadsView v = k;
+          v.data = kv.as<char>() + kv.row_size() / 2 * static_cast<int64_t>(size_of(dtype));
+          backend.cache_write(k, v, slots.rows(0, step.rows), cache);
+          backend.attention_decode(heads_view(q, step.rows, shape.q_heads(), shape.head_size), cache, 0.2f,
+                                   heads_view(out, step.rows, shape.q_heads(), shape.head_size));
+        };
+        const auto result = [&](const auto& run) {
+          backend.zero(out);
+          backend.plan_decode(plan, step.rows);
+          run();
+          return download(backend, out);
+        };
+        const std::vector<float> recorded = result([&] { recorder->run(step.rows, body); });
+        const std::vector<float> direct = result(body);
+        CAPTURE(number);
+        CHECK(same_bits(recorded, direct));
+        CHECK(std::all_of(direct.begin() + rows * width, direct.end(), [](float x) { return x == 0.0f; }));
+        CHECK(std::none_of(direct.begin(), direct.begin() + rows * width,
+                           [](float x) { return x == 0.0f || std::isnan(x); }));
+      }
+    }
+  });
 }

@@ -1,5 +1,5 @@
 // Expected values are those of gguf.quants.dequantize of the Python package gguf 0.19.0.
-#include "backend/cpu/dequantize.h"
+#include "model/dequantize.h"
 
 #include <bit>
 

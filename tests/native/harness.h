@@ -7,10 +7,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -19,16 +21,44 @@
 
 namespace merf::test {
 
-// Calls body(backend) for every backend that can be opened here.
+// MERF_TEST_DEVICES, names with commas between them: these are tested and must open. Otherwise, those of this build
+// that can be opened here.
+inline std::vector<std::string> named_devices() {
+  std::vector<std::string> names;
+  const char* named = std::getenv("MERF_TEST_DEVICES");
+  std::stringstream list(named == nullptr ? "" : named);
+  for (std::string name; std::getline(list, name, ',');) names.push_back(name);
+  return names;
+}
+inline std::vector<std::string> tested_devices() {
+  const std::vector<std::string> names = named_devices();
+  return names.empty() ? backend_names() : names;
+}
+
+// For tests of one device alone: TEST_CASE("..." * doctest::skip(!tests_device("cpu"))).
+inline bool tests_device(const std::string& name) {
+  const std::vector<std::string> names = tested_devices();
+  return std::find(names.begin(), names.end(), name) != names.end();
+}
+
+#if defined(MERF_CUDA_EMULATION_BUILT)
+constexpr bool kEmulationBuilt = true;
+#else
+constexpr bool kEmulationBuilt = false;
+#endif
+
+// Calls body(backend) for every device that is tested.
 template <class Body>
 void for_each_backend(Body&& body, int threads = 0) {
-  for (const std::string& name : backend_names()) {
+  const bool named = !named_devices().empty();
+  for (const std::string& name : tested_devices()) {
     std::shared_ptr<Backend> backend;
     try {
       backend = open_backend(name, threads);
     } catch (const Error& error) {
-      // A device that is not there cannot be tested, but the CPU always is.
-      REQUIRE_MESSAGE(name != "cpu", error.what());
+      // A device that is not there cannot be tested, but the CPU always is, and the emulation where it was built.
+      const bool always = named || name == "cpu" || (name == "cuda-emulated" && kEmulationBuilt);
+      REQUIRE_MESSAGE(!always, error.what());
       continue;
     }
     INFO("backend: " << name << " " << backend->info().isa << ", threads: " << backend->info().threads);

@@ -24,7 +24,7 @@ TEST_CASE("memory is counted, given back and reused") {
   });
 }
 
-TEST_CASE("a tensor outlives its backend") {
+TEST_CASE("a tensor outlives its backend" * doctest::skip(!tests_device("cpu"))) {
   auto backend = open_backend("cpu", 1);
   const Tensor tensor = backend->allocate(DType::f32, {100000});
   backend.reset();
@@ -66,7 +66,65 @@ TEST_CASE("memory that is not there is refused with its size") {
   });
 }
 
-TEST_CASE("devices are opened by name") {
+TEST_CASE("a recorder runs its bodies, temporaries and failures included") {
+  for_each_backend([](Backend& backend) {
+    const int64_t before = backend.memory_used();
+    {
+      const int64_t most = 1000;
+      const Tensor x = backend.allocate(DType::f32, {most}), y = backend.allocate(DType::f32, {most});
+      const std::unique_ptr<Recorder> recorder = backend.make_recorder();
+      const auto run = [&](int64_t count, uint64_t seed, bool fail) {
+        const std::vector<float> values = Random(seed).normals(most);
+        backend.upload(x, values.data(), x.bytes());
+        backend.zero(y);
+        recorder->run(count, [&] {
+          // Freed at the end of the first pass, so that the second one can have the same memory.
+          for (int pass = 0; pass < 2; ++pass) {
+            const Tensor first = backend.allocate(DType::f32, {count});
+            backend.copy(first, x.rows(0, count));
+            const Tensor second = backend.allocate(DType::f32, {count});
+            backend.copy(second, first);
+            backend.zero(first);
+            if (fail) throw Error("ABORTED", "on purpose");
+            backend.copy(y.rows(0, count), second);
+          }
+        });
+        std::vector<float> expected(values.begin(), values.begin() + count);
+        expected.resize(static_cast<size_t>(most), 0.0f);
+        CHECK(same_bits(download(backend, y), expected));
+      };
+      CHECK_THROWS_AS(run(100, 1, true), Error);
+      for (uint64_t seed = 1; seed <= 4; ++seed) {
+        for (const int64_t count : {int64_t{100}, int64_t{1000}, int64_t{7}}) {
+          if (seed == 2) CHECK_THROWS_AS(run(count, seed, true), Error);
+          run(count, seed, false);
+        }
+      }
+    }
+    CHECK(backend.memory_used() == before);
+  });
+}
+
+TEST_CASE("a recording cannot hold what was allocated in it, nor transfer") {
+  for_each_backend([](Backend& backend) {
+    if (backend.info().name == "cpu") return;  // runs bodies as they are
+    const Tensor x = backend.allocate(DType::f32, {10});
+    const std::unique_ptr<Recorder> recorder = backend.make_recorder();
+    Tensor held;
+    const auto hold = [&] { held = backend.allocate(DType::f32, {10}); };
+    const auto transfer = [&] { download(backend, x); };
+    recorder->run(1, hold);
+    recorder->run(2, transfer);
+    CHECK_THROWS_AS(recorder->run(1, hold), Error);
+    CHECK_THROWS_AS(recorder->run(2, transfer), Error);
+    recorder->run(3, hold);
+    const std::vector<float> values(10, 4.0f);
+    backend.upload(held, values.data(), held.bytes());
+    CHECK(same_bits(download(backend, held), values));
+  });
+}
+
+TEST_CASE("devices are opened by name" * doctest::skip(!tests_device("cpu"))) {
   CHECK(open_backend("cpu", 3)->info().threads == 3);
   const DeviceInfo info = open_backend("cpu", 0)->info();
   CHECK(info.threads >= 1);

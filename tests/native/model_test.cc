@@ -37,6 +37,7 @@ Weights random_weights(Model& model, uint64_t seed) {
   Random random(seed);
   Weights weights;
   for (const NamedParameter& named : model.parameters().named()) {
+    if (named.adapter) continue;
     std::vector<float> values = random.normals(named.size(), named.decayed() ? 0.25 : 0.2);
     if (named.name.ends_with("norm.weight")) {
       for (float& v : values) v += 1.0f;
@@ -301,6 +302,135 @@ TEST_CASE("loss and gradients of every parameter agree with float64") {
         }
       }
     }
+  });
+}
+
+namespace {
+
+// Every adapter's two parameters at random.
+Weights random_adapters(Model& model, uint64_t seed) {
+  Random random(seed);
+  Weights adapters;
+  for (const NamedParameter& named : model.parameters().named()) {
+    if (!named.adapter) continue;
+    const std::vector<float> values = random.normals(named.size(), 0.2);
+    model.write(named.name, ParameterKind::value, values);
+    adapters[named.name] = std::vector<double>(values.begin(), values.end());
+  }
+  return adapters;
+}
+
+// The weights of the model that those with these adapters stand for: W + B A.
+Weights merged(const ModelConfig& c, const Weights& weights, const Weights& adapters, int64_t rank) {
+  Weights all = weights;
+  const auto add = [&](const std::string& fused, const std::vector<std::string>& parts) {
+    const std::vector<double>&a = adapters.at(fused + ".lora_A.weight"),
+          &b = adapters.at(fused + ".lora_B.weight");
+    const size_t r = static_cast<size_t>(rank), inputs = a.size() / r;
+    size_t row = 0;
+    for (const std::string& part : parts) {
+      std::vector<double>& w = all.at(part + ".weight");
+      for (size_t i = 0; i < w.size(); ++i) {
+        for (size_t k = 0; k < r; ++k) w[i] += b[(row + i / inputs) * r + k] * a[k * inputs + i % inputs];
+      }
+      row += w.size() / inputs;
+    }
+  };
+  for (int64_t l = 0; l < c.layers; ++l) {
+    const std::string base = "model.layers." + std::to_string(l) + ".";
+    const std::string attention = base + "self_attn.", mlp = base + "mlp.";
+    add(attention + "qkv_proj", {attention + "q_proj", attention + "k_proj", attention + "v_proj"});
+    add(attention + "o_proj", {attention + "o_proj"});
+    add(mlp + "gate_up_proj", {mlp + "gate_proj", mlp + "up_proj"});
+    add(mlp + "down_proj", {mlp + "down_proj"});
+  }
+  return all;
+}
+
+}  // namespace
+
+TEST_CASE("with adapters, loss and gradients agree with float64, and nothing else is trained") {
+  for_each_backend([](Backend& backend) {
+    constexpr int64_t kRank = 3;
+    for (const bool qwen : {false, true}) {
+      CAPTURE(qwen);
+      Arena arena(backend);
+      Model model(backend, arena, tiny_config(qwen), Training::lora(kRank, 11));
+      const Weights weights = random_weights(model, 3);
+      Weights adapters = random_adapters(model, 8);
+      const Batch batch = random_forest(kForest, 61, 4);
+      const BatchLoss loss = random_loss(LossKind::policy_gradient_clip, batch, 5);
+      const auto reference = [&] {
+        const Weights all = merged(model.config(), weights, adapters, kRank);
+        return Reference(model.config(), all).loss(batch, loss);
+      };
+      const LossResult result = model.forward_backward(batch, loss, Cancel());
+      CHECK(result.loss == doctest::Approx(reference()).epsilon(1e-5));
+      Random random(6);
+      for (const auto& [name, gradient] : gradients(model)) {
+        CAPTURE(name);
+        if (!adapters.count(name)) {
+          for (const float value : gradient) CHECK(value == 0.0f);
+          continue;
+        }
+        std::vector<double>& values = adapters[name];
+        const std::vector<double> at = values;
+        std::vector<double> direction;
+        double scale = 0.0, actual = 0.0;
+        for (size_t i = 0; i < at.size(); ++i) {
+          direction.push_back(random.normal());
+          actual += direction[i] * static_cast<double>(gradient[i]);
+          scale += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
+        }
+        const double step = 1e-7;
+        const auto moved = [&](double by) {
+          for (size_t i = 0; i < at.size(); ++i) values[i] = at[i] + by * direction[i];
+          return reference();
+        };
+        const double expected = (moved(step) - moved(-step)) / (2.0 * step);
+        values = at;
+        CHECK(std::fabs(actual - expected) < 2e-5 * std::sqrt(scale) + 1e-7);
+      }
+      // An update moves the adapters alone, and the merged weights are what a model without adapters computes with.
+      OptimizerOptions options;
+      options.learning_rate = 1e-2f;
+      CHECK(model.optim_step(options, 1).applied);
+      const std::string q = "model.layers.1.self_attn.k_proj.weight";
+      CHECK(std::vector<double>(weights.at(q)) == [&] {
+        const std::vector<float> now = model.read(q, ParameterKind::value);
+        return std::vector<double>(now.begin(), now.end());
+      }());
+      Model plain(backend, arena, tiny_config(qwen), false);
+      for (const NamedParameter& named : plain.parameters().named()) {
+        plain.write(named.name, ParameterKind::value, model.read(named.name, ParameterKind::merged));
+      }
+      CHECK(relative_error(plain.score(batch, Cancel()).logprobs, model.score(batch, Cancel()).logprobs) <
+            1e-5);
+    }
+  });
+}
+
+TEST_CASE("a new adapter changes nothing, and trains in bfloat16") {
+  for_each_backend([](Backend& backend) {
+    Arena arena(backend);
+    ModelConfig config = tiny_config(false);
+    config.dtype = DType::bf16;
+    Model with(backend, arena, config, Training::lora(4, 1)), without(backend, arena, config, false);
+    random_weights(without, 3);
+    for (const NamedParameter& named : without.parameters().named()) {
+      with.write(named.name, ParameterKind::value, without.read(named.name, ParameterKind::value));
+    }
+    const Batch batch = random_forest(kForest, 61, 4);
+    const BatchLoss loss = random_loss(LossKind::cross_entropy, batch, 5);
+    CHECK(same_bits(with.score(batch, Cancel()).logprobs, without.score(batch, Cancel()).logprobs));
+    OptimizerOptions options;
+    options.learning_rate = 1e-2f;
+    std::vector<double> losses;
+    for (int64_t step = 1; step <= 30; ++step) {
+      losses.push_back(with.forward_backward(batch, loss, Cancel()).loss);
+      CHECK(with.optim_step(options, step).applied);
+    }
+    CHECK(losses.back() < 0.7 * losses.front());
   });
 }
 

@@ -94,6 +94,24 @@ double expected_loss(const Rows& rows, const std::vector<double>& logprobs, cons
   return loss;
 }
 
+// The loss against its formula, and the coefficients against finite differences of it.
+void check_rows(Backend& backend, const Rows& rows, const LossOptions& options, bool reference) {
+  const Outcome actual = run(backend, rows, options, reference);
+  const std::vector<double> at(rows.logprobs.begin(), rows.logprobs.end());
+  CAPTURE(static_cast<int>(options.kind));
+  CAPTURE(reference);
+  CHECK(actual.loss == doctest::Approx(expected_loss(rows, at, at, options, reference)).epsilon(1e-9));
+  for (int64_t r = 0; r < rows.size(); ++r) {
+    std::vector<double> up = at, down = at;
+    up[r] += 1e-6;
+    down[r] -= 1e-6;
+    const double slope = (expected_loss(rows, up, at, options, reference) -
+                          expected_loss(rows, down, at, options, reference)) /
+                         2e-6;
+    CHECK(actual.coefficients[r] == doctest::Approx(slope).epsilon(1e-6).scale(1.0));
+  }
+}
+
 }  // namespace
 
 TEST_CASE("every policy loss and its coefficients") {
@@ -103,26 +121,19 @@ TEST_CASE("every policy loss and its coefficients") {
          {LossKind::policy_gradient_clip, LossKind::cispo, LossKind::gspo, LossKind::cross_entropy}) {
       for (const bool reference : {false, true}) {
         for (const float entropy : {0.0f, 0.01f}) {
-          const Rows rows = random_rows(61, ++seed);
-          const LossOptions options{kind, 0.2f, 0.28f, reference ? 0.04f : 0.0f, entropy};
-          const Outcome actual = run(backend, rows, options, reference);
-          const std::vector<double> at(rows.logprobs.begin(), rows.logprobs.end());
-          CAPTURE(static_cast<int>(kind));
-          CAPTURE(reference);
-          CHECK(actual.loss ==
-                doctest::Approx(expected_loss(rows, at, at, options, reference)).epsilon(1e-9));
-          for (int64_t r = 0; r < rows.size(); ++r) {
-            std::vector<double> up = at, down = at;
-            up[r] += 1e-6;
-            down[r] -= 1e-6;
-            const double slope = (expected_loss(rows, up, at, options, reference) -
-                                  expected_loss(rows, down, at, options, reference)) /
-                                 2e-6;
-            CHECK(actual.coefficients[r] == doctest::Approx(slope).epsilon(1e-6).scale(1.0));
-          }
+          check_rows(backend, random_rows(61, ++seed), {kind, 0.2f, 0.28f, reference ? 0.04f : 0.0f, entropy},
+                     reference);
         }
       }
     }
+  });
+}
+
+TEST_CASE("gspo over sequences of one row and of many") {
+  for_each_backend([](Backend& backend) {
+    Rows rows = random_rows(166, 9);
+    for (int64_t r = 0; r < rows.size(); ++r) rows.sequences[r] = r < 100 ? 0 : r < 101 ? 1 : r < 133 ? 2 : 3;
+    check_rows(backend, rows, {LossKind::gspo, 0.2f, 0.28f, 0.04f, 0.01f}, true);
   });
 }
 

@@ -16,6 +16,7 @@ import {
   sftFileSchema,
   type TrainConfig,
   taskShape,
+  trainedShape,
   trainFileSchema,
 } from '../config.js';
 import { addFlags } from '../flags.js';
@@ -117,7 +118,7 @@ async function train(flags: Shared & Partial<TrainConfig>): Promise<void> {
   const launch = launchOf(config, configPath);
   const model = launch.model as string;
   await runTraining(out, async (view, signal) => {
-    const policy = await Policy.load(model, { ...loadOptions(config, true), signal });
+    const policy = await Policy.load(model, { ...trainedOptions(config), signal });
     const reference =
       config.kl > 0 ? await Policy.load(model, { ...loadOptions(config, false), signal }) : undefined;
     view.event({
@@ -155,7 +156,7 @@ async function sft(flags: Shared & Partial<SftConfig>): Promise<void> {
   const launch = launchOf(config, configPath);
   const model = launch.model as string;
   await runTraining(out, async (view, signal) => {
-    const policy = await Policy.load(model, { ...loadOptions(config, true), signal });
+    const policy = await Policy.load(model, { ...trainedOptions(config), signal });
     view.event({ type: 'notice', message: `Warming up ${shortPath(model)} into ${shortPath(out)}` });
     const trainer = new SupervisedTrainer({
       ...pick(config, sftSchema),
@@ -237,13 +238,19 @@ export function loadOptions(
   return { device, dtype, trainable, ...(threads !== undefined && { threads }) };
 }
 
+/** As loadOptions, for the policy that is trained. */
+function trainedOptions(config: Parameters<typeof loadOptions>[0] & { loraRank: number; seed: number }) {
+  const { loraRank: rank, seed } = config;
+  return { ...loadOptions(config, true), ...(rank > 0 && { lora: { rank, seed } }) };
+}
+
 /** What run.json keeps so that --resume alone starts the run again, from any folder. */
 function launchOf(
   config: TaskChoice & Record<string, unknown>,
   configPath: string | undefined,
 ): Record<string, unknown> {
   const launch: Record<string, unknown> = {};
-  for (const key of [...Object.keys(taskShape), ...Object.keys(modelShape)]) {
+  for (const key of [...Object.keys(taskShape), ...Object.keys(modelShape), ...Object.keys(trainedShape)]) {
     const value = config[key];
     if (value === undefined) continue;
     const isPath = ['data', 'testData'].includes(key) || (key === 'task' && extname(String(value)) !== '');

@@ -10,6 +10,7 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/adamw.cc"
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/parallel.h"
+#include "backend/stochastic_rounding.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
@@ -23,13 +24,37 @@ namespace HWY_NAMESPACE {
 // Elements summed in one go; fixed, so that the sum does not depend on the number of threads.
 constexpr int64_t kSquaresBlock = 1 << 14;
 
+using U32 = hn::RebindToUnsigned<F32>;
+using VU32 = hn::Vec<U32>;
+
+// rounding_noise of the indices from `index` on, and round_by_chance, as in stochastic_rounding.h.
+HWY_INLINE VU32 rounding_noises(uint32_t index, uint32_t step) {
+  const U32 d;
+  VU32 x = hn::Xor(hn::Iota(d, index), hn::Set(d, step * kNoiseStep));
+  x = hn::Mul(hn::Xor(x, hn::ShiftRight<16>(x)), hn::Set(d, kNoiseFactor1));
+  x = hn::Mul(hn::Xor(x, hn::ShiftRight<15>(x)), hn::Set(d, kNoiseFactor2));
+  return hn::Xor(x, hn::ShiftRight<16>(x));
+}
+HWY_INLINE VF32 round_by_chance(VF32 value, VU32 noise) {
+  const F32 d;
+  const U32 du;
+  const VU32 rounded = hn::And(hn::Add(hn::BitCast(du, value), noise), hn::Set(du, 0xffff0000u));
+  return hn::IfThenElse(hn::IsFinite(value), hn::BitCast(d, rounded), value);
+}
+
 // As torch.optim.AdamW (Loshchilov and Hutter 2019), in its order of operations:
 //   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = v * beta2 + (1 - beta2) * g^2
 //   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
-template <typename W>
-void adamw_range(int64_t n, float* master, W* weight, const float* gradient, float* m, float* v,
+// on elements [first, first + n) of the arrays.
+template <typename W, typename M>
+void adamw_range(int64_t first, int64_t n, float* master, W* weight, const float* gradient, M* m, M* v,
                  float weight_decay, const AdamWOptions& options) {
   const F32 d;
+  master += first;
+  gradient += first;
+  m += first;
+  v += first;
+  if (weight) weight += first;
   const double beta1 = options.beta1, beta2 = options.beta2;
   const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(options.step));
   const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(options.step));
@@ -50,27 +75,38 @@ void adamw_range(int64_t n, float* master, W* weight, const float* gradient, flo
     const VF32 denominator = hn::Add(hn::Div(hn::Sqrt(v1), root2), epsilon);
     const VF32 p0 = hn::Mul(load_part(d, master + i, lanes, whole), keep);
     const VF32 p1 = hn::MulAdd(step, hn::Div(m1, denominator), p0);
-    store_part(d, m1, m + i, lanes, whole);
-    store_part(d, v1, v + i, lanes, whole);
+    if constexpr (sizeof(M) == 2) {
+      const VU32 noise = rounding_noises(static_cast<uint32_t>(first) + static_cast<uint32_t>(i),
+                                         static_cast<uint32_t>(options.step));
+      store_part(d, round_by_chance(m1, hn::And(noise, hn::Set(U32(), 0xffffu))), m + i, lanes, whole);
+      store_part(d, round_by_chance(v1, hn::ShiftRight<16>(noise)), v + i, lanes, whole);
+    } else {
+      store_part(d, m1, m + i, lanes, whole);
+      store_part(d, v1, v + i, lanes, whole);
+    }
     store_part(d, p1, master + i, lanes, whole);
     if (weight) store_part(d, p1, weight + i, lanes, whole);
   });
 }
 
 void adamw(int threads, const AdamWTensor& tensor, const AdamWOptions& options) {
-  const auto& [master, weight, gradient, m, v, weight_decay] = tensor;
-  const auto run = [&, &master = master, &gradient = gradient, &m = m, &v = v,
-                    weight_decay = weight_decay](auto* copy) {
-    parallel_for(threads, master.size(), 1 << 13, [&](int64_t begin, int64_t end) {
-      adamw_range(end - begin, master.as<float>() + begin, copy ? copy + begin : nullptr,
-                  gradient.as<const float>() + begin, m.as<float>() + begin, v.as<float>() + begin,
-                  weight_decay, options);
+  const auto run = [&](auto* weight, auto* m, auto* v) {
+    parallel_for(threads, tensor.master.size(), 1 << 13, [&](int64_t begin, int64_t end) {
+      adamw_range(begin, end - begin, tensor.master.as<float>(), weight, tensor.gradient.as<const float>(), m,
+                  v, tensor.weight_decay, options);
     });
   };
-  if (weight.dtype == DType::bf16) {
-    run(weight.as<bf16>());
+  const auto with_weight = [&](auto* weight) {
+    if (tensor.m.dtype == DType::bf16) {
+      run(weight, tensor.m.as<bf16>(), tensor.v.as<bf16>());
+    } else {
+      run(weight, tensor.m.as<float>(), tensor.v.as<float>());
+    }
+  };
+  if (tensor.weight.dtype == DType::bf16) {
+    with_weight(tensor.weight.as<bf16>());
   } else {
-    run(weight.as<float>());
+    with_weight(tensor.weight.as<float>());
   }
 }
 

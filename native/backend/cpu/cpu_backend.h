@@ -32,6 +32,7 @@ class CpuBackend final : public Backend {
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
   void synchronize() override {}
+  int64_t memory_free() const override;
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
   void reset_peak_memory() override;

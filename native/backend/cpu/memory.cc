@@ -14,6 +14,7 @@
 
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/parallel.h"
+#include "backend/in_words.h"
 
 namespace merf {
 
@@ -35,11 +36,6 @@ size_t block_size(size_t bytes) {
   size_t power = 4096;
   while (power * 2 <= bytes) power *= 2;
   return round_up(bytes, power / 8);
-}
-
-std::string in_words(size_t bytes) {
-  if (bytes < (size_t{10} << 20)) return std::to_string(bytes) + " bytes";
-  return std::to_string(bytes >> 20) + " MiB";
 }
 
 size_t read_bytes(const char* path) {
@@ -185,6 +181,14 @@ void MemoryPool::drop_idle(size_t keep_bytes) {
   }
 }
 
+int64_t MemoryPool::available() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  constexpr size_t most = std::numeric_limits<int64_t>::max();
+  const size_t system = std::min(available_memory(), most - idle_bytes_) + idle_bytes_;
+  return static_cast<int64_t>(
+      std::min({limit_ - std::min(limit_, used_), system - std::min(system, kReserveBytes), most}));
+}
+
 int64_t MemoryPool::used() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return static_cast<int64_t>(used_);
@@ -268,6 +272,7 @@ void CpuBackend::zero(const Tensor& destination) {
       });
 }
 
+int64_t CpuBackend::memory_free() const { return pool_->available(); }
 int64_t CpuBackend::memory_used() const { return pool_->used(); }
 int64_t CpuBackend::memory_peak() const { return pool_->peak(); }
 void CpuBackend::reset_peak_memory() { pool_->reset_peak(); }

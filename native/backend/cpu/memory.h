@@ -20,6 +20,8 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
 
   // Throws Error("OUT_OF_MEMORY") rather than let the system kill the process for memory it does not have.
   std::shared_ptr<Storage> allocate(size_t bytes);
+  // What could be allocated in all.
+  int64_t available() const;
   int64_t used() const;
   int64_t peak() const;
   void reset_peak();

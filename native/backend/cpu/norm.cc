@@ -195,7 +195,12 @@ void CpuBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Tens
   constexpr int64_t rows_per_partial = HWY_STATIC_DISPATCH(kRowsPerPartial);
   const int64_t parts = (x.shape[0] + rows_per_partial - 1) / rows_per_partial;
   const Tensor partials = allocate(DType::f32, {parts, x.row_size()});
-  HWY_DYNAMIC_DISPATCH(rms_norm_backward)(num_threads(), dy, x, weight, rstd, dx, dweight, partials);
+  Tensor sum = dweight;
+  if (!sum) {
+    sum = allocate(DType::f32, {x.row_size()});
+    zero(sum);
+  }
+  HWY_DYNAMIC_DISPATCH(rms_norm_backward)(num_threads(), dy, x, weight, rstd, dx, sum, partials);
 }
 
 void CpuBackend::add(const Tensor& y, const Tensor& x) { HWY_DYNAMIC_DISPATCH(add)(num_threads(), y, x); }

@@ -15,7 +15,6 @@ CudaBackend::CudaBackend(int threads) : device_(std::make_shared<Device>(threads
   info_.isa = "sm_" + std::to_string(gpu_properties.major) + std::to_string(gpu_properties.minor);
   info_.threads = gpu_properties.host_threads;
   info_.memory_bytes = static_cast<int64_t>(gpu_properties.total_bytes);
-  info_.free_bytes = static_cast<int64_t>(gpu().free_bytes());
   info_.fast_bf16 = true;
   if (!gpu_properties.driver.empty()) info_.libraries.emplace_back("CUDA driver", gpu_properties.driver);
   if (!gpu_properties.runtime.empty()) info_.libraries.emplace_back("CUDA runtime", gpu_properties.runtime);

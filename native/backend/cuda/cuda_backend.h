@@ -13,7 +13,7 @@
 namespace merf::cuda {
 
 class MatrixLibrary;
-struct AttentionPlan;
+class AttentionPlan;
 struct DecodeWork;
 
 // The GPU with the count of what is allocated on it: outlives the backend while tensors do. Tensors may be given back
@@ -43,6 +43,7 @@ class CudaBackend final : public Backend {
   void cast(const Tensor& destination, const Tensor& source) override;
   void synchronize() override;
   std::unique_ptr<Recorder> make_recorder() override;
+  int64_t memory_free() const override;
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
   void reset_peak_memory() override;
@@ -80,7 +81,7 @@ class CudaBackend final : public Backend {
   void swiglu(const Tensor& gate_up, const Tensor& y) override;
   void swiglu_backward(const Tensor& dy, const Tensor& gate_up, const Tensor& dgate_up) override;
 
-  // attention.cu
+  // attention.cu, attention_backward.cu
   void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
                  const Tensor& lse) override;
@@ -124,6 +125,9 @@ class CudaBackend final : public Backend {
 
  private:
   friend class GpuRecorder;
+
+  // That of the last forest where it is the same.
+  AttentionPlan& plan_attention(const std::vector<int32_t>& visible_until);
 
   DeviceInfo info_;
   std::shared_ptr<Device> device_;

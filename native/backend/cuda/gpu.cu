@@ -4,7 +4,6 @@
 #include <algorithm>
 #include <array>
 #include <cstring>
-#include <list>
 #include <unordered_map>
 #include <vector>
 
@@ -26,17 +25,31 @@ struct Block {
   size_t bytes;
 };
 
+// What was allocated and freed while work was recorded. Recordings are played one after another, so all that there are
+// use the same memory; it lives as long as one of them.
+struct RecordingMemory {
+  explicit RecordingMemory(cudaStream_t stream) : stream(stream) {}
+  ~RecordingMemory() {
+    for (const Block& block : idle) cudaFreeAsync(block.data, stream);
+  }
+  const cudaStream_t stream;
+  std::vector<Block> idle;
+};
+
 class GraphRecording final : public Recording {
  public:
+  GraphRecording(cudaStream_t stream, std::shared_ptr<RecordingMemory> memory)
+      : memory(std::move(memory)), stream_(stream) {}
   ~GraphRecording() override {
     // Its last play may still run.
-    cudaStreamSynchronize(stream);
+    cudaStreamSynchronize(stream_);
     if (graph != nullptr) cudaGraphExecDestroy(graph);
-    for (const Block& block : memory) cudaFreeAsync(block.data, stream);
   }
-  cudaStream_t stream = nullptr;
   cudaGraphExec_t graph = nullptr;
-  std::list<Block> memory;  // allocated and freed while it was recorded: its own from then on
+  const std::shared_ptr<RecordingMemory> memory;
+
+ private:
+  const cudaStream_t stream_;
 };
 
 // Pinned host memory that transfers go through, in a ring: a part is written again once its last transfer is done.
@@ -54,6 +67,7 @@ struct Gpu::State {
   std::unordered_map<const void*, size_t> shared_allowed;
 
   std::unique_ptr<GraphRecording> recording;
+  std::weak_ptr<RecordingMemory> recording_memory;
   std::unordered_map<void*, size_t> recorded_memory;  // allocated while recording and not freed yet
   std::vector<void*> freed_while_recording;           // allocated before
 
@@ -129,8 +143,8 @@ void* Gpu::allocate(size_t bytes) {
   State& s = *state_;
   bytes = std::max<size_t>(bytes, 1);
   if (s.recording) {
-    // What this recording has freed again, else memory from beside the stream that is recorded.
-    auto& idle = s.recording->memory;
+    // What recordings have freed again, else memory from beside the stream that is recorded.
+    auto& idle = s.recording->memory->idle;
     auto best = idle.end();
     for (auto it = idle.begin(); it != idle.end(); ++it) {
       if (it->bytes >= bytes && (best == idle.end() || it->bytes < best->bytes)) best = it;
@@ -183,7 +197,7 @@ void Gpu::free(void* data) noexcept {
     s.freed_while_recording.push_back(data);
     return;
   }
-  s.recording->memory.push_back({data, found->second});
+  s.recording->memory->idle.push_back({data, found->second});
   s.recorded_memory.erase(found);
 }
 
@@ -227,22 +241,31 @@ void Gpu::synchronize() {
 
 void Gpu::begin_recording() {
   State& s = *state_;
+  // What was freed before is free for the side stream too.
+  check(cudaStreamSynchronize(s.stream), "waiting for it");
+  std::shared_ptr<RecordingMemory> memory = s.recording_memory.lock();
+  if (!memory) s.recording_memory = memory = std::make_shared<RecordingMemory>(s.stream);
+  auto recording = std::make_unique<GraphRecording>(s.stream, std::move(memory));
+  // Relaxed: memory is allocated meanwhile, and other threads may use CUDA.
   check(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed), "beginning a recording");
-  s.recording = std::make_unique<GraphRecording>();
-  s.recording->stream = s.stream;
+  s.recording = std::move(recording);
 }
 
 std::unique_ptr<Recording> Gpu::end_recording() {
   State& s = *state_;
   std::unique_ptr<GraphRecording> recording = std::move(s.recording);
+  const bool held = !s.recorded_memory.empty();
   s.recorded_memory.clear();
   cudaGraph_t graph = nullptr;
   const cudaError_t ended = cudaStreamEndCapture(s.stream, &graph);
   for (void* data : s.freed_while_recording) cudaFreeAsync(data, s.stream);
   s.freed_while_recording.clear();
   check(ended, "ending a recording");
-  const cudaError_t made = cudaGraphInstantiate(&recording->graph, graph, 0);
+  const cudaError_t made = held ? cudaSuccess : cudaGraphInstantiate(&recording->graph, graph, 0);
   cudaGraphDestroy(graph);
+  if (held)
+    throw Error("INTERNAL",
+                "Expected memory that is allocated while work is recorded to be freed before its end");
   check(made, "making a recording playable");
   return recording;
 }
@@ -255,6 +278,12 @@ void Gpu::play(Recording& recording) {
 void Gpu::allow_shared(const void* kernel, size_t bytes) {
   size_t& allowed = state_->shared_allowed[kernel];
   if (bytes <= allowed) return;
+  if (bytes > properties_.shared_bytes) {
+    throw Error("UNSUPPORTED", "A kernel for this model needs " + std::to_string(bytes) +
+                                   " bytes of shared memory and the " + properties_.name + " has " +
+                                   std::to_string(properties_.shared_bytes) +
+                                   ": use bf16, a model of smaller heads, or another GPU");
+  }
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
         "giving a kernel shared memory");
   allowed = bytes;

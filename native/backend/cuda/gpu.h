@@ -48,7 +48,7 @@ class Gpu {
   size_t free_bytes();
 
   // Memory in the order of the stream: it may be used by what is enqueued after allocate and before free. Null where
-  // there is not enough. While recording, what was allocated and freed stays with the recording.
+  // there is not enough. While recording, what was allocated and freed stays with the recordings.
   void* allocate(size_t bytes);
   void free(void* data) noexcept;
 
@@ -59,7 +59,8 @@ class Gpu {
   void fill(void* to, int byte, size_t bytes);
   void synchronize();
 
-  // What is enqueued between the two is recorded instead of run. Neither upload, download nor synchronize between.
+  // What is enqueued between the two is recorded instead of run. Neither upload, download nor synchronize between, and
+  // what is allocated between is freed between; what was allocated before and is freed between is freed at the end.
   void begin_recording();
   std::unique_ptr<Recording> end_recording();
   void play(Recording& recording);

@@ -3,6 +3,7 @@
 #include <map>
 
 #include "backend/cuda/cuda_backend.h"
+#include "backend/in_words.h"
 
 namespace merf::cuda {
 
@@ -28,11 +29,6 @@ class DeviceStorage final : public Storage {
  private:
   std::shared_ptr<Device> device_;
 };
-
-std::string in_words(size_t bytes) {
-  if (bytes < (size_t{10} << 20)) return std::to_string(bytes) + " bytes";
-  return std::to_string(bytes >> 20) + " MiB";
-}
 
 void check_size(const char* what, size_t bytes, const Tensor& tensor) {
   if (bytes > tensor.bytes()) {
@@ -73,7 +69,7 @@ Tensor CudaBackend::allocate(DType dtype, std::initializer_list<int64_t> shape) 
     throw Error("OUT_OF_MEMORY", "Could not allocate " + in_words(static_cast<size_t>(bytes)) +
                                      " of memory on " + info_.name + ": " + in_words(gpu().free_bytes()) +
                                      " are free of " + in_words(gpu().properties().total_bytes) + ", and " +
-                                     in_words(device_->used) + " are in use here");
+                                     in_words(static_cast<size_t>(memory_used())) + " are in use here");
   }
   tensor.data = storage->data;
   tensor.storage = std::move(storage);
@@ -104,8 +100,15 @@ Tensor CudaBackend::make(const std::vector<int32_t>& values) {
   return tensor;
 }
 
-int64_t CudaBackend::memory_used() const { return static_cast<int64_t>(device_->used); }
-int64_t CudaBackend::memory_peak() const { return static_cast<int64_t>(device_->peak); }
+int64_t CudaBackend::memory_free() const { return static_cast<int64_t>(device_->gpu.free_bytes()); }
+int64_t CudaBackend::memory_used() const {
+  std::lock_guard<std::mutex> lock(device_->mutex);
+  return static_cast<int64_t>(device_->used);
+}
+int64_t CudaBackend::memory_peak() const {
+  std::lock_guard<std::mutex> lock(device_->mutex);
+  return static_cast<int64_t>(device_->peak);
+}
 void CudaBackend::reset_peak_memory() {
   std::lock_guard<std::mutex> lock(device_->mutex);
   device_->peak = device_->used;
@@ -120,13 +123,13 @@ class GpuRecorder final : public Recorder {
   // The first call with a key runs as it is, so that whatever is made once (library handles, attributes, growing
   // buffers) is made outside of a recording; the second one records.
   void run(int64_t key, const std::function<void()>& body) override {
+    // What was made wrong meanwhile, by a plan or by the body itself, starts anew.
+    if (generation_ != backend_.recording_generation_) entries_.clear();
+    generation_ = backend_.recording_generation_;
     Entry& entry = entries_[key];
-    if (entry.generation != backend_.recording_generation_) entry = {};
-    entry.generation = backend_.recording_generation_;
     if (!entry.warm) {
       body();
-      // The body itself may have made an earlier recording wrong.
-      entry.warm = entry.generation == backend_.recording_generation_;
+      entry.warm = true;
       return;
     }
     if (!entry.recording) entry.recording = record(body);
@@ -140,28 +143,36 @@ class GpuRecorder final : public Recorder {
 
  private:
   struct Entry {
-    int64_t generation = -1;
     bool warm = false;
     std::unique_ptr<Recording> recording;
   };
 
   std::unique_ptr<Recording> record(const std::function<void()>& body) {
-    Gpu& gpu = backend_.gpu();
-    gpu.begin_recording();
+    // Tensors that are given back on other threads meanwhile must find a recording that has begun or ended.
+    Device& device = *backend_.device_;
+    const auto end = [&] {
+      std::lock_guard<std::mutex> lock(device.mutex);
+      return device.gpu.end_recording();
+    };
+    {
+      std::lock_guard<std::mutex> lock(device.mutex);
+      device.gpu.begin_recording();
+    }
     try {
       body();
     } catch (...) {
       // Throws itself where the failure left the recording unusable; what failed first is what to say.
       try {
-        gpu.end_recording();
+        end();
       } catch (const Error&) {
       }
       throw;
     }
-    return gpu.end_recording();
+    return end();
   }
 
   CudaBackend& backend_;
+  int64_t generation_ = 0;
   std::map<int64_t, Entry> entries_;
 };
 

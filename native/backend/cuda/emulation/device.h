@@ -57,8 +57,15 @@ uint64_t atomic_add(uint64_t* to, uint64_t value);
 
 float fast_exp2(float x);
 
+// A GPU faults at an address that is no multiple of the bytes accessed; here the launch ends with an error.
+void refuse_address(const char* operation, size_t bytes);
+inline void check_aligned(const char* operation, const void* address, size_t bytes) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) refuse_address(operation, bytes);
+}
+
 // The bytes arrive when the thread waits for their group, not before.
-void copy_async(void* to_shared, const void* from, bool valid = true);
+void copy_async(void* to_shared, const void* from, bool valid = true,
+                std::source_location at = std::source_location::current());
 void copy_async_commit();
 void copy_async_wait_for(int pending);
 template <int Pending>

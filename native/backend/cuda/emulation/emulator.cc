@@ -11,6 +11,7 @@
 #include <boost/context/fiber.hpp>
 #include <cmath>
 #include <exception>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <string>
@@ -148,7 +149,7 @@ class Order {
 class BlockRunner {
  public:
   // Throws Broken.
-  void run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+  void run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed, bool by_warp,
            const std::function<void()>& body);
 
   static thread_local BlockRunner* active;
@@ -160,17 +161,24 @@ class BlockRunner {
   Warp& warp_operation(const char* operation, const std::source_location& at, const Give& give,
                        const Compute& compute);
   int lane() const { return current->thread % kLanes; }
+  // Ends the launch: no thread of the block goes on.
+  void stop(std::string what, const char* operation, const std::source_location& at);
+  // 16 bytes that cp.async or ldmatrix access.
+  void check_shared(const void* address, const char* operation, const std::source_location& at);
+  void check_global(const void* address, const char* operation, const std::source_location& at);
+  std::string where(const std::source_location& at) const;
 
  private:
   void loop(int fiber);
+  void draw_unstarted();
   int take_fiber();
+  int take_ready();
   int next_fiber();
   // Never inlined: the next block may have the fiber on another thread of the host, where addresses of thread_local
   // variables that the compiler kept would be wrong.
   [[gnu::noinline]] void leave(context::fiber& from, int self);
   void wait(const char* operation, const std::source_location& at);
   void check_end();
-  std::string where(const std::source_location& at) const;
 
   Stacks stacks_;
   std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -184,6 +192,8 @@ class BlockRunner {
   ThreadIndices indices_;
   const std::function<void()>* body_ = nullptr;
   Order order_{0};
+  bool by_warp_ = false;
+  int favourite_ = 0;  // the warp that goes on as long as it can
   std::string broken_;
 
   std::vector<Warp> warps_;
@@ -191,6 +201,8 @@ class BlockRunner {
   std::vector<char> shared_;
   std::vector<SharedPiece> pieces_;
   size_t shared_bytes_ = 0, shared_taken_ = 0, shared_end_ = 0;
+  Range read_[4];  // allocations lately read
+  size_t next_read_ = 0;
 };
 
 thread_local BlockRunner* BlockRunner::active = nullptr;
@@ -202,27 +214,28 @@ thread_local const ThreadIndices* current_indices = nullptr;
 
 const ThreadIndices& indices() { return *current_indices; }
 
-void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed,
+void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, uint64_t seed, bool by_warp,
                       const std::function<void()>& body) {
   threads_ = unfinished_ = threads;
   indices_ = {{}, block, {static_cast<unsigned>(threads)}, grid};
   body_ = &body;
   order_ = Order(seed);
+  by_warp_ = by_warp;
+  favourite_ = 0;
   broken_.clear();
   ready_.clear();
   ready_begin_ = 0;
   started_ = 0;
-  unstarted_.resize(static_cast<size_t>(threads));
-  for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
-  if (order_.drawn()) {
-    for (size_t i = unstarted_.size(); i > 1; --i) std::swap(unstarted_[i - 1], unstarted_[order_.below(i)]);
-  }
   warps_.resize(static_cast<size_t>(threads / kLanes));
   for (Warp& warp : warps_) warp.arrived = 0;
+  unstarted_.resize(static_cast<size_t>(threads));
+  for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
+  if (order_.drawn()) draw_unstarted();
   barriers_.clear();
   pieces_.clear();
   shared_bytes_ = shared_bytes;
   shared_taken_ = shared_end_ = 0;
+  for (Range& range : read_) range = {};
 
   active = this;
   leave(scheduler_, kScheduler);
@@ -235,17 +248,47 @@ void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, u
   throw Broken{broken_};
 }
 
+void BlockRunner::draw_unstarted() {
+  const auto shuffle = [this](size_t begin, size_t end) {
+    for (size_t i = end; i > begin + 1; --i) {
+      std::swap(unstarted_[i - 1], unstarted_[begin + order_.below(i - begin)]);
+    }
+  };
+  shuffle(0, unstarted_.size());
+  if (!by_warp_) return;
+  std::vector<size_t> place(warps_.size(), warps_.size());
+  size_t seen = 0;
+  for (const int thread : unstarted_) {
+    size_t& of_warp = place[static_cast<size_t>(thread / kLanes)];
+    if (of_warp == warps_.size()) of_warp = seen++;
+  }
+  std::stable_sort(unstarted_.begin(), unstarted_.end(), [&](int a, int b) {
+    return place[static_cast<size_t>(a / kLanes)] < place[static_cast<size_t>(b / kLanes)];
+  });
+}
+
+// A fiber that can go on, in an order that is drawn.
+int BlockRunner::take_ready() {
+  size_t at = order_.below(ready_.size());
+  if (by_warp_) {
+    const auto warp = [&] { return fibers_[static_cast<size_t>(ready_[at])]->thread / kLanes; };
+    for (size_t tried = 0; tried < ready_.size() && warp() != favourite_; ++tried) {
+      at = (at + 1) % ready_.size();
+    }
+    favourite_ = warp();
+  }
+  std::swap(ready_[at], ready_.back());
+  const int fiber = ready_.back();
+  ready_.pop_back();
+  return fiber;
+}
+
 // Which fiber goes on; kScheduler where none can, or the block is broken.
 int BlockRunner::next_fiber() {
   const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
   if (!broken_.empty() || (!ready && !unstarted)) return kScheduler;
-  if (unstarted && (!ready || !order_.drawn() || order_.below(2) == 0)) return take_fiber();
-  if (order_.drawn()) {
-    std::swap(ready_[ready_begin_ + order_.below(ready_.size() - ready_begin_)], ready_.back());
-    const int next = ready_.back();
-    ready_.pop_back();
-    return next;
-  }
+  if (unstarted && (!ready || !order_.drawn() || (!by_warp_ && order_.below(2) == 0))) return take_fiber();
+  if (order_.drawn()) return take_ready();
   const int next = ready_[ready_begin_++];
   if (ready_begin_ == ready_.size()) {
     ready_.clear();
@@ -320,6 +363,41 @@ void BlockRunner::wait(const char* operation, const std::source_location& at) {
   self.location = at;
   leave(self.handle, self.index);
   self.waits_at = nullptr;
+}
+
+void BlockRunner::stop(std::string what, const char* operation, const std::source_location& at) {
+  broken_ = std::move(what);
+  wait(operation, at);
+}
+
+void BlockRunner::check_shared(const void* address, const char* operation, const std::source_location& at) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    stop(std::string(operation) + " (" + where(at) +
+             ") got an address in shared memory that is no multiple of 16",
+         operation, at);
+  }
+  const bool inside = std::any_of(pieces_.begin(), pieces_.end(), [&](const SharedPiece& piece) {
+    return Range{piece.data, piece.data + piece.bytes}.contains(address, 16);
+  });
+  if (inside) return;
+  stop(std::string(operation) + " (" + where(at) + ") got an address outside of the block's shared memory",
+       operation, at);
+}
+
+void BlockRunner::check_global(const void* address, const char* operation, const std::source_location& at) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    stop(std::string(operation) + " (" + where(at) +
+             ") got an address in global memory that is no multiple of 16",
+         operation, at);
+  }
+  for (const Range& range : read_) {
+    if (range.contains(address, 16)) return;
+  }
+  read_[next_read_] = allocation_of(address);
+  if (!read_[next_read_].contains(address, 16)) {
+    stop(std::string(operation) + " (" + where(at) + ") read outside of global memory", operation, at);
+  }
+  next_read_ = (next_read_ + 1) % std::size(read_);
 }
 
 void BlockRunner::check_end() {
@@ -429,9 +507,11 @@ Warp& BlockRunner::warp_operation(const char* operation, const std::source_locat
 
 // ---- the emulator
 
-Emulator::Emulator(int threads, uint64_t seed) : seed_(seed) {
-  for (int i = 0; i < std::max(1, threads); ++i) runners_.push_back(std::make_unique<BlockRunner>());
-}
+// Each runner has a mapping for every stack and its guard page, and a process may have some 65,000.
+constexpr int kMostRunners = 16;
+
+Emulator::Emulator(int threads, uint64_t seed)
+    : seed_(seed), runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
 
 Emulator::~Emulator() = default;
 
@@ -461,7 +541,7 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
                        static_cast<unsigned>(at / grid.x / grid.y));
       const uint64_t seed = launch_seed == 0 ? 0 : launch_seed + 2 * static_cast<uint64_t>(at);
       try {
-        runner.run(block, grid, threads, shared_bytes, seed, thread_body);
+        runner.run(block, grid, threads, shared_bytes, seed, seed_ % 2 == 1, thread_body);
       } catch (const Broken& error) {
         std::lock_guard<std::mutex> lock(mutex);
         stop = true;
@@ -473,6 +553,9 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
     }
   };
   const int workers = static_cast<int>(std::min<int64_t>(blocks, static_cast<int64_t>(runners_.size())));
+  for (size_t i = 0; i < static_cast<size_t>(workers); ++i) {
+    if (!runners_[i]) runners_[i] = std::make_unique<BlockRunner>();
+  }
   if (workers == 1) {
     work(*runners_[0]);
   } else {
@@ -539,8 +622,17 @@ uint64_t atomic_add(uint64_t* to, uint64_t value) {
 
 float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
-void copy_async(void* to_shared, const void* from, bool valid) {
-  Fiber& fiber = *BlockRunner::active->current;
+void refuse_address(const char* operation, size_t bytes) {
+  BlockRunner::active->stop(
+      std::string(operation) + " got an address that is no multiple of " + std::to_string(bytes), operation,
+      std::source_location::current());
+}
+
+void copy_async(void* to_shared, const void* from, bool valid, std::source_location at) {
+  BlockRunner& runner = *BlockRunner::active;
+  runner.check_shared(to_shared, "copy_async", at);
+  if (valid) runner.check_global(from, "copy_async", at);
+  Fiber& fiber = *runner.current;
   fiber.copies.push_back({to_shared, from, valid, fiber.open_group});
 }
 void copy_async_commit() { ++BlockRunner::active->current->open_group; }
@@ -673,8 +765,13 @@ void multiply(Warp& w, int rows, int columns) {
 
 void load_matrices(uint32_t* to, const void* row, int count, size_t bytes_apart, bool transposed,
                    std::source_location at) {
-  BlockRunner::active->warp_operation(
-      transposed ? "load_matrices_transposed" : "load_matrices", at,
+  BlockRunner& runner = *BlockRunner::active;
+  const char* operation = transposed ? "load_matrices_transposed" : "load_matrices";
+  for (int i = 0; i < count; ++i) {
+    runner.check_shared(static_cast<const char*>(row) + static_cast<size_t>(i) * bytes_apart, operation, at);
+  }
+  runner.warp_operation(
+      operation, at,
       [&](Warp& w, int lane) {
         w.in.matrices[lane] = {static_cast<const char*>(row), to};
       },

@@ -16,7 +16,8 @@ class BlockRunner;
 
 class Emulator {
  public:
-  // Seed 0: threads run in the order of their indices.
+  // Seed 0: threads run in the order of their indices. Even seeds: any thread goes on next. Odd seeds: a warp goes on as
+  // far as it can, past others that have not read yet what it overwrites.
   Emulator(int threads, uint64_t seed);
   ~Emulator();
 
@@ -29,7 +30,7 @@ class Emulator {
  private:
   const uint64_t seed_;
   uint64_t launches_ = 0;
-  std::vector<std::unique_ptr<BlockRunner>> runners_;
+  std::vector<std::unique_ptr<BlockRunner>> runners_;  // one for each thread, made when it is first needed
 };
 
 }  // namespace merf::cuda::emulation

@@ -9,7 +9,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
-#include <unordered_set>
+#include <unordered_map>
 #include <vector>
 
 #include "backend/cuda/emulation/memory.h"
@@ -24,13 +24,24 @@ uint64_t number_from(const char* variable, uint64_t otherwise) {
   return text == nullptr || *text == '\0' ? otherwise : std::strtoull(text, nullptr, 10);
 }
 
+struct Block {
+  void* data;
+  size_t bytes;
+};
+
+// As on the real one, all recordings use the same memory.
+struct RecordingMemory {
+  ~RecordingMemory() {
+    for (const Block& block : idle) emulation::free(block.data);
+  }
+  std::vector<Block> idle;  // allocated and freed while work was recorded
+};
+
 class EmulatedRecording final : public Recording {
  public:
-  ~EmulatedRecording() override {
-    for (void* data : memory) emulation::free(data);
-  }
+  explicit EmulatedRecording(std::shared_ptr<RecordingMemory> memory) : memory(std::move(memory)) {}
   std::vector<std::function<void()>> work;
-  std::vector<void*> memory;  // allocated and freed while it was recorded
+  const std::shared_ptr<RecordingMemory> memory;
 };
 
 }  // namespace
@@ -42,8 +53,9 @@ struct Gpu::State {
   const size_t memory;
   emulation::Emulator emulator;
   std::unique_ptr<EmulatedRecording> recording;
-  std::unordered_set<void*> recorded_memory;  // allocated while recording and not freed yet
-  std::vector<void*> freed_while_recording;   // allocated before
+  std::weak_ptr<RecordingMemory> recording_memory;
+  std::unordered_map<void*, size_t> recorded_memory;  // allocated while recording and not freed yet
+  std::vector<void*> freed_while_recording;           // allocated before
 };
 
 Gpu::Gpu(int threads) {
@@ -74,19 +86,38 @@ void Gpu::enqueue(std::function<void()> work) {
 }
 
 void* Gpu::allocate(size_t bytes) {
-  void* data = emulation::allocate(bytes, state_->memory);
-  if (data != nullptr && state_->recording) state_->recorded_memory.insert(data);
+  State& s = *state_;
+  if (s.recording) {
+    auto& idle = s.recording->memory->idle;
+    auto best = idle.end();
+    for (auto it = idle.begin(); it != idle.end(); ++it) {
+      if (it->bytes >= bytes && (best == idle.end() || it->bytes < best->bytes)) best = it;
+    }
+    if (best != idle.end()) {
+      void* data = best->data;
+      s.recorded_memory[data] = best->bytes;
+      idle.erase(best);
+      return data;
+    }
+  }
+  void* data = emulation::allocate(bytes, s.memory);
+  if (data != nullptr && s.recording) s.recorded_memory[data] = bytes;
   return data;
 }
 
 void Gpu::free(void* data) noexcept {
-  if (!state_->recording) {
+  State& s = *state_;
+  if (!s.recording) {
     emulation::free(data);
-  } else if (state_->recorded_memory.erase(data) > 0) {
-    state_->recording->memory.push_back(data);
-  } else {
-    state_->freed_while_recording.push_back(data);
+    return;
   }
+  const auto found = s.recorded_memory.find(data);
+  if (found == s.recorded_memory.end()) {
+    s.freed_while_recording.push_back(data);
+    return;
+  }
+  s.recording->memory->idle.push_back({data, found->second});
+  s.recorded_memory.erase(found);
 }
 
 void Gpu::upload(void* device, const void* host, size_t bytes) {
@@ -107,13 +138,23 @@ void Gpu::synchronize() {
   if (state_->recording) throw Error("INTERNAL", "Expected no synchronisation while work is recorded");
 }
 
-void Gpu::begin_recording() { state_->recording = std::make_unique<EmulatedRecording>(); }
+void Gpu::begin_recording() {
+  State& s = *state_;
+  std::shared_ptr<RecordingMemory> memory = s.recording_memory.lock();
+  if (!memory) s.recording_memory = memory = std::make_shared<RecordingMemory>();
+  s.recording = std::make_unique<EmulatedRecording>(std::move(memory));
+}
 
 std::unique_ptr<Recording> Gpu::end_recording() {
-  std::unique_ptr<Recording> recording = std::move(state_->recording);
-  state_->recorded_memory.clear();
-  for (void* data : state_->freed_while_recording) emulation::free(data);
-  state_->freed_while_recording.clear();
+  State& s = *state_;
+  std::unique_ptr<Recording> recording = std::move(s.recording);
+  const bool held = !s.recorded_memory.empty();
+  s.recorded_memory.clear();
+  for (void* data : s.freed_while_recording) emulation::free(data);
+  s.freed_while_recording.clear();
+  if (held)
+    throw Error("INTERNAL",
+                "Expected memory that is allocated while work is recorded to be freed before its end");
   return recording;
 }
 

@@ -88,6 +88,16 @@ size_t allocated() {
   return all.bytes;
 }
 
+Range allocation_of(const void* at) {
+  Allocations& all = allocations();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  auto next = all.sizes.upper_bound(static_cast<char*>(const_cast<void*>(at)));
+  if (next == all.sizes.begin()) return {};
+  const auto& [data, bytes] = *--next;
+  const Range range{data, data + bytes};
+  return range.contains(at, 0) ? range : Range{};
+}
+
 std::string find_overrun() {
   Allocations& all = allocations();
   std::lock_guard<std::mutex> lock(all.mutex);

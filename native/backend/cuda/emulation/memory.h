@@ -19,6 +19,17 @@ void* allocate(size_t bytes, size_t limit);
 void free(void* data);
 size_t allocated();
 
+struct Range {
+  const char* begin = nullptr;
+  const char* end = nullptr;
+  bool contains(const void* at, size_t bytes) const {
+    const char* from = static_cast<const char*>(at);
+    return from >= begin && from < end && static_cast<size_t>(end - from) >= bytes;
+  }
+};
+// The allocation that the address lies in; empty where there is none.
+Range allocation_of(const void* at);
+
 // Says which allocation was written outside of its bounds; empty where none was.
 std::string find_overrun();
 

@@ -15,10 +15,16 @@ constexpr int kVector = 16 / static_cast<int>(sizeof(T));  // elements in the wi
 
 template <int N, typename T>
 __device__ inline Vector<T, N> load_vector(const T* from) {
+#if defined(MERF_CUDA_EMULATION)
+  emulation::check_aligned("load_vector", from, sizeof(Vector<T, N>));
+#endif
   return *reinterpret_cast<const Vector<T, N>*>(from);
 }
 template <int N, typename T>
 __device__ inline void store_vector(T* to, const Vector<T, N>& value) {
+#if defined(MERF_CUDA_EMULATION)
+  emulation::check_aligned("store_vector", to, sizeof(Vector<T, N>));
+#endif
   *reinterpret_cast<Vector<T, N>*>(to) = value;
 }
 

@@ -35,8 +35,18 @@ __device__ inline float exp2_nonpositive(float x) {
   p = fmaf(p, f, 0x1.ebfbdcp-3f);
   p = fmaf(p, f, 0x1.62e430p-1f);
   p = fmaf(p, f, 1.0f);
-  const uint32_t bits = std::bit_cast<uint32_t>(p) + (std::bit_cast<uint32_t>(shifted) << 23);
-  return x < -126.0f ? 0.0f : std::bit_cast<float>(bits);
+  // A product, where the CPU adds to the exponent: the NaN that a GPU makes, 0x7fffffff, would become a number.
+  const float power = std::bit_cast<float>((std::bit_cast<uint32_t>(shifted) << 23) + 0x3f800000u);
+  return x < -126.0f ? 0.0f : p * power;
+}
+
+// How many bits are set.
+__device__ inline int count_bits(uint32_t bits) {
+#if defined(MERF_CUDA_EMULATION)
+  return std::popcount(bits);
+#else
+  return __popc(bits);
+#endif
 }
 
 // Two numbers rounded to bfloat16, the first in the lower half.

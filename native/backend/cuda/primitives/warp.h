@@ -53,6 +53,17 @@ __device__ inline T warp_max(T value, int width = kWarp) {
   return value;
 }
 
+// The sum over the lanes up to this one.
+template <typename T>
+__device__ inline T warp_prefix_sum(T value) {
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const bool some = lane_index() >= distance;
+    const T before = shuffle(value, some ? lane_index() - distance : lane_index());
+    if (some) value += before;
+  }
+  return value;
+}
+
 // Over all threads of the block, in a fixed order; every thread gets the result. `scratch`: room for one value a warp
 // in shared memory, free again after the call.
 template <typename T>

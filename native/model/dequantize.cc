@@ -1,6 +1,6 @@
 // Block layouts from ggml's quants; all numbers are little-endian. The order of multiplications is ggml's, so that the
 // values are its values to the bit.
-#include "backend/cpu/dequantize.h"
+#include "model/dequantize.h"
 
 #include <bit>
 #include <cstring>

@@ -1,0 +1,190 @@
+// What the attention kernels are made of: tiles of rows of one head in shared memory, and products of them that a warp
+// does on bands of 16 rows in registers. Written once for bfloat16, on tensor cores, and float32.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "backend/cuda/attention_plan.h"
+#include "backend/cuda/primitives/copy.h"
+#include "backend/cuda/primitives/math.h"
+#include "backend/cuda/primitives/mma.h"
+#include "backend/cuda/primitives/shared.h"
+#include "backend/cuda/primitives/warp.h"
+
+namespace merf::cuda {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr int kBand = 16;  // rows of a warp's product
+
+// A HeadsView as kernels take it.
+template <typename T>
+struct HeadRows {
+  T* data;
+  int64_t stride;
+  int head_size;
+
+  explicit HeadRows(const HeadsView& view)
+      : data(static_cast<T*>(view.data)),
+        stride(view.row_stride),
+        head_size(static_cast<int>(view.head_size)) {}
+  // Row t of the head is at t * stride.
+  __device__ T* head(int64_t index) const { return data + index * head_size; }
+};
+
+// The lists and pieces of an AttentionSchedule, as kernels take them.
+struct AttentionWork {
+  const AttentionPiece* pieces = nullptr;
+  const int32_t* entries = nullptr;
+
+  AttentionWork() = default;
+  explicit AttentionWork(const AttentionSchedule& schedule)
+      : pieces(schedule.piece_table.as<const AttentionPiece>()),
+        entries(schedule.entry_table.as<const int32_t>()) {}
+};
+
+__device__ constexpr bool visible(int key, int query, int visible_until) {
+  return key <= query && query < visible_until;
+}
+
+// kHead is the head size that a kernel was made for, the real one filled up with zeros. Rows in shared memory are 16
+// bytes longer, so that the rows that are read together lie in different banks.
+template <typename T, int kHead>
+constexpr int kRow = kHead + kVector<T>;
+template <typename T, int kHead>
+constexpr size_t tile_bytes(int rows) {
+  return shared_bytes<T>(int64_t{rows} * kRow<T, kHead>);
+}
+
+// Starts copying rows [first, first + kRows) of a head into a tile, zeros for those behind the last token.
+template <int kHead, int kRows, int kThreads, typename T>
+__device__ inline void copy_rows(T* tile, const HeadRows<const T>& from, int64_t head, int first,
+                                 int tokens) {
+  constexpr int kVectors = kHead / kVector<T>;
+  static_assert(kRows * kVectors % kThreads == 0);
+  const T* rows = from.head(head);
+  if constexpr (kThreads % kVectors == 0) {
+    // A thread stays in its column, so that few addresses have to be kept.
+    constexpr int kStep = kThreads / kVectors;
+    const int row = thread_index() / kVectors, column = thread_index() % kVectors * kVector<T>;
+    const int limit = column < from.head_size ? tokens - first - row : 0;
+    const T* source = rows + (first + row) * from.stride + column;
+    T* to = tile + row * kRow<T, kHead> + column;
+#pragma unroll 4
+    for (int i = 0; i < kRows; i += kStep) {
+      copy_async(to + i * kRow<T, kHead>, source, i < limit);
+      source += kStep * from.stride;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRows * kVectors / kThreads; ++i) {
+      const int at = i * kThreads + thread_index();
+      const int row = at / kVectors, column = at % kVectors * kVector<T>;
+      const bool valid = first + row < tokens && column < from.head_size;
+      copy_async(tile + row * kRow<T, kHead> + column, rows + (first + row) * from.stride + column, valid);
+    }
+  }
+}
+
+// d = A B^T for A [16 kBands, kHead] and B [kColumns, kHead] in tiles.
+template <int kHead, int kBands, int kColumns, typename T>
+__device__ inline void multiply_transposed(Accumulator (&d)[kBands][kColumns / 8], const T* a, const T* b) {
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+    for (int n = 0; n < kColumns / 8; ++n) d[band][n] = {};
+  }
+#pragma unroll(sizeof(T) == 2 ? kHead / kDepth <T> : 1)
+  for (int k = 0; k < kHead; k += kDepth<T>) {
+    FragmentA<T> left[kBands];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band)
+      load_a(left[band], a + kBand * band * kRow<T, kHead> + k, kRow<T, kHead>);
+#pragma unroll
+    for (int n = 0; n < kColumns; n += 16) {
+      FragmentB<T> right[2];
+      load_b_transposed(right, b + n * kRow<T, kHead> + k, kRow<T, kHead>);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma(d[band][n / 8 + i], left[band], right[i]);
+      }
+    }
+  }
+}
+
+// d += A B for A [16 kBands, kColumns] in registers, rounded to T, and B [kColumns, kHead] in a tile.
+template <int kHead, int kBands, int kColumns, typename T>
+__device__ inline void multiply_add(Accumulator (&d)[kBands][kHead / 8],
+                                    const Accumulator (&a)[kBands][kColumns / 8], const T* b) {
+#pragma unroll
+  for (int k = 0; k < kColumns; k += kDepth<T>) {
+    FragmentA<T> left[kBands];
+#pragma unroll
+    for (int band = 0; band < kBands; ++band) to_fragment(left[band], &a[band][k / 8]);
+#pragma unroll
+    for (int n = 0; n < kHead; n += 16) {
+      FragmentB<T> right[2];
+      load_b(right, b + k * kRow<T, kHead> + n, kRow<T, kHead>);
+#pragma unroll
+      for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) mma(d[band][n / 8 + i], left[band], right[i]);
+      }
+    }
+  }
+}
+
+__device__ inline void store_pair(float* to, float first, float second) {
+  store_vector<2>(to, Vector<float, 2>{{first, second}});
+}
+__device__ inline void store_pair(bf16* to, float first, float second) {
+  *reinterpret_cast<uint32_t*>(to) = pack_bf16(first, second);
+}
+
+// Writes this warp's d times scale[band][second] as rows from `first` of a head, by way of `tile`: 16 kBands rows in
+// shared memory that no other warp reads.
+template <int kHead, int kBands, typename T>
+__device__ inline void store_rows(const Accumulator (&d)[kBands][kHead / 8], const float (&scale)[kBands][2],
+                                  T* tile, const HeadRows<T>& to, int64_t head, int first, int tokens) {
+  sync_warp();
+#pragma unroll
+  for (int band = 0; band < kBands; ++band) {
+#pragma unroll
+    for (int second = 0; second < 2; ++second) {
+      T* row = tile + (kBand * band + accumulator_row(second)) * kRow<T, kHead> + accumulator_column();
+#pragma unroll
+      for (int n = 0; n < kHead / 8; ++n) {
+        store_pair(row + 8 * n, d[band][n].at[2 * second] * scale[band][second],
+                   d[band][n].at[2 * second + 1] * scale[band][second]);
+      }
+    }
+  }
+  sync_warp();
+  constexpr int kVectors = kHead / kVector<T>;
+  T* rows = to.head(head);
+  for (int at = lane_index(); at < kBand * kBands * kVectors; at += kWarp) {
+    const int row = at / kVectors, column = at % kVectors * kVector<T>;
+    if (first + row < tokens && column < to.head_size) {
+      store_vector<kVector<T>>(rows + (first + row) * to.stride + column,
+                               load_vector<kVector<T>>(tile + row * kRow<T, kHead> + column));
+    }
+  }
+}
+
+// Calls body(kHead) with the least kHead that holds the head size, which kernels are made for.
+template <typename Body>
+void with_head_size(int64_t head_size, Body&& body) {
+  if (head_size <= 64) {
+    body(std::integral_constant<int, 64>{});
+  } else if (head_size <= 96) {
+    body(std::integral_constant<int, 96>{});
+  } else if (head_size <= 128) {
+    body(std::integral_constant<int, 128>{});
+  } else {
+    body(std::integral_constant<int, 256>{});
+  }
+}
+
+}  // namespace merf::cuda
