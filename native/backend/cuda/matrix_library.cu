@@ -1,4 +1,7 @@
 // cuBLASLt without its headers: what is used of it is declared here, as NVIDIA documents it, and found by name.
+//
+// MERF_CUBLASLT is the path to the library; "none" leaves all products to our own kernel, which gives a row the same
+// bits in every batch.
 #include "backend/cuda/matrix_library.h"
 
 #include <dlfcn.h>
@@ -289,6 +292,7 @@ class CublasLt final : public MatrixLibrary {
 
 std::shared_ptr<MatrixLibrary> MatrixLibrary::open(Gpu& gpu) {
   const std::string chosen = from_environment("MERF_CUBLASLT");
+  if (chosen == "none") return nullptr;
   if (!chosen.empty()) {
     const Opened opened = try_open(chosen);
     if (opened.handle == nullptr) {
