@@ -23,6 +23,7 @@ Registry& registry() {
 Engine& Engine::open(const std::string& device, int threads) {
   Registry& all = registry();
   std::lock_guard lock(all.mutex);
+  if (device == "cuda") threads = 0;  // it has none of the host's
   Engine*& asked = all.engines[{device, threads}];
   if (asked != nullptr) return *asked;
   std::shared_ptr<Backend> backend;

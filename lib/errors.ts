@@ -12,7 +12,11 @@ export type MerfErrorCode =
   | 'VERIFIER_FAILED'
   | 'VERIFIER_TIMEOUT'
   | 'EMPTY_DATASET'
+  /** The device cannot be used here; the message says what it lacks. */
   | 'DEVICE_UNAVAILABLE'
+  /** A GPU failed while it worked; what it holds is lost. */
+  | 'DEVICE_FAILED'
+  /** The device lacks memory. What the call took was given back, and the message says what would have fitted. */
   | 'OUT_OF_MEMORY'
   | 'RESUME_MISMATCH'
   | 'BUSY'
@@ -33,6 +37,7 @@ const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
   'VERIFIER_TIMEOUT',
   'EMPTY_DATASET',
   'DEVICE_UNAVAILABLE',
+  'DEVICE_FAILED',
   'OUT_OF_MEMORY',
   'RESUME_MISMATCH',
   'BUSY',

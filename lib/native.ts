@@ -176,7 +176,7 @@ export interface NativeModel {
    * Names and shapes as Hugging Face has them; `decayed` are the matrices. Adapters stand among them, named
    * *.lora_A.weight and *.lora_B.weight after the products qkv_proj, o_proj, gate_up_proj and down_proj.
    */
-  parameters(): { name: string; shape: number[]; decayed: boolean; trained: boolean }[];
+  parameters(): { name: string; shape: number[]; decayed: boolean; adapter: boolean; trained: boolean }[];
   /** Fills every parameter but adapters; each must be given once. */
   load(sources: TensorSource[], cancel: CancelToken): Promise<void>;
   /** Matrices from a normal distribution, norms 1, biases 0. */
@@ -299,11 +299,14 @@ export interface NativeBackend {
   available: boolean;
   /** Why it is not available. */
   reason?: string;
+  /** Processor or card, as its maker names it. */
   description: string;
   /** The instruction set chosen at run time. */
   isa: string;
   threads: number;
   memoryBytes: number;
+  /** What could be allocated now. */
+  freeBytes: number;
   /** bfloat16 products in hardware. */
   fastBf16: boolean;
   /** Name and version of each. */
@@ -312,7 +315,10 @@ export interface NativeBackend {
 
 export interface NativeAddon {
   version: string;
-  backends(): NativeBackend[];
+  /** Of all devices that there are, whether this machine has them or not. */
+  deviceNames(): string[];
+  /** Opens the device to look at it; says why where it cannot be used. */
+  describeDevice(name: string): NativeBackend;
   /**
    * `training` false: no float32 masters, gradients and moments; a rank: these are had by low-rank adapters alone.
    * The memory is taken by the first method that needs it.

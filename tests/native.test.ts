@@ -96,14 +96,18 @@ async function makeModel(changes: Partial<NativeModelConfig> = {}, trainable = t
 const token = () => native().createCancelToken();
 
 describe('what the addon says of itself', () => {
-  test('its version and back ends', () => {
+  test('its version and devices', () => {
     expect(native().version).toMatch(/^\d+\.\d+\.\d+$/);
-    const backend = native()
-      .backends()
-      .find(({ name }) => name === 'cpu');
-    expect(backend).toMatchObject({ available: true });
-    expect(backend?.threads).toBeGreaterThan(0);
-    expect(backend?.memoryBytes).toBeGreaterThan(1e8);
+    expect(native().deviceNames()).toEqual(['cpu', 'cuda', 'cuda-emulated']);
+    const cpu = native().describeDevice('cpu');
+    expect(cpu).toMatchObject({ name: 'cpu', available: true });
+    expect(cpu.threads).toBeGreaterThan(0);
+    expect(cpu.memoryBytes).toBeGreaterThan(1e8);
+    expect(cpu.freeBytes).toBeGreaterThan(0);
+    expect(cpu.freeBytes).toBeLessThanOrEqual(cpu.memoryBytes);
+    const none = native().describeDevice('abacus');
+    expect(none).toMatchObject({ name: 'abacus', available: false, memoryBytes: 0 });
+    expect(none.reason).toMatch(/cpu, cuda, cuda-emulated.*abacus/);
   });
 
   test('a device that does not exist is refused', async () => {

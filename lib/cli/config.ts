@@ -17,7 +17,7 @@ export const modelShape = {
   }),
   device: setting(z.string().default('auto'), {
     group: 'Model',
-    description: 'auto, cpu, ...: see merf doctor',
+    description: 'auto, cpu, cuda, or for tests cuda-emulated: see merf doctor',
   }),
   dtype: setting(z.enum(['auto', 'f32', 'bf16']).default('auto'), {
     group: 'Model',

@@ -1,12 +1,12 @@
 export type { ChatTurn } from '../prompt/chat-template.js';
 export type { ModelConfig } from './config.js';
+export type { DeviceDescription } from './devices.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
 export type { Loss, LossStats, PolicyLossType } from './loss.js';
 export { openModel, readTokenizerFiles } from './model-files.js';
 export {
   type CreateOptions,
-  type DeviceDescription,
   type DeviceOptions,
   type LoraOptions,
   type OptimizerOptions,

@@ -2,6 +2,7 @@ import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import { type CancelToken, type NativeModel, type NativeSampleResult, native } from '../native.js';
 import { saveAdapter } from './adapter.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
+import { chooseDevice, type DeviceDescription, gib, parameterBytes } from './devices.js';
 import { checkedTokens, type Forest, type ForestPlan, type PackedBatch, planForest } from './forest.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
 import {
@@ -29,7 +30,11 @@ import { loadState, saveState } from './state.js';
 import { TextStream, Tokenizer } from './tokenizer.js';
 
 export interface DeviceOptions {
-  /** `auto`: a GPU where there is one, else the CPU. */
+  /**
+   * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free memory;
+   * `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's kernels on the
+   * processor.
+   */
   device?: string | undefined;
   /**
    * Of weights and activations; master weights, gradients and moments are always float32. `auto`: bf16 where the
@@ -86,14 +91,6 @@ export interface SaveOptions {
   /** Weights beyond this are divided into several files, with an index. Default 5 GB. */
   maxShardBytes?: number | undefined;
   signal?: AbortSignal | undefined;
-}
-
-export interface DeviceDescription {
-  name: string;
-  description: string;
-  isa: string;
-  threads: number;
-  memoryBytes: number;
 }
 
 export interface Scores {
@@ -154,7 +151,7 @@ export class Policy {
       );
     } catch (error) {
       policy.dispose();
-      throw error;
+      throw policy.#explained(error);
     }
     return policy;
   }
@@ -182,7 +179,7 @@ export class Policy {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
       policy.dispose();
-      throw error;
+      throw policy.#explained(error);
     }
     return policy;
   }
@@ -201,9 +198,13 @@ export class Policy {
     if (!['auto', 'f32', 'bf16'].includes(wanted))
       throw invalidArgument('dtype', 'auto, f32 or bf16', wanted);
     if (lora !== undefined) checkLora(lora, trainable, config);
-    const device = chooseDevice(options.device ?? 'auto');
     const large = parameterCount(config) >= autoBf16Parameters;
-    const dtype = wanted === 'auto' ? (device.fastBf16 && large ? 'bf16' : 'f32') : wanted;
+    const dtypeOn = ({ fastBf16 }: { fastBf16: boolean }) =>
+      wanted === 'auto' ? (fastBf16 && large ? 'bf16' : 'f32') : wanted;
+    const { device, reason } = chooseDevice(options.device ?? 'auto', (candidate) =>
+      parameterBytes(config, { dtype: dtypeOn(candidate), trainable, lora: lora !== undefined }),
+    );
+    const dtype = dtypeOn(device);
     const { rope, ...sizes } = config;
     const model = native().createModel(
       {
@@ -215,7 +216,7 @@ export class Policy {
       lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
     );
     const { name, description, isa, memoryBytes } = device;
-    const described = { name, description, isa, threads: threads || device.threads, memoryBytes };
+    const described = { name, description, isa, threads: threads || device.threads, memoryBytes, reason };
     return new Policy(
       config,
       tokenizer,
@@ -321,7 +322,7 @@ export class Policy {
       scatter(
         scores,
         batch,
-        await this.#native('scoring', signal, (cancel) => this.model.score(nativeBatch(batch), cancel)),
+        await this.#batch('scoring', signal, (cancel) => this.model.score(nativeBatch(batch), cancel)),
       );
     }
     return scores;
@@ -332,9 +333,10 @@ export class Policy {
    * (default: what a fifth of the device's memory holds); the gradient does not depend on it. Where a target has no
    * `logprobs`, those of the policy as it is now stand in, which costs a forward pass more.
    *
-   * An abort or a loss that is not finite leaves all gradients zeroed, those of earlier calls included, so that no
+   * An abort, a loss that is not finite or a lack of memory leaves all gradients zeroed, those of earlier calls included, so that no
    * update is made of a part of a batch.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE, UNSUPPORTED where the policy is not trainable
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE, OUT_OF_MEMORY, which says how many tokens would
+   *   have fitted, UNSUPPORTED where the policy is not trainable
    */
   async forwardBackward(
     forest: Forest,
@@ -356,7 +358,7 @@ export class Policy {
         for (const batch of plan.batches) {
           if (batch.targets.length === 0) continue;
           const rows = nativeLoss(resolved, plan, batch, weights, old);
-          const result = await this.#native('forwardBackward', signal, (cancel) =>
+          const result = await this.#batch('forwardBackward', signal, (cancel) =>
             this.model.forwardBackward(nativeBatch(batch), rows, cancel),
           );
           if (!result.finite) {
@@ -592,6 +594,28 @@ export class Policy {
     return result;
   }
 
+  /** A native call over a batch whose size is the caller's choice. */
+  async #batch<T>(
+    what: string,
+    signal: AbortSignal | undefined,
+    run: (cancel: CancelToken) => Promise<T>,
+  ): Promise<T> {
+    try {
+      return await this.#native(what, signal, run);
+    } catch (error) {
+      throw withHint(error, 'maxTokens, or batchTokens of a trainer, sets how many');
+    }
+  }
+
+  /** What loading failed with, and how much memory the model takes. */
+  #explained(error: unknown): unknown {
+    const { config, dtype, trainable, loraRank } = this;
+    const bytes = parameterBytes(config, { dtype, trainable, lora: loraRank > 0 });
+    const millions = (this.parameterCount / 1e6).toFixed(1);
+    const less = trainable && loraRank === 0 ? ' to train; less with lora, or with trainable: false' : '';
+    return withHint(error, `${millions} million parameters take at least ${gib(bytes)}${less}`);
+  }
+
   /** A native call that ends early where the signal fires. */
   async #native<T>(
     what: string,
@@ -616,21 +640,9 @@ export class Policy {
   }
 }
 
-function chooseDevice(wanted: string) {
-  const backends = native().backends();
-  const byName = (name: string) => backends.find((backend) => backend.name === name);
-  const cuda = byName('cuda');
-  const name = wanted === 'auto' ? (cuda?.available ? 'cuda' : 'cpu') : wanted;
-  const chosen = byName(name);
-  if (chosen === undefined)
-    throw invalidArgument('device', ['auto', ...backends.map((b) => b.name)].join(', '), wanted);
-  if (!chosen.available) {
-    throw new MerfError(
-      'DEVICE_UNAVAILABLE',
-      `Device ${name} is not available: ${chosen.reason ?? 'no reason is known'}`,
-    );
-  }
-  return chosen;
+function withHint(error: unknown, hint: string): unknown {
+  if (!(error instanceof MerfError) || error.code !== 'OUT_OF_MEMORY') return error;
+  return new MerfError('OUT_OF_MEMORY', `${error.message} (${hint})`, { cause: error });
 }
 
 /** Every id that the tokenizer can give must have a row in the embedding table. */

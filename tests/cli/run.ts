@@ -21,12 +21,22 @@ export interface Result {
 /** Runs the command line from the sources. `watch` sees the output as it grows and may send signals. */
 export function merf(
   args: readonly string[],
-  options: { cwd?: string; watch?: (stdout: string, child: ChildProcess) => void; input?: string } = {},
+  options: {
+    cwd?: string;
+    watch?: (stdout: string, child: ChildProcess) => void;
+    input?: string;
+    /** On top of this process's environment. */
+    env?: Record<string, string>;
+  } = {},
 ): Promise<Result> {
   const child = spawn(
     process.execPath,
     ['--import', import.meta.resolve('tsx'), '--input-type=module', '-e', entry, '--', ...args],
-    { cwd: options.cwd ?? root, stdio: ['pipe', 'pipe', 'pipe'] },
+    {
+      cwd: options.cwd ?? root,
+      env: { ...process.env, ...options.env },
+      stdio: ['pipe', 'pipe', 'pipe'],
+    },
   );
   child.stdin.end(options.input ?? '');
   let stdout = '';

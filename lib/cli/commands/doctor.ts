@@ -1,6 +1,8 @@
+import { existsSync, readFileSync } from 'node:fs';
 import { freemem, totalmem } from 'node:os';
 import type { Command } from 'commander';
-import { native } from '../../native.js';
+import { type NativeBackend, native } from '../../native.js';
+import { gib } from '../../policy/devices.js';
 import { openModel } from '../../policy/index.js';
 import { defaultModel, shortPath } from '../models.js';
 
@@ -13,28 +15,18 @@ export function addDoctor(program: Command): void {
 }
 
 async function doctor(): Promise<void> {
-  const line = (name: string, text: string) => process.stdout.write(`${name.padEnd(12)} ${text}\n`);
+  const line = (name: string, text: string) => process.stdout.write(`${name.padEnd(14)} ${text}\n`);
   let well = true;
   line('node', `${process.version} on ${process.platform} ${process.arch}`);
   line('memory', `${gib(totalmem())} in all, ${gib(freemem())} free`);
   try {
     const addon = native();
     line('merf', `native part ${addon.version}`);
-    for (const backend of addon.backends()) {
-      if (!backend.available) {
-        line(backend.name, `not available: ${backend.reason ?? 'no reason given'}`);
-        continue;
-      }
-      line(backend.name, backend.description);
-      line('', `instruction set ${backend.isa}${backend.fastBf16 ? ', bfloat16 products in hardware' : ''}`);
-      line(
-        '',
-        `${backend.threads} ${backend.threads === 1 ? 'thread' : 'threads'}, ${gib(backend.memoryBytes)} of memory`,
-      );
-      const libraries = backend.libraries.map(([name, version]) => `${name} ${version}`);
-      if (libraries.length > 0) line('', libraries.join(', '));
+    const devices = addon.deviceNames().map((name) => addon.describeDevice(name));
+    for (const device of devices) {
+      for (const [i, text] of deviceLines(device).entries()) line(i === 0 ? device.name : '', text);
     }
-    well = addon.backends().some((backend) => backend.available);
+    well = devices.some(({ name, available }) => name === 'cpu' && available);
   } catch (error) {
     well = false;
     line('merf', (error as Error).message);
@@ -54,6 +46,34 @@ async function doctor(): Promise<void> {
   if (!well) process.exitCode = 1;
 }
 
-function gib(bytes: number): string {
-  return `${(bytes / 2 ** 30).toFixed(1)} GiB`;
+function deviceLines(device: NativeBackend): string[] {
+  const { name, available, reason, description, isa, threads, memoryBytes, freeBytes, fastBf16 } = device;
+  if (!available) return [`not available: ${reason ?? 'no reason given'}`];
+  if (name === 'cuda-emulated') return ["the kernels of cuda on the processor, for merf's tests: very slow"];
+  const libraries = device.libraries.map(([library, version]) => `${library} ${version}`);
+  const bf16 = fastBf16 ? ', bfloat16 products in hardware' : '';
+  if (name === 'cpu') {
+    return [
+      description,
+      `instruction set ${isa}${bf16}`,
+      `${threads} ${threads === 1 ? 'thread' : 'threads'}, ${gib(memoryBytes)} of memory`,
+      libraries.join(', '),
+    ];
+  }
+  const products = device.libraries.some(([library]) => library === 'cuBLASLt')
+    ? []
+    : ["merf's own matrix products (cuBLASLt was not found)"];
+  return [
+    description,
+    `compute capability ${isa.replace(/^sm_(\d+)(\d)$/, '$1.$2')}${bf16}`,
+    `${gib(memoryBytes)} of memory, ${gib(freeBytes)} free`,
+    [...driverVersion(), ...libraries, ...products].join(', '),
+  ];
+}
+
+/** As NVIDIA numbers its drivers; they themselves tell only the CUDA version that they are for. */
+function driverVersion(): string[] {
+  const file = '/proc/driver/nvidia/version';
+  const version = existsSync(file) && /\s(\d+\.\d+(\.\d+)?)\s/.exec(readFileSync(file, 'utf8'))?.[1];
+  return version ? [`driver ${version}`] : [];
 }

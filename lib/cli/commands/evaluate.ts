@@ -8,7 +8,7 @@ import { modelShape, taskShape } from '../config.js';
 import { addFlags, list, number, whole } from '../flags.js';
 import { resolveModel, shortPath } from '../models.js';
 import { evaluationLine } from '../terminal.js';
-import { loadOptions, openTask, type TaskChoice } from './training.js';
+import { deviceText, loadOptions, openTask, type TaskChoice } from './training.js';
 
 interface Flags extends TaskChoice {
   model?: string;
@@ -77,7 +77,10 @@ async function run(flags: Flags): Promise<void> {
   const policy = await Policy.load(model, loadOptions({ device: 'auto', dtype: 'auto', ...flags }, false));
   if (flags.out !== undefined) writeFileSync(flags.out, '');
   const results: Evaluation[] = [];
-  if (!flags.json) process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}\n`);
+  if (!flags.json) {
+    const where = deviceText(policy);
+    process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
+  }
   for (const [i, motivation] of motivations.entries()) {
     const result = await evaluate(policy, task, rows, {
       samples: flags.samples,

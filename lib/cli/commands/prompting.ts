@@ -61,6 +61,11 @@ async function sample(flags: SampleFlags): Promise<void> {
   const prompt = flags.prompt === '-' ? readFileSync(0, 'utf8') : flags.prompt;
   const model = resolveModel(flags.model);
   const policy = await Policy.load(model, loadOptions({ device: 'auto', dtype: 'auto', ...flags }, false));
+  const { reason } = policy.device;
+  // Where there is a driver somebody may expect a GPU.
+  if (reason !== undefined && !reason.startsWith('No NVIDIA driver')) {
+    process.stderr.write(`merf: on the CPU: ${reason}\n`);
+  }
   const messages = [
     ...(flags.system === undefined ? [] : [{ role: 'system' as const, content: flags.system }]),
     { role: 'user' as const, content: prompt },

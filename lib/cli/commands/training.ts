@@ -123,7 +123,7 @@ async function train(flags: Shared & Partial<TrainConfig>): Promise<void> {
       config.kl > 0 ? await Policy.load(model, { ...loadOptions(config, false), signal }) : undefined;
     view.event({
       type: 'notice',
-      message: `Training ${shortPath(model)} on ${task.name} into ${shortPath(out)}`,
+      message: `Training ${shortPath(model)} on ${task.name} into ${shortPath(out)}, on ${deviceText(policy)}`,
     });
     const trainer = new Trainer({
       ...pick(config, grpoSchema),
@@ -157,7 +157,10 @@ async function sft(flags: Shared & Partial<SftConfig>): Promise<void> {
   const model = launch.model as string;
   await runTraining(out, async (view, signal) => {
     const policy = await Policy.load(model, { ...trainedOptions(config), signal });
-    view.event({ type: 'notice', message: `Warming up ${shortPath(model)} into ${shortPath(out)}` });
+    view.event({
+      type: 'notice',
+      message: `Warming up ${shortPath(model)} into ${shortPath(out)}, on ${deviceText(policy)}`,
+    });
     const trainer = new SupervisedTrainer({
       ...pick(config, sftSchema),
       policy,
@@ -242,6 +245,11 @@ export function loadOptions(
 function trainedOptions(config: Parameters<typeof loadOptions>[0] & { loraRank: number; seed: number }) {
   const { loraRank: rank, seed } = config;
   return { ...loadOptions(config, true), ...(rank > 0 && { lora: { rank, seed } }) };
+}
+
+/** The device in a heading, with why `auto` chose no GPU. */
+export function deviceText({ device: { name, reason } }: Policy): string {
+  return reason === undefined ? name : `${name} (${reason})`;
 }
 
 /** What run.json keeps so that --resume alone starts the run again, from any folder. */
