@@ -346,6 +346,7 @@ Napi::Value NativeModel::parameters(const Napi::CallbackInfo& info) {
       }
       object.Set("shape", shape);
       object.Set("decayed", named[i].decayed());
+      object.Set("adapter", named[i].adapter);
       object.Set("trained", state()->training.trainable && (!lora || named[i].adapter));
       array.Set(static_cast<uint32_t>(i), object);
     }

@@ -176,7 +176,7 @@ export interface NativeModel {
    * Names and shapes as Hugging Face has them; `decayed` are the matrices. Adapters stand among them, named
    * *.lora_A.weight and *.lora_B.weight after the products qkv_proj, o_proj, gate_up_proj and down_proj.
    */
-  parameters(): { name: string; shape: number[]; decayed: boolean; trained: boolean }[];
+  parameters(): { name: string; shape: number[]; decayed: boolean; adapter: boolean; trained: boolean }[];
   /** Fills every parameter but adapters; each must be given once. */
   load(sources: TensorSource[], cancel: CancelToken): Promise<void>;
   /** Matrices from a normal distribution, norms 1, biases 0. */

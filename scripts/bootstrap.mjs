@@ -26,6 +26,7 @@ import { fileURLToPath } from 'node:url';
 export const root = dirname(dirname(fileURLToPath(import.meta.url)));
 const stampFile = join(root, 'build', 'bootstrap.json');
 const addon = join(root, 'build', 'Release', 'merf.node');
+const cudaPlugin = join(root, 'build', 'Release', 'merf_cuda.so');
 const cmakeCache = join(root, 'build', 'CMakeCache.txt');
 const toolkit = join(root, 'build', 'cuda-toolkit');
 const toolkitCompiler = join(toolkit, 'nvidia', 'cu13', 'bin', 'nvcc');
@@ -235,6 +236,8 @@ function buildNative(tests, stamp) {
     ...(tests ? ['--CDMERF_BUILD_TESTS=ON'] : []),
     ...(compiler ? [`--CDCMAKE_CUDA_COMPILER=${compiler}`] : []),
   ]);
+  // One from an earlier build would fit the rest no longer.
+  if (configuredCudaCompiler() === undefined) rmSync(cudaPlugin, { force: true });
   run(process.execPath, [...cmakeJs, 'build', ...quiet, '--parallel', String(availableParallelism())]);
   if (!existsSync(addon)) throw new BootstrapError(`the build left no ${addon}`);
   stamp.native = state;

@@ -25,10 +25,6 @@ function modulesOf(product: string, config: ModelConfig): [name: string, rows: n
 
 const adapterName = /^(.*\.)([a-z_]+)\.lora_([AB])\.weight$/;
 
-export function isAdapter(name: string): boolean {
-  return adapterName.test(name);
-}
-
 /**
  * A directory that PEFT reads. PEFT has an A for each module; the modules of one product get the same one, and each its
  * rows of B.

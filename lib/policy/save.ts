@@ -3,7 +3,6 @@ import { mkdir, open, readdir, rename, rm } from 'node:fs/promises';
 import { basename, dirname, join, resolve } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
-import { isAdapter } from './adapter.js';
 import { configToJson, type ModelConfig } from './config.js';
 import { kindOf } from './files.js';
 import { safetensorsElementBytes, safetensorsHeader } from './safetensors.js';
@@ -126,7 +125,7 @@ async function writeText(path: string, text: string): Promise<void> {
 function weightTensors(model: NativeModel): TensorToWrite[] {
   return model
     .parameters()
-    .filter(({ name }) => !isAdapter(name))
+    .filter(({ adapter }) => !adapter)
     .map(({ name, shape }) => ({ name, shape, read: () => model.readTensor(name, 'merged') }));
 }
 

@@ -1,4 +1,7 @@
 // Attention over the token forest against float64 loops over every pair of tokens.
+#include <cstdlib>
+#include <map>
+
 #include "harness.h"
 
 using namespace merf;
@@ -293,4 +296,74 @@ TEST_CASE("attention survives large scores and non-finite values") {
     }
     CHECK(wrong == 0);
   });
+}
+
+TEST_CASE("a value that is not finite reaches the queries that see it and no other on a GPU") {
+  for_each_backend([](Backend& backend) {
+    // The CPU multiplies values by the weights 0 of the queries beside those that see them.
+    if (backend.info().name == "cpu") return;
+    const Fused shape{200, 2, 1, 24};
+    std::vector<int32_t> mask = causal(200);
+    for (int64_t i = 65; i < 80; ++i) mask[i] = 80;
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const float value : {INFINITY, -INFINITY, NAN}) {
+        CAPTURE(value);
+        std::vector<float> qkv = Random(7).normals(shape.tokens * shape.row());
+        qkv[70 * shape.row() + 3 * 24 + 5] = value;
+        const Result result = run(backend, shape, qkv, {}, mask, 0.25f, dtype);
+        int64_t wrong = 0;
+        for (int64_t i = 0; i < shape.tokens; ++i) {
+          const bool sees = i >= 70 && i < 80;
+          wrong += !std::isfinite(result.lse[i]);
+          wrong += std::isfinite(result.out[i * 48 + 5]) == sees;
+          for (int64_t d = 0; d < 48 && !sees; ++d) wrong += !std::isfinite(result.out[i * 48 + d]);
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  });
+}
+
+TEST_CASE("attention takes any scale") {
+  for_each_backend([](Backend& backend) {
+    const Fused shape{70, 2, 1, 16};
+    const std::vector<float> qkv = Random(8).normals(shape.tokens * shape.row());
+    const std::vector<float> dout = Random(9).normals(shape.tokens * shape.q_heads * shape.head_size);
+    for (const float scale : {-0.25f, 0.0f, 2.0f}) {
+      CAPTURE(scale);
+      const Reference expected = reference_attention(shape, qkv, dout, causal(70), scale);
+      const Result actual = run(backend, shape, qkv, dout, causal(70), scale, DType::f32);
+      CHECK(mean_error(actual.out, expected.out) < 4e-6);
+      CHECK(mean_error(actual.lse, expected.lse) < 1e-6);
+      CHECK(mean_error(actual.gradient, expected.gradient) < 4e-6);
+    }
+  });
+}
+
+TEST_CASE("attention gives the same bits again, in whatever order an emulated GPU's threads run") {
+  const char* const name = "MERF_EMULATION_SEED";
+  const char* const set = std::getenv(name);
+  const std::string before = set == nullptr ? "" : set;
+  const Fused shape{203, 4, 2, 64};
+  const std::vector<int32_t> mask = forest(203, 60, 3, 5);
+  const std::vector<float> qkv = Random(10).normals(shape.tokens * shape.row());
+  const std::vector<float> dout = Random(11).normals(shape.tokens * shape.q_heads * shape.head_size);
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    std::map<std::string, Result> results;
+    for (const char* const seed : {"0", "1", "2"}) {
+      setenv(name, seed, 1);
+      for_each_backend([&](Backend& backend) {
+        const Result result = run(backend, shape, qkv, dout, mask, 0.125f, dtype);
+        const Result& first = results.try_emplace(backend.info().name, result).first->second;
+        CHECK(same_bits(result.out, first.out));
+        CHECK(same_bits(result.lse, first.lse));
+        CHECK(same_bits(result.gradient, first.gradient));
+      });
+    }
+  }
+  if (set == nullptr) {
+    unsetenv(name);
+  } else {
+    setenv(name, before.c_str(), 1);
+  }
 }

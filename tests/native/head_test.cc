@@ -211,7 +211,8 @@ TEST_CASE("head_loss over large and odd vocabularies agrees with float64") {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       const LossOptions options{LossKind::cispo, 0.2f, 0.28f, 0.1f, 0.1f};
       check_problem(backend, make_problem(5, 3, 1003, 8, dtype, 83), dtype, options, true, 7);
-      check_problem(backend, make_problem(5, 3, 9001, 8, dtype, 84), dtype, options, true, 503);
+      // With the last token among them, a target, beside whose gradient the reference's own error is small.
+      check_problem(backend, make_problem(5, 3, 9001, 8, dtype, 84), dtype, options, true, 600);
     }
   });
 }

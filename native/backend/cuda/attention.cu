@@ -37,7 +37,7 @@ struct ForwardParameters {
   float* lse;                    // [q_heads, tokens]
   const int32_t* visible_until;  // padded
   AttentionWork work;
-  int tokens, group;
+  int tokens;
   float scale;  // of scores, times log2(e); above 0
   bool negate;  // the scores
 };
@@ -61,16 +61,16 @@ __device__ inline bool any_not_finite(const Vector<float, 4>& values) {
 template <int kHead, int kKeys, int kThreads, typename T>
 __device__ inline void take_poison(T* values, float* poison) {
   constexpr int kShare = kThreads / kKeys;  // threads for a row
-  const int key = thread_index() / kShare;
+  const auto thread = static_cast<unsigned>(thread_index());
+  const int key = static_cast<int>(thread / kShare), share = static_cast<int>(thread % kShare);
   T* row = values + key * kRow<T, kHead>;
   int found = 0;
 #pragma unroll
-  for (int i = 0; i < kHead / kVector<T> / kShare; ++i) {
-    found |=
-        any_not_finite(load_vector<kVector<T>>(row + (i * kShare + thread_index() % kShare) * kVector<T>));
+  for (int i = 0; i < kHead; i += kShare * kVector<T>) {
+    found |= any_not_finite(load_vector<kVector<T>>(row + i + share * kVector<T>));
   }
   found = warp_max(found, kShare);
-  if (thread_index() % kShare != 0) return;
+  if (share != 0) return;
   poison[key] = found ? NAN : 0.0f;
   if (found) {
     for (int i = 0; i < kHead; ++i) row[i] = from_f32<T>(0.0f);
@@ -88,14 +88,16 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
   T* values = shared.take<T>(2 * kStage);
   float* poison = shared.take<float>(kKeys);
 
-  const int64_t head = blockIdx.x, kv_head = head / p.group;
-  const AttentionPiece piece = p.work.pieces[blockIdx.y];
-  const int32_t* entries = p.work.entries + piece.first_entry;
+  const int kv_head = static_cast<int>(blockIdx.y);
+  const int head = kv_head * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+  const AttentionPiece piece = p.work.pieces[blockIdx.z];
   const int first_query = piece.tile * C::kQueries;
   const int warp_query = warp_index() * kBand * kBands;  // this warp's first, in the tile
+  const int own_query = first_query + warp_query + accumulator_row(0);
   T* own_queries = queries + warp_query * kRow<T, kHead>;
 
-  int32_t ahead = entries[piece.begin];
+  const int32_t* next = p.work.entries + piece.first_entry;
+  int32_t ahead = *next;
   const auto start = [&](int stage) {
     const int first_key = entry_tile(ahead) * kKeys;
     copy_rows<kHead, kKeys, C::kThreads>(keys + stage * kStage, p.k, kv_head, first_key, p.tokens);
@@ -104,6 +106,13 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
   };
   copy_rows<kHead, C::kQueries, C::kThreads>(queries, p.q, head, first_query, p.tokens);
   start(0);
+  if (p.negate) {
+    copy_async_wait<0>();
+    sync_block();
+    for (int i = thread_index(); i < C::kQueries * kRow<T, kHead>; i += C::kThreads) {
+      queries[i] = from_f32<T>(-to_f32(queries[i]));
+    }
+  }
 
   Accumulator out[kBands][kHead / 8];
   float most[kBands][2], sum[kBands][2];  // of scores so far, unscaled; of this lane's weights relative to it
@@ -120,8 +129,9 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
   // Scores of -infinity alone, which have no maximum to be relative to, stay 0.
   const auto exponent_of = [&](float maximum) { return maximum == -kInfinity ? 0.0f : maximum * p.scale; };
 
-  for (int n = piece.begin; n < piece.end; ++n) {
-    const int stage = (n - piece.begin) % 2;
+  int stage = 0;
+#pragma unroll 1
+  for (int left = piece.entries; left > 0; --left, stage = 1 - stage) {
     const int first_key = entry_tile(ahead) * kKeys;
     const bool partial = entry_partial(ahead);
     const T* stage_keys = keys + stage * kStage;
@@ -129,27 +139,20 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
     copy_async_wait<0>();
     // Behind this barrier the tile is there, and none reads the one before, whose place the next one takes.
     sync_block();
-    if (n + 1 < piece.end) {
-      ahead = entries[n + 1];
+    if (left > 1) {
+      ahead = *++next;
       start(1 - stage);
     }
+    bool poisoned = false;
     if (partial) {
       take_poison<kHead, kKeys, C::kThreads>(stage_values, poison);
       sync_block();
+      for (int key = lane_index(); key < kKeys; key += kWarp) poisoned |= poison[key] != 0.0f;
+      poisoned = any(poisoned);
     }
 
     Accumulator weights[kBands][kKeys / 8];  // scores at first
     multiply_transposed<kHead, kBands, kKeys>(weights, own_queries, stage_keys);
-    if (p.negate) {
-#pragma unroll
-      for (auto& band : weights) {
-#pragma unroll
-        for (auto& block : band) {
-#pragma unroll
-          for (float& score : block.at) score = -score;
-        }
-      }
-    }
     if (partial) {
 #pragma unroll
       for (int block = 0; block < kKeys / 8; ++block) {
@@ -166,10 +169,10 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
       }
     }
 
-    float shrink[kBands][2];  // of what was summed relative to a lesser maximum
-    bool grown = false;
 #pragma unroll
     for (int band = 0; band < kBands; ++band) {
+      float shrink[2];  // of what was summed relative to a lesser maximum
+      bool grown = false;
 #pragma unroll
       for (int second = 0; second < 2; ++second) {
         // fmaxf passes over NaN, which reaches its row by its weight.
@@ -180,51 +183,45 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
               maximum, fmaxf(weights[band][block].at[2 * second], weights[band][block].at[2 * second + 1]));
         }
         maximum = warp_max(maximum, 4);
-        const float exponent = exponent_of(maximum);
-        shrink[band][second] = fast_exp2(most[band][second] * p.scale - exponent);
+        shrink[second] = fast_exp2(most[band][second] * p.scale - exponent_of(maximum));
         grown |= maximum != most[band][second];
         most[band][second] = maximum;
-        float added = 0.0f;
+      }
+      if (any(grown)) {
+#pragma unroll
+        for (int second = 0; second < 2; ++second) {
+          sum[band][second] *= shrink[second];
+#pragma unroll
+          for (int block = 0; block < kHead / 8; ++block) {
+            out[band][block].at[2 * second] *= shrink[second];
+            out[band][block].at[2 * second + 1] *= shrink[second];
+          }
+        }
+      }
+#pragma unroll
+      for (int second = 0; second < 2; ++second) {
+        const float exponent = exponent_of(most[band][second]);
 #pragma unroll
         for (int block = 0; block < kKeys / 8; ++block) {
 #pragma unroll
           for (int i = 2 * second; i < 2 * second + 2; ++i) {
             float& weight = weights[band][block].at[i];
             weight = fast_exp2(fmaf(weight, p.scale, -exponent));
-            added += weight;
+            sum[band][second] += weight;
           }
         }
-        sum[band][second] = fmaf(sum[band][second], shrink[band][second], added);
       }
     }
-    if (any(grown)) {
-#pragma unroll
-      for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-        for (int block = 0; block < kHead / 8; ++block) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) out[band][block].at[i] *= shrink[band][i / 2];
-        }
-      }
-    }
-    if (partial) {
-      float found = 0.0f;
+    if (poisoned) {
 #pragma unroll
       for (int block = 0; block < kKeys / 8; ++block) {
         const auto pair = load_vector<2>(poison + 8 * block + accumulator_column());
-        found += pair.at[0] + pair.at[1];
-      }
-      if (any(found != 0.0f)) {
 #pragma unroll
-        for (int block = 0; block < kKeys / 8; ++block) {
-          const auto pair = load_vector<2>(poison + 8 * block + accumulator_column());
+        for (int band = 0; band < kBands; ++band) {
 #pragma unroll
-          for (int band = 0; band < kBands; ++band) {
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float& weight = weights[band][block].at[i];
-              if (weight > 0.0f) weight += pair.at[i % 2];
-            }
+          for (int i = 0; i < 4; ++i) {
+            float& weight = weights[band][block].at[i];
+            if (weight > 0.0f) weight += pair.at[i % 2];
           }
         }
       }
@@ -237,9 +234,9 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       const float total = warp_sum(sum[band][second], 4);
-      const int query = first_query + warp_query + kBand * band + accumulator_row(second);
+      const int query = own_query + kBand * band + 8 * second;
       if (lane_index() % 4 == 0 && query < p.tokens) {
-        p.lse[head * p.tokens + query] = exponent_of(most[band][second]) * kLn2 + logf(total);
+        p.lse[int64_t{head} * p.tokens + query] = exponent_of(most[band][second]) * kLn2 + logf(total);
       }
       sum[band][second] = 1.0f / total;
     }
@@ -252,13 +249,13 @@ void run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const He
          const HeadsView& v, float scale, const HeadsView& out, const Tensor& lse) {
   using C = Cut<T, kHead>;
   const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
-  const ForwardParameters<T> parameters{
-      HeadRows<const T>(q), HeadRows<const T>(k), HeadRows<const T>(v), HeadRows<T>(out), lse.as<float>(),
-      plan.padded(), AttentionWork(schedule), static_cast<int>(q.tokens), static_cast<int>(q.heads / k.heads),
-      // Of scores that all become 0, none shall become 0 * infinity.
-      std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
+  const ForwardParameters<T> parameters{HeadRows<const T>(q), HeadRows<const T>(k), HeadRows<const T>(v),
+                                        HeadRows<T>(out), lse.as<float>(), plan.padded(),
+                                        AttentionWork(schedule), static_cast<int>(q.tokens),
+                                        // Of scores that all become 0, none shall become 0 * infinity.
+                                        std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
   launch(backend.gpu(), "attention", attention_kernel<T, kHead>,
-         {blocks(q.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
+         {blocks(q.heads / k.heads, k.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
 }
 
 }  // namespace

@@ -283,8 +283,8 @@ __global__ void __launch_bounds__(QueryCut<T, kHead>::kThreads, QueryCut<T, kHea
   T* keys = shared.take<T>(2 * kStage);
   T* values = shared.take<T>(2 * kStage);
 
-  const int64_t head = blockIdx.x, kv_head = head / p.group;
-  const AttentionPiece piece = p.work.pieces[blockIdx.y];
+  const int64_t kv_head = blockIdx.y, head = kv_head * p.group + blockIdx.x;
+  const AttentionPiece piece = p.work.pieces[blockIdx.z];
   const int32_t* entries = p.work.entries + piece.first_entry;
   const int first_query = piece.tile * C::kQueries;
   const int warp_query = warp_index() * kBand * kBands;
@@ -401,12 +401,12 @@ void run_keys(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T> p
 
 template <typename T, int kHead>
 void run_queries(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T> parameters,
-                 int64_t q_heads) {
+                 int64_t kv_heads) {
   using C = QueryCut<T, kHead>;
   const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
   parameters.work = AttentionWork(schedule);
   launch(backend.gpu(), "attention_backward_queries", attention_backward_queries_kernel<T, kHead>,
-         {blocks(q_heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
+         {blocks(parameters.group, kv_heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
 }
 
 }  // namespace
@@ -449,7 +449,7 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
     with_head_size(q.head_size, [&](auto head_size) {
       constexpr int kHead = decltype(head_size)::value;
       run_keys<T, kHead>(*this, plan, parameters, k.heads);
-      run_queries<T, kHead>(*this, plan, parameters, q.heads);
+      run_queries<T, kHead>(*this, plan, parameters, k.heads);
     });
   });
 }

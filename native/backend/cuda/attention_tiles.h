@@ -61,29 +61,23 @@ constexpr size_t tile_bytes(int rows) {
 template <int kHead, int kRows, int kThreads, typename T>
 __device__ inline void copy_rows(T* tile, const HeadRows<const T>& from, int64_t head, int first,
                                  int tokens) {
-  constexpr int kVectors = kHead / kVector<T>;
-  static_assert(kRows * kVectors % kThreads == 0);
-  const T* rows = from.head(head);
-  if constexpr (kThreads % kVectors == 0) {
-    // A thread stays in its column, so that few addresses have to be kept.
-    constexpr int kStep = kThreads / kVectors;
-    const int row = thread_index() / kVectors, column = thread_index() % kVectors * kVector<T>;
-    const int limit = column < from.head_size ? tokens - first - row : 0;
-    const T* source = rows + (first + row) * from.stride + column;
-    T* to = tile + row * kRow<T, kHead> + column;
-#pragma unroll 4
-    for (int i = 0; i < kRows; i += kStep) {
-      copy_async(to + i * kRow<T, kHead>, source, i < limit);
-      source += kStep * from.stride;
-    }
-  } else {
+  // A thread stays in its columns, so that few addresses have to be kept.
+  constexpr int kColumns = kHead % 128 == 0 ? kHead : kHead % 64 == 0 ? 64 : 32;  // that go side by side
+  constexpr int kStep = kThreads * kVector<T> / kColumns;
+  static_assert(kRows % kStep == 0);
+  const auto thread = static_cast<unsigned>(thread_index());
+  const int row = static_cast<int>(thread / (kColumns / kVector<T>));
+  const int column = static_cast<int>(thread % (kColumns / kVector<T>)) * kVector<T>;
+  const T* source = from.head(head) + (first + row) * from.stride + column;
+  T* to = tile + row * kRow<T, kHead> + column;
+#pragma unroll 2
+  for (int i = 0; i < kRows; i += kStep) {
 #pragma unroll
-    for (int i = 0; i < kRows * kVectors / kThreads; ++i) {
-      const int at = i * kThreads + thread_index();
-      const int row = at / kVectors, column = at % kVectors * kVector<T>;
-      const bool valid = first + row < tokens && column < from.head_size;
-      copy_async(tile + row * kRow<T, kHead> + column, rows + (first + row) * from.stride + column, valid);
+    for (int j = 0; j < kHead; j += kColumns) {
+      copy_async(to + i * kRow<T, kHead> + j, source + j,
+                 first + row + i < tokens && column + j < from.head_size);
     }
+    source += kStep * from.stride;
   }
 }
 

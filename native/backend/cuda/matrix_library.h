@@ -13,7 +13,8 @@ namespace merf::cuda {
 class MatrixLibrary {
  public:
   virtual ~MatrixLibrary() = default;
-  // Null where no library was found; on the emulated GPU always.
+  // Null where no library was found, which is said on stderr once, or none is wanted; on the emulated GPU always.
+  // Throws DEVICE_UNAVAILABLE where the one in MERF_CUBLASLT does not work.
   static std::shared_ptr<MatrixLibrary> open(Gpu& gpu);
 
   virtual std::string version() const = 0;

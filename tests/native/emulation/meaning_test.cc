@@ -169,6 +169,61 @@ void check_chain() {
   CHECK(worst_difference(d.read(), reference(rounded<T>(inner), c, 16, depth, 8)) < tolerance);
 }
 
+// Tiles of 32 rows by 40 columns, of which 32 by 32 are read; the products of blocks at once and one by one.
+template <typename T>
+void multiply_blocks(const T* a, const T* b, float* at_once, float* one_by_one) {
+  constexpr int stride = 40;
+  SharedMemory shared;
+  T* a_tile = shared.take<T>(32 * stride);
+  T* b_tile = shared.take<T>(32 * stride);
+  for (int i = thread_index(); i < 32 * stride; i += thread_count()) {
+    a_tile[i] = a[i];
+    b_tile[i] = b[i];
+  }
+  sync_block();
+  const auto store = [](float* to, const Accumulator& d, int row, int column) {
+    for (int i = 0; i < 4; ++i) {
+      to[(row + accumulator_row(i / 2)) * 32 + column + accumulator_column() + i % 2] = d.at[i];
+    }
+  };
+  for (int form = 0; form < 4; ++form, at_once += 32 * 32, one_by_one += 32 * 32) {
+    FragmentA<T> left[2];
+    FragmentB<T> right[4];
+    form % 2 == 0 ? load_a(left, a_tile, stride) : load_a_transposed(left, a_tile, stride);
+    form / 2 == 0 ? load_b(right, b_tile, stride) : load_b_transposed(right, b_tile, stride);
+    Accumulator sums[2][4] = {};
+    mma(sums, left, right);
+    for (int i = 0; i < 2; ++i) {
+      for (int j = 0; j < 4; ++j) store(at_once, sums[i][j], 16 * i, 8 * j);
+      for (int j = 0; j < 2; ++j) {
+        FragmentA<T> one;
+        FragmentB<T> two[2];
+        form % 2 == 0 ? load_a(one, a_tile + 16 * i * stride, stride)
+                      : load_a_transposed(one, a_tile + 16 * i, stride);
+        form / 2 == 0 ? load_b(two, b_tile + 16 * j, stride)
+                      : load_b_transposed(two, b_tile + 16 * j * stride, stride);
+        for (int k = 0; k < 2; ++k) {
+          Accumulator sum{};
+          mma(sum, one, two[k]);
+          store(one_by_one, sum, 16 * i, 16 * j + 8 * k);
+        }
+      }
+    }
+  }
+}
+
+template <typename T>
+void check_blocks() {
+  const auto gpu = gpu_of(1);
+  const Array<T> a(*gpu, stored_as<T>(numbers(32 * 40, 1))), b(*gpu, stored_as<T>(numbers(32 * 40, 2)));
+  const Array<float> at_once(*gpu, 4 * 32 * 32), one_by_one(*gpu, 4 * 32 * 32);
+  launch(*gpu, "multiply_blocks", multiply_blocks<T>, {1, kWarp, 2 * shared_bytes<T>(32 * 40)}, a.data(),
+         b.data(), at_once.data(), one_by_one.data());
+  const std::vector<float> expected = one_by_one.read();
+  CHECK(std::all_of(expected.begin(), expected.end(), [](float x) { return std::isfinite(x); }));
+  CHECK(worst_difference(at_once.read(), std::vector<double>(expected.begin(), expected.end())) < 2e-6);
+}
+
 // PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type", word for word: i counts a thread's elements.
 int a_row(int lane, int i) { return (i < 2 || (i >= 4 && i < 6)) ? lane >> 2 : (lane >> 2) + 8; }
 int a_column(int lane, int i) { return i < 4 ? lane % 4 * 2 + (i & 1) : lane % 4 * 2 + (i & 1) + 8; }
@@ -194,6 +249,11 @@ TEST_CASE("emulation: products of fragments are those of the matrices, however t
   check_products<float, Stored::as_is, Stored::transposed>();
   check_products<float, Stored::transposed, Stored::as_is>();
   check_products<float, Stored::transposed, Stored::transposed>();
+}
+
+TEST_CASE("emulation: several blocks side by side give what each gives alone") {
+  check_blocks<bf16>();
+  check_blocks<float>();
 }
 
 TEST_CASE("emulation: a product becomes the left factor of the next") {

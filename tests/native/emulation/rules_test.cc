@@ -121,6 +121,31 @@ TEST_CASE("emulation: a missing barrier between a read and the next write shows 
   CHECK_FALSE(same_for_all_seeds(two_sums<false>));
 }
 
+TEST_CASE("emulation: matrices loaded before the warp has met show") {
+  const auto load = [](auto meet) {
+    return [meet](Gpu& gpu) {
+      Array<uint32_t> out(gpu, 4 * kWarp);
+      launch(
+          gpu, "load_written",
+          +[](uint32_t* to) {
+            SharedMemory shared;
+            uint32_t* tile = shared.take<uint32_t>(4 * kWarp);
+            // Lane l writes row 31 - l and gives the address of row l.
+            for (int i = 0; i < 4; ++i)
+              tile[4 * (31 - lane_index()) + i] = static_cast<uint32_t>(lane_index());
+            decltype(meet)()();
+            uint32_t registers[4];
+            load_matrices(registers, tile + 4 * lane_index());
+            for (int i = 0; i < 4; ++i) to[4 * lane_index() + i] = registers[i];
+          },
+          {1, kWarp, shared_bytes<uint32_t>(4 * kWarp)}, out.data());
+      return out.read();
+    };
+  };
+  CHECK(same_for_all_seeds(load([] { sync_warp(); })));
+  CHECK_FALSE(same_for_all_seeds(load([] {})));
+}
+
 TEST_CASE("emulation: a block that needs another one shows") {
   const auto chained = [](Gpu& gpu) {
     Array<int> values(gpu, std::vector<int>(5, 1));

@@ -90,10 +90,6 @@ struct MmaOperands {
   const uint32_t *a, *b;
   float* d;
 };
-struct MatrixRow {
-  const char* row;
-  uint32_t* to;
-};
 
 // What the lanes of a warp give an operation, and what they get.
 struct Warp {
@@ -106,7 +102,7 @@ struct Warp {
       uint64_t value[kLanes];
       int source[kLanes];
     } shuffle;
-    MatrixRow matrices[kLanes];
+    uint32_t* matrices[kLanes];
     MmaOperands mma[kLanes];
   } in;
   uint64_t out[kLanes];
@@ -660,23 +656,18 @@ void copy_async_wait_for(int pending) {
 
 namespace {
 
+// Every lane has put its rows into its registers.
 template <bool Transposed>
-void load_matrices(Warp& w, int count, size_t bytes_apart) {
-  for (int l = 0; l < kLanes; ++l) {
-    const int i = l / 4, j = 2 * (l % 4);
-    for (int n = 0; n < count; ++n) {
-      const size_t offset = static_cast<size_t>(n) * bytes_apart;
+void load_matrices(Warp& w, int count) {
+  uint16_t rows[kLanes][8];
+  for (int n = 0; n < 4 * count; n += 4) {
+    for (int l = 0; l < kLanes; ++l) std::memcpy(rows[l], w.in.matrices[l] + n, sizeof(rows[l]));
+    for (int l = 0; l < kLanes; ++l) {
+      const int i = l / 4, j = 2 * (l % 4);
       for (int matrix = 0; matrix < 4; ++matrix) {
-        const MatrixRow* rows = w.in.matrices + 8 * matrix;
-        uint32_t& to = w.in.matrices[l].to[4 * n + matrix];
-        if (!Transposed) {
-          std::memcpy(&to, rows[i].row + offset + 2 * j, 4);
-        } else {
-          uint16_t low, high;
-          std::memcpy(&low, rows[j].row + offset + 2 * i, 2);
-          std::memcpy(&high, rows[j + 1].row + offset + 2 * i, 2);
-          to = low | uint32_t{high} << 16;
-        }
+        const auto& of = reinterpret_cast<const uint16_t(&)[8][8]>(rows[8 * matrix]);
+        w.in.matrices[l][n + matrix] =
+            Transposed ? of[j][i] | uint32_t{of[j + 1][i]} << 16 : of[i][j] | uint32_t{of[i][j + 1]} << 16;
       }
     }
   }
@@ -773,11 +764,14 @@ void load_matrices(uint32_t* to, const void* row, int count, size_t bytes_apart,
   runner.warp_operation(
       operation, at,
       [&](Warp& w, int lane) {
-        w.in.matrices[lane] = {static_cast<const char*>(row), to};
+        // Read now and not once all lanes have come, so that a row that another lane has yet to write shows: ldmatrix
+        // is no barrier.
+        for (int i = 0; i < count; ++i) {
+          std::memcpy(to + 4 * i, static_cast<const char*>(row) + static_cast<size_t>(i) * bytes_apart, 16);
+        }
+        w.in.matrices[lane] = to;
       },
-      [=](Warp& w) {
-        transposed ? load_matrices<true>(w, count, bytes_apart) : load_matrices<false>(w, count, bytes_apart);
-      });
+      [=](Warp& w) { transposed ? load_matrices<true>(w, count) : load_matrices<false>(w, count); });
 }
 
 void mma_f32(float* d, const float* a, const float* b, int rows, int columns) {

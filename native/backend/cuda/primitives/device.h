@@ -25,8 +25,9 @@ constexpr int kWarp = 32;
 
 // Of the thread in its block, whose threads stand in one dimension.
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
-__device__ inline int lane_index() { return static_cast<int>(threadIdx.x) % kWarp; }
-__device__ inline int warp_index() { return static_cast<int>(threadIdx.x) / kWarp; }
+// Divided while unsigned, where that is a shift.
+__device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
+__device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }
 __device__ inline int thread_count() { return static_cast<int>(blockDim.x); }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }
 
