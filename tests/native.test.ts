@@ -138,6 +138,8 @@ describe('a model', () => {
       name: 'model.layers.0.self_attn.v_proj.bias',
       shape: [16],
       decayed: false,
+      trained: true,
+      adapter: false,
     });
   });
 
