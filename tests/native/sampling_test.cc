@@ -256,7 +256,7 @@ TEST_CASE("filters keep ties together and at least the best token") {
   });
 }
 
-TEST_CASE("every backend draws the CPU's tokens") {
+TEST_CASE("every backend draws the CPU's tokens" * doctest::skip(!tests_device("cpu"))) {
   constexpr float kInfinity = std::numeric_limits<float>::infinity();
   const int64_t n = 3;
   std::vector<Rows> cases;
