@@ -131,11 +131,15 @@ describe('a model', () => {
       name: 'model.layers.1.self_attn.k_proj.weight',
       shape: [16, 32],
       decayed: true,
+      trained: true,
+      adapter: false,
     });
     expect(parameters).toContainEqual({
       name: 'model.layers.0.self_attn.v_proj.bias',
       shape: [16],
       decayed: false,
+      trained: true,
+      adapter: false,
     });
   });
 

@@ -22,8 +22,8 @@ struct DeviceInfo {
   std::string description;  // processor or card, as its maker names it
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
-  int64_t memory_bytes = 0;  // total memory of the device
-  bool fast_bf16 = false;    // bfloat16 products in hardware
+  int64_t memory_bytes = 0;                                    // total memory of the device
+  bool fast_bf16 = false;                                      // bfloat16 products in hardware
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
 

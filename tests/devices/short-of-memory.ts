@@ -18,7 +18,7 @@ function sequence(length: number, seed: number): number[] {
 function forest(tokens: number): Forest {
   const completions = Array.from({ length: Math.floor((tokens - 20) / 20) }, (_, i) => ({
     tokens: sequence(20, i + 2),
-    train: { advantage: i % 2 === 0 ? 1 : -1 },
+    train: { advantage: i % 2 === 0 ? 1 : -1, logprobs: new Float32Array(20).fill(-6.7) },
   }));
   return [{ tokens: sequence(20, 1), children: completions }] as Forest;
 }
