@@ -4,7 +4,8 @@
 //     --strict  kernels that nvcc did not compile count as failed, and so does a test that skipped itself, unless its
 //               title names what it needs and that thing is truly absent and not the bootstrap's to bring:
 //               [needs ../shared] or [needs python]
-import { spawnSync } from 'node:child_process';
+import { spawn, spawnSync } from 'node:child_process';
+import { once } from 'node:events';
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import { bootstrap, root } from './bootstrap.mjs';
@@ -13,7 +14,7 @@ import { checkPtxas } from './ptxas-table.mjs';
 const strict = process.argv.includes('--strict');
 const total = { passed: 0, failed: 0, skipped: 0 };
 
-function runNativeTests() {
+async function runNativeTests() {
   const list = spawnSync('ctest', ['--test-dir', 'build', '--show-only=json-v1'], {
     cwd: root,
     encoding: 'utf8',
@@ -25,24 +26,27 @@ function runNativeTests() {
   }
   for (const { name, command } of programs) {
     process.stdout.write(`\nnative: ${name}\n`);
-    const result = spawnSync(command[0], [...command.slice(1), '--no-colors'], {
+    // With its seconds a test is named as soon as it is over: under emulation, some take a minute.
+    const program = spawn(command[0], [...command.slice(1), '--no-colors', '--duration=true'], {
       cwd: root,
       env: { GOMP_SPINCOUNT: '2000', ...process.env },
-      encoding: 'utf8',
+      stdio: ['ignore', 'pipe', 'inherit'],
     });
-    process.stdout.write(result.stdout ?? '');
-    process.stderr.write(result.stderr ?? '');
-    const summary = /test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed \|\s*(\d+) skipped/.exec(
-      result.stdout ?? '',
-    );
+    let output = '';
+    program.stdout.setEncoding('utf8').on('data', (text) => {
+      output += text;
+      process.stdout.write(text);
+    });
+    const [status, signal] = await once(program, 'close');
+    const summary = /test cases:\s*\d+ \|\s*(\d+) passed \|\s*(\d+) failed \|\s*(\d+) skipped/.exec(output);
     if (summary) {
       total.passed += Number(summary[1]);
       total.failed += Number(summary[2]);
       total.skipped += Number(summary[3]);
       if (strict) total.failed += Number(summary[3]);
     }
-    if (!summary || (result.status !== 0 && Number(summary[2]) === 0)) {
-      process.stderr.write(`${name} ended with ${result.signal ?? `exit code ${result.status}`}\n`);
+    if (!summary || (status !== 0 && Number(summary[2]) === 0)) {
+      process.stderr.write(`${name} ended with ${signal ?? `exit code ${status}`}\n`);
       total.failed += 1;
     }
   }
@@ -106,7 +110,7 @@ function runJest() {
 
 const built = bootstrap({ tests: true });
 checkKernels(built);
-runNativeTests();
+await runNativeTests();
 runJest();
 const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : '';
 process.stdout.write(`${total.passed} passed, ${total.failed} failed${skipped}\n`);
