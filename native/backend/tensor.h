@@ -61,6 +61,10 @@ struct Tensor {
   Tensor view(std::initializer_list<int64_t> new_shape) const;
 };
 
+// A tensor of that shape that has no storage yet; `device` is for messages. Throws INVALID_ARGUMENT where an extent is
+// below 0, OUT_OF_MEMORY where its bytes cannot be counted, INTERNAL where its rank is above 4.
+Tensor shaped(DType dtype, std::initializer_list<int64_t> shape, const std::string& device);
+
 // [tokens, heads, head_size] inside rows that may be wider, so that q, k and v can be read in place from the
 // output of one fused projection. Element (t, h, d) is at data + t * row_stride + h * head_size + d.
 struct HeadsView {

@@ -261,6 +261,30 @@ std::map<std::string, std::vector<float>> gradients(Model& model) {
   return all;
 }
 
+// Holds a gradient to the derivative of loss() along a random direction, by central differences in float64. `values` are
+// what loss() reads, as they were afterwards.
+template <class Loss>
+void check_gradient(const std::vector<float>& gradient, std::vector<double>& values, Loss&& loss,
+                    Random& random) {
+  const std::vector<double> at = values;
+  std::vector<double> direction;
+  double squares = 0.0, actual = 0.0;
+  for (size_t i = 0; i < at.size(); ++i) {
+    direction.push_back(random.normal());
+    actual += direction[i] * static_cast<double>(gradient[i]);
+    squares += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
+  }
+  // Small, so that no ratio crosses a bound of the clip on the way.
+  const double step = 1e-7;
+  const auto moved = [&](double by) {
+    for (size_t i = 0; i < at.size(); ++i) values[i] = at[i] + by * direction[i];
+    return loss();
+  };
+  const double expected = (moved(step) - moved(-step)) / (2.0 * step);
+  values = at;
+  CHECK(std::fabs(actual - expected) < 2e-5 * std::sqrt(squares) + 1e-7);
+}
+
 }  // namespace
 
 TEST_CASE("loss and gradients of every parameter agree with float64") {
@@ -281,25 +305,8 @@ TEST_CASE("loss and gradients of every parameter agree with float64") {
         Random random(6);
         for (const auto& [name, gradient] : gradients(model)) {
           CAPTURE(name);
-          // The derivative along a random direction, by central differences in float64.
-          std::vector<double>& values = weights[name];
-          const std::vector<double> at = values;
-          std::vector<double> direction;
-          double expected_scale = 0.0, actual = 0.0;
-          for (size_t i = 0; i < at.size(); ++i) {
-            direction.push_back(random.normal());
-            actual += direction[i] * static_cast<double>(gradient[i]);
-            expected_scale += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
-          }
-          // Small, so that no ratio crosses a bound of the clip on the way.
-          const double step = 1e-7;
-          const auto moved = [&](double by) {
-            for (size_t i = 0; i < at.size(); ++i) values[i] = at[i] + by * direction[i];
-            return reference.loss(batch, loss);
-          };
-          const double expected = (moved(step) - moved(-step)) / (2.0 * step);
-          values = at;
-          CHECK(std::fabs(actual - expected) < 2e-5 * std::sqrt(expected_scale) + 1e-7);
+          check_gradient(
+              gradient, weights[name], [&] { return reference.loss(batch, loss); }, random);
         }
       }
     }
@@ -374,23 +381,7 @@ TEST_CASE("with adapters, loss and gradients agree with float64, and nothing els
           for (const float value : gradient) CHECK(value == 0.0f);
           continue;
         }
-        std::vector<double>& values = adapters[name];
-        const std::vector<double> at = values;
-        std::vector<double> direction;
-        double scale = 0.0, actual = 0.0;
-        for (size_t i = 0; i < at.size(); ++i) {
-          direction.push_back(random.normal());
-          actual += direction[i] * static_cast<double>(gradient[i]);
-          scale += static_cast<double>(gradient[i]) * static_cast<double>(gradient[i]);
-        }
-        const double step = 1e-7;
-        const auto moved = [&](double by) {
-          for (size_t i = 0; i < at.size(); ++i) values[i] = at[i] + by * direction[i];
-          return reference();
-        };
-        const double expected = (moved(step) - moved(-step)) / (2.0 * step);
-        values = at;
-        CHECK(std::fabs(actual - expected) < 2e-5 * std::sqrt(scale) + 1e-7);
+        check_gradient(gradient, adapters[name], reference, random);
       }
       // An update moves the adapters alone, and the merged weights are what a model without adapters computes with.
       OptimizerOptions options;

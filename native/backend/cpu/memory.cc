@@ -205,30 +205,8 @@ void MemoryPool::reset_peak() {
 }
 
 Tensor CpuBackend::allocate(DType dtype, std::initializer_list<int64_t> shape) {
-  Tensor tensor;
-  tensor.dtype = dtype;
-  if (shape.size() > tensor.shape.size()) {
-    throw Error("INTERNAL",
-                "Expected a shape of rank 4 at most but received rank " + std::to_string(shape.size()));
-  }
-  tensor.rank = static_cast<int>(shape.size());
-  int64_t bytes = static_cast<int64_t>(size_of(dtype));
-  bool overflow = false;
-  int i = 0;
-  for (const int64_t extent : shape) {
-    if (extent < 0) {
-      throw Error("INVALID_ARGUMENT",
-                  "Expected extents of 0 or more for shape but received " + std::to_string(extent));
-    }
-    tensor.shape[i++] = extent;
-    overflow = __builtin_mul_overflow(bytes, extent, &bytes) || overflow;
-  }
-  if (overflow) {
-    std::string dims;
-    for (const int64_t extent : shape) dims += (dims.empty() ? "" : " x ") + std::to_string(extent);
-    throw Error("OUT_OF_MEMORY", "Could not allocate a tensor of " + dims + " " + name_of(dtype) + " on cpu");
-  }
-  tensor.storage = pool_->allocate(static_cast<size_t>(bytes));
+  Tensor tensor = shaped(dtype, shape, info_.name);
+  tensor.storage = pool_->allocate(tensor.bytes());
   tensor.data = tensor.storage->data;
   return tensor;
 }

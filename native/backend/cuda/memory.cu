@@ -40,35 +40,13 @@ void check_size(const char* what, size_t bytes, const Tensor& tensor) {
 }  // namespace
 
 Tensor CudaBackend::allocate(DType dtype, std::initializer_list<int64_t> shape) {
-  Tensor tensor;
-  tensor.dtype = dtype;
-  if (shape.size() > tensor.shape.size()) {
-    throw Error("INTERNAL",
-                "Expected a shape of rank 4 at most but received rank " + std::to_string(shape.size()));
-  }
-  tensor.rank = static_cast<int>(shape.size());
-  int64_t bytes = static_cast<int64_t>(size_of(dtype));
-  bool overflow = false;
-  int i = 0;
-  for (const int64_t extent : shape) {
-    if (extent < 0) {
-      throw Error("INVALID_ARGUMENT",
-                  "Expected extents of 0 or more for shape but received " + std::to_string(extent));
-    }
-    tensor.shape[i++] = extent;
-    overflow = __builtin_mul_overflow(bytes, extent, &bytes) || overflow;
-  }
-  if (overflow) {
-    std::string dims;
-    for (const int64_t extent : shape) dims += (dims.empty() ? "" : " x ") + std::to_string(extent);
-    throw Error("OUT_OF_MEMORY",
-                "Could not allocate a tensor of " + dims + " " + name_of(dtype) + " on " + info_.name);
-  }
-  auto storage = std::make_shared<DeviceStorage>(device_, static_cast<size_t>(bytes));
+  Tensor tensor = shaped(dtype, shape, info_.name);
+  const size_t bytes = tensor.bytes();
+  auto storage = std::make_shared<DeviceStorage>(device_, bytes);
   if (storage->data == nullptr) {
-    throw Error("OUT_OF_MEMORY", "Could not allocate " + in_words(static_cast<size_t>(bytes)) +
-                                     " of memory on " + info_.name + ": " + in_words(gpu().free_bytes()) +
-                                     " are free of " + in_words(gpu().properties().total_bytes) + ", and " +
+    throw Error("OUT_OF_MEMORY", "Could not allocate " + in_words(bytes) + " of memory on " + info_.name +
+                                     ": " + in_words(gpu().free_bytes()) + " are free of " +
+                                     in_words(gpu().properties().total_bytes) + ", and " +
                                      in_words(static_cast<size_t>(memory_used())) + " are in use here");
   }
   tensor.data = storage->data;

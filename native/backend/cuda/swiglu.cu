@@ -3,6 +3,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/copy.h"
 #include "backend/cuda/primitives/math.h"
+#include "backend/cuda/widths.h"
 
 namespace merf::cuda {
 
@@ -52,23 +53,13 @@ __global__ void __launch_bounds__(kThreads)
   store_vector<N>(dgate_up + at + size, dup);
 }
 
-// Calls body(elements a thread) with the widest access that rows of `size` elements allow.
-template <typename T, typename Body>
-void with_width(int64_t size, Body&& body) {
-  if (size % kVector<T> == 0) {
-    body(std::integral_constant<int, kVector<T>>{});
-  } else {
-    body(std::integral_constant<int, 1>{});
-  }
-}
-
 }  // namespace
 
 void CudaBackend::swiglu(const Tensor& gate_up, const Tensor& y) {
   const int64_t tokens = y.shape[0], size = y.row_size();
   with_type(y.dtype, [&](auto type) {
     using T = decltype(type);
-    with_width<T>(size, [&](auto width) {
+    with_width<kVector<T>>(vectors_fit(size, kVector<T>, {gate_up.data, y.data}), [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       launch(gpu(), "swiglu", swiglu_kernel<T, kWidth>,
              {blocks(divide_up(tokens * size, kWidth * kThreads)), kThreads}, gate_up.as<const T>(),
@@ -81,12 +72,13 @@ void CudaBackend::swiglu_backward(const Tensor& dy, const Tensor& gate_up, const
   const int64_t tokens = dy.shape[0], size = dy.row_size();
   with_type(dy.dtype, [&](auto type) {
     using T = decltype(type);
-    with_width<T>(size, [&](auto width) {
-      constexpr int kWidth = decltype(width)::value;
-      launch(gpu(), "swiglu_backward", swiglu_backward_kernel<T, kWidth>,
-             {blocks(divide_up(tokens * size, kWidth * kThreads)), kThreads}, dy.as<const T>(),
-             gate_up.as<const T>(), dgate_up.as<T>(), tokens, size);
-    });
+    with_width<kVector<T>>(vectors_fit(size, kVector<T>, {dy.data, gate_up.data, dgate_up.data}),
+                           [&](auto width) {
+                             constexpr int kWidth = decltype(width)::value;
+                             launch(gpu(), "swiglu_backward", swiglu_backward_kernel<T, kWidth>,
+                                    {blocks(divide_up(tokens * size, kWidth * kThreads)), kThreads},
+                                    dy.as<const T>(), gate_up.as<const T>(), dgate_up.as<T>(), tokens, size);
+                           });
   });
 }
 
