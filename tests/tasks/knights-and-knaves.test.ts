@@ -268,7 +268,7 @@ const folder = join(import.meta.dirname, '../../../shared/data/kk');
 const published = existsSync(folder);
 if (!published) console.warn(`Skipped: the published puzzles are not there (${folder})`);
 
-(published ? describe : describe.skip)('the published puzzles', () => {
+(published ? describe : describe.skip)('the published puzzles [needs ../shared]', () => {
   const files = [3, 5, 7].flatMap((n) => [`${n}ppl-train.parquet`, `${n}ppl-test.parquet`]);
 
   test.each(files)(
