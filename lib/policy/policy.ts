@@ -333,8 +333,8 @@ export class Policy {
    * (default: what a fifth of the device's memory holds); the gradient does not depend on it. Where a target has no
    * `logprobs`, those of the policy as it is now stand in, which costs a forward pass more.
    *
-   * An abort, a loss that is not finite or a lack of memory leaves all gradients zeroed, those of earlier calls included, so that no
-   * update is made of a part of a batch.
+   * An abort, a loss that is not finite or a lack of memory leaves all gradients zeroed, those of earlier calls
+   * included, so that no update is made of a part of a batch.
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE, OUT_OF_MEMORY, which says how many tokens would
    *   have fitted, UNSUPPORTED where the policy is not trainable
    */
