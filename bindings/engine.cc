@@ -3,13 +3,15 @@
 #include <chrono>
 #include <map>
 #include <thread>
+#include <tuple>
 
 namespace merf {
 namespace {
 
 struct Registry {
   std::mutex mutex;
-  std::map<std::pair<std::string, int>, Engine*> engines;  // by the threads asked for and by those there are
+  // By the threads asked for and by those there are, and whether they profile.
+  std::map<std::tuple<std::string, int, bool>, Engine*> engines;
 };
 
 // Never destroyed: threads use it until the process is gone.
@@ -20,26 +22,31 @@ Registry& registry() {
 
 }  // namespace
 
-Engine& Engine::open(const std::string& device, int threads) {
+Engine& Engine::open(const std::string& device, int threads, bool profile) {
   Registry& all = registry();
   std::lock_guard lock(all.mutex);
   if (device == "cuda") threads = 0;  // it has none of the host's
-  Engine*& asked = all.engines[{device, threads}];
+  Engine*& asked = all.engines[{device, threads, profile}];
   if (asked != nullptr) return *asked;
   std::shared_ptr<Backend> backend;
   try {
     backend = open_backend(device, threads);
   } catch (...) {
-    all.engines.erase({device, threads});
+    all.engines.erase({device, threads, profile});
     throw;
   }
-  Engine*& resolved = all.engines[{device, backend->info().threads}];
-  if (resolved == nullptr) resolved = new Engine(std::move(backend));
+  Engine*& resolved = all.engines[{device, backend->info().threads, profile}];
+  if (resolved == nullptr) {
+    std::shared_ptr<ProfiledBackend> profiled;
+    if (profile) backend = profiled = std::make_shared<ProfiledBackend>(std::move(backend));
+    resolved = new Engine(std::move(backend), profiled.get());
+  }
   asked = resolved;
   return *asked;
 }
 
-Engine::Engine(std::shared_ptr<Backend> backend) : backend_(std::move(backend)), arena_(*backend_) {}
+Engine::Engine(std::shared_ptr<Backend> backend, ProfiledBackend* profiled)
+    : backend_(std::move(backend)), profiled_(profiled), arena_(*backend_) {}
 
 void Engine::post(std::function<void()> job) {
   {

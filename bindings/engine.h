@@ -9,6 +9,7 @@
 #include <string>
 
 #include "backend/backend.h"
+#include "backend/profile.h"
 #include "model/arena.h"
 
 namespace merf {
@@ -16,11 +17,13 @@ namespace merf {
 class Engine {
  public:
   // The engine of this device and number of threads (0: as many as there are processors), made where there is none
-  // yet; its thread starts with its first job. Engines live as long as the process: a thread that is being joined while static objects die is worse
+  // yet; its thread starts with its first job. One that profiles its operators is another one. Engines live as long as the process: a thread that is being joined while static objects die is worse
   // than one that sleeps.
-  static Engine& open(const std::string& device, int threads);
+  static Engine& open(const std::string& device, int threads, bool profile = false);
 
   Backend& backend() { return *backend_; }
+  // The same, where it profiles its operators.
+  ProfiledBackend* profiled() { return profiled_; }
   // For jobs only, as the two after it.
   Arena& arena() { return arena_; }
   // Models in use; with the last one goes the memory of activations.
@@ -34,10 +37,11 @@ class Engine {
   static void wait_until_idle(double seconds);
 
  private:
-  explicit Engine(std::shared_ptr<Backend> backend);
+  explicit Engine(std::shared_ptr<Backend> backend, ProfiledBackend* profiled);
   void work();
 
   std::shared_ptr<Backend> backend_;
+  ProfiledBackend* profiled_;
   Arena arena_;
   std::mutex mutex_;
   std::condition_variable posted_, idle_;

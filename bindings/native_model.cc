@@ -286,6 +286,7 @@ void NativeModel::define(Napi::Env env) {
                       InstanceMethod<&NativeModel::set_optimizer_step>("setOptimizerStep"),
                       InstanceMethod<&NativeModel::memory>("memory"),
                       InstanceMethod<&NativeModel::reset_peak_memory>("resetPeakMemory"),
+                      InstanceMethod<&NativeModel::take_profile>("takeProfile"),
                       InstanceMethod<&NativeModel::dispose>("dispose"),
                   });
   Environment::of(env).model_class = Napi::Persistent(model);
@@ -584,6 +585,27 @@ Napi::Value NativeModel::reset_peak_memory(const Napi::CallbackInfo& info) {
   return checked(info.Env(), [&]() -> Napi::Value {
     state()->engine->backend().reset_peak_memory();
     return info.Env().Undefined();
+  });
+}
+
+Napi::Value NativeModel::take_profile(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    ProfiledBackend* profiled = state()->engine->profiled();
+    if (profiled == nullptr) {
+      throw Error("UNSUPPORTED", "Expected a model on a device that was opened with profile: true");
+    }
+    const Napi::Array array = Napi::Array::New(info.Env());
+    uint32_t i = 0;
+    for (const OperatorTime& time : profiled->take()) {
+      const Napi::Object object = Napi::Object::New(info.Env());
+      object.Set("name", time.name);
+      object.Set("calls", static_cast<double>(time.calls));
+      object.Set("seconds", time.seconds);
+      object.Set("operations", time.operations);
+      object.Set("bytes", time.bytes);
+      array.Set(i++, object);
+    }
+    return array;
   });
 }
 

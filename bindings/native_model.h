@@ -40,7 +40,7 @@ struct ModelState {
 class NativeModel : public Napi::ObjectWrap<NativeModel> {
  public:
   static void define(Napi::Env env);
-  // createModel(config, { name, threads }, training)
+  // createModel(config, { name, threads, profile? }, training)
   static Napi::Value create(const Napi::CallbackInfo& info);
 
   explicit NativeModel(const Napi::CallbackInfo& info);
@@ -63,6 +63,7 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::Value set_optimizer_step(const Napi::CallbackInfo& info);
   Napi::Value memory(const Napi::CallbackInfo& info);
   Napi::Value reset_peak_memory(const Napi::CallbackInfo& info);
+  Napi::Value take_profile(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
 
   // The state, or DISPOSED.

@@ -40,8 +40,9 @@ SamplingOptions to_sampling_options(const Napi::Object& object, const std::strin
 Engine& to_engine(const Napi::Value& value, const std::string& name) {
   const Napi::Object device = to_object(value, name);
   const std::string device_name = to_text(device.Get("name"), name + ".name");
-  return Engine::open(device_name,
-                      static_cast<int>(to_integer(device.Get("threads"), name + ".threads", 0, 4096)));
+  const int threads = static_cast<int>(to_integer(device.Get("threads"), name + ".threads", 0, 4096));
+  const Napi::Value profile = device.Get("profile");
+  return Engine::open(device_name, threads, !profile.IsUndefined() && to_bool(profile, name + ".profile"));
 }
 
 }  // namespace merf

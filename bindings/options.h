@@ -13,7 +13,7 @@ namespace merf {
 LossOptions to_loss_options(const Napi::Object& object, const std::string& name);
 // temperature, topK, topP, minP, seed
 SamplingOptions to_sampling_options(const Napi::Object& object, const std::string& name);
-// { name, threads }
+// { name, threads, profile? }
 class Engine;
 Engine& to_engine(const Napi::Value& value, const std::string& name);
 

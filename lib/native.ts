@@ -17,6 +17,20 @@ export interface NativeDeviceChoice {
   name: string;
   /** 0: one for each processor that this process may run on. */
   threads: number;
+  /** Times every operator, for `takeProfile`. */
+  profile?: boolean | undefined;
+}
+
+/** All calls of one operator. */
+export interface OperatorTime {
+  /** A product's name has its weight's shape, outputs x inputs. */
+  name: string;
+  calls: number;
+  seconds: number;
+  /** Additions and multiplications of its products; 0 where it is bound by memory. */
+  operations: number;
+  /** Of its operands, each once; 0 where `operations` says what bounds it. */
+  bytes: number;
 }
 
 export interface NativeModelConfig {
@@ -220,6 +234,8 @@ export interface NativeModel {
   /** Bytes of the device's memory in use by all models on it, and the most since `resetPeakMemory`. */
   memory(): { used: number; peak: number };
   resetPeakMemory(): void;
+  /** The times of operators since the last call, the longest first. Needs a device that was chosen with `profile`. */
+  takeProfile(): OperatorTime[];
   /** Frees the model when the jobs it has are done. Every other method fails with DISPOSED from then on. */
   dispose(): void;
 }

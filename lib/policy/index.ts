@@ -1,3 +1,4 @@
+export type { OperatorTime } from '../native.js';
 export type { ChatTurn } from '../prompt/chat-template.js';
 export type { ModelConfig } from './config.js';
 export type { DeviceDescription } from './devices.js';

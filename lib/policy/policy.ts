@@ -1,5 +1,11 @@
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
-import { type CancelToken, type NativeModel, type NativeSampleResult, native } from '../native.js';
+import {
+  type CancelToken,
+  type NativeModel,
+  type NativeSampleResult,
+  native,
+  type OperatorTime,
+} from '../native.js';
 import { saveAdapter } from './adapter.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
 import { chooseDevice, type DeviceDescription, gib, parameterBytes } from './devices.js';
@@ -48,6 +54,8 @@ export interface DeviceOptions {
   trainable?: boolean | undefined;
   /** Trains low-rank adapters on the projections of all layers and leaves the weights as they are. */
   lora?: LoraOptions | undefined;
+  /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
+  profile?: boolean | undefined;
   signal?: AbortSignal | undefined;
 }
 
@@ -212,7 +220,7 @@ export class Policy {
         rope: { inverseFrequencies: inverseFrequencies(rope, config.headSize), attentionScale: 1 },
         dtype,
       },
-      { name: device.name, threads },
+      { name: device.name, threads, profile: options.profile ?? false },
       lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
     );
     const { name, description, isa, memoryBytes } = device;
@@ -539,6 +547,16 @@ export class Policy {
   resetPeakMemory(): void {
     this.#check();
     this.model.resetPeakMemory();
+  }
+
+  /**
+   * What each operator took since the last call, the longest first: what `merf bench --profile` prints. Policies on one
+   * device share its times.
+   * @throws MerfError UNSUPPORTED where the policy was not loaded with `profile: true`
+   */
+  takeProfile(): OperatorTime[] {
+    this.#check();
+    return this.model.takeProfile();
   }
 
   /** Frees the model. What is running ends first; later calls reject with DISPOSED. */
