@@ -143,8 +143,7 @@ void ProfiledBackend::linear_backward_input(const Tensor& dy, const PackedWeight
 void ProfiledBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
                                              const Tensor& dbias) {
   const int64_t outputs = dw.shape[0], inputs = dw.row_size();
-  timed(named("linear_backward_weight", outputs, inputs),
-        {product(x.size() / inputs, outputs, inputs), 0.0},
+  timed(named("linear_backward_weight", outputs, inputs), {product(x.size() / inputs, outputs, inputs), 0.0},
         [&] { backend_->linear_backward_weight(dy, x, dw, dbias); });
 }
 
@@ -222,7 +221,8 @@ void ProfiledBackend::cache_write(const HeadsView& k, const HeadsView& v, const 
 
 void ProfiledBackend::plan_decode(const DecodePlan& plan, int64_t batch) {
   decode_pairs_ = 0.0;
-  for (const DecodeRun& run : plan.runs) decode_pairs_ += static_cast<double>(run.tokens) * static_cast<double>(run.row_count);
+  for (const DecodeRun& run : plan.runs)
+    decode_pairs_ += static_cast<double>(run.tokens) * static_cast<double>(run.row_count);
   timed("plan_decode", Work(), [&] { backend_->plan_decode(plan, batch); });
 }
 
@@ -258,9 +258,8 @@ double ProfiledBackend::head_loss(const Tensor& hidden, const PackedWeight& head
 double ProfiledBackend::policy_loss(const Tensor& logprobs, const Tensor& entropies,
                                     const LossRows& loss_rows, const LossOptions& options,
                                     const Tensor& coefficients) {
-  return timed("policy_loss", {0.0, bytes_of({logprobs, coefficients})}, [&] {
-    return backend_->policy_loss(logprobs, entropies, loss_rows, options, coefficients);
-  });
+  return timed("policy_loss", {0.0, bytes_of({logprobs, coefficients})},
+               [&] { return backend_->policy_loss(logprobs, entropies, loss_rows, options, coefficients); });
 }
 
 void ProfiledBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
@@ -275,9 +274,8 @@ void ProfiledBackend::sample_tokens(const Tensor& logits, const Tensor& keys, co
 void ProfiledBackend::group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets,
                                        AdvantageKind kind, bool scale, float epsilon,
                                        const Tensor& advantages) {
-  timed("group_advantages", {0.0, bytes_of({rewards, advantages})}, [&] {
-    backend_->group_advantages(rewards, group_offsets, kind, scale, epsilon, advantages);
-  });
+  timed("group_advantages", {0.0, bytes_of({rewards, advantages})},
+        [&] { backend_->group_advantages(rewards, group_offsets, kind, scale, epsilon, advantages); });
 }
 
 // ---- optimiser
