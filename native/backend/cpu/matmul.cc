@@ -457,6 +457,19 @@ void CpuBackend::repack_weight(PackedWeight& packed_weight, const Tensor& weight
   if (packed.backward) products_->pack(Form::packed_backward, source, packed.backward);
 }
 
+void CpuBackend::unpack_weight(const PackedWeight& packed_weight, const Tensor& weight) {
+  const auto& packed = static_cast<const CpuPackedWeight&>(packed_weight);
+  if (!packed.blocked) {
+    cast(weight, packed.plain);
+  } else if (packed.computed == weight.dtype) {
+    products_->unpack(Form::packed_forward, packed.forward, weight);
+  } else {
+    const Tensor computed = allocate(packed.computed, {packed.outputs, packed.inputs});
+    products_->unpack(Form::packed_forward, packed.forward, computed);
+    cast(weight, computed);
+  }
+}
+
 void CpuBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
                         bool accumulate) {
   multiply(*this, *products_, Form::packed_forward, x, static_cast<const CpuPackedWeight&>(weight), bias, y,
