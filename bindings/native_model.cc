@@ -187,6 +187,9 @@ SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bo
   if (!r.stop_strings.empty() && !has_token_bytes) {
     refuse("setTokenBytes before it is used", "request.stopStrings", strings);
   }
+  if (const Napi::Value keep = object.Get("keepBytes"); !keep.IsUndefined()) {
+    r.keep_bytes = to_integer(keep, "request.keepBytes", 0, int64_t{1} << 53);
+  }
   r.max_live_sequences = static_cast<int32_t>(
       to_integer(object.Get("maxLiveSequences"), "request.maxLiveSequences", 0, kMostCompletions));
   return r;
@@ -256,6 +259,7 @@ Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
   }
   object.Set("finishReasons", reasons);
   object.Set("prefillTokens", static_cast<double>(result.prefill_tokens));
+  object.Set("kept", result.kept);
   object.Set("decodeSteps", static_cast<double>(result.decode_steps));
   const Napi::Object seconds = Napi::Object::New(env);
   seconds.Set("prefill", result.prefill_seconds);

@@ -152,6 +152,8 @@ export interface NativeSampleRequest extends NativeSamplingOptions {
   stopStrings: Uint8Array[];
   /** How many completions are decoded together at most; 0: the engine's choice. */
   maxLiveSequences: number;
+  /** Of what `forwardBackward` can do without a forward pass with, at most; 0 (default): nothing is kept. */
+  keepBytes?: number | undefined;
 }
 
 export interface NativeSampleResult {
@@ -166,6 +168,8 @@ export interface NativeSampleResult {
   entropies: Float32Array;
   /** [S] 0: stop token, 1: length, 2: stop string, 3: aborted */
   finishReasons: Uint8Array;
+  /** Whether what `keepBytes` is for was kept whole, until a weight changes or the next call. */
+  kept: boolean;
   prefillTokens: number;
   decodeSteps: number;
   seconds: { prefill: number; decode: number };

@@ -253,6 +253,7 @@ export class Policy {
     const limits = { vocabSize: this.config.vocabSize, contextLength: this.contextLength };
     const tokens = prompts.map((prompt, i) => promptTokens(prompt, i, this.tokenizer, limits));
     const request = sampleRequest(tokens, options, this.tokenizer, limits);
+    if (!this.trainable) request.keepBytes = 0;
     const n = request.counts[0] as number;
     const onTokens = options.onToken && this.#streamer(options.onToken, n);
     const result = await this.#enqueue('sampling', options.signal, async () => {

@@ -36,6 +36,13 @@ export interface SampleOptions {
   stopTokenIds?: readonly number[] | undefined;
   /** The most completions decoded together; 0 (default): the engine chooses. */
   maxLiveSequences?: number | undefined;
+  /**
+   * Bytes that may be taken to keep what a backward pass needs of the forward passes that sampling computes anyway. A
+   * `forwardBackward` on these completions, before the weights change and before the next `sample`, then computes no
+   * forward pass but attention. Its gradients are those of the ordinary path, to rounding. Where the bytes are not enough,
+   * nothing is kept. Default 0. A policy that is not trainable keeps nothing.
+   */
+  keepActivations?: number | undefined;
   signal?: AbortSignal | undefined;
   /** Called with tokens as they are drawn, at most once a decoding step; never waited for. */
   onToken?: ((chunk: SampleChunk) => void) | undefined;
@@ -160,6 +167,7 @@ export function sampleRequest(
     stopTokens: Int32Array.from(stopTokens),
     stopStrings: stop.map((text) => utf8.encode(text)),
     maxLiveSequences: integer('maxLiveSequences', options.maxLiveSequences, 0, 0, maxCompletions),
+    keepBytes: integer('keepActivations', options.keepActivations, 0, 0, Number.MAX_SAFE_INTEGER),
   };
 }
 

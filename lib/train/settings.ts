@@ -138,6 +138,13 @@ export const grpoSchema = z.strictObject({
     group: 'Rollout',
     description: 'strings that end a completion',
   }),
+  keepActivations: setting(coefficient.default(0), {
+    group: 'Rollout',
+    description:
+      'GiB that may be taken to keep what the first update needs of the rollout, which then computes no forward ' +
+      'pass; 0: off',
+    matters: false,
+  }),
   motivation: setting(z.string().default('full'), {
     group: 'Motivation',
     description:

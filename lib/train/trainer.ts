@@ -241,7 +241,8 @@ export class Trainer<Row = unknown> {
   async #sample(rows: readonly Row[], view: MotivationView, step: number, signal: AbortSignal | undefined) {
     this.#emit({ type: 'phase', phase: 'rollout', step });
     const { policy, task } = this.#options;
-    const { groupSize, maxTokens, temperature, topK, topP, minP, stop, seed } = this.settings;
+    const { groupSize, maxTokens, temperature, topK, topP, minP, stop, seed, keepActivations } =
+      this.settings;
     const messages = rows.map((row) => task.messages(row, view));
     const groups = await policy.sample(
       messages.map((m) => ({ messages: m })),
@@ -254,6 +255,7 @@ export class Trainer<Row = unknown> {
         minP,
         stop,
         seed: (BigInt(seed) << 32n) | BigInt(step),
+        keepActivations: Math.floor(keepActivations * 2 ** 30),
         signal,
       },
     );

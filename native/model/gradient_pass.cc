@@ -40,7 +40,8 @@ struct GradientPass::Held {
 };
 
 GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& loss,
-                           const std::vector<Frame>& frames, const Cancel& cancel)
+                           const std::vector<Frame>& frames, const std::vector<int32_t>& kept_rows,
+                           const Cancel& cancel)
     : model_(model),
       backend_(model.backend()),
       arena_(model.arena()),
@@ -48,6 +49,7 @@ GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& lo
       batch_(batch),
       loss_(loss),
       frames_(frames),
+      kept_rows_(kept_rows),
       cancel_(cancel),
       by_source_(batch.source_rows.size()) {
   std::iota(by_source_.begin(), by_source_.end(), 0);
@@ -116,7 +118,13 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
     backend_.zero(own.attention_output.rows(0, ancestors));
   }
   ForestAttention attention(backend_, forest, transformer_.attention_scale());
-  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
+  if (kept_rows_.empty()) {
+    transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
+  } else {
+    const std::vector<int32_t> rows(kept_rows_.begin() + frame.begin, kept_rows_.begin() + frame.end);
+    model_.kept()->restore(model_.upload(rows), activations);
+    transformer_.complete(attention, activations);
+  }
   transformer_.final_norm(activations.output, hidden, activations.output_rstd);
 
   Held held{ancestors + tokens, activations, {}};

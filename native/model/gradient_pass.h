@@ -10,8 +10,9 @@ namespace merf {
 
 class GradientPass {
  public:
+  // kept_rows: where Model::kept() has each token's forward; empty where it has not.
   GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const std::vector<Frame>& frames,
-               const Cancel& cancel);
+               const std::vector<int32_t>& kept_rows, const Cancel& cancel);
 
   // Adds the gradients. Ends at the first frame whose loss is not finite.
   LossResult run();
@@ -36,6 +37,7 @@ class GradientPass {
   const Batch& batch_;
   const BatchLoss& loss_;
   const std::vector<Frame>& frames_;
+  const std::vector<int32_t>& kept_rows_;
   const Cancel& cancel_;
   std::vector<int32_t> by_source_;  // rows by their source
   LossResult result_;

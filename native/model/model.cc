@@ -52,6 +52,29 @@ std::vector<bool> within_sequences(const Batch& batch, const std::vector<int32_t
   return within;
 }
 
+// The batch without tokens that no loss row depends on, such as every completion's last.
+Batch without_idle_tokens(const Batch& batch) {
+  const size_t tokens = batch.tokens.size();
+  // last[i]: the furthest loss row at or behind token i.
+  std::vector<int32_t> rows(batch.source_rows);
+  std::sort(rows.begin(), rows.end());
+  Batch out;
+  out.targets = batch.targets;
+  std::vector<int32_t> place(tokens + 1);  // how many tokens before this one stay
+  for (size_t i = 0; i < tokens; ++i) {
+    place[i] = static_cast<int32_t>(out.tokens.size());
+    const auto next = std::lower_bound(rows.begin(), rows.end(), static_cast<int32_t>(i));
+    if (next == rows.end() || *next >= batch.visible_until[i]) continue;
+    out.tokens.push_back(batch.tokens[i]);
+    out.positions.push_back(batch.positions[i]);
+    out.visible_until.push_back(batch.visible_until[i]);
+  }
+  place[tokens] = static_cast<int32_t>(out.tokens.size());
+  for (int32_t& until : out.visible_until) until = place[static_cast<size_t>(until)];
+  for (const int32_t row : batch.source_rows) out.source_rows.push_back(place[static_cast<size_t>(row)]);
+  return out;
+}
+
 }  // namespace
 
 Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training)
@@ -86,6 +109,11 @@ void Model::require_trainable(const char* what) const {
   }
 }
 
+void Model::change_weights() {
+  kept_.reset();
+  stale_ = true;
+}
+
 void Model::prepare() {
   if (!stale_) return;
   parameters_.refresh();
@@ -117,7 +145,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
                   "Expected a source for every parameter but received none for " + named.name);
     }
   }
-  stale_ = true;
+  change_weights();
   // The parts of a parameter one after another, and it is packed before the next, so that few values stand beside
   // their packed forms.
   std::vector<std::pair<const NamedParameter*, const TensorSource*>> ordered;
@@ -138,7 +166,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
 
 void Model::initialize(uint64_t seed, float standard_deviation) {
   constexpr int64_t kStretch = int64_t{1} << 20;
-  stale_ = true;
+  change_weights();
   std::vector<float> data;
   uint32_t stream = 0;
   Parameter* open = nullptr;
@@ -189,7 +217,7 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
   }
   if (kind == ParameterKind::gradient) parameters_.make_gradients();
   if (kind == ParameterKind::adam_m || kind == ParameterKind::adam_v) parameters_.make_moments();
-  if (kind == ParameterKind::value) stale_ = true;
+  if (kind == ParameterKind::value) change_weights();
   const Tensor& whole = kind == ParameterKind::value      ? parameters_.open_value(p)
                         : kind == ParameterKind::gradient ? p.gradient
                         : kind == ParameterKind::adam_m   ? p.adam_m
@@ -275,15 +303,21 @@ Scores Model::score(const Batch& batch, const Cancel& cancel) {
                        [&] { return compute_scores(batch, cancel); });
 }
 
-LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, int64_t max_tokens,
+LossResult Model::forward_backward(const Batch& given, const BatchLoss& loss, int64_t max_tokens,
                                    const Cancel& cancel) {
   require_trainable("forwardBackward");
   prepare();
+  const Batch batch = without_idle_tokens(given);
+  std::vector<int32_t> kept_rows;
+  if (kept_) {
+    kept_rows = kept_->find(batch.tokens, batch.visible_until);
+    if (std::find(kept_rows.begin(), kept_rows.end(), -1) != kept_rows.end()) kept_rows.clear();
+  }
   std::vector<bool> joined;
   if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);
   const std::vector<Frame> frames = make_frames(batch.visible_until, max_tokens, joined);
   return within_memory(tokens_at_once(frames), true, [&] {
-    GradientPass pass(*this, batch, loss, frames, cancel);
+    GradientPass pass(*this, batch, loss, frames, kept_rows, cancel);
     LossResult result;
     try {
       result = pass.run();
@@ -355,6 +389,7 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
       adamw.gradient_scale =
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
+    kept_.reset();
     parameters_.update(adamw, options.weight_decay);
   }
   zero_gradients();

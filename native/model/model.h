@@ -2,12 +2,14 @@
 // thread that owns the backend.
 #pragma once
 
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "model/arena.h"
 #include "model/cancel.h"
 #include "model/config.h"
+#include "model/kept_forward.h"
 #include "model/parameters.h"
 #include "model/transformer.h"
 #include "model/weights_file.h"
@@ -92,6 +94,11 @@ class Model {
   // update.
   OptimizerResult optim_step(const OptimizerOptions& options, int64_t step);
 
+  // What a rollout leaves for forward_backward, which uses it where it has every token of the batch that a loss row
+  // depends on. Gone with the next change of a weight.
+  void keep(std::unique_ptr<KeptForward> kept) { kept_ = std::move(kept); }
+  KeptForward* kept() { return kept_.get(); }
+
   // Brings what operators read up to date with the values that were written; every method that needs it calls it.
   void prepare();
 
@@ -110,6 +117,7 @@ class Model {
   Scores compute_scores(const Batch& batch, const Cancel& cancel);
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
+  void change_weights();
   void initialize_adapters(uint64_t seed);
 
   Backend& backend_;
@@ -117,6 +125,7 @@ class Model {
   const ModelConfig config_;
   Parameters parameters_;
   Transformer transformer_;
+  std::unique_ptr<KeptForward> kept_;
   bool stale_ = true;  // the packed weights and the embedding table do not hold `value`
 };
 

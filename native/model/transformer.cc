@@ -163,6 +163,20 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
   }
 }
 
+void Transformer::complete(AttentionStep& attention, const Activations& activations) {
+  const auto norm = [&](const Tensor& x, const Parameter& weight, const Tensor& rstd) {
+    backend_.rms_norm(x, Tensor(), weight.value, config_.rms_norm_epsilon, activations.normed, rstd);
+  };
+  for (size_t i = 0; i < activations.layers.size(); ++i) {
+    const Activations::Layer& a = activations.layers[i];
+    norm(a.attention_input, parameters_.layers[i].attention_norm, a.attention_rstd);
+    const Heads heads = split(a.qkv);
+    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
+                     a.lse);
+    norm(a.mlp_input, parameters_.layers[i].mlp_norm, a.mlp_rstd);
+  }
+}
+
 void Transformer::final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd) {
   backend_.rms_norm(x, Tensor(), parameters_.final_norm.value, config_.rms_norm_epsilon, hidden, rstd);
 }

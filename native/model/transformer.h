@@ -106,6 +106,8 @@ class Transformer {
   // between layers, `work` names what is aborted.
   void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
                const Cancel& cancel, const char* work);
+  // What a forward leaves beside attention_input, qkv, mlp_input, gate_up and output, from these.
+  void complete(AttentionStep& attention, const Activations& activations);
   // hidden [N, H] of the model's dtype = final norm of x [N, H].
   void final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd);
   // logits [N, V] f32 of hidden [N, H].

@@ -79,6 +79,7 @@ struct Sequence {
   std::vector<int32_t> tokens;
   std::vector<float> logprobs, raw_logprobs, entropies;
   std::vector<int32_t> pages;  // of its own tokens
+  int32_t kept_row = -1;  // of its last token that was fed, or its prompt's last, where the forward is kept
   StopStringMatcher stop_strings;
 
   // The last token drawn is never fed back.
@@ -98,14 +99,17 @@ class Sampler {
         cancel_(cancel),
         on_tokens_(on_tokens),
         tree_(make_prompt_tree(request.visible_until, request.prompt_rows)),
-        recorder_(model.backend().make_recorder()) {
+        // What is kept goes to another place at every step, which no recording can.
+        recorder_(request.keep_bytes > 0 ? std::make_unique<Recorder>() : model.backend().make_recorder()) {
     make_sequences();
   }
 
   SampleResult run() {
     model_.prepare();
+    model_.keep(nullptr);
     arena_.reset();
     make_buffers();
+    make_kept();
     const auto prefill_start = Clock::now();
     const bool prefilled = prefill();
     release_unused_segments();
@@ -114,6 +118,8 @@ class Sampler {
     if (prefilled) decode();
     result_.decode_seconds = seconds_since(decode_start);
     finish_aborted();
+    result_.kept = kept_ != nullptr;
+    model_.keep(std::move(kept_));
     collect();
     return std::move(result_);
   }
@@ -121,6 +127,8 @@ class Sampler {
  private:
   void make_sequences();
   void make_buffers();
+  void make_kept();
+  Activations kept_window(int64_t rows, const Activations& shared);
   bool prefill();
   void prefill_pass(const PrefillPass& pass);
   void draw_first_tokens(const Tensor& x, const PrefillPass& pass);
@@ -171,6 +179,8 @@ class Sampler {
   size_t prompt_runs_ = 0, prompt_pages_ = 0;  // of plan_, which change only with live_
   bool live_changed_ = true;
   Activations buffers_, step_activations_;
+  std::unique_ptr<KeptForward> kept_;
+  std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
   std::vector<int32_t> drawn_sequences_, drawn_tokens_;
   std::vector<float> drawn_logprobs_;
@@ -250,6 +260,30 @@ void Sampler::make_buffers() {
   live_.reserve(static_cast<size_t>(rows));
 }
 
+void Sampler::make_kept() {
+  if (request_.keep_bytes == 0) return;
+  int64_t rows = 0;
+  for (const PrefillPass& pass : split_prefill(request_.visible_until, kPrefillTokens)) {
+    rows += static_cast<int64_t>(pass.ancestors.size()) + pass.end - pass.begin;
+  }
+  for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
+  // Completions mostly end before they must, so it begins even where not all might have room.
+  rows = std::min(rows, request_.keep_bytes / KeptForward::bytes_per_row(config_));
+  if (rows == 0) return;
+  try {
+    kept_ = std::make_unique<KeptForward>(backend_, config_, rows);
+  } catch (const Error& error) {
+    if (error.code != "OUT_OF_MEMORY") throw;
+  }
+  kept_prompt_rows_.assign(request_.tokens.size(), -1);
+}
+
+// Buffers for a forward over `rows` tokens: the next of what is kept, or `shared` once there is no room for more.
+Activations Sampler::kept_window(int64_t rows, const Activations& shared) {
+  if (kept_ && kept_->room() < rows) kept_.reset();
+  return kept_ ? kept_->next(rows, shared) : shared;
+}
+
 bool Sampler::prefill() {
   for (size_t s = 0; s < tree_.segments.size(); ++s) {
     for (int32_t page = KvCache::pages_for(tree_.segments[s].tokens); page > 0; --page) {
@@ -294,7 +328,14 @@ void Sampler::prefill_pass(const PrefillPass& pass) {
   const Forest forest = model_.upload_forest(tokens, positions, visible_until);
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
-  Activations activations = transformer.make_activations(arena_, forest.tokens, false);
+  Activations activations =
+      kept_window(forest.tokens, transformer.make_activations(arena_, forest.tokens, false));
+  if (kept_) {
+    const int64_t first = kept_->used() - (pass.end - pass.begin);
+    for (int32_t i = pass.begin; i < pass.end; ++i) {
+      kept_prompt_rows_[static_cast<size_t>(i)] = static_cast<int32_t>(first + i - pass.begin);
+    }
+  }
   PrefillAttention attention(backend_, forest, transformer.attention_scale(), ancestors, device_slots,
                              *cache_);
   transformer.forward(forest.ids, forest.positions, attention, activations, cancel_, "sampling");
@@ -431,6 +472,16 @@ void Sampler::release_unused_segments() {
 }
 
 void Sampler::decode() {
+  if (kept_) {
+    for_each_token(request_.visible_until, [&](int32_t i, int32_t parent) {
+      const auto row_of = [&](int32_t token) { return kept_prompt_rows_[static_cast<size_t>(token)]; };
+      kept_->set(row_of(i), parent < 0 ? -1 : row_of(parent), request_.tokens[static_cast<size_t>(i)]);
+    });
+    for (Sequence& sequence : sequences_) {
+      const PromptSegment& segment = tree_.segments[static_cast<size_t>(sequence.segment)];
+      sequence.kept_row = kept_prompt_rows_[static_cast<size_t>(segment.first_token + segment.tokens - 1)];
+    }
+  }
   for (auto index = order_.rbegin(); index != order_.rend(); ++index) {
     if (at(*index).reason == FinishReason::aborted) waiting_.push_back(*index);
   }
@@ -521,6 +572,17 @@ void Sampler::step() {
   }
   backend_.upload(device_inputs_.rows(0, 6 * rows), inputs_.data(), inputs_.size() * sizeof(int32_t));
 
+  if (kept_) {
+    step_activations_ = kept_window(rows, step_activations_);
+    for (int64_t r = 0; kept_ && r < rows; ++r) {
+      Sequence& sequence = at(live_[static_cast<size_t>(r)]);
+      const int64_t row = kept_->used() - rows + r;
+      kept_->set(row, sequence.kept_row, sequence.tokens.back());
+      sequence.kept_row = static_cast<int32_t>(row);
+    }
+    // Without room for more, the next steps go on in buffers of their own.
+    if (!kept_) buffers_.shrink_to(rows, step_activations_);
+  }
   backend_.plan_decode(plan_, rows);
   recorder_->run(rows, [&] { enqueue_step(rows); });
   ++result_.decode_steps;

@@ -22,6 +22,8 @@ struct SampleRequest {
   std::vector<int32_t> stop_tokens;  // end a completion and stay in it
   std::vector<std::string> stop_strings;
   int32_t max_live_sequences = 0;  // decoded together at most; 0: kDefaultLiveSequences
+  // Of what the backward of an update needs (Model::keep) at most; 0: nothing is kept. Where it is not enough, neither.
+  int64_t keep_bytes = 0;
   int64_t cache_bytes = 0;  // of keys and values at most, if that holds the prompts and one completion;
                             // 0: a quarter of the device's memory, or half of what is left of it
 };
@@ -41,6 +43,7 @@ struct SampleResult {
   int64_t decode_steps = 0;
   int64_t cache_pages = 0;        // of the cache
   int64_t pages_left_in_use = 0;  // when all was done: 0
+  bool kept = false;
   double prefill_seconds = 0.0;
   double decode_seconds = 0.0;
 };

