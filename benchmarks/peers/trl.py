@@ -14,6 +14,7 @@ import os
 import sys
 import time
 
+sys.path.pop(0)  # this folder, whose trl is this file
 answers, sys.stdout = sys.stdout, sys.stderr  # a trainer prints
 
 import torch
