@@ -25,7 +25,10 @@ export interface BenchOptions {
   };
   /** Measured beside merf; `none` alone: no peers. Default: those that are installed. */
   peers?: string[];
-  /** For all measured rounds together. Default 15, or 8 for `scaling`. */
+  /**
+   * For all measured rounds together. Default 15, 10 where no peers are named, 8 for `scaling`. Peers that were named are
+   * measured at least once, whatever it takes.
+   */
   minutes?: number;
   /** Default: f32, and bf16 where the processor multiplies it in hardware. */
   dtype?: Dtype;
@@ -83,8 +86,9 @@ async function steps(
   if (report.matrixRate === undefined)
     say('  left out, and the floor with them: they need a clone that is built');
   for (const dtype of dtypes) {
-    const seconds = (60 * (options.minutes ?? 15)) / dtypes.length;
-    const measured = await measureSteps({ workload, dtype, threads, peers, seconds });
+    const strict = options.peers === undefined;
+    const seconds = (60 * (options.minutes ?? (strict ? 10 : 15))) / dtypes.length;
+    const measured = await measureSteps({ workload, dtype, threads, peers, seconds, strict });
     report.steps.push({ dtype, ...measured });
     for (const { versions } of measured.engines) Object.assign(report.versions, versions);
   }

@@ -10,7 +10,8 @@ import { peersFolder, root } from './paths.js';
 import type { StepTimes } from './step.js';
 import type { Dtype, Workload } from './workloads.js';
 
-export const peerNames = ['pytorch', 'trl', 'llama.cpp'] as const;
+/** In the order in which they are run where none is named: the quickest first. */
+export const peerNames = ['llama.cpp', 'trl', 'pytorch'] as const;
 export type PeerName = (typeof peerNames)[number];
 
 /** What an engine reads from the file that it is given. */
@@ -141,9 +142,26 @@ export class Engine {
     }
   }
 
-  async run(input: object): Promise<StepTimes> {
+  /** Ends the process where a run takes longer than `patience` seconds. */
+  async run(input: object, patience = Number.POSITIVE_INFINITY): Promise<StepTimes> {
+    let late = false;
+    const stop = () => {
+      late = true;
+      this.child.kill('SIGKILL');
+    };
+    const timer = Number.isFinite(patience) ? setTimeout(stop, 1000 * patience) : undefined;
     this.child.stdin.write(`${JSON.stringify(input)}\n`);
-    return (await this.#answer()) as StepTimes;
+    try {
+      return (await this.#answer()) as StepTimes;
+    } catch (error) {
+      if (!late) throw error;
+      throw new MerfError(
+        'ABORTED',
+        `${this.name} was left out: it took longer than the ${Math.round(patience)} s that were left`,
+      );
+    } finally {
+      clearTimeout(timer);
+    }
   }
 
   /** The most memory that the process has held so far, in bytes; undefined where the system does not say. */

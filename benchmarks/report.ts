@@ -161,7 +161,7 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
   const own = figuresOf(merf?.runs ?? []);
   const rows: Cell[][] = engines.map(({ name, runs, peakBytes, error }) => {
     const figures = figuresOf(runs);
-    if (figures === undefined) return [name, ...Array(8).fill(''), `failed: ${error}`];
+    if (figures === undefined) return [name, ...Array(8).fill(''), error];
     const { step, generation, training, tokensPerSecond } = figures;
     const ratio = (theirs?: number, ours?: number) =>
       name === 'merf' || theirs === undefined || ours === undefined ? '' : rounded(theirs / ours);
@@ -175,7 +175,7 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
       ratio(step, own?.step),
       ratio(own?.tokensPerSecond, tokensPerSecond),
       ratio(peakBytes, merf?.peakBytes),
-      `${runs.length}${error === undefined ? '' : `, then failed: ${error}`}`,
+      `${runs.length}${error === undefined ? '' : `, then ${error}`}`,
     ];
   });
   const motivated = figuresOf(steps.motivation);

@@ -32,8 +32,10 @@ export interface RoundOptions {
   dtype: Dtype;
   threads: number;
   peers: readonly PeerName[];
-  /** Of all rounds together; the first is run whatever it takes. */
+  /** Of all rounds together; the first is run whatever it takes, unless `strict`. */
   seconds: number;
+  /** Peers that would take longer are left out. */
+  strict: boolean;
 }
 
 /** Tokens of the motivation that all prompts begin with in the runs that measure what one costs. */
@@ -58,22 +60,21 @@ export async function measureSteps(
       { engine: motivation, process: live.get(merf), input: motivated },
       ...peers.map((engine) => ({ engine, process: live.get(engine), input: plain })),
     ];
-    const seconds = new Map<EngineRuns, number>();
+    const lasted = new Map<EngineRuns, number>();
     const begin = performance.now();
     const elapsed = () => (performance.now() - begin) / 1000;
     for (let round = 0; round < maxRounds; ++round) {
       for (const { engine, process, input } of turns) {
         if (process === undefined || engine.error !== undefined) continue;
-        if (round > 0) {
-          // A slow peer must not take the time of merf's own further rounds.
-          const isMerf = process === live.get(merf);
-          const own = (seconds.get(merf) ?? 0) + (seconds.get(motivation) ?? 0);
-          const kept = isMerf ? 0 : own * (maxRounds - 1 - round);
-          if (elapsed() + (seconds.get(engine) ?? 0) + kept > options.seconds) continue;
-        }
+        const isPeer = process !== live.get(merf);
+        // A slow peer must not take the time of merf's own further rounds.
+        const own = (lasted.get(merf) ?? 0) + (lasted.get(motivation) ?? 0);
+        const kept = isPeer ? own * (maxRounds - 1 - round) : 0;
+        const left = options.seconds - elapsed();
+        if (round > 0 && (lasted.get(engine) ?? 0) + kept > left) continue;
         const start = elapsed();
-        await runOnce(engine, process, input);
-        seconds.set(engine, elapsed() - start);
+        await runOnce(engine, process, input, options.strict && isPeer ? Math.max(left, 1) : undefined);
+        lasted.set(engine, elapsed() - start);
       }
     }
     return { engines: [merf, ...peers], motivation: motivation.runs };
@@ -83,9 +84,14 @@ export async function measureSteps(
   }
 }
 
-async function runOnce(runs: EngineRuns, engine: Engine, input: object): Promise<void> {
+async function runOnce(
+  runs: EngineRuns,
+  engine: Engine,
+  input: object,
+  patience: number | undefined,
+): Promise<void> {
   try {
-    const times = await engine.run(input);
+    const times = await engine.run(input, patience);
     if (runs.runs.length === 0) runs.peakBytes = engine.peakBytes();
     runs.runs.push(times);
     const parts = times.step === undefined ? '' : `a step in ${times.step.toFixed(2)} s, `;

@@ -7,7 +7,7 @@ import { parseSizes, promptsOf, smollm2, workloadOf } from '../../benchmarks/wor
 
 test('peers that there are not are refused by name', () => {
   expect(checkPeers(['trl', 'llama.cpp', 'trl'])).toEqual(['trl', 'llama.cpp']);
-  expect(() => checkPeers(['trl', 'tlr'])).toThrow(/pytorch, trl, llama\.cpp or none for --peers .* tlr/);
+  expect(() => checkPeers(['trl', 'tlr'])).toThrow(/llama\.cpp, trl, pytorch or none for --peers .* tlr/);
 });
 
 describe('an engine', () => {
@@ -35,6 +35,12 @@ describe('an engine', () => {
     expect(await engine.run({ seconds: 3 })).toEqual({ generation: 3, tokens: 4 });
     expect(await engine.run({ seconds: 5 })).toEqual({ generation: 5, tokens: 4 });
     expect(engine.peakBytes()).toBeGreaterThan(1e6);
+    await engine.close();
+  });
+
+  test('is ended where it takes too long', async () => {
+    const engine = await start("console.log('{}'); setInterval(() => {}, 1000);");
+    await expect(engine.run({}, 0.1)).rejects.toThrow(/fake was left out: it took longer/);
     await engine.close();
   });
 

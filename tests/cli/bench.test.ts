@@ -41,7 +41,7 @@ test('writes what it measured', async () => {
 });
 
 test.each([
-  [['--peers', 'tlr'], 1, /pytorch, trl, llama\.cpp or none for --peers but received tlr/],
+  [['--peers', 'tlr'], 1, /llama\.cpp, trl, pytorch or none for --peers but received tlr/],
   [['--profile', '--scaling'], 1, /one of --profile and --scaling/],
   [['--sizes', '4x4'], 1, /--sizes but received 4x4/],
   [['--minutes', '0'], 2, /'0' is invalid[\s\S]*above 0/],

@@ -22,11 +22,15 @@ export function addBench(program: Command): void {
     )
     .option(
       '--peers <list>',
-      'which peers to measure beside: pytorch, trl, llama.cpp, or none (default: those installed; `npm run bench` in ' +
-        'a clone brings those that are named)',
+      'which peers to measure beside: llama.cpp, trl, pytorch, or none (default: those installed, as far as the minutes ' +
+        'go; `npm run bench` in a clone brings those that are named)',
       list,
     )
-    .option('--minutes <n>', 'for all measured rounds together (default: 15; with --scaling 8)', positive)
+    .option(
+      '--minutes <n>',
+      'for all measured rounds together (default: 15; 10 without --peers; 8 with --scaling)',
+      positive,
+    )
     .addOption(
       new Option(
         '--dtype <type>',
