@@ -17,6 +17,7 @@ import time
 sys.path.pop(0)  # this folder, whose trl is this file
 answers, sys.stdout = sys.stdout, sys.stderr  # a trainer prints
 
+import accelerate
 import torch
 import transformers
 import trl
@@ -88,7 +89,7 @@ def main():
         ),
     )
     answer({"versions": {"TRL": trl.__version__, "transformers": transformers.__version__,
-                         "PyTorch": torch.__version__}})
+                         "accelerate": accelerate.__version__, "PyTorch": torch.__version__}})
     for _ in sys.stdin:
         trainer.train()
         generation, step = trainer.generation_seconds, step_time.seconds
