@@ -87,7 +87,7 @@ export function findPython(): { python: string; env: Record<string, string> } {
   const brought = join(peersFolder, 'python.json');
   if (!existsSync(brought)) return { python: 'python3', env: {} };
   const { python } = JSON.parse(readFileSync(brought, 'utf8')) as { python: string };
-  return { python, env: { PYTHONPATH: join(peersFolder, 'python') } };
+  return { python, env: { PYTHONPATH: join(peersFolder, 'python', 'site-packages') } };
 }
 
 /** The URL of its module, in the folder of the peers, in that of the user's project or beside this package. */

@@ -7,9 +7,10 @@ import { BootstrapError, bootstrap, findPip, root, run, say } from './bootstrap.
 const folder = join(root, 'build', 'peers');
 const pythonPackages = ['torch', 'transformers', 'trl', 'accelerate', 'peft'];
 
-// Into a folder of their own, with the Python that they were brought for named beside it.
+// Into a folder of their own, with the Python that they were brought for named beside it. Its name matters: the pickler
+// that TRL's data sets use takes modules outside of a site-packages for the user's own, and pickles them whole.
 function installPythonPackages() {
-  const target = join(folder, 'python');
+  const target = join(folder, 'python', 'site-packages');
   const stamp = join(folder, 'python.json');
   const wanted = pythonPackages.join(' ');
   if (existsSync(stamp) && JSON.parse(readFileSync(stamp, 'utf8')).packages === wanted) return;
