@@ -93,7 +93,11 @@ async function steps(
     for (const { versions } of measured.engines) Object.assign(report.versions, versions);
   }
   if (options.operators !== false) {
-    report.operators = dtypes.flatMap((dtype) => measureOperators(dtype, threads));
+    for (const dtype of dtypes) {
+      const { lines, versions } = measureOperators(dtype, threads, options.peers?.[0] !== 'none');
+      report.operators.push(...lines);
+      Object.assign(report.versions, versions);
+    }
   }
   // Once more, so that a neighbour's minute does not make the floor higher than it is.
   report.matrixRate = bestRates(report.matrixRate, measureMatrixRates(threads));

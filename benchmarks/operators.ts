@@ -15,13 +15,20 @@ export interface OperatorLine {
   error?: string;
 }
 
-/** Nothing where the program was not built, as in a package without the sources. */
-export function measureOperators(dtype: Dtype, threads: number): OperatorLine[] {
+/**
+ * Beside PyTorch where that is installed and `peers` allows it; nothing where the program was not built, as in a package
+ * without the sources.
+ */
+export function measureOperators(
+  dtype: Dtype,
+  threads: number,
+  peers: boolean,
+): { lines: OperatorLine[]; versions: Record<string, string> } {
   const program = programPath('operators');
-  if (!existsSync(program)) return [];
+  if (!existsSync(program)) return { lines: [], versions: {} };
   const operators = [program, '--device', 'cpu', '--dtype', dtype, '--threads', String(threads)];
-  const beside = !('missing' in findPeer('pytorch'));
-  say(`operators, ${dtype}${beside ? ', beside PyTorch (up to a few minutes)' : ''}`);
+  const beside = peers && !('missing' in findPeer('pytorch'));
+  say(`operators, ${dtype}${beside ? ', beside PyTorch (a few minutes)' : ''}`);
   const { python, env } = findPython();
   const script = join(root, 'benchmarks', 'operators', 'peers.py');
   const [command, ...args] = beside
@@ -32,8 +39,19 @@ export function measureOperators(dtype: Dtype, threads: number): OperatorLine[] 
     env: { ...process.env, ...env },
   });
   if (status !== 0) say(`  the operators were not all measured: ${stderr?.trim().split('\n').pop()}`);
-  const lines = (stdout ?? '').split('\n').filter((line) => line.startsWith('{'));
-  return lines
-    .map((line) => ({ ...(JSON.parse(line) as OperatorLine), dtype }))
-    .filter((line) => line.case !== 'device');
+  const printed = (stdout ?? '')
+    .split('\n')
+    .filter((line) => line.startsWith('{'))
+    .map((line) => JSON.parse(line) as Printed);
+  const torch = printed.find(({ engine, device }) => engine === 'PyTorch' && device)?.device?.libraries
+    .PyTorch;
+  return {
+    lines: printed.filter(({ device }) => device === undefined).map((line) => ({ ...line, dtype })),
+    versions: torch === undefined ? {} : { PyTorch: torch },
+  };
+}
+
+/** A line of the program's output: a case, or what it runs on. */
+interface Printed extends Omit<OperatorLine, 'dtype'> {
+  device?: { libraries: Record<string, string> };
 }
