@@ -104,7 +104,7 @@ export function scalingMarkdown(
         return [x, value(generation), value(training), value(step), runs.length];
       });
     const head = [`${title}:`, 'generation:', 'training:', 'both:', 'runs:'];
-    lines.push('', `In ${unit}:`, '', table(head, rows));
+    lines.push('', `${unit[0]?.toUpperCase()}${unit.slice(1)}:`, '', table(head, rows));
   }
   return `${lines.join('\n')}\n`;
 }
