@@ -34,11 +34,11 @@ const toolkitPackages = ['cuda-nvcc', 'nvvm', 'cuda-crt', 'cuda-runtime', 'cuda-
   (name) => `nvidia-${name}==13.0.*`,
 );
 
-class BootstrapError extends Error {}
+export class BootstrapError extends Error {}
 
-const say = (message) => process.stdout.write(`[setup] ${message}\n`);
+export const say = (message) => process.stdout.write(`[setup] ${message}\n`);
 
-function run(command, args, options = {}) {
+export function run(command, args, options = {}) {
   const result = spawnSync(command, args, { cwd: root, stdio: 'inherit', ...options });
   if (result.error) throw new BootstrapError(`could not run ${command}: ${result.error.message}`);
   if (result.status !== 0) {
@@ -143,7 +143,7 @@ function findCudaCompiler(stamp) {
 }
 
 // A Python that can install packages: pip needs no environment where it is told a folder.
-function findPip() {
+export function findPip() {
   const pip = (python) => output(python, ['-m', 'pip', '--version']) !== undefined;
   if (pip('python3')) return 'python3';
   const environment = join(root, 'build', 'python');
@@ -203,7 +203,10 @@ export function configuredCudaCompiler() {
 
 function buildNative(tests, stamp) {
   const lock = readFileSync(join(root, 'package-lock.json'));
-  const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', 'benchmarks/matrix_rate.cc'], lock);
+  const benchmarks = ['CMakeLists.txt', 'matrix_rate.cc', 'operators', 'gpu'].map(
+    (name) => `benchmarks/${name}`,
+  );
+  const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', ...benchmarks], lock);
   const testState = tests ? fingerprint(['tests/native'], state) : undefined;
   const compiler = cudaCompiler(tests, stamp);
   if (
@@ -248,9 +251,10 @@ function buildNative(tests, stamp) {
 
 function buildTypeScript(stamp) {
   const projects = ['tsconfig.build.json', 'tsconfig.benchmarks.json'];
+  const benchmarks = readdirSync(join(root, 'benchmarks')).filter((name) => name.endsWith('.ts'));
   const state = fingerprint([
     'lib',
-    'benchmarks/index.ts',
+    ...benchmarks.map((name) => `benchmarks/${name}`),
     'tsconfig.json',
     ...projects,
     'package-lock.json',
@@ -265,7 +269,7 @@ function buildTypeScript(stamp) {
 }
 
 // Prints what is in the way and ends the process with exit code 1.
-function orExit(work) {
+export function orExit(work) {
   try {
     return work();
   } catch (error) {

@@ -202,8 +202,8 @@ else
     sanitize "$@" &
   }
   for tool in memcheck racecheck; do
-    for program in operators step; do
-      start "$tool" "$program" "$programs/gpu_$program" --device "$device" --tiny
+    for program in operators gpu_step; do
+      start "$tool" "$program" "$programs/$program" --device "$device" --tiny
     done
   done
   for tool in memcheck racecheck; do
@@ -252,7 +252,7 @@ if [ -n "$python" ]; then
     peer_device=cpu
     backends=math
   fi
-  if ! peers=$("$python" benchmarks/gpu/peers.py --device "$peer_device" --probe 2>&1); then
+  if ! peers=$("$python" benchmarks/operators/peers.py --device "$peer_device" --probe 2>&1); then
     say "no PyTorch to measure beside merf: $(printf '%s' "$peers" | tail -n 1)"
     peers=
   fi
@@ -260,11 +260,11 @@ else
   say 'no PyTorch to measure beside merf: there is no python3'
 fi
 
-operators=("$programs/gpu_operators" --device "$device" "${tiny[@]}")
+operators=("$programs/operators" --device "$device" "${tiny[@]}")
 began=$SECONDS
 limit=$(left 170 100)
 if [ -n "$peers" ]; then
-  timeout -k 5 "$limit" "$python" benchmarks/gpu/peers.py --device "$peer_device" --backends "$backends" \
+  timeout -k 5 "$limit" "$python" benchmarks/operators/peers.py --device "$peer_device" --backends "$backends" \
     --seconds $((limit - 15)) -- "${operators[@]}" >"$work/operators.jsonl" 2>"$work/operators.log"
 else
   timeout -k 5 "$limit" "${operators[@]}" >"$work/operators.jsonl" 2>"$work/operators.log"

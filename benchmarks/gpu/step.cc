@@ -237,7 +237,7 @@ int run(const Arguments& arguments) {
   const auto backend = open_backend(arguments.device, 0);
   print_device(*backend);
   const int64_t n = arguments.tiny ? 72 : 4096;
-  const double rate = matrix_tflops(n, matrix_ms(*backend, arguments.tiny, n));
+  const double rate = matrix_tflops(n, matrix_ms(*backend, DType::bf16, arguments.tiny, n));
   bool passed = true;
   for (const StepCase& each : cases) {
     if (!wanted(arguments, name_of(each))) continue;

@@ -1,18 +1,19 @@
-"""PyTorch with transformers on the very prompts and completions that benchmarks/index.ts measured merf with.
+"""GRPO steps of plain PyTorch with transformers on the workload that merf is measured on, one for every line of the
+standard input.
 
     python pytorch.py SPEC.json
 
-SPEC: {model: directory} or {config: a Hugging Face config, for random weights}, prompts: ids of each, group,
-completions: ids of each (prompt-major), maxTokens, dtype, threads, microBatch, repetitions. Prints one JSON object.
+SPEC: config (a Hugging Face config, for random weights), prompts (ids of each), workload.sizes, dtype, threads.
+Answers with one JSON object a line: when it is loaded, then the seconds of each step.
 
-Generation is `generate` with the key/value cache, every row of the batch at once, sampling at temperature 1, in
-bfloat16 where dtype is bf16. Training is what TRL does: each completion is a row with its prompt before it (prompts
-padded left, completions right), log-probabilities of the completions, their clipped policy gradient, clipping, AdamW
-on float32 weights, with bfloat16 autocast where dtype is bf16.
+Generation is `generate` with the key/value cache, every row of the batch at once, sampling at temperature 1, with
+weights in bfloat16 where dtype is bf16. Training: each completion is a row with its prompt before it, a group at a time;
+log-probabilities of the completions, their clipped policy gradient, clipping, AdamW on float32 weights, with bfloat16
+autocast where dtype is bf16.
 """
 
+import copy
 import json
-import statistics
 import sys
 import time
 
@@ -21,92 +22,47 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 
-def padded(rows, left):
-    """Ids and mask [rows, longest]."""
-    width = max(len(row) for row in rows)
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.long), torch.zeros(len(rows), width, dtype=torch.long)
-    for i, row in enumerate(rows):
-        at = slice(width - len(row), width) if left else slice(0, len(row))
-        ids[i, at] = torch.tensor(row)
-        mask[i, at] = 1
-    return ids, mask
+def generate(model, prompts, tokens):
+    with torch.no_grad():
+        return model.generate(prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=tokens, do_sample=True,
+                              temperature=1.0, top_k=0, top_p=1.0, pad_token_id=0)
 
 
-def median_rate(repetitions, run):
-    """Tokens a second of runs that return how many tokens they made."""
-    rates = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        tokens = run()
-        rates.append(tokens / (time.perf_counter() - start))
-    return statistics.median(rates)
-
-
-def train_step(model, optimizer, prompts, completions, micro_batch, autocast):
-    (prompt_ids, prompt_mask), (ids, mask) = prompts, completions
-    for rows in torch.arange(len(ids)).split(micro_batch):
-        attention = torch.cat([prompt_mask[rows], mask[rows]], 1)
+def train(model, optimizer, sequences, prompt_tokens, micro_batch, autocast):
+    for ids in sequences.split(micro_batch):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            logits = model(
-                input_ids=torch.cat([prompt_ids[rows], ids[rows]], 1), attention_mask=attention,
-                position_ids=(attention.cumsum(1) - 1).clamp(min=0), use_cache=False,
-                logits_to_keep=ids.shape[1] + 1,
-            ).logits[:, :-1]
-        logprobs = torch.log_softmax(logits.float(), -1).gather(-1, ids[rows][..., None])[..., 0]
+            logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - prompt_tokens + 1).logits[:, :-1]
+        targets = ids[:, prompt_tokens:, None]
+        logprobs = torch.log_softmax(logits.float(), -1).gather(-1, targets)[..., 0]
         ratio = torch.exp(logprobs - logprobs.detach())
-        (-(ratio * mask[rows]).sum() / mask.sum()).backward()
+        advantages = (1.0 - 2.0 * (torch.arange(len(ids)) % 2))[:, None]
+        loss = -torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages).mean()
+        (loss * len(ids) / len(sequences)).backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return mask.sum().item()
-
-
-def generate(model, prompts, max_tokens):
-    """Tokens drawn, to each row's end token."""
-    ids, mask = prompts
-    with torch.no_grad():
-        full = model.generate(ids, attention_mask=mask, max_new_tokens=max_tokens, do_sample=True, temperature=1.0,
-                              top_k=0, top_p=1.0, pad_token_id=0)
-    ends = model.generation_config.eos_token_id
-    ends = torch.tensor([ends] if isinstance(ends, int) else ends or [])
-    drawn = torch.isin(full[:, ids.shape[1]:], ends)
-    return sum(row.int().argmax().item() + 1 if row.any() else len(row) for row in drawn)
 
 
 def main():
     with open(sys.argv[1]) as file:
         spec = json.load(file)
+    sizes, bf16 = spec["workload"]["sizes"], spec["dtype"] == "bf16"
     torch.set_num_threads(spec["threads"])
-    torch.manual_seed(0)
-    if "model" in spec:
-        model = AutoModelForCausalLM.from_pretrained(spec["model"], dtype=torch.float32)
-    else:
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec["config"]), dtype=torch.float32)
-    bf16, micro_batch = spec["dtype"] == "bf16", spec["microBatch"]
-    prompts = padded([prompt for prompt in spec["prompts"] for _ in range(spec["group"])], left=True)
-    completions = padded(spec["completions"], left=False)
-
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
-
-    def step(rows=None):
-        some = slice(rows)
-        return train_step(model, optimizer, [t[some] for t in prompts], [t[some] for t in completions], micro_batch, bf16)
-
-    step(rows=2)
-    training = median_rate(spec["repetitions"], step)
-    del optimizer
-    model.zero_grad(set_to_none=True)
-
-    model.eval()
-    if bf16:
-        model.to(torch.bfloat16)
-    generate(model, [t[:2] for t in prompts], 2)
-    rollout = median_rate(spec["repetitions"], lambda: generate(model, prompts, spec["maxTokens"]))
-    print(json.dumps({
-        "name": f"PyTorch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}",
-        "rollout": rollout,
-        "training": training,
-    }))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**spec["config"]), dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+    sampler = copy.deepcopy(model).to(torch.bfloat16) if bf16 else model
+    prompts = torch.tensor(spec["prompts"]).repeat_interleave(sizes["group"], 0)
+    print(json.dumps({"versions": {"PyTorch": torch.__version__, "transformers": transformers.__version__}}), flush=True)
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        if bf16:
+            sampler.load_state_dict(model.state_dict())
+        sequences = generate(sampler, prompts, sizes["completionTokens"])
+        sampled = time.perf_counter()
+        train(model, optimizer, sequences, prompts.shape[1], sizes["group"], bf16)
+        end = time.perf_counter()
+        print(json.dumps({"generation": sampled - start, "training": end - sampled, "step": end - start,
+                          "tokens": sequences.numel() - prompts.numel()}), flush=True)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,13 @@ export function number(text: string): number {
   return value;
 }
 
+/** A number above 0. */
+export function positive(text: string): number {
+  const value = number(text);
+  if (value <= 0) throw new InvalidArgumentError('Expected a number above 0.');
+  return value;
+}
+
 /** A whole number of at least `least`. */
 export function whole(least: number): (text: string) => number {
   return (text) => {

@@ -1,38 +1,60 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Command } from 'commander';
+import { type Command, Option } from 'commander';
 import { MerfError } from '../../errors.js';
+import { native } from '../../native.js';
 import { importModule } from '../../tasks/index.js';
-import { list } from '../flags.js';
+import { list, positive } from '../flags.js';
 import { packageRoot } from '../models.js';
 
-export interface BenchOptions {
-  peers?: string[];
-  out?: string;
-}
+/** The flags; benchmarks/index.ts says what they mean. */
+type BenchFlags = Record<string, unknown>;
+type Bench = (options: BenchFlags) => Promise<boolean>;
 
 export function addBench(program: Command): void {
   program
     .command('bench')
-    .summary('measure how fast rollouts and training are on this machine')
+    .summary('measure how fast GRPO steps are on this machine')
     .description(
-      'Measures tokens/s of rollout and of training for the model that ships with merf and for a random model of ' +
-        '135M parameters, beside its peers where they are installed.',
+      'Measures GRPO steps on the processor, with random weights: whole step, generation, training and memory; what a ' +
+        "motivation costs; the machine's own rate of matrix products and so the least that a step could take; and, in " +
+        'turn with them, the peers that are installed. Then single operators, beside PyTorch where it is installed.',
     )
     .option(
       '--peers <list>',
-      'which peers to measure beside, such as pytorch (default: those installed)',
+      'which peers to measure beside: llama.cpp, trl, pytorch, or none (default: those installed, as far as the minutes ' +
+        'go; `npm run bench` in a clone brings those that are named)',
       list,
     )
-    .option('--out <folder>', 'where to write the table, as Markdown and as JSON')
+    .option(
+      '--minutes <n>',
+      'for all measured rounds together (default: 15; 10 without --peers; 8 with --scaling)',
+      positive,
+    )
+    .addOption(
+      new Option(
+        '--dtype <type>',
+        'of weights (default: f32, and bf16 where the processor multiplies it in hardware)',
+      ).choices(['f32', 'bf16']),
+    )
+    .option('--model <path>', "whose shape the random weights have (default: SmolLM2-135M's)")
+    .option('--sizes <sizes>', 'PROMPTSxTOKENSxGROUPxTOKENS (default: 4x256x8x64)')
+    .option('--no-operators', 'leaves the single operators out')
+    .option('--profile', "prints where a step's time goes, operator by operator, and measures nothing else")
+    .option(
+      '--scaling',
+      "measures a step's cost against group, prompt and completion tokens and threads instead, and plots it",
+    )
+    .option('--out <folder>', 'where to write the results (default: benchmarks/results in the package)')
     .action(bench);
 }
 
-async function bench(options: BenchOptions): Promise<void> {
+async function bench(flags: BenchFlags): Promise<void> {
   // Compiled with the package, or in a clone as its source.
   const built = join(packageRoot(), 'dist', 'benchmarks', 'index.js');
   const entry = existsSync(built) ? built : join(packageRoot(), 'benchmarks', 'index.ts');
-  const module = (await importModule(entry)) as { bench?: (options: BenchOptions) => Promise<void> };
+  const module = (await importModule(entry)) as { bench?: Bench };
   if (!module.bench) throw new MerfError('INTERNAL', `Expected ${entry} to export bench`);
-  await module.bench(options);
+  const processor = native().describeDevice('cpu');
+  if (!(await module.bench({ ...flags, processor }))) process.exitCode = 1;
 }

@@ -1,7 +1,7 @@
-// The operators that decide how fast a GPU rolls out and trains, one by one: times, rates and memory. peers.py runs
+// The operators that decide how fast a device rolls out and trains, one by one: times, rates and memory. peers.py runs
 // the same shapes in PyTorch. Whether results are right is the conformance suite's business; here they are finite.
 //
-//   gpu_operators [--device NAME] [--tiny] [--list | --serve] [CASE...]
+//   operators [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny] [--list | --serve] [CASE...]
 #include <iostream>
 #include <numeric>
 
@@ -15,6 +15,9 @@ struct Case {
   Shape shape;
   std::function<Metrics(Backend&)> run;
 };
+
+// What the processor takes minutes for is left out there, tiny shapes aside.
+bool on_cpu(const Arguments& a) { return a.device == "cpu" && !a.tiny; }
 
 // ---- attention
 
@@ -46,14 +49,15 @@ struct FusedHeads {
   HeadsView q, k, v;
 };
 
-Metrics attention(Backend& backend, bool tiny, const Heads& heads, const std::vector<int32_t>& until) {
+Metrics attention(Backend& backend, const Arguments& a, const Heads& heads,
+                  const std::vector<int32_t>& until) {
   const int64_t tokens = static_cast<int64_t>(until.size()), width = heads.queries * heads.size;
   const int64_t fused = (heads.queries + 2 * heads.keys) * heads.size;
   const float scale = 1.0f / std::sqrt(static_cast<float>(heads.size));
-  const Tensor qkv = normals(backend, DType::bf16, {tokens, fused}, 1.0f, 1);
-  const Tensor dout = normals(backend, DType::bf16, {tokens, width}, 1.0f, 2);
-  const Tensor out = backend.allocate(DType::bf16, {tokens, width});
-  const Tensor dqkv = backend.allocate(DType::bf16, {tokens, fused});
+  const Tensor qkv = normals(backend, a.dtype, {tokens, fused}, 1.0f, 1);
+  const Tensor dout = normals(backend, a.dtype, {tokens, width}, 1.0f, 2);
+  const Tensor out = backend.allocate(a.dtype, {tokens, width});
+  const Tensor dqkv = backend.allocate(a.dtype, {tokens, fused});
   const Tensor lse = backend.allocate(DType::f32, {heads.queries, tokens});
   const Tensor visible_until = integers(backend, until);
   const FusedHeads x(qkv, heads), dx(dqkv, heads);
@@ -65,9 +69,9 @@ Metrics attention(Backend& backend, bool tiny, const Heads& heads, const std::ve
     backend.attention_backward(rows(dout), x.q, x.k, x.v, rows(out), lse, visible_until, until, scale, dx.q,
                                dx.k, dx.v);
   };
-  const double forward_ms = median_ms(backend, tiny, forward);
-  const double backward_ms = median_ms(backend, tiny, backward);
-  const double both_ms = median_ms(backend, tiny, [&] {
+  const double forward_ms = median_ms(backend, a.tiny, forward);
+  const double backward_ms = median_ms(backend, a.tiny, backward);
+  const double both_ms = median_ms(backend, a.tiny, [&] {
     forward();
     backward();
   });
@@ -82,20 +86,24 @@ Metrics attention(Backend& backend, bool tiny, const Heads& heads, const std::ve
           {"backward_tflops", 5 * product / backward_ms / 1e9}};
 }
 
-void add_attention(std::vector<Case>& cases, bool tiny) {
-  const std::vector<Heads> models =
-      tiny ? std::vector<Heads>{{4, 2, 64}, {4, 1, 128}} : std::vector<Heads>{{9, 3, 64}, {28, 4, 128}};
-  const ForestShape forest = tiny ? ForestShape{37, 2, 19, 2, 21} : ForestShape{512, 4, 256, 8, 256};
-  const std::vector<int64_t> lengths = tiny ? std::vector<int64_t>{97} : std::vector<int64_t>{2048, 8192};
+void add_attention(std::vector<Case>& cases, const Arguments& a) {
+  const std::vector<Heads> models = a.tiny      ? std::vector<Heads>{{4, 2, 64}, {4, 1, 128}}
+                                    : on_cpu(a) ? std::vector<Heads>{{9, 9, 64}}
+                                                : std::vector<Heads>{{9, 3, 64}, {28, 4, 128}};
+  const ForestShape forest = a.tiny ? ForestShape{37, 2, 19, 2, 21} : ForestShape{512, 4, 256, 8, 256};
+  const std::vector<int64_t> lengths = a.tiny      ? std::vector<int64_t>{97}
+                                       : on_cpu(a) ? std::vector<int64_t>{2048}
+                                                   : std::vector<int64_t>{2048, 8192};
   for (const Heads& heads : models) {
     const auto add = [&](const std::string& mask, const Shape& shape, const std::vector<int32_t>& until) {
       cases.push_back({"attention/" + heads.name() + "/" + mask, joined(heads.shape(), shape),
-                       [=](Backend& backend) { return attention(backend, tiny, heads, until); }});
+                       [=](Backend& backend) { return attention(backend, a, heads, until); }});
     };
     for (const int64_t tokens : lengths) {
       add("causal-" + std::to_string(tokens), {{"rows", 1}, {"tokens", tokens}},
           visible_until_of_rows(1, tokens));
     }
+    if (on_cpu(a)) continue;
     add("forest", forest.shape(), visible_until_of(forest));
     add("forest-unshared", {{"rows", forest.rows()}, {"tokens", forest.row_tokens()}},
         visible_until_of_rows(forest.rows(), forest.row_tokens()));
@@ -108,7 +116,7 @@ struct Decode {
   int64_t rows, prefix, own;  // tokens seen by all rows, and by each row alone
 };
 
-Metrics decode(Backend& backend, bool tiny, const Heads& heads, const Decode& shape, bool shared) {
+Metrics decode(Backend& backend, const Arguments& a, const Heads& heads, const Decode& shape, bool shared) {
   const auto pages_of = [](int64_t tokens) { return (tokens + kPageTokens - 1) / kPageTokens; };
   DecodePlan plan;
   int64_t cached = 0;
@@ -123,40 +131,47 @@ Metrics decode(Backend& backend, bool tiny, const Heads& heads, const Decode& sh
   if (shared) add_run(shape.prefix, 0, shape.rows);
   for (int64_t r = 0; r < shape.rows; ++r) add_run(shape.own + (shared ? 0 : shape.prefix), r, 1);
   const int64_t pages = static_cast<int64_t>(plan.pages.size());
-  const PagedLayer cache{
-      normals(backend, DType::bf16, {pages, heads.keys, kPageTokens, heads.size}, 1.0f, 3),
-      normals(backend, DType::bf16, {pages, heads.keys, kPageTokens, heads.size}, 1.0f, 4)};
-  const Tensor q = normals(backend, DType::bf16, {shape.rows, heads.queries * heads.size}, 1.0f, 5);
-  const Tensor out = backend.allocate(DType::bf16, {shape.rows, heads.queries * heads.size});
+  const PagedLayer cache{normals(backend, a.dtype, {pages, heads.keys, kPageTokens, heads.size}, 1.0f, 3),
+                         normals(backend, a.dtype, {pages, heads.keys, kPageTokens, heads.size}, 1.0f, 4)};
+  const Tensor q = normals(backend, a.dtype, {shape.rows, heads.queries * heads.size}, 1.0f, 5);
+  const Tensor out = backend.allocate(a.dtype, {shape.rows, heads.queries * heads.size});
   const auto view = [&](const Tensor& t) {
     return HeadsView{t.data, t.dtype, shape.rows, heads.queries, heads.size, t.row_size()};
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(heads.size));
-  const double plan_ms = median_ms(backend, tiny, [&] { backend.plan_decode(plan, shape.rows); });
+  const double plan_ms = median_ms(backend, a.tiny, [&] { backend.plan_decode(plan, shape.rows); });
   const double decode_ms =
-      median_ms(backend, tiny, [&] { backend.attention_decode(view(q), cache, scale, view(out)); });
+      median_ms(backend, a.tiny, [&] { backend.attention_decode(view(q), cache, scale, view(out)); });
   require_finite(backend, out, "decoding's output");
-  const double bytes = 2.0 * 2.0 * static_cast<double>(cached * heads.keys * heads.size);
+  const double bytes =
+      2.0 * static_cast<double>(size_of(a.dtype)) * static_cast<double>(cached * heads.keys * heads.size);
   return {{"decode_ms", decode_ms}, {"plan_ms", plan_ms}, {"cache_gb_per_s", bytes / decode_ms / 1e6}};
 }
 
-void add_decode(std::vector<Case>& cases, bool tiny) {
+void add_decode(std::vector<Case>& cases, const Arguments& a) {
   const std::vector<Heads> models =
-      tiny ? std::vector<Heads>{{4, 2, 64}, {4, 1, 128}} : std::vector<Heads>{{9, 3, 64}, {28, 4, 128}};
-  const Decode shape = tiny ? Decode{6, 45, 33} : Decode{512, 512, 512};
+      a.tiny ? std::vector<Heads>{{4, 2, 64}, {4, 1, 128}} : std::vector<Heads>{{9, 3, 64}, {28, 4, 128}};
+  const Decode shape = a.tiny ? Decode{6, 45, 33} : Decode{512, 512, 512};
   for (const Heads& heads : models) {
     for (const bool shared : {true, false}) {
       cases.push_back(
           {"decode/" + heads.name() + (shared ? "/shared" : "/unshared"),
            joined(heads.shape(), {{"rows", shape.rows}, {"prefix", shape.prefix}, {"own", shape.own}}),
-           [=](Backend& backend) { return decode(backend, tiny, heads, shape, shared); }});
+           [=](Backend& backend) { return decode(backend, a, heads, shape, shared); }});
     }
   }
 }
 
 // ---- sampling
 
-Metrics sampling(Backend& backend, bool tiny, int64_t rows, int64_t vocabulary, bool truncated) {
+struct Truncation {
+  std::string name;
+  int32_t top_k;          // 0: all tokens
+  int64_t top_p_percent;  // 100: all tokens
+};
+
+Metrics sampling(Backend& backend, const Arguments& a, int64_t rows, int64_t vocabulary,
+                 const Truncation& truncation) {
   const Tensor logits = normals(backend, DType::f32, {rows, vocabulary}, 3.0f, 6);
   std::vector<int32_t> key_words(static_cast<size_t>(2 * rows));
   std::iota(key_words.begin(), key_words.end(), 1);
@@ -165,11 +180,9 @@ Metrics sampling(Backend& backend, bool tiny, int64_t rows, int64_t vocabulary, 
   const Tensor tokens = backend.allocate(DType::i32, {rows});
   const Tensor logprobs = backend.allocate(DType::f32, {rows}), raw = backend.allocate(DType::f32, {rows});
   SamplingOptions options;
-  if (truncated) {
-    options.top_k = 50;
-    options.top_p = 0.95f;
-  }
-  const double ms = median_ms(backend, tiny, [&] {
+  options.top_k = truncation.top_k;
+  options.top_p = static_cast<float>(truncation.top_p_percent) / 100.0f;
+  const double ms = median_ms(backend, a.tiny, [&] {
     backend.sample_tokens(logits, keys, positions, options, tokens, logprobs, raw, Tensor());
   });
   require_finite(backend, logprobs, "sampling's log-probabilities");
@@ -177,18 +190,25 @@ Metrics sampling(Backend& backend, bool tiny, int64_t rows, int64_t vocabulary, 
   return {{"ms", ms}};
 }
 
-void add_sampling(std::vector<Case>& cases, bool tiny) {
-  const std::vector<int64_t> batches = tiny ? std::vector<int64_t>{3} : std::vector<int64_t>{64, 512};
-  const std::vector<int64_t> vocabularies =
-      tiny ? std::vector<int64_t>{1501} : std::vector<int64_t>{49152, 152064};
+void add_sampling(std::vector<Case>& cases, const Arguments& a) {
+  const std::vector<int64_t> batches = a.tiny      ? std::vector<int64_t>{3}
+                                       : on_cpu(a) ? std::vector<int64_t>{64}
+                                                   : std::vector<int64_t>{64, 512};
+  const std::vector<int64_t> vocabularies = a.tiny      ? std::vector<int64_t>{1501}
+                                            : on_cpu(a) ? std::vector<int64_t>{49152}
+                                                        : std::vector<int64_t>{49152, 152064};
+  const std::vector<Truncation> truncations{
+      {"top-k-50-top-p-0.95", 50, 95}, {"top-p-0.9", 0, 90}, {"plain", 0, 100}};
   for (const int64_t vocabulary : vocabularies) {
     for (const int64_t rows : batches) {
-      for (const bool truncated : {true, false}) {
+      for (const Truncation& truncation : truncations) {
         cases.push_back(
-            {"sampling/" + std::to_string(rows) + "x" + std::to_string(vocabulary) +
-                 (truncated ? "/top-k-50-top-p-0.95" : "/plain"),
-             {{"rows", rows}, {"vocabulary", vocabulary}, {"truncated", truncated}},
-             [=](Backend& backend) { return sampling(backend, tiny, rows, vocabulary, truncated); }});
+            {"sampling/" + std::to_string(rows) + "x" + std::to_string(vocabulary) + "/" + truncation.name,
+             {{"rows", rows},
+              {"vocabulary", vocabulary},
+              {"top_k", truncation.top_k},
+              {"top_p_percent", truncation.top_p_percent}},
+             [=](Backend& backend) { return sampling(backend, a, rows, vocabulary, truncation); }});
       }
     }
   }
@@ -196,11 +216,12 @@ void add_sampling(std::vector<Case>& cases, bool tiny) {
 
 // ---- fused policy loss
 
-Metrics policy_loss(Backend& backend, bool tiny, int64_t rows, int64_t hidden_size, int64_t vocabulary) {
-  const Tensor hidden = normals(backend, DType::bf16, {rows, hidden_size}, 1.0f, 8);
+Metrics policy_loss(Backend& backend, const Arguments& a, int64_t rows, int64_t hidden_size,
+                    int64_t vocabulary) {
+  const Tensor hidden = normals(backend, a.dtype, {rows, hidden_size}, 1.0f, 8);
   std::unique_ptr<PackedWeight> head;
   {
-    const Tensor weight = normals(backend, DType::bf16, {vocabulary, hidden_size}, 0.05f, 9);
+    const Tensor weight = normals(backend, a.dtype, {vocabulary, hidden_size}, 0.05f, 9);
     head = backend.pack_weight(weight, true);
     backend.synchronize();
   }
@@ -217,7 +238,7 @@ Metrics policy_loss(Backend& backend, bool tiny, int64_t rows, int64_t hidden_si
   };
   const Tensor logprobs = backend.allocate(DType::f32, {rows}),
                entropies = backend.allocate(DType::f32, {rows});
-  const Tensor dhidden = backend.allocate(DType::bf16, {rows, hidden_size});
+  const Tensor dhidden = backend.allocate(a.dtype, {rows, hidden_size});
   const Tensor dhead = backend.allocate(DType::f32, {vocabulary, hidden_size});
   backend.zero(dhead);
   LossRows loss_rows;
@@ -238,7 +259,7 @@ Metrics policy_loss(Backend& backend, bool tiny, int64_t rows, int64_t hidden_si
   run();
   backend.synchronize();
   const int64_t extra = backend.memory_peak() - before;
-  const double ms = median_ms(backend, tiny, run);
+  const double ms = median_ms(backend, a.tiny, run);
   if (!std::isfinite(loss)) throw Error("INTERNAL", "the loss is " + std::to_string(loss));
   require_finite(backend, dhidden, "the loss's gradient");
   require_finite(backend, dhead, "the head's gradient");
@@ -246,34 +267,34 @@ Metrics policy_loss(Backend& backend, bool tiny, int64_t rows, int64_t hidden_si
   return {{"ms", ms}, {"memory_mib", static_cast<double>(extra) / 1048576.0}};
 }
 
-void add_loss(std::vector<Case>& cases, bool tiny) {
+void add_loss(std::vector<Case>& cases, const Arguments& a) {
   struct Size {
     int64_t rows, hidden, vocabulary;
   };
-  const std::vector<Size> sizes =
-      tiny ? std::vector<Size>{{37, 64, 301}} : std::vector<Size>{{2048, 576, 49152}, {2048, 896, 152064}};
+  const std::vector<Size> sizes = a.tiny      ? std::vector<Size>{{37, 64, 301}}
+                                  : on_cpu(a) ? std::vector<Size>{{2048, 576, 49152}}
+                                              : std::vector<Size>{{2048, 576, 49152}, {2048, 896, 152064}};
   for (const auto [rows, hidden, vocabulary] : sizes) {
     cases.push_back(
         {"loss/" + std::to_string(rows) + "x" + std::to_string(hidden) + "x" + std::to_string(vocabulary),
          {{"rows", rows}, {"hidden", hidden}, {"vocabulary", vocabulary}},
          [=, rows = rows, hidden = hidden, vocabulary = vocabulary](Backend& backend) {
-           return policy_loss(backend, tiny, rows, hidden, vocabulary);
+           return policy_loss(backend, a, rows, hidden, vocabulary);
          }});
   }
 }
 
 // ---- matrix products
 
-Metrics matrix(Backend& backend, bool tiny, int64_t n) {
-  const double ms = matrix_ms(backend, tiny, n);
+Metrics matrix(Backend& backend, const Arguments& a, int64_t n) {
+  const double ms = matrix_ms(backend, a.dtype, a.tiny, n);
   return {{"ms", ms}, {"tflops", matrix_tflops(n, ms)}};
 }
 
-void add_matrix(std::vector<Case>& cases, bool tiny) {
-  const int64_t n = tiny ? 72 : 4096;
-  cases.push_back({"matrix/" + std::to_string(n), {{"n", n}}, [=](Backend& backend) {
-                     return matrix(backend, tiny, n);
-                   }});
+void add_matrix(std::vector<Case>& cases, const Arguments& a) {
+  const int64_t n = a.tiny ? 72 : 4096;
+  cases.push_back(
+      {"matrix/" + std::to_string(n), {{"n", n}}, [=](Backend& backend) { return matrix(backend, a, n); }});
 }
 
 bool run_case(Backend& backend, const Case& each) {
@@ -288,18 +309,20 @@ bool run_case(Backend& backend, const Case& each) {
 
 int run(const Arguments& arguments) {
   std::vector<Case> cases;
-  add_matrix(cases, arguments.tiny);
-  add_attention(cases, arguments.tiny);
-  add_decode(cases, arguments.tiny);
-  add_sampling(cases, arguments.tiny);
-  add_loss(cases, arguments.tiny);
+  add_attention(cases, arguments);
+  add_sampling(cases, arguments);
+  add_loss(cases, arguments);
+  if (!on_cpu(arguments)) {
+    add_matrix(cases, arguments);
+    add_decode(cases, arguments);
+  }
   if (arguments.list) {
     for (const Case& each : cases) {
       if (wanted(arguments, each.name)) print_line(each.name, each.shape, "");
     }
     return 0;
   }
-  const auto backend = open_backend(arguments.device, 0);
+  const auto backend = open_backend(arguments.device, arguments.threads);
   print_device(*backend);
   bool passed = true;
   if (arguments.serve) {

@@ -1,4 +1,4 @@
-// What the GPU benchmarks share: arguments, times, random tensors, packed forests, and results as lines of JSON.
+// What the benchmark programs share: arguments, times, random tensors, packed forests, and results as lines of JSON.
 #pragma once
 
 #include <algorithm>
@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <functional>
 #include <initializer_list>
 #include <memory>
@@ -24,13 +25,21 @@ using Metrics = std::vector<std::pair<std::string, double>>;
 
 struct Arguments {
   std::string device = "cuda";
+  DType dtype = DType::bf16;
+  int threads = 0;     // of the processor; 0: all
   bool tiny = false;   // small shapes, once: for the emulation and for compute-sanitizer
   bool list = false;   // the cases, not their results
   bool serve = false;  // runs the case named by each line of the standard input
   std::vector<std::string> only;
 };
 
-// Throws std::invalid_argument.
+// Both throw std::invalid_argument.
+inline DType dtype_named(const std::string& name) {
+  if (name == "f32") return DType::f32;
+  if (name == "bf16") return DType::bf16;
+  throw std::invalid_argument("Expected f32 or bf16 for --dtype but received " + name);
+}
+
 inline Arguments parse(int argc, char** argv) {
   Arguments arguments;
   for (int i = 1; i < argc; ++i) {
@@ -43,11 +52,17 @@ inline Arguments parse(int argc, char** argv) {
       arguments.serve = true;
     } else if (word == "--device" && i + 1 < argc) {
       arguments.device = argv[++i];
+    } else if (word == "--threads" && i + 1 < argc) {
+      arguments.threads = std::atoi(argv[++i]);
+    } else if (word == "--dtype" && i + 1 < argc) {
+      arguments.dtype = dtype_named(argv[++i]);
     } else if (!word.starts_with("--")) {
       arguments.only.push_back(word);
     } else {
       throw std::invalid_argument(
-          "Expected [--device NAME] [--tiny] [--list | --serve] [CASE...] but received " + word);
+          "Expected [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny] [--list | --serve] [CASE...] "
+          "but received " +
+          word);
     }
   }
   return arguments;
@@ -127,7 +142,8 @@ inline double median(std::vector<double> values) {
 }
 
 // Milliseconds of one call: the median of 11 samples after a warm-up. A sample is as many calls one after another as
-// take a few milliseconds, so that waiting for the device at its end does not count.
+// take a few milliseconds, so that waiting for the device at its end does not count. Of calls that take long there are
+// fewer samples, at least three.
 inline double median_ms(Backend& backend, bool tiny, const std::function<void()>& enqueue) {
   const auto sample = [&](int calls) {
     const auto start = Clock::now();
@@ -138,10 +154,11 @@ inline double median_ms(Backend& backend, bool tiny, const std::function<void()>
   backend.synchronize();
   const double first = sample(1);
   if (tiny) return first;
-  const double estimate = std::min(sample(2), sample(2));
+  const double estimate = first > 1000.0 ? first : std::min(sample(2), sample(2));
   const int calls = static_cast<int>(std::clamp(5.0 / estimate, 1.0, 200.0));
+  const int count = static_cast<int>(std::clamp(4000.0 / (estimate * calls), 3.0, 11.0));
   std::vector<double> samples;
-  for (int i = 0; i < 11; ++i) samples.push_back(sample(calls));
+  for (int i = 0; i < count; ++i) samples.push_back(sample(calls));
   return median(samples);
 }
 
@@ -200,11 +217,11 @@ inline void require_finite(Backend& backend, const Tensor& tensor, const char* w
 
 // ---- matrix products
 
-// Milliseconds of a bfloat16 product of two [n, n] matrices, as the engine itself multiplies.
-inline double matrix_ms(Backend& backend, bool tiny, int64_t n) {
-  const Tensor x = normals(backend, DType::bf16, {n, n}, 1.0f, 11);
-  const auto weight = backend.pack_weight(normals(backend, DType::bf16, {n, n}, 0.05f, 12), false);
-  const Tensor y = backend.allocate(DType::bf16, {n, n});
+// Milliseconds of a product of two [n, n] matrices, as the engine itself multiplies.
+inline double matrix_ms(Backend& backend, DType dtype, bool tiny, int64_t n) {
+  const Tensor x = normals(backend, dtype, {n, n}, 1.0f, 11);
+  const auto weight = backend.pack_weight(normals(backend, dtype, {n, n}, 0.05f, 12), false);
+  const Tensor y = backend.allocate(dtype, {n, n});
   const double ms = median_ms(backend, tiny, [&] { backend.linear(x, *weight, Tensor(), y); });
   require_finite(backend, y, "the product");
   return ms;

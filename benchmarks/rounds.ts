@@ -1,0 +1,137 @@
+// The engines take turns, so that what else the machine does meets them all alike.
+import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { writeRandomGguf } from './gguf-writer.js';
+import { say } from './paths.js';
+import {
+  type Command,
+  Engine,
+  type EngineSpec,
+  findNodeLlamaCpp,
+  findPeer,
+  merfCommand,
+  type PeerName,
+} from './peers.js';
+import type { StepTimes } from './step.js';
+import { type Dtype, huggingFaceConfig, promptsOf, type Workload } from './workloads.js';
+
+/** All runs of one engine. */
+export interface EngineRuns {
+  name: string;
+  versions: Record<string, string>;
+  runs: StepTimes[];
+  /** The most memory that its process held up to the end of its first run, in bytes. */
+  peakBytes?: number | undefined;
+  /** Why there are no runs, or no more. */
+  error?: string;
+}
+
+export interface RoundOptions {
+  workload: Workload;
+  dtype: Dtype;
+  threads: number;
+  peers: readonly PeerName[];
+  /** Of all rounds together; the first is run whatever it takes, unless `strict`. */
+  seconds: number;
+  /** Peers that would take longer are left out. */
+  strict: boolean;
+}
+
+/** Tokens of the motivation that all prompts begin with in the runs that measure what one costs. */
+export const motivationTokens = 200;
+const maxRounds = 3;
+
+/** merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts. */
+export async function measureSteps(
+  options: RoundOptions,
+): Promise<{ engines: EngineRuns[]; motivation: StepTimes[] }> {
+  const folder = mkdtempSync(join(tmpdir(), 'merf-bench-'));
+  const live = new Map<EngineRuns, Engine>();
+  try {
+    const merf = await load('merf', options, folder, live);
+    const peers: EngineRuns[] = [];
+    for (const name of options.peers) peers.push(await load(name, options, folder, live));
+    const plain = { prompts: promptsOf(options.workload) };
+    const motivated = { prompts: promptsOf(options.workload, motivationTokens) };
+    const motivation: EngineRuns = { name: 'merf with a motivation', versions: {}, runs: [] };
+    const turns = [
+      { engine: merf, process: live.get(merf), input: plain },
+      { engine: motivation, process: live.get(merf), input: motivated },
+      ...peers.map((engine) => ({ engine, process: live.get(engine), input: plain })),
+    ];
+    const lasted = new Map<EngineRuns, number>();
+    const begin = performance.now();
+    const elapsed = () => (performance.now() - begin) / 1000;
+    for (let round = 0; round < maxRounds; ++round) {
+      for (const { engine, process, input } of turns) {
+        if (process === undefined || engine.error !== undefined) continue;
+        const isPeer = process !== live.get(merf);
+        // A slow peer must not take the time of merf's own further rounds.
+        const own = (lasted.get(merf) ?? 0) + (lasted.get(motivation) ?? 0);
+        const kept = isPeer ? own * (maxRounds - 1 - round) : 0;
+        const left = options.seconds - elapsed();
+        if (round > 0 && (lasted.get(engine) ?? 0) + kept > left) continue;
+        const start = elapsed();
+        await runOnce(engine, process, input, options.strict && isPeer ? Math.max(left, 1) : undefined);
+        lasted.set(engine, elapsed() - start);
+      }
+    }
+    return { engines: [merf, ...peers], motivation: motivation.runs };
+  } finally {
+    await Promise.all([...live.values()].map((engine) => engine.close()));
+    rmSync(folder, { recursive: true, force: true });
+  }
+}
+
+async function runOnce(
+  runs: EngineRuns,
+  engine: Engine,
+  input: object,
+  patience: number | undefined,
+): Promise<void> {
+  try {
+    const times = await engine.run(input, patience);
+    if (runs.runs.length === 0) runs.peakBytes = engine.peakBytes();
+    runs.runs.push(times);
+    const parts = times.step === undefined ? '' : `a step in ${times.step.toFixed(2)} s, `;
+    say(`  ${runs.name}: ${parts}${times.tokens} tokens generated in ${times.generation.toFixed(2)} s`);
+  } catch (error) {
+    fail(runs, error);
+  }
+}
+
+function fail(runs: EngineRuns, error: unknown): void {
+  runs.error = (error as Error).message;
+  say(`  ${runs.error}`);
+}
+
+async function load(
+  name: 'merf' | PeerName,
+  { workload, dtype, threads }: RoundOptions,
+  folder: string,
+  live: Map<EngineRuns, Engine>,
+): Promise<EngineRuns> {
+  const runs: EngineRuns = { name, versions: {}, runs: [] };
+  say(`loading ${name}, ${dtype}`);
+  try {
+    const command: Command | { missing: string } = name === 'merf' ? merfCommand() : findPeer(name);
+    if ('missing' in command) throw new Error(command.missing);
+    const spec: EngineSpec = { workload, dtype, threads, prompts: promptsOf(workload) };
+    if (name === 'llama.cpp') {
+      spec.gguf = join(folder, 'model.gguf');
+      spec.module = findNodeLlamaCpp() as string;
+      writeRandomGguf(spec.gguf, workload.config, dtype);
+    } else if (name !== 'merf') {
+      spec.config = huggingFaceConfig(workload.config);
+    }
+    const file = join(folder, `${name}.json`);
+    writeFileSync(file, JSON.stringify(spec));
+    const engine = await Engine.start(name, command, file);
+    runs.versions = engine.versions;
+    live.set(runs, engine);
+  } catch (error) {
+    fail(runs, error);
+  }
+  return runs;
+}

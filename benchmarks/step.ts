@@ -1,0 +1,48 @@
+import { type CompletionGroup, type Forest, forestOf, type Policy } from 'merf';
+import type { Sizes } from './workloads.js';
+
+/** Seconds of one GRPO step and its parts, and the tokens that were generated. */
+export interface StepTimes {
+  generation: number;
+  /** Forward and backward pass and update. Absent where an engine generates alone. */
+  training?: number;
+  step?: number;
+  tokens: number;
+}
+
+/** One update on completions sampled for it. */
+export async function grpoStep(
+  policy: Policy,
+  prompts: readonly number[][],
+  { group, completionTokens }: Pick<Sizes, 'group' | 'completionTokens'>,
+  seed: number,
+): Promise<Required<StepTimes>> {
+  const start = performance.now();
+  const groups = await policy.sample(prompts, { n: group, maxTokens: completionTokens, seed });
+  const sampled = performance.now();
+  await policy.forwardBackward(forestWith(groups), { type: 'grpo' });
+  await policy.optimStep({ learningRate: 1e-6, maxGradNorm: 1 });
+  const end = performance.now();
+  return {
+    generation: (sampled - start) / 1000,
+    training: (end - sampled) / 1000,
+    step: (end - start) / 1000,
+    tokens: groups.reduce(
+      (sum, { completions }) => sum + completions.reduce((n, { tokens }) => n + tokens.length, 0),
+      0,
+    ),
+  };
+}
+
+/** Advantages alternate: no time depends on their values. */
+export function forestWith(groups: readonly CompletionGroup[]): Forest {
+  return forestOf(
+    groups.map(({ promptTokens, completions }) => ({
+      promptTokens,
+      completions: completions.map(({ tokens, logprobs }, i) => ({
+        tokens,
+        train: { advantage: i % 2 === 0 ? 1 : -1, logprobs },
+      })),
+    })),
+  );
+}

@@ -1,0 +1,53 @@
+import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, beforeAll, expect, test } from '@jest/globals';
+import { merf, tinyModel } from './run.js';
+
+const tiny = ['bench', '--model', tinyModel, '--sizes', '2x8x2x4'];
+
+let folder: string;
+beforeAll(() => {
+  folder = mkdtempSync(join(tmpdir(), 'merf-bench-'));
+});
+afterAll(() => rmSync(folder, { recursive: true, force: true }));
+
+test('--profile prints the operators of every phase', async () => {
+  const { code, stdout, stderr } = await merf([...tiny, '--profile']);
+  expect(stderr).toMatch(/a step to warm up/);
+  expect(code).toBe(0);
+  const phases = stdout.split('\n\n');
+  expect(phases.map((text) => text.split(',')[0])).toEqual(['rollout', 'forward and backward', 'update']);
+  for (const phase of phases) {
+    expect(phase).toMatch(/calls +seconds +rate +share/);
+    expect(phase).toMatch(/sum of operators +\d+ /);
+    expect(phase).toMatch(/outside operators +-?\d/);
+  }
+  expect(phases[0]).toMatch(/attention_decode +\d+ +\d\.\d{3} /);
+  expect(phases[1]).toMatch(/head_loss/);
+  expect(phases[2]).toMatch(/adamw/);
+});
+
+test('writes what it measured', async () => {
+  const args = [...tiny, '--peers', 'none', '--no-operators', '--minutes', '0.001', '--out', folder];
+  const { code, stdout, stderr } = await merf(args);
+  expect(stderr).toMatch(/merf: a step in/);
+  expect(code).toBe(0);
+  expect(stdout).toMatch(/\| merf \| \d/);
+  const [name] = /\S+\.json/.exec(stderr) ?? [];
+  const report = JSON.parse(readFileSync(join(folder, (name as string).split('/').pop() as string), 'utf8'));
+  expect(report.workload).toMatchObject({ prompts: 2, promptTokens: 8, group: 2, completionTokens: 4 });
+  expect(report.steps[0].engines[0].runs[0].tokens).toBe(16);
+});
+
+test.each([
+  [['--peers', 'tlr'], 1, /llama\.cpp, trl, pytorch or none for --peers but received tlr/],
+  [['--profile', '--scaling'], 1, /one of --profile and --scaling/],
+  [['--sizes', '4x4'], 1, /--sizes but received 4x4/],
+  [['--minutes', '0'], 2, /'0' is invalid[\s\S]*above 0/],
+  [['--dtype', 'f16'], 2, /'f16' is invalid[\s\S]*bf16/],
+])('%j is refused', async (args, wanted, pattern) => {
+  const { code, stderr } = await merf([...tiny, ...args]);
+  expect(stderr).toMatch(pattern);
+  expect(code).toBe(wanted);
+});
