@@ -81,7 +81,8 @@ struct SamplingOptions {
 
 constexpr int64_t kPageTokens = 32;  // tokens in one page of the key/value cache
 
-// One layer's pages: keys and values, each [pages, kv_heads, kPageTokens, head_size], f32|bf16.
+// One layer's pages: keys and values, each [pages, kv_heads, kPageTokens, head_size], f32|bf16. How the elements of one
+// page and head are laid out is the backend's own business: only its cache_write and attention_decode touch them.
 struct PagedLayer {
   Tensor keys;
   Tensor values;

@@ -240,10 +240,13 @@ TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
           for (int64_t head = 0; head < shape.kv_heads; ++head) {
             for (int64_t d = 0; d < shape.head_size; ++d) {
               const int64_t page = slots[t] / kPageTokens, offset = slots[t] % kPageTokens;
-              const int64_t to =
-                  ((page * shape.kv_heads + head) * kPageTokens + offset) * shape.head_size + d;
-              keys[to] = values[t * stride + width + head * shape.head_size + d];
-              expected_values[to] = values[t * stride + 2 * width + head * shape.head_size + d];
+              const int64_t first = (page * shape.kv_heads + head) * kPageTokens * shape.head_size;
+              const int64_t row = first + offset * shape.head_size + d;
+              // The CPU keeps the keys of a page transposed.
+              const int64_t column = first + d * kPageTokens + offset;
+              keys[backend.info().name == "cpu" ? column : row] =
+                  values[t * stride + width + head * shape.head_size + d];
+              expected_values[row] = values[t * stride + 2 * width + head * shape.head_size + d];
             }
           }
         }
