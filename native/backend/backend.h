@@ -165,6 +165,8 @@ class Backend {
   // weight [N, K] f32|bf16. for_backward also prepares the layout of linear_backward_input.
   virtual std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) = 0;
   virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;
+  // weight [N, K] of the type it was packed from = the very values it was packed from.
+  virtual void unpack_weight(const PackedWeight& packed, const Tensor& weight) = 0;
   // y[M, N] = x[M, K] * W^T + bias (+ y where accumulate). x and W share a type; y is that type or f32;
   // bias [N] f32 or empty.
   virtual void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
@@ -211,15 +213,18 @@ class Backend {
   // Key j is visible to query i exactly when j <= i < visible_until[j] (visible_until [T] i32, host copy given beside
   // so that blocks can be skipped). q [T, q_heads], k and v [T, kv_heads], head_size a multiple of 8, f32|bf16;
   // query head h reads key/value head h / (q_heads / kv_heads). out: as q, may be strided; lse [q_heads, T] f32.
+  // Only queries from `first_query` on are asked for. What out and lse have for those before is left alone or becomes
+  // what it is for all queries.
   virtual void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                          const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
-                         float scale, const HeadsView& out, const Tensor& lse) = 0;
-  // Overwrites dq, dk, dv (strided like q, k, v).
+                         float scale, const HeadsView& out, const Tensor& lse, int64_t first_query = 0) = 0;
+  // Overwrites dq, dk, dv (strided like q, k, v) with the gradients through queries from `first_query` on. For the
+  // queries before it dout must be 0 and out finite, lse is not looked at, and dq is left alone or becomes 0.
   virtual void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
                                   const HeadsView& v, const HeadsView& out, const Tensor& lse,
                                   const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
-                                  float scale, const HeadsView& dq, const HeadsView& dk,
-                                  const HeadsView& dv) = 0;
+                                  float scale, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv,
+                                  int64_t first_query = 0) = 0;
 
   // ---- decoding against the paged cache
   // slots [N] i32: page * kPageTokens + offset in the page; tokens with a slot below 0 are not kept.

@@ -33,10 +33,12 @@ double product(int64_t rows, int64_t outputs, int64_t inputs) {
   return 2.0 * static_cast<double>(rows) * static_cast<double>(outputs) * static_cast<double>(inputs);
 }
 
-double visible_pairs(const std::vector<int32_t>& visible_until) {
+// Pairs of a key and a query from `first_query` on that sees it.
+double visible_pairs(const std::vector<int32_t>& visible_until, int64_t first_query) {
   double pairs = 0.0;
-  for (size_t j = 0; j < visible_until.size(); ++j) {
-    pairs += static_cast<double>(visible_until[j]) - static_cast<double>(j);
+  for (int64_t j = 0; j < static_cast<int64_t>(visible_until.size()); ++j) {
+    pairs += static_cast<double>(
+        std::max<int64_t>(0, visible_until[static_cast<size_t>(j)] - std::max(j, first_query)));
   }
   return pairs;
 }
@@ -147,6 +149,10 @@ void ProfiledBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, 
         [&] { backend_->linear_backward_weight(dy, x, dw, dbias); });
 }
 
+void ProfiledBackend::unpack_weight(const PackedWeight& packed, const Tensor& weight) {
+  timed("unpack_weight", {0.0, 2.0 * bytes_of({weight})}, [&] { backend_->unpack_weight(packed, weight); });
+}
+
 // ---- what is bound by memory
 
 void ProfiledBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
@@ -197,19 +203,22 @@ void ProfiledBackend::swiglu_backward(const Tensor& dy, const Tensor& gate_up, c
 
 void ProfiledBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                                 const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
-                                float scale, const HeadsView& out, const Tensor& lse) {
-  timed("attention", {2.0 * attention_product(q, visible_pairs(visible_until_host)), 0.0},
-        [&] { backend_->attention(q, k, v, visible_until, visible_until_host, scale, out, lse); });
+                                float scale, const HeadsView& out, const Tensor& lse, int64_t first_query) {
+  timed("attention", {2.0 * attention_product(q, visible_pairs(visible_until_host, first_query)), 0.0}, [&] {
+    backend_->attention(q, k, v, visible_until, visible_until_host, scale, out, lse, first_query);
+  });
 }
 
 void ProfiledBackend::attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
                                          const HeadsView& v, const HeadsView& out, const Tensor& lse,
                                          const Tensor& visible_until,
                                          const std::vector<int32_t>& visible_until_host, float scale,
-                                         const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
-  timed("attention_backward", {5.0 * attention_product(q, visible_pairs(visible_until_host)), 0.0}, [&] {
+                                         const HeadsView& dq, const HeadsView& dk, const HeadsView& dv,
+                                         int64_t first_query) {
+  const double pairs = visible_pairs(visible_until_host, first_query);
+  timed("attention_backward", {5.0 * attention_product(q, pairs), 0.0}, [&] {
     backend_->attention_backward(dout, q, k, v, out, lse, visible_until, visible_until_host, scale, dq, dk,
-                                 dv);
+                                 dv, first_query);
   });
 }
 

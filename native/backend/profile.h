@@ -46,6 +46,7 @@ class ProfiledBackend final : public Backend {
 
   std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
+  void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
@@ -68,11 +69,11 @@ class ProfiledBackend final : public Backend {
 
   void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                 const Tensor& lse) override;
+                 const Tensor& lse, int64_t first_query) override;
   void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                           const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
                           const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
-                          const HeadsView& dk, const HeadsView& dv) override;
+                          const HeadsView& dk, const HeadsView& dv, int64_t first_query) override;
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                    const PagedLayer& cache) override;
   void plan_decode(const DecodePlan& plan, int64_t batch) override;

@@ -158,6 +158,44 @@ Result run(Backend& backend, const Fused& shape, const std::vector<float>& qkv,
   return result;
 }
 
+// What runs of queries one after another give, each with the keys of all before it: gradients of keys add up.
+Result run_in_parts(Backend& backend, const Fused& shape, const std::vector<float>& qkv,
+                    const std::vector<float>& dout, const std::vector<int32_t>& visible_until, float scale,
+                    DType dtype, const std::vector<int64_t>& ends) {
+  Result sum;
+  const int64_t width = shape.q_heads * shape.head_size;
+  int64_t first = 0;
+  for (const int64_t end : ends) {
+    Fused part = shape;
+    part.tokens = end;
+    std::vector<int32_t> mask(visible_until.begin(), visible_until.begin() + end);
+    for (int32_t& until : mask) until = std::min(until, static_cast<int32_t>(end));
+    const Tensor x =
+        upload(backend, dtype, {end, shape.row()}, {qkv.begin(), qkv.begin() + end * shape.row()});
+    const Tensor until = upload(backend, {end}, mask);
+    const auto dense = [&](const Tensor& t) {
+      return HeadsView{t.data, t.dtype, end, shape.q_heads, shape.head_size, width};
+    };
+    const Tensor out = poisoned(backend, dtype, {end, width});
+    if (first > 0) backend.zero(out.rows(0, first));
+    const Tensor lse = poisoned(backend, DType::f32, {shape.q_heads, end});
+    backend.attention(part.q(x), part.k(x), part.v(x), until, mask, scale, dense(out), lse, first);
+    std::vector<float> own(dout.begin(), dout.begin() + end * width);
+    std::fill(own.begin(), own.begin() + first * width, 0.0f);
+    const Tensor g = upload(backend, dtype, {end, width}, own);
+    const Tensor dx = poisoned(backend, dtype, {end, shape.row()});
+    if (first > 0) backend.zero(dx.rows(0, first));
+    backend.attention_backward(dense(g), part.q(x), part.k(x), part.v(x), dense(out), lse, until, mask, scale,
+                               part.q(dx), part.k(dx), part.v(dx), first);
+    const auto outs = download(backend, out), gradients = download(backend, dx);
+    sum.out.insert(sum.out.end(), outs.begin() + first * width, outs.end());
+    sum.gradient.resize(gradients.size(), 0.0f);
+    for (size_t i = 0; i < gradients.size(); ++i) sum.gradient[i] += gradients[i];
+    first = end;
+  }
+  return sum;
+}
+
 std::vector<Case> cases() {
   std::vector<Case> all;
   for (const int64_t size : {8, 24, 64, 96, 128, 256}) {
@@ -202,6 +240,32 @@ TEST_CASE("attention and its gradients agree with float64") {
         CHECK(mean_error(actual.gradient, expected.gradient) < bound);
         CHECK(relative_error(actual.out, expected.out) < 2 * bound);
         CHECK(relative_error(actual.gradient, expected.gradient) < 2 * bound);
+      }
+    }
+  });
+}
+
+TEST_CASE("attention of some queries gives their part of the whole") {
+  for_each_backend([](Backend& backend) {
+    uint32_t seed = 70;
+    for (const Case& c :
+         {Case{"causal", causal(131), 1, 2, 64}, Case{"forest", forest(203, 40, 4, 5), 2, 3, 24},
+          Case{"wide", wide(70, 60, 5), 1, 4, 128}, Case{"group", wide(150, 9, 40), 3, 3, 64}}) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        CAPTURE(c.name);
+        CAPTURE(dtype == DType::bf16);
+        const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
+                          c.head_size};
+        const std::vector<float> qkv = stored(Random(++seed).normals(shape.tokens * shape.row()), dtype);
+        const std::vector<float> dout =
+            stored(Random(++seed).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
+        const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+        const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+        const Result actual = run_in_parts(backend, shape, qkv, dout, c.visible_until, scale, dtype,
+                                           {1, shape.tokens / 3, shape.tokens / 2 + 1, shape.tokens});
+        const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
+        CHECK(mean_error(actual.out, expected.out) < bound);
+        CHECK(mean_error(actual.gradient, expected.gradient) < bound);
       }
     }
   });

@@ -159,12 +159,9 @@ TEST_CASE("products have the same bits whatever the number of threads, and rows 
           first_y = vy;
           first_dx = vdx;
           first_dw = vdw;
-          // Only oneDNN's products for AVX-512 promise this.
-          if (backend->info().isa == "AVX3") {
-            const Tensor one = poisoned(*backend, DType::f32, {1, n});
-            backend->linear(tx.rows(m - 1, m), *packed, {}, one);
-            CHECK(same_bits(download(*backend, one), std::vector<float>(vy.end() - n, vy.end())));
-          }
+          const Tensor one = poisoned(*backend, DType::f32, {1, n});
+          backend->linear(tx.rows(m - 1, m), *packed, {}, one);
+          CHECK(same_bits(download(*backend, one), std::vector<float>(vy.end() - n, vy.end())));
         }
         CHECK(same_bits(vy, first_y));
         CHECK(same_bits(vdx, first_dx));
@@ -177,10 +174,7 @@ TEST_CASE("products have the same bits whatever the number of threads, and rows 
 // Between any two of these numbers of rows the GPU's products change their tiles.
 TEST_CASE("a row of a product has the same bits whatever the batch") {
   for_each_backend([](Backend& backend) {
-    // Of the libraries only oneDNN's products for AVX-512 promise this.
-    const DeviceInfo& info = backend.info();
-    if (info.name == "cpu" && info.isa != "AVX3") return;
-    for (const auto& library : info.libraries) {
+    for (const auto& library : backend.info().libraries) {
       if (library.first == "cuBLASLt") return;
     }
     for (const DType dtype : {DType::f32, DType::bf16}) {

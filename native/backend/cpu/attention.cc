@@ -30,6 +30,7 @@ struct AttentionShape {
   int64_t tokens, kv_heads, group, head_size;
   const int32_t* visible_until;
   float scale;
+  int64_t first_query;
 };
 
 template <typename T>
@@ -270,7 +271,7 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
                        size, padded);
     // The last queries see the most keys: longest first.
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = s.kv_heads * query_blocks - 1; i >= 0; --i) {
+    for (int64_t i = s.kv_heads * query_blocks - 1; i >= s.kv_heads * (s.first_query / query_tokens); --i) {
       const int64_t head = i % s.kv_heads, first = i / s.kv_heads * query_tokens;
       forward_block<T>(s, mask, q, keys + head * key_blocks * size * kKeyBlock,
                        values + head * key_blocks * padded * kKeyBlock, padded, head, first,
@@ -392,7 +393,7 @@ void backward_block(const AttentionShape& s, const MaskSummary& mask, const Head
   block_visibility(s, block, visibility);
 
   const int64_t query_end = std::min<int64_t>(mask.coarse[block].most, s.tokens);
-  for (int64_t qb = key0 / query_tokens; qb * query_tokens < query_end; ++qb) {
+  for (int64_t qb = std::max(key0, s.first_query) / query_tokens; qb * query_tokens < query_end; ++qb) {
     const int64_t first = qb * query_tokens, last = std::min(first + query_tokens, s.tokens) - 1;
     const int64_t row0 = first * group, count = (last - first + 1) * group;
     int64_t begin = count, end = 0;
@@ -488,6 +489,12 @@ void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsVie
         std::fill(query + row * padded + size, query + (row + 1) * padded, 0.0f);
         std::fill(doutput + row * padded + size, doutput + (row + 1) * padded, 0.0f);
         std::fill(dquery + row * padded, dquery + (row + 1) * padded, 0.0f);
+        if (token < s.first_query) {
+          // All its probabilities are 0.
+          lse2[row] = std::numeric_limits<float>::infinity();
+          delta[row] = 0.0f;
+          continue;
+        }
         const float log_sum = lse[query_head * s.tokens + token];
         lse2[row] = log_sum == kMinusInfinity ? 0.0f : log_sum * kLog2e;
         delta[row] = dot(row_of<T>(dout, token, query_head), row_of<T>(out, token, query_head), size);
@@ -543,28 +550,29 @@ HWY_EXPORT(attention_forward);
 HWY_EXPORT(attention_backward);
 
 AttentionShape shape_of(const HeadsView& q, const HeadsView& k, const std::vector<int32_t>& visible_until,
-                        float scale) {
-  return {q.tokens, k.heads, q.heads / k.heads, q.head_size, visible_until.data(), scale};
+                        float scale, int64_t first_query) {
+  return {q.tokens, k.heads, q.heads / k.heads, q.head_size, visible_until.data(), scale, first_query};
 }
 
 }  // namespace
 
 void CpuBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor&,
                            const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                           const Tensor& lse) {
+                           const Tensor& lse, int64_t first_query) {
   if (q.tokens == 0) return;
   HWY_DYNAMIC_DISPATCH(attention_forward)
-  (*this, shape_of(q, k, visible_until_host, scale), q, k, v, out, lse.as<float>());
+  (*this, shape_of(q, k, visible_until_host, scale, first_query), q, k, v, out, lse.as<float>());
 }
 
 void CpuBackend::attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
                                     const HeadsView& v, const HeadsView& out, const Tensor& lse,
                                     const Tensor&, const std::vector<int32_t>& visible_until_host,
                                     float scale, const HeadsView& dq, const HeadsView& dk,
-                                    const HeadsView& dv) {
+                                    const HeadsView& dv, int64_t first_query) {
   if (q.tokens == 0) return;
   HWY_DYNAMIC_DISPATCH(attention_backward)
-  (*this, shape_of(q, k, visible_until_host, scale), dout, q, k, v, out, lse.as<float>(), dq, dk, dv);
+  (*this, shape_of(q, k, visible_until_host, scale, first_query), dout, q, k, v, out, lse.as<float>(), dq, dk,
+   dv);
 }
 
 }  // namespace merf

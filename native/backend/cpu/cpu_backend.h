@@ -40,6 +40,7 @@ class CpuBackend final : public Backend {
   // matmul.cc
   std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
+  void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
@@ -70,11 +71,11 @@ class CpuBackend final : public Backend {
   // attention.cc
   void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                 const Tensor& lse) override;
+                 const Tensor& lse, int64_t first_query) override;
   void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                           const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
                           const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
-                          const HeadsView& dk, const HeadsView& dv) override;
+                          const HeadsView& dk, const HeadsView& dv, int64_t first_query) override;
 
   // attention_decode.cc
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,

@@ -1,4 +1,5 @@
-// Matrix products by oneDNN, with weights packed once an update.
+// Matrix products by oneDNN, with weights packed once an update: its blocked matrix products from AVX-512 on, its 1 x 1
+// convolutions before.
 //
 // Where the processor multiplies bfloat16 (AVX512_BF16, AMX) bf16 products run on it; elsewhere they are computed in
 // float32 from converted operands, which is as exact and faster than emulation.
@@ -49,11 +50,38 @@ constexpr int64_t kOuterRows = 1024;
 constexpr int64_t kRowsOfShape = 64;
 constexpr int64_t kCachedWeightBytes = int64_t{8} << 20;
 
-bool is_blocked(const char* implementation) { return std::strncmp(implementation, "brg", 3) == 0; }
+// A weight [N, K] as it is, with as many dimensions as `layout`.
+memory::desc plain_weight(const memory::desc& layout, DType dtype, int64_t n, int64_t k) {
+  if (layout.dims().size() == 2) return {{n, k}, type_of(dtype), memory::format_tag::ab};
+  return {{n, k, 1, 1}, type_of(dtype), memory::format_tag::abcd};
+}
 
-memory::desc plain_weight(Form form, DType dtype, int64_t n, int64_t k) {
-  if (form == Form::packed_forward) return {{k, n}, type_of(dtype), memory::format_tag::ba};
-  return {{n, k}, type_of(dtype), memory::format_tag::ab};
+// A product as a convolution with windows of one pixel: rows are the pixels of an image one pixel high, inputs and
+// outputs its channels.
+constexpr const char* kConvolutionName = "jit_1x1";
+dnnl::convolution_forward::primitive_desc convolution(const ProductShape& shape, const memory::desc& weight,
+                                                      const dnnl::primitive_attr& attributes,
+                                                      const dnnl::engine& engine) {
+  const auto rows = [&](int64_t channels) {
+    return memory::desc({1, channels, 1, shape.m}, memory::data_type::f32, memory::format_tag::nhwc);
+  };
+  const memory::desc bias =
+      shape.bias ? memory::desc({shape.n}, memory::data_type::f32, memory::format_tag::a) : memory::desc();
+  return {{dnnl::prop_kind::forward_inference,
+           dnnl::algorithm::convolution_direct,
+           rows(shape.k),
+           weight,
+           bias,
+           rows(shape.n),
+           {1, 1},
+           {0, 0},
+           {0, 0}},
+          attributes,
+          engine};
+}
+
+bool starts_with(const char* text, const char* start) {
+  return std::strncmp(text, start, std::strlen(start)) == 0;
 }
 
 }  // namespace
@@ -77,16 +105,47 @@ bool Products::fast(DType dtype) {
   return known == 1;
 }
 
+bool Products::packable(DType dtype, int64_t n, int64_t k) {
+  return !packed_layout(Form::packed_forward, dtype, n, k).is_zero() &&
+         !packed_layout(Form::packed_backward, dtype, n, k).is_zero();
+}
+
+int64_t Products::packed_size(Form form, DType dtype, int64_t n, int64_t k) {
+  return static_cast<int64_t>((packed_layout(form, dtype, n, k).get_size() + 3) / 4);
+}
+
+// The layout follows from N and K alone, except that few rows on many threads ask for narrower blocks, which the wide
+// ones serve too. One thread and many rows give the wide ones.
 memory::desc Products::packed_layout(Form form, DType dtype, int64_t n, int64_t k) {
-  // The layout follows from N and K alone, except that few rows on many threads ask for narrower blocks, which the
-  // wide ones serve too. One thread and many rows give the wide ones.
   const ThreadScope scope(1);
   const bool forward = form == Form::packed_forward;
-  const memory::desc a({256, forward ? k : n}, type_of(dtype), memory::format_tag::ab);
-  const memory::desc b(forward ? memory::dims{k, n} : memory::dims{n, k}, type_of(dtype),
-                       memory::format_tag::any);
-  const memory::desc c({256, forward ? n : k}, memory::data_type::f32, memory::format_tag::ab);
-  return dnnl::matmul::primitive_desc({a, b, c}, engine_).weights_desc();
+  const int64_t rows = 256, inputs = forward ? k : n, outputs = forward ? n : k;
+  const auto type = type_of(dtype);
+  if (fast(dtype)) {
+    const memory::desc a({rows, inputs}, type, memory::format_tag::ab);
+    const memory::desc b({inputs, outputs}, type, memory::format_tag::any);
+    const memory::desc c({rows, outputs}, memory::data_type::f32, memory::format_tag::ab);
+    return dnnl::matmul::primitive_desc({a, b, c}, engine_).weights_desc();
+  }
+  if (dtype != DType::f32) return {};
+  try {
+    const auto description =
+        convolution({{}, DType::f32, DType::f32, false, false, rows, outputs, inputs},
+                    memory::desc({outputs, inputs, 1, 1}, type, memory::format_tag::any), {}, engine_);
+    if (starts_with(description.impl_info_str(), kConvolutionName)) return description.weights_desc();
+  } catch (const dnnl::error& error) {
+    if (error.status != dnnl_unimplemented) throw Error("INTERNAL", std::string("oneDNN: ") + error.what());
+  }
+  return {};
+}
+
+// A packed weight has the dimensions that its product gives it: [K, N] or [N, K] of a matrix product, [N, K, 1, 1] or
+// [K, N, 1, 1] of a convolution.
+memory::desc Products::layout_of_weight(Form form, DType dtype, int64_t n, int64_t k) {
+  const memory::desc layout = packed_layout(form, dtype, n, k);
+  const bool matrix = layout.dims().size() == 2;
+  if (matrix == (form == Form::packed_backward)) return layout;
+  return layout.permute_axes(matrix ? std::vector<int>{1, 0} : std::vector<int>{1, 0, 2, 3});
 }
 
 void Products::reorder(const memory::desc& from, const void* source, const memory::desc& to,
@@ -100,28 +159,31 @@ void Products::reorder(const memory::desc& from, const void* source, const memor
 
 void Products::pack(Form form, const Tensor& weight, const Tensor& packed) {
   const int64_t n = weight.shape[0], k = weight.row_size();
-  reorder(plain_weight(form, weight.dtype, n, k), weight.data, packed_layout(form, weight.dtype, n, k),
-          packed.data);
+  const memory::desc layout = layout_of_weight(form, weight.dtype, n, k);
+  reorder(plain_weight(layout, weight.dtype, n, k), weight.data, layout, packed.data);
 }
 
 void Products::unpack(Form form, const Tensor& packed, const Tensor& weight) {
   const int64_t n = weight.shape[0], k = weight.row_size();
-  reorder(packed_layout(form, weight.dtype, n, k), packed.data, plain_weight(form, weight.dtype, n, k),
-          weight.data);
+  const memory::desc layout = layout_of_weight(form, weight.dtype, n, k);
+  reorder(layout, packed.data, plain_weight(layout, weight.dtype, n, k), weight.data);
+}
+
+bool Products::turns_fast(DType dtype, int64_t n, int64_t k) {
+  const dnnl::reorder::primitive_desc description(
+      engine_, layout_of_weight(Form::packed_forward, dtype, n, k), engine_,
+      layout_of_weight(Form::packed_backward, dtype, n, k));
+  return starts_with(description.impl_info_str(), "jit");
+}
+
+void Products::turn(DType dtype, int64_t n, int64_t k, const Tensor& packed_forward,
+                    const Tensor& packed_backward) {
+  reorder(layout_of_weight(Form::packed_forward, dtype, n, k), packed_forward.data,
+          layout_of_weight(Form::packed_backward, dtype, n, k), packed_backward.data);
 }
 
 Products::Primitive Products::make(const ProductShape& shape) {
   Primitive made;
-  const auto in = type_of(shape.in);
-  made.c = memory::desc({shape.m, shape.n}, type_of(shape.out), memory::format_tag::ab);
-  if (shape.form == Form::outer) {
-    made.a = memory::desc({shape.m, shape.k}, in, memory::format_tag::ba);
-    made.b = memory::desc({shape.k, shape.n}, in, memory::format_tag::ab);
-  } else {
-    const bool forward = shape.form == Form::packed_forward;
-    made.a = memory::desc({shape.m, shape.k}, in, memory::format_tag::ab);
-    made.b = packed_layout(shape.form, shape.in, forward ? shape.n : shape.k, forward ? shape.k : shape.n);
-  }
   dnnl::primitive_attr attributes;
   attributes.set_scratchpad_mode(dnnl::scratchpad_mode::user);
   if (shape.accumulate) {
@@ -129,19 +191,18 @@ Products::Primitive Products::make(const ProductShape& shape) {
     sum.append_sum(1.0f);
     attributes.set_post_ops(sum);
   }
+  if (shape.form != Form::outer) {
+    const bool forward = shape.form == Form::packed_forward;
+    made.b = packed_layout(shape.form, shape.in, forward ? shape.n : shape.k, forward ? shape.k : shape.n);
+    if (made.b.is_zero()) return made;
+  }
   const ThreadScope scope(backend_.num_threads());
   try {
-    dnnl::matmul::primitive_desc description;
-    if (shape.bias) {
-      made.bias = memory::desc({1, shape.n}, memory::data_type::f32, memory::format_tag::ab);
-      description = {{made.a, made.b, made.bias, made.c}, attributes, engine_};
+    if (shape.form == Form::outer || made.b.dims().size() == 2) {
+      make_matmul(shape, attributes, made);
     } else {
-      description = {{made.a, made.b, made.c}, attributes, engine_};
+      make_convolution(shape, attributes, made);
     }
-    if (!is_blocked(description.impl_info_str())) return made;
-    made.scratch = description.scratchpad_desc();
-    made.primitive = dnnl::matmul(description);
-    made.fast = true;
   } catch (const dnnl::error& error) {
     if (error.status == dnnl_out_of_memory)
       throw Error("OUT_OF_MEMORY", "Could not allocate a product's code on cpu");
@@ -150,8 +211,43 @@ Products::Primitive Products::make(const ProductShape& shape) {
   return made;
 }
 
+void Products::make_matmul(const ProductShape& shape, const dnnl::primitive_attr& attributes,
+                           Primitive& made) {
+  const auto in = type_of(shape.in);
+  made.c = memory::desc({shape.m, shape.n}, type_of(shape.out), memory::format_tag::ab);
+  if (shape.form == Form::outer) {
+    made.a = memory::desc({shape.m, shape.k}, in, memory::format_tag::ba);
+    made.b = memory::desc({shape.k, shape.n}, in, memory::format_tag::ab);
+  } else {
+    made.a = memory::desc({shape.m, shape.k}, in, memory::format_tag::ab);
+  }
+  dnnl::matmul::primitive_desc description;
+  if (shape.bias) {
+    made.bias = memory::desc({1, shape.n}, memory::data_type::f32, memory::format_tag::ab);
+    description = {{made.a, made.b, made.bias, made.c}, attributes, engine_};
+  } else {
+    description = {{made.a, made.b, made.c}, attributes, engine_};
+  }
+  if (!starts_with(description.impl_info_str(), "brg")) return;
+  made.scratch = description.scratchpad_desc();
+  made.primitive = dnnl::matmul(description);
+  made.fast = true;
+}
+
+void Products::make_convolution(const ProductShape& shape, const dnnl::primitive_attr& attributes,
+                                Primitive& made) {
+  const auto description = convolution(shape, made.b, attributes, engine_);
+  if (!starts_with(description.impl_info_str(), kConvolutionName)) return;
+  made.a = description.src_desc();
+  made.c = description.dst_desc();
+  if (shape.bias) made.bias = description.bias_desc();
+  made.scratch = description.scratchpad_desc();
+  made.primitive = dnnl::convolution_forward(description);
+  made.fast = true;
+}
+
 bool Products::run(const ProductShape& shape, const void* a, const void* b, const void* bias, void* c) {
-  if (!fast(shape.in)) return false;
+  if (shape.form == Form::outer && !fast(shape.in)) return false;
   const std::lock_guard<std::mutex> lock(mutex_);
   auto found = primitives_.find(shape);
   if (found == primitives_.end()) {
@@ -181,19 +277,35 @@ bool Products::run(const ProductShape& shape, const void* a, const void* b, cons
 
 void Products::gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const float* a,
                     const float* b, float beta, float* c) {
-  constexpr int64_t kRows = 128, kColumns = 256;
+  // Gradients of weights, the products with a transposed, have many columns to share what is packed of a.
+  const int64_t tile_rows = transpose_a ? 96 : 128, tile_columns = transpose_a ? 768 : 256;
   const int64_t lda = transpose_a ? m : k;
   const int64_t ldb = transpose_b ? k : n;
-  const int64_t across = (n + kColumns - 1) / kColumns;
-  const int64_t tiles = (m + kRows - 1) / kRows * across;
-#pragma omp parallel for schedule(dynamic) num_threads(backend_.num_threads())
+  const int64_t across = (n + tile_columns - 1) / tile_columns;
+  const int64_t tiles = (m + tile_rows - 1) / tile_rows * across;
+  const int threads = backend_.num_threads();
+  // Rows of a that lie a multiple of 2 KiB apart fall into few sets of the first-level cache, and packing them column by
+  // column would miss it at every step. Such a tile is copied first.
+  constexpr int64_t kPadding = 16;
+  const bool copies = transpose_a && lda % 512 == 0;
+  const int64_t copy_size = copies ? k * (tile_rows + kPadding) : 0;
+  const Tensor copied = copies ? backend_.allocate(DType::f32, {threads, copy_size}) : Tensor();
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     // oneDNN uses one thread within this one, even where the team has only one.
     const ThreadScope scope(1);
-    const int64_t i = tile / across * kRows, j = tile % across * kColumns;
-    dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', std::min(kRows, m - i),
-               std::min(kColumns, n - j), k, 1.0f, a + (transpose_a ? i : i * lda), lda,
-               b + (transpose_b ? j * ldb : j), ldb, beta, c + i * n + j, n);
+    const int64_t i = tile / across * tile_rows, j = tile % across * tile_columns;
+    const int64_t rows = std::min(tile_rows, m - i);
+    const float* left = a + (transpose_a ? i : i * lda);
+    int64_t left_stride = lda;
+    if (copies) {
+      float* to = copied.as<float>() + omp_get_thread_num() * copy_size;
+      left_stride = rows + kPadding;
+      for (int64_t l = 0; l < k; ++l) std::copy(left + l * lda, left + l * lda + rows, to + l * left_stride);
+      left = to;
+    }
+    dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', rows, std::min(tile_columns, n - j), k, 1.0f,
+               left, left_stride, b + (transpose_b ? j * ldb : j), ldb, beta, c + i * n + j, n);
   }
 }
 
@@ -205,9 +317,9 @@ class CpuPackedWeight final : public PackedWeight {
   // The type that is computed in: f32 for a bf16 weight where the processor has no bf16 products.
   DType computed = DType::f32;
   bool blocked = false;
-  bool for_backward = false;
   Tensor forward;  // in oneDNN's layouts, where blocked
-  Tensor backward;
+  Tensor
+      backward;  // empty where it is made from `forward` when it is needed, which halves the memory of weights
   Tensor plain;  // f32 [N, K], where not
 };
 
@@ -219,8 +331,6 @@ Tensor converted(CpuBackend& backend, const Tensor& tensor, DType dtype) {
   backend.cast(other, tensor);
   return other;
 }
-
-int64_t floats_of(const memory::desc& layout) { return static_cast<int64_t>((layout.get_size() + 3) / 4); }
 
 void add_bias_rows(int threads, const Tensor& y, const float* bias, int64_t n) {
   parallel_for(threads, y.size() / n, 16, [&](int64_t begin, int64_t end) {
@@ -238,7 +348,7 @@ void multiply_plain(CpuBackend& backend, Products& products, Form form, const Te
   Tensor plain = weight.plain;
   if (weight.blocked) {
     const Tensor unpacked = backend.allocate(weight.computed, {weight.outputs, weight.inputs});
-    products.unpack(form, forward ? weight.forward : weight.backward, unpacked);
+    products.unpack(Form::packed_forward, weight.forward, unpacked);
     plain = converted(backend, unpacked, DType::f32);
   }
   const Tensor operand = converted(backend, a, DType::f32);
@@ -261,8 +371,12 @@ void multiply(CpuBackend& backend, Products& products, Form form, const Tensor& 
   const Tensor from = a.view({m, k}), to = c.view({m, n});
   int64_t done = 0;
   if (weight.blocked) {
-    const Tensor& packed = forward ? weight.forward : weight.backward;
-    if (!packed) throw Error("INTERNAL", "Expected a weight that is packed for backward");
+    Tensor packed = forward ? weight.forward : weight.backward;
+    if (!packed) {
+      packed = backend.allocate(DType::f32,
+                                {products.packed_size(form, weight.computed, weight.outputs, weight.inputs)});
+      products.turn(weight.computed, weight.outputs, weight.inputs, weight.forward, packed);
+    }
     const Tensor operand = converted(backend, from, weight.computed);
     const DType out = weight.computed == DType::bf16 ? c.dtype : DType::f32;
     const Tensor result = out == c.dtype ? to : backend.allocate(out, {m, n});
@@ -311,16 +425,16 @@ std::unique_ptr<PackedWeight> CpuBackend::pack_weight(const Tensor& weight, bool
   packed->outputs = weight.shape[0];
   packed->inputs = weight.row_size();
   packed->dtype = weight.dtype;
-  packed->for_backward = for_backward;
   packed->computed = weight.dtype == DType::bf16 && products_->fast(DType::bf16) ? DType::bf16 : DType::f32;
-  packed->blocked = products_->fast(packed->computed);
   const int64_t n = packed->outputs, k = packed->inputs;
+  packed->blocked = products_->packable(packed->computed, n, k);
   if (packed->blocked) {
     const auto room = [&](Form form) {
-      return allocate(DType::f32, {floats_of(products_->packed_layout(form, packed->computed, n, k))});
+      return allocate(DType::f32, {products_->packed_size(form, packed->computed, n, k)});
     };
     packed->forward = room(Form::packed_forward);
-    if (for_backward) packed->backward = room(Form::packed_backward);
+    if (for_backward && !products_->turns_fast(packed->computed, n, k))
+      packed->backward = room(Form::packed_backward);
   } else {
     packed->plain = allocate(DType::f32, {n, k});
   }
@@ -340,7 +454,20 @@ void CpuBackend::repack_weight(PackedWeight& packed_weight, const Tensor& weight
   }
   const Tensor source = converted(*this, weight, packed.computed);
   products_->pack(Form::packed_forward, source, packed.forward);
-  if (packed.for_backward) products_->pack(Form::packed_backward, source, packed.backward);
+  if (packed.backward) products_->pack(Form::packed_backward, source, packed.backward);
+}
+
+void CpuBackend::unpack_weight(const PackedWeight& packed_weight, const Tensor& weight) {
+  const auto& packed = static_cast<const CpuPackedWeight&>(packed_weight);
+  if (!packed.blocked) {
+    cast(weight, packed.plain);
+  } else if (packed.computed == weight.dtype) {
+    products_->unpack(Form::packed_forward, packed.forward, weight);
+  } else {
+    const Tensor computed = allocate(packed.computed, {packed.outputs, packed.inputs});
+    products_->unpack(Form::packed_forward, packed.forward, computed);
+    cast(weight, computed);
+  }
 }
 
 void CpuBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
@@ -370,8 +497,9 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
   const DType computed = dy.dtype == DType::bf16 && products_->fast(DType::bf16) ? DType::bf16 : DType::f32;
   const Tensor left = converted(*this, dy.view({m, n}), computed),
                right = converted(*this, x.view({m, k}), computed);
-  for (int64_t begin = 0; begin < m; begin += kOuterRows) {
-    const int64_t end = std::min(m, begin + kOuterRows);
+  const int64_t most = products_->fast(computed) ? kOuterRows : m;
+  for (int64_t begin = 0; begin < m; begin += most) {
+    const int64_t end = std::min(m, begin + most);
     const Tensor a = left.rows(begin, end), b = right.rows(begin, end);
     const ProductShape shape{Form::outer, computed, DType::f32, false, true, n, k, end - begin};
     if (products_->run(shape, a.data, b.data, nullptr, dw.data)) continue;

@@ -43,17 +43,24 @@ class Products {
  public:
   explicit Products(CpuBackend& backend) : backend_(backend) {}
 
-  // Whether oneDNN has its blocked products for this type here. Only those are used, because they give the same bits
-  // whatever the number of threads; where there are none, `gemm` below does the work.
+  // Whether oneDNN has its blocked products (brgemm) for this type here, which is from AVX-512 on.
   bool fast(DType dtype);
 
-  // The layout that oneDNN wants for a weight [N, K], for all sizes of batch.
-  dnnl::memory::desc packed_layout(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
-  // A weight [N, K] into that layout, and back.
+  // Whether a weight [N, K] can be packed for products of this type, by what is in order of preference: blocked
+  // products, or 1 x 1 convolutions of an image of M pixels, which oneDNN has for AVX2 as well. Only those are used,
+  // because they give the same bits whatever the number of threads and rows; where there are none, `gemm` below does
+  // the work.
+  bool packable(DType dtype, int64_t n, int64_t k);
+  // Floats that a packed weight takes.
+  int64_t packed_size(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
+  // A weight [N, K] into the layout for a form, and back.
   void pack(ProductShape::Form form, const Tensor& weight, const Tensor& packed);
   void unpack(ProductShape::Form form, const Tensor& packed, const Tensor& weight);
+  // Whether it takes little time to make the layout for the backward from that of the forward.
+  bool turns_fast(DType dtype, int64_t n, int64_t k);
+  void turn(DType dtype, int64_t n, int64_t k, const Tensor& packed_forward, const Tensor& packed_backward);
 
-  // False where oneDNN has no blocked product for this shape; nothing is done then.
+  // c = a * b with b packed. False where oneDNN has no product for this shape; nothing is done then.
   bool run(const ProductShape& shape, const void* a, const void* b, const void* bias, void* c);
 
   // c[m, n] = op(a) * op(b) + beta * c, all f32 and row-major; in tiles of fixed size, so that the result does not
@@ -63,11 +70,17 @@ class Products {
 
  private:
   struct Primitive {
-    dnnl::matmul primitive;
+    dnnl::primitive primitive;
     dnnl::memory::desc a, b, bias, c, scratch;
     bool fast = false;
   };
   Primitive make(const ProductShape& shape);
+  void make_matmul(const ProductShape& shape, const dnnl::primitive_attr& attributes, Primitive& made);
+  void make_convolution(const ProductShape& shape, const dnnl::primitive_attr& attributes, Primitive& made);
+  // What a packed weight is laid out as; of no dimensions where it cannot be packed.
+  dnnl::memory::desc packed_layout(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
+  // The same as a layout of the weight [N, K] itself, whatever the form.
+  dnnl::memory::desc layout_of_weight(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
   void reorder(const dnnl::memory::desc& from, const void* source, const dnnl::memory::desc& to,
                void* destination);
 

@@ -260,18 +260,18 @@ void run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const He
 
 }  // namespace
 
-AttentionPlan& CudaBackend::plan_attention(const std::vector<int32_t>& visible_until) {
-  if (!attention_plan_ || attention_plan_->visible_until() != visible_until) {
-    attention_plan_ = std::make_shared<AttentionPlan>(*this, visible_until);
+AttentionPlan& CudaBackend::plan_attention(const std::vector<int32_t>& visible_until, int64_t first_query) {
+  if (!attention_plan_ || !attention_plan_->is_of(visible_until, first_query)) {
+    attention_plan_ = std::make_shared<AttentionPlan>(*this, visible_until, first_query);
   }
   return *attention_plan_;
 }
 
 void CudaBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor&,
                             const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                            const Tensor& lse) {
+                            const Tensor& lse, int64_t first_query) {
   if (q.tokens == 0) return;
-  AttentionPlan& plan = plan_attention(visible_until_host);
+  AttentionPlan& plan = plan_attention(visible_until_host, first_query);
   with_type(q.dtype, [&](auto type) {
     with_head_size(q.head_size, [&](auto head_size) {
       run<decltype(type), decltype(head_size)::value>(*this, plan, q, k, v, scale, out, lse);

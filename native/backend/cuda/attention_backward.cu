@@ -36,10 +36,11 @@ constexpr int kRowLanes = 8;
 template <typename T>
 __global__ void __launch_bounds__(256)
     attention_delta_kernel(HeadRows<const T> dout, HeadRows<const T> out, const float* lse, float* lse2,
-                           float* delta, int tokens, int padded, int heads) {
+                           float* delta, int first_query, int tokens, int padded, int heads) {
   const int64_t row = grid_index() / kRowLanes;
   const int64_t token = row / heads, head = row % heads;
-  const bool valid = token < tokens;
+  // Of the others all probabilities are 0.
+  const bool valid = token >= first_query && token < tokens;
   float sum = 0.0f;
   if (valid) {
     const T* a = dout.head(head) + token * dout.stride;
@@ -415,9 +416,9 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
                                      const HeadsView& v, const HeadsView& out, const Tensor& lse,
                                      const Tensor&, const std::vector<int32_t>& visible_until_host,
                                      float scale, const HeadsView& dq, const HeadsView& dk,
-                                     const HeadsView& dv) {
+                                     const HeadsView& dv, int64_t first_query) {
   if (q.tokens == 0) return;
-  AttentionPlan& plan = plan_attention(visible_until_host);
+  AttentionPlan& plan = plan_attention(visible_until_host, first_query);
   const int64_t padded = plan.padded_tokens();
   const Tensor rows = allocate(DType::f32, {2, q.heads, padded});
   float* lse2 = rows.as<float>();
@@ -428,8 +429,8 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
     constexpr int kThreads = 256;
     launch(gpu(), "attention_delta", attention_delta_kernel<T>,
            {blocks(divide_up(padded * q.heads * kRowLanes, kThreads)), kThreads}, HeadRows<const T>(dout),
-           HeadRows<const T>(out), lse.as<const float>(), lse2, delta, tokens, static_cast<int>(padded),
-           static_cast<int>(q.heads));
+           HeadRows<const T>(out), lse.as<const float>(), lse2, delta, static_cast<int>(first_query), tokens,
+           static_cast<int>(padded), static_cast<int>(q.heads));
     const BackwardParameters<T> parameters{HeadRows<const T>(q),
                                            HeadRows<const T>(k),
                                            HeadRows<const T>(v),

@@ -33,8 +33,8 @@ std::vector<Reach> reaches(const std::vector<int32_t>& visible_until, int64_t ke
   return all;
 }
 
-Lists make_lists(const std::vector<int32_t>& visible_until, bool by_key, int64_t query_tokens,
-                 int64_t key_tokens) {
+Lists make_lists(const std::vector<int32_t>& visible_until, int64_t first_query, bool by_key,
+                 int64_t query_tokens, int64_t key_tokens) {
   const auto tokens = static_cast<int64_t>(visible_until.size());
   const std::vector<Reach> keys = reaches(visible_until, key_tokens);
   const auto key_tiles = static_cast<int64_t>(keys.size());
@@ -47,15 +47,20 @@ Lists make_lists(const std::vector<int32_t>& visible_until, bool by_key, int64_t
   if (by_key) {
     for (int64_t key = 0; key < key_tiles; ++key) {
       // The key that is seen furthest is seen by all from it to there, so no tile between is empty.
-      for (int64_t query = key * key_tokens / query_tokens; query * query_tokens < keys[key].most; ++query) {
+      const int64_t begin = std::max(key * key_tokens, first_query) / query_tokens;
+      for (int64_t query = begin; query * query_tokens < keys[key].most; ++query) {
         lists.entries.push_back(entry_of(static_cast<int32_t>(query), partial(query, key)));
+      }
+      // Keys that no query asks for have gradients too, which are 0 by any tile.
+      if (begin * query_tokens >= keys[key].most) {
+        lists.entries.push_back(entry_of(static_cast<int32_t>(key * key_tokens / query_tokens), true));
       }
       lists.begins.push_back(static_cast<int32_t>(lists.entries.size()));
     }
   } else {
     for (int64_t query = 0; query < query_tiles; ++query) {
       const int64_t first = query * query_tokens, last = std::min(first + query_tokens, tokens) - 1;
-      for (int64_t key = 0; key * key_tokens <= last; ++key) {
+      for (int64_t key = 0; key * key_tokens <= last && first_query <= last; ++key) {
         if (keys[key].most <= first) continue;
         lists.entries.push_back(entry_of(static_cast<int32_t>(key), partial(query, key)));
       }
@@ -87,7 +92,7 @@ AttentionSchedule make_schedule(CudaBackend& backend, const Lists& lists, bool b
                         static_cast<int32_t>(units * (i + 1) / count),
                         count == 1 ? -1 : slots + static_cast<int32_t>(i)});
     }
-    if (count == 1) continue;
+    if (count <= 1) continue;
     sums.push_back({static_cast<int32_t>(tile), slots, static_cast<int32_t>(count)});
     slots += static_cast<int32_t>(count);
   }
@@ -109,8 +114,9 @@ AttentionSchedule make_schedule(CudaBackend& backend, const Lists& lists, bool b
 
 }  // namespace
 
-AttentionPlan::AttentionPlan(CudaBackend& backend, const std::vector<int32_t>& visible_until)
-    : visible_until_(visible_until) {
+AttentionPlan::AttentionPlan(CudaBackend& backend, const std::vector<int32_t>& visible_until,
+                             int64_t first_query)
+    : visible_until_(visible_until), first_query_(first_query) {
   std::vector<int32_t> padded = visible_until;
   padded.resize(static_cast<size_t>(round_up(static_cast<int64_t>(padded.size()), kPadding)));
   padded_ = backend.make(padded);
@@ -120,7 +126,7 @@ const AttentionSchedule& AttentionPlan::by_query(CudaBackend& backend, int query
   for (const AttentionSchedule& made : schedules_) {
     if (!made.by_key && made.query_tokens == query_tokens && made.key_tokens == key_tokens) return made;
   }
-  const Lists lists = make_lists(visible_until_, false, query_tokens, key_tokens);
+  const Lists lists = make_lists(visible_until_, first_query_, false, query_tokens, key_tokens);
   schedules_.push_back(make_schedule(backend, lists, false, query_tokens, key_tokens, 1, 1,
                                      std::numeric_limits<int32_t>::max()));
   return schedules_.back();
@@ -136,7 +142,7 @@ const AttentionSchedule& AttentionPlan::by_key(CudaBackend& backend, int query_t
       return made;
     }
   }
-  const Lists lists = make_lists(visible_until_, true, query_tokens, key_tokens);
+  const Lists lists = make_lists(visible_until_, first_query_, true, query_tokens, key_tokens);
   const int64_t units = static_cast<int64_t>(lists.entries.size()) * group * kv_heads;
   // At a quarter of what each block of threads has to do, the last to end is not far behind the others.
   const int64_t most = std::max(kFewest, divide_up(units, 4 * blocks));

@@ -44,9 +44,11 @@ class AttentionPlan {
  public:
   static constexpr int64_t kPadding = 128;  // every tile's tokens divide it
 
-  AttentionPlan(CudaBackend& backend, const std::vector<int32_t>& visible_until);
+  AttentionPlan(CudaBackend& backend, const std::vector<int32_t>& visible_until, int64_t first_query);
 
-  const std::vector<int32_t>& visible_until() const { return visible_until_; }
+  bool is_of(const std::vector<int32_t>& visible_until, int64_t first_query) const {
+    return first_query_ == first_query && visible_until_ == visible_until;
+  }
   // visible_until, then zeros up to a multiple of kPadding.
   const int32_t* padded() const { return padded_.as<const int32_t>(); }
   int64_t padded_tokens() const { return padded_.size(); }
@@ -60,6 +62,7 @@ class AttentionPlan {
 
  private:
   std::vector<int32_t> visible_until_;
+  int64_t first_query_;  // tiles of queries that all stand before it are on no list
   Tensor padded_;
   std::list<AttentionSchedule> schedules_;
 };

@@ -54,6 +54,7 @@ class CudaBackend final : public Backend {
   // matmul.cu
   std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
+  void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
@@ -84,11 +85,11 @@ class CudaBackend final : public Backend {
   // attention.cu, attention_backward.cu
   void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v, const Tensor& visible_until,
                  const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& out,
-                 const Tensor& lse) override;
+                 const Tensor& lse, int64_t first_query) override;
   void attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                           const HeadsView& out, const Tensor& lse, const Tensor& visible_until,
                           const std::vector<int32_t>& visible_until_host, float scale, const HeadsView& dq,
-                          const HeadsView& dk, const HeadsView& dv) override;
+                          const HeadsView& dk, const HeadsView& dv, int64_t first_query) override;
 
   // attention_decode.cu
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
@@ -127,7 +128,7 @@ class CudaBackend final : public Backend {
   friend class GpuRecorder;
 
   // That of the last forest where it is the same.
-  AttentionPlan& plan_attention(const std::vector<int32_t>& visible_until);
+  AttentionPlan& plan_attention(const std::vector<int32_t>& visible_until, int64_t first_query);
 
   DeviceInfo info_;
   std::shared_ptr<Device> device_;

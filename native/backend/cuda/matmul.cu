@@ -389,6 +389,10 @@ void CudaBackend::repack_weight(PackedWeight& packed, const Tensor& weight) {
   copy(values_of(packed), weight);
 }
 
+void CudaBackend::unpack_weight(const PackedWeight& packed, const Tensor& weight) {
+  copy(weight, values_of(packed));
+}
+
 void CudaBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
                          bool accumulate) {
   const int64_t n = weight.outputs, k = weight.inputs;
