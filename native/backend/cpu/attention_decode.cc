@@ -144,9 +144,13 @@ HWY_INLINE const float* page_values(const T* page, int64_t size, int64_t tokens,
   return scratch;
 }
 
-// Pages lie anywhere in memory, so that the hardware does not foresee them.
-HWY_INLINE void prefetch(const void* data, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(data) + i, 0, 2);
+// Calls body(page, tokens, column) for the pages of a piece: where the page begins in the cache, how many of its tokens
+// are in the run, and their first column.
+template <class Body>
+HWY_INLINE void for_pages(const DecodePiece& piece, Body&& body) {
+  for (int64_t token = 0; token < piece.tokens; token += kPageTokens) {
+    body(piece.pages[token / kPageTokens], std::min(kPageTokens, piece.tokens - token), piece.column + token);
+  }
 }
 
 template <typename T>
@@ -159,37 +163,24 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
     copy_scaled(static_cast<const T*>(q.data) + task.rows[r / group] * q.row_stride + offset_of(r), size,
                 scale * kLog2e, scratch.query + r * size);
   }
-
-  // Calls body(page, tokens, column, piece) for the pages of all pieces: one head's keys or values of a page, how many
-  // of its tokens are in the run, and their first column.
-  const auto for_pages = [&](const Tensor& tensor, auto&& body) {
-    const auto at = [&](int32_t page) {
-      return tensor.as<const T>() + (page * kv_heads + kv_head) * kPageTokens * size;
-    };
-    for (size_t i = 0; i < task.pieces.size(); ++i) {
-      const DecodePiece& piece = task.pieces[i];
-      for (int64_t token = 0; token < piece.tokens; token += kPageTokens) {
-        const int32_t* page = piece.pages + token / kPageTokens;
-        const int32_t* next = token + kPageTokens < piece.tokens ? page + 1
-                              : i + 1 < task.pieces.size()       ? task.pieces[i + 1].pages
-                                                                 : page;
-        prefetch(at(*next), kPageTokens * size * static_cast<int64_t>(sizeof(T)));
-        body(at(*page), std::min(kPageTokens, piece.tokens - token), piece.column + token, piece);
-      }
-    }
+  const auto in_cache = [&](const Tensor& tensor, int64_t page) {
+    return tensor.as<const T>() + (page * kv_heads + kv_head) * kPageTokens * size;
   };
 
-  for_pages(cache.keys, [&](const T* page, int64_t tokens, int64_t column, const DecodePiece& piece) {
+  for (const DecodePiece& piece : task.pieces) {
     const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    float* scores = scratch.scores + first * columns + column;
-    multiply<Into::overwrite>(count, (tokens + kLanes - 1) / kLanes, size, scratch.query + first * size, size,
-                              1, page_keys(page, size, tokens, scratch.page), kPageTokens, scores, columns);
-    const int64_t end = round_up(tokens, kColumnUnit);
-    if (tokens == end) return;
-    for (int64_t r = 0; r < count; ++r) {
-      std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
-    }
-  });
+    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
+      float* scores = scratch.scores + first * columns + column;
+      multiply<Into::overwrite>(count, (tokens + kLanes - 1) / kLanes, size, scratch.query + first * size,
+                                size, 1, page_keys(in_cache(cache.keys, page), size, tokens, scratch.page),
+                                kPageTokens, scores, columns);
+      const int64_t end = round_up(tokens, kColumnUnit);
+      if (tokens == end) return;
+      for (int64_t r = 0; r < count; ++r) {
+        std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
+      }
+    });
+  }
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;
@@ -198,12 +189,14 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
         softmax_weights(vectors, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)), scores, hn::Zero(WideTag())));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
-  for_pages(cache.values, [&](const T* page, int64_t tokens, int64_t column, const DecodePiece& piece) {
+  for (const DecodePiece& piece : task.pieces) {
     const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    multiply<Into::add>(count, padded / kLanes, tokens, scratch.scores + first * columns + column, columns, 1,
-                        page_values(page, size, tokens, padded, scratch.page), padded,
-                        scratch.output + first * padded, padded);
-  });
+    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
+      multiply<Into::add>(count, padded / kLanes, tokens, scratch.scores + first * columns + column, columns,
+                          1, page_values(in_cache(cache.values, page), size, tokens, padded, scratch.page),
+                          padded, scratch.output + first * padded, padded);
+    });
+  }
   for (int64_t r = 0; r < rows; ++r) {
     store_output(scratch.output + r * padded, size, scratch.sums[r],
                  static_cast<T*>(out.data) + task.rows[r / group] * out.row_stride + offset_of(r));
