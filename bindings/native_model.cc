@@ -299,6 +299,14 @@ Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
     state->config = to_config(info[0]);
     state->training = to_training(info[2], state->config);
     state->engine = &to_engine(info[1], "device");
+    const Napi::Value exact = to_object(info[1], "device").Get("exact");
+    const DeviceInfo& device = state->engine->backend().info();
+    if (!exact.IsUndefined() && to_bool(exact, "device.exact") && !device.exact) {
+      throw Error("UNSUPPORTED",
+                  "Expected a device whose results do not depend on the batch for exact: true, which " +
+                      std::string(device.name == "cpu" ? "this processor's products are not"
+                                                       : "cpu is, but received " + device.name));
+    }
     constructing = std::move(state);
     const Napi::Object model = Environment::of(env).model_class.New({});
     return model;
