@@ -303,9 +303,10 @@ Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
     const DeviceInfo& device = state->engine->backend().info();
     if (!exact.IsUndefined() && to_bool(exact, "device.exact") && !device.exact) {
       throw Error("UNSUPPORTED",
-                  "Expected a device whose results do not depend on the batch for exact: true, which " +
-                      std::string(device.name == "cpu" ? "this processor's products are not"
-                                                       : "cpu is, but received " + device.name));
+                  device.name == "cpu"
+                      ? "Expected a processor with AVX2 or AVX-512 for exact: true but received one without"
+                      : "Expected the device cpu for exact: true but received " + device.name +
+                            ", where a token's bits depend on the batch");
     }
     constructing = std::move(state);
     const Napi::Object model = Environment::of(env).model_class.New({});

@@ -250,16 +250,17 @@ HWY_INLINE void pack_transposed(const T* from, int64_t from_row, int64_t keys, i
 
 // ---- softmax, in powers of two
 
-// scores[0..vectors), those that are masked minus infinity, become 2^(score - maximum), whose sum is added to `sum`.
-HWY_INLINE WideVec softmax_weights(int64_t vectors, float maximum, float* HWY_RESTRICT scores, WideVec sum) {
+// scores[0..vectors), those that are masked minus infinity, become 2^(score - maximum); returns their sum.
+HWY_INLINE double softmax_weights(int64_t vectors, float maximum, float* HWY_RESTRICT scores) {
   // A row that sees no key has maximum -inf, and -inf - -inf is no number.
   const FloatVec most = hn::Set(kFloatTag, maximum == kMinusInfinity ? 0.0f : maximum);
+  WideVec sum = hn::Zero(WideTag());
   for (int64_t v = 0; v < vectors; ++v) {
     const FloatVec w = exact_weight(hn::Sub(hn::LoadU(kFloatTag, scores + v * kLanes), most));
     hn::StoreU(w, kFloatTag, scores + v * kLanes);
     sum = add_wide(sum, w);
   }
-  return sum;
+  return sum_of_lanes(sum);
 }
 
 // The greatest of `most`, lane by lane, and of scores[0..vectors).

@@ -2,6 +2,8 @@
 // is linear in tokens.
 //
 // All query heads that share a key/value head are rows of one product: row t * group + g is query head g of token t.
+// The forward takes all the scores of a block of rows, and then their weights and outputs (attention-inl.h says what
+// that is good for); so many rows that their scores stay in the cache.
 // Keys are packed in transposed blocks of kKeyBlock so that scores, outputs and gradients are all outer products of
 // register tiles. Blocks that the mask empties are skipped, blocks that it leaves whole are not masked.
 #undef HWY_TARGET_INCLUDE
@@ -218,8 +220,8 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
       const int64_t width = span.end - span.begin;
       float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
       for (int64_t j = 0; j < count; ++j) {
-        scratch.sums[r + j] += sum_of_lanes(softmax_weights(
-            width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * columns, hn::Zero(WideTag())));
+        scratch.sums[r + j] +=
+            softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * columns);
       }
       multiply<Into::add>(count, padded / kLanes, width, scores, columns, 1,
                           block_values + span.begin * padded, padded, scratch.output + r * padded, padded);
