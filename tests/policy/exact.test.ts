@@ -40,14 +40,13 @@ function widestGap(groups: CompletionGroup[], logprobs: Float32Array[]): number 
 test('what was drawn is scored and trained on with the same bits, whatever the batch', async () => {
   for (const dtype of ['f32', 'bf16'] as const) {
     const policy = await Policy.load(model, { device: 'cpu', dtype, exact: true });
-    const groups = await policy.sample(prompts, { n: 5, maxTokens: 40, seed: 3 });
+    const groups = await policy.sample(prompts, { n: 3, maxTokens: 12, seed: 3 });
     for (const shared of [true, false]) {
       expect(widestGap(groups, (await policy.score(forest(groups, shared))).logprobs)).toBe(0);
-      for (const maxTokens of [undefined, 150]) {
-        const stats = await policy.forwardBackward(forest(groups, shared), { type: 'grpo' }, { maxTokens });
-        expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
-        await policy.zeroGradients();
-      }
+    }
+    for (const maxTokens of [undefined, 90]) {
+      const stats = await policy.forwardBackward(forest(groups, true), { type: 'grpo' }, { maxTokens });
+      expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
     }
     policy.dispose();
   }
