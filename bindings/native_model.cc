@@ -476,11 +476,13 @@ Napi::Value NativeModel::forward_backward(const Napi::CallbackInfo& info) {
     Batch batch = to_batch(info[0], trainable_state("forwardBackward")->config, true);
     BatchLoss loss = to_loss(info[1], batch.source_rows.size());
     auto cancel = to_cancel(info[2], "cancel");
+    const int64_t max_tokens = info[3].IsUndefined() ? 0 : to_integer(info[3], "maxTokens", 1, kMostTokens);
     return Environment::of(info.Env())
         .run(info.Env(), *state()->engine, cancel,
-             [state = state(), batch = std::move(batch), loss = std::move(loss), cancel]() -> Deliver {
-               auto result =
-                   std::make_shared<LossResult>(state->open().forward_backward(batch, loss, *cancel));
+             [state = state(), batch = std::move(batch), loss = std::move(loss), max_tokens,
+              cancel]() -> Deliver {
+               auto result = std::make_shared<LossResult>(
+                   state->open().forward_backward(batch, loss, max_tokens, *cancel));
                return [result](Napi::Env env) {
                  const Napi::Object object = scores_to_js(env, std::move(result->scores));
                  object.Set("loss", result->loss);

@@ -209,13 +209,15 @@ export interface NativeModel {
     cancel: CancelToken,
   ): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
   /**
-   * Adds to the gradients. They are as before the call where the loss is not finite (`finite` is false) and where the
-   * promise rejects with ABORTED. A cancel that comes after the backward pass began has no effect.
+   * Adds to the gradients. `maxTokens` is the most tokens whose activations are held at once, as far as segments divide
+   * it; every token is computed once all the same. Where the loss is not finite (`finite` is false) or the promise
+   * rejects, gradients are as before the call, or zero if any had been added to.
    */
   forwardBackward(
     batch: NativeBatch,
     loss: NativeLoss,
     cancel: CancelToken,
+    maxTokens?: number,
   ): Promise<{ loss: number; logprobs: Float32Array; entropies: Float32Array; finite: boolean }>;
   zeroGradients(): Promise<void>;
   /** Gradients are zeroed either way; `applied` is false where their norm is not finite. */

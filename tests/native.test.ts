@@ -191,18 +191,17 @@ describe('a model', () => {
     other.dispose();
   });
 
-  test('a loss that is not finite leaves the gradients as they were', async () => {
+  test('a loss that is not finite leaves no gradients', async () => {
     const other = await makeModel();
     await other.forwardBackward(batch, loss, token());
     const name = 'model.embed_tokens.weight';
-    const before = await other.readTensor(name, 'gradient');
     const exploding = {
       ...loss,
       klCoefficient: 1,
       referenceLogprobs: Float32Array.of(-3, -3, 1000, -3),
     };
     expect(await other.forwardBackward(batch, exploding, token())).toMatchObject({ finite: false });
-    expect(Array.from(await other.readTensor(name, 'gradient'))).toEqual(Array.from(before));
+    expect((await other.readTensor(name, 'gradient')).every((value) => value === 0)).toBe(true);
     other.dispose();
   });
 

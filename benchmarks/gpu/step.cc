@@ -178,7 +178,7 @@ Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matri
   backend.reset_peak_memory();
   for (int i = first; i <= repeats; ++i) {
     const auto start = Clock::now();
-    const LossResult result = model.forward_backward(batch, loss, Cancel());
+    const LossResult result = model.forward_backward(batch, loss, 0, Cancel());
     const auto update_start = Clock::now();
     const OptimizerResult update = model.optim_step(optimizer, i - first + 1);
     backend.synchronize();

@@ -344,9 +344,10 @@ export class Policy {
   }
 
   /**
-   * Adds the gradient of the loss over the forest to the gradients. `maxTokens` bounds the tokens computed at once
-   * (default: what a fifth of the device's memory holds); the gradient does not depend on it. Where a target has no
-   * `logprobs`, those of the policy as it is now stand in, which costs a forward pass more.
+   * Adds the gradient of the loss over the forest to the gradients. `maxTokens` bounds the tokens whose activations are
+   * held at once, as far as segments divide it (default: so many that they take a quarter of what weights, gradients
+   * and moments do, and at least 512 MiB); every token is computed once whatever it is, and the gradient does not depend
+   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in, which costs a forward pass more.
    *
    * An abort, a loss that is not finite or a lack of memory leaves all gradients zeroed, those of earlier calls
    * included, so that no update is made of a part of a batch.
@@ -361,20 +362,26 @@ export class Policy {
     this.#check();
     this.#requireTrainable('forwardBackward');
     const resolved = resolveLoss(loss);
-    const plan = this.#plan(forest, options.maxTokens);
+    const { maxTokens = this.#heldTokens() } = options;
+    const plan = this.#plan(forest, maxTokens, Number.POSITIVE_INFINITY);
     checkTargets(resolved, plan.targets);
     const weights = sequenceWeights(resolved, plan.sequenceLengths);
     const { signal } = options;
     return this.#enqueue('forwardBackward', signal, async () => {
-      const old = await this.#oldLogprobs(plan, resolved.kind !== 'cross_entropy', signal);
+      const needsOld = resolved.kind !== 'cross_entropy';
+      const missing = needsOld && plan.targets.some(({ train }) => train.logprobs === undefined);
+      const current = missing ? (await this.#score(this.#plan(forest, maxTokens), signal)).logprobs : [];
+      const old = needsOld
+        ? plan.targets.map(({ train }, i) => train.logprobs ?? (current[i] as Float32Array))
+        : [];
       const scores = emptyScores(plan);
       let total = 0;
       try {
-        for (const batch of plan.batches) {
-          if (batch.targets.length === 0) continue;
+        const [batch] = plan.batches;
+        if (batch !== undefined && batch.targets.length > 0) {
           const rows = nativeLoss(resolved, plan, batch, weights, old);
           const result = await this.#batch('forwardBackward', signal, (cancel) =>
-            this.model.forwardBackward(nativeBatch(batch), rows, cancel),
+            this.model.forwardBackward(nativeBatch(batch), rows, cancel, maxTokens),
           );
           if (!result.finite) {
             throw new MerfError(
@@ -382,7 +389,7 @@ export class Policy {
               `Expected a finite loss but it is ${result.loss}; the gradients were zeroed`,
             );
           }
-          total += result.loss;
+          total = result.loss;
           scatter(scores, batch, result);
         }
       } catch (error) {
@@ -391,17 +398,6 @@ export class Policy {
       }
       return lossStats(resolved, plan, old, { loss: total, ...scores });
     });
-  }
-
-  async #oldLogprobs(
-    plan: ForestPlan,
-    needed: boolean,
-    signal: AbortSignal | undefined,
-  ): Promise<ArrayLike<number>[]> {
-    if (!needed) return [];
-    const missing = plan.targets.some(({ train }) => train.logprobs === undefined);
-    const current = missing ? (await this.#score(plan, signal)).logprobs : [];
-    return plan.targets.map(({ train }, i) => train.logprobs ?? (current[i] as Float32Array));
   }
 
   /**
@@ -589,15 +585,28 @@ export class Policy {
       throw new MerfError('UNSUPPORTED', `${what} needs a policy that was loaded with trainable: true`);
   }
 
-  #plan(forest: Forest, maxTokens: number | undefined): ForestPlan {
+  #plan(
+    forest: Forest,
+    maxTokens: number | undefined,
+    planned = maxTokens ?? this.#batchTokens(),
+  ): ForestPlan {
     if (maxTokens !== undefined && (!Number.isInteger(maxTokens) || maxTokens < 1)) {
       throw invalidArgument('maxTokens', 'a positive integer', maxTokens);
     }
     return planForest(forest, {
       vocabSize: this.config.vocabSize,
       contextLength: this.contextLength,
-      maxTokens: maxTokens ?? this.#batchTokens(),
+      maxTokens: planned,
     });
+  }
+
+  /** Tokens whose activations a backward pass can hold in what `forwardBackward` says. */
+  #heldTokens(): number {
+    const { layers, hiddenSize, heads, kvHeads, headSize, mlpSize } = this.config;
+    const stored = 2 * (heads + kvHeads) * headSize + 2 * mlpSize;
+    const bytesPerToken = layers * (8 * hiddenSize + (this.dtype === 'bf16' ? 2 : 4) * stored);
+    const bytes = Math.max(2 ** 29, (this.loraRank === 0 ? 4 : 1) * this.parameterCount);
+    return Math.max(256, Math.floor(Math.min(bytes, this.device.memoryBytes / 5) / bytesPerToken));
   }
 
   /** Tokens whose activations fit a fifth of the device's memory. */

@@ -1,10 +1,13 @@
 #include "model/model.h"
 
+#include <algorithm>
 #include <cmath>
 #include <unordered_set>
 
 #include "backend/in_words.h"
 #include "backend/philox.h"
+#include "model/frames.h"
+#include "model/gradient_pass.h"
 
 namespace merf {
 namespace {
@@ -35,6 +38,20 @@ void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std
   }
 }
 
+// Whether each token stands behind the first and not behind the last token that rows of one sequence start from: such
+// rows share a ratio, so they stay in one frame.
+std::vector<bool> within_sequences(const Batch& batch, const std::vector<int32_t>& sequences) {
+  std::vector<bool> within(batch.tokens.size(), false);
+  for (size_t begin = 0, end = 0; begin < sequences.size(); begin = end) {
+    while (end < sequences.size() && sequences[end] == sequences[begin]) ++end;
+    const auto [first, last] =
+        std::minmax_element(batch.source_rows.begin() + static_cast<std::ptrdiff_t>(begin),
+                            batch.source_rows.begin() + static_cast<std::ptrdiff_t>(end));
+    std::fill(within.begin() + *first + 1, within.begin() + *last + 1, true);
+  }
+  return within;
+}
+
 }  // namespace
 
 Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training)
@@ -58,7 +75,7 @@ void Model::initialize_adapters(uint64_t seed) {
           bound * static_cast<float>(
                       2.0 * sampling_uniform(seed, stream, 0x6c6f7261u, static_cast<uint32_t>(i)) - 1.0);
     }
-    parameters_.write(named, named.parameter->value, data.data(), 0, named.size());
+    parameters_.write(named, parameters_.open_value(*named.parameter), data.data(), 0, named.size());
   }
 }
 
@@ -101,11 +118,19 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
     }
   }
   stale_ = true;
-  for (const TensorSource& source : sources) {
+  // The parts of a parameter one after another, and it is packed before the next, so that few values stand beside
+  // their packed forms.
+  std::vector<std::pair<const NamedParameter*, const TensorSource*>> ordered;
+  for (const TensorSource& source : sources) ordered.emplace_back(&parameters_.find(source.name), &source);
+  std::sort(ordered.begin(), ordered.end());
+  Parameter* open = nullptr;
+  for (const auto& [named, source] : ordered) {
     cancel.check("loading");
-    const NamedParameter& named = parameters_.find(source.name);
-    read_tensor(source, [&](const float* data, int64_t first, int64_t elements) {
-      parameters_.write(named, named.parameter->value, data, first, elements);
+    if (open != nullptr && open != named->parameter) parameters_.refresh(*open);
+    open = named->parameter;
+    const Tensor value = parameters_.open_value(*open);
+    read_tensor(*source, [&, &named = named](const float* data, int64_t begin, int64_t elements) {
+      parameters_.write(*named, value, data, begin, elements);
     });
   }
   prepare();
@@ -116,14 +141,18 @@ void Model::initialize(uint64_t seed, float standard_deviation) {
   stale_ = true;
   std::vector<float> data;
   uint32_t stream = 0;
+  Parameter* open = nullptr;
   for (const NamedParameter& named : parameters_.named()) {
     ++stream;
     if (named.adapter) continue;
+    if (open != nullptr && open != named.parameter) parameters_.refresh(*open);
+    open = named.parameter;
+    const Tensor value = parameters_.open_value(*open);
     const bool norm = !named.decayed() && named.name.ends_with("norm.weight");
     for (int64_t first = 0; first < named.size(); first += kStretch) {
       data.assign(static_cast<size_t>(std::min(kStretch, named.size() - first)), norm ? 1.0f : 0.0f);
       if (named.decayed()) fill_normal(seed, stream, first, standard_deviation, data);
-      parameters_.write(named, named.parameter->value, data.data(), first, static_cast<int64_t>(data.size()));
+      parameters_.write(named, value, data.data(), first, static_cast<int64_t>(data.size()));
     }
   }
   prepare();
@@ -139,10 +168,10 @@ std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
   }
   if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
   const Parameter& p = *named.parameter;
-  const Tensor& whole = kind == ParameterKind::value      ? p.value
-                        : kind == ParameterKind::gradient ? p.gradient
-                        : kind == ParameterKind::adam_m   ? p.adam_m
-                                                          : p.adam_v;
+  const Tensor whole = kind == ParameterKind::value      ? parameters_.value_of(p)
+                       : kind == ParameterKind::gradient ? p.gradient
+                       : kind == ParameterKind::adam_m   ? p.adam_m
+                                                         : p.adam_v;
   if (whole) parameters_.read(named, whole, data.data());
   return data;
 }
@@ -158,13 +187,10 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
   if (kind == ParameterKind::merged || (kind != ParameterKind::value && !p.trained)) {
     throw Error("INVALID_ARGUMENT", "Expected a parameter that is trained for name but received " + name);
   }
-  if (kind == ParameterKind::gradient) {
-    parameters_.make_gradients();
-    has_gradients_ = true;
-  }
+  if (kind == ParameterKind::gradient) parameters_.make_gradients();
   if (kind == ParameterKind::adam_m || kind == ParameterKind::adam_v) parameters_.make_moments();
   if (kind == ParameterKind::value) stale_ = true;
-  const Tensor& whole = kind == ParameterKind::value      ? p.value
+  const Tensor& whole = kind == ParameterKind::value      ? parameters_.open_value(p)
                         : kind == ParameterKind::gradient ? p.gradient
                         : kind == ParameterKind::adam_m   ? p.adam_m
                                                           : p.adam_v;
@@ -213,10 +239,7 @@ auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
     return work();
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
-    if (made_gradients) {
-      parameters_.drop_gradients();
-      has_gradients_ = false;
-    }
+    if (made_gradients) parameters_.drop_gradients();
     throw out_of_memory(error, tokens, trains);
   }
 }
@@ -233,8 +256,6 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 
   int64_t beside = 0;  // what does not depend on the tokens
   if (trains && !parameters_.has_gradients()) beside += 4 * parameters_.trained_size();
-  const Parameter& head = parameters_.head();
-  if (has_gradients_ && head.trained) beside += 4 * head.size();
   const int64_t fit = count_that_fits(tokens, needed, backend_.memory_free() - beside);
   return Error("OUT_OF_MEMORY",
                std::string(error.what()) + ". " + std::to_string(tokens) + " tokens at once need about " +
@@ -254,11 +275,26 @@ Scores Model::score(const Batch& batch, const Cancel& cancel) {
                        [&] { return compute_scores(batch, cancel); });
 }
 
-LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
+LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, int64_t max_tokens,
+                                   const Cancel& cancel) {
   require_trainable("forwardBackward");
   prepare();
-  return within_memory(static_cast<int64_t>(batch.tokens.size()), true,
-                       [&] { return add_gradients(batch, loss, cancel); });
+  std::vector<bool> joined;
+  if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);
+  const std::vector<Frame> frames = make_frames(batch.visible_until, max_tokens, joined);
+  return within_memory(tokens_at_once(frames), true, [&] {
+    GradientPass pass(*this, batch, loss, frames, cancel);
+    LossResult result;
+    try {
+      result = pass.run();
+    } catch (...) {
+      // What was added already cannot be taken back.
+      if (pass.begun()) zero_gradients();
+      throw;
+    }
+    if (!result.finite) zero_gradients();
+    return result;
+  });
 }
 
 std::vector<float> Model::compute_logits(const Batch& batch, const Cancel& cancel) {
@@ -288,64 +324,6 @@ Scores Model::compute_scores(const Batch& batch, const Cancel& cancel) {
   backend_.download(scores.logprobs.data(), logprobs, logprobs.bytes());
   backend_.download(scores.entropies.data(), entropies, entropies.bytes());
   return scores;
-}
-
-LossResult Model::add_gradients(const Batch& batch, const BatchLoss& loss, const Cancel& cancel) {
-  const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
-  const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
-  const LossRows loss_rows{upload(loss.weights), upload(loss.advantages), upload(loss.old_logprobs),
-                           upload(loss.reference_logprobs), upload(loss.sequences)};
-  const Tensor logprobs = arena_.take(DType::f32, {rows}), entropies = arena_.take(DType::f32, {rows});
-  const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
-  const Tensor dhidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
-  Activations activations = transformer_.make_activations(arena_, forest.tokens, true);
-  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, forest.tokens);
-
-  ForestAttention attention(backend_, forest, transformer_.attention_scale());
-  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel, "forwardBackward");
-  transformer_.final_norm(activations.output, hidden, activations.output_rstd);
-  cancel.check("forwardBackward");
-
-  // head_loss adds the head's gradient block by block, before the whole loss is known.
-  Parameter& head = parameters_.head();
-  Tensor head_gradient_before;
-  if (has_gradients_ && head.trained) {
-    head_gradient_before = arena_.take(DType::f32, {head.shape[0], head.shape[1]});
-    backend_.copy(head_gradient_before, head.gradient);
-  }
-  const auto restore_head = [&] {
-    if (head_gradient_before) {
-      backend_.copy(head.gradient, head_gradient_before);
-    } else if (head.trained) {
-      backend_.zero(head.gradient);
-    }
-  };
-  LossResult result;
-  try {
-    result.loss = backend_.head_loss(hidden, *head.packed, batch.source_rows, batch.targets, loss_rows,
-                                     loss.options, logprobs, entropies, dhidden, head.gradient);
-  } catch (const Error& error) {
-    if (error.code == "OUT_OF_MEMORY") restore_head();
-    throw;
-  }
-  result.finite = std::isfinite(result.loss);
-  if (result.finite) {
-    has_gradients_ = true;
-    try {
-      transformer_.backward(forest, activations, dhidden, buffers, cancel);
-    } catch (const Error& error) {
-      // What was added already cannot be taken back.
-      if (error.code == "OUT_OF_MEMORY") zero_gradients();
-      throw;
-    }
-  } else {
-    restore_head();
-  }
-  result.scores.logprobs.resize(batch.source_rows.size());
-  result.scores.entropies.resize(batch.source_rows.size());
-  backend_.download(result.scores.logprobs.data(), logprobs, logprobs.bytes());
-  backend_.download(result.scores.entropies.data(), entropies, entropies.bytes());
-  return result;
 }
 
 OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step) {
@@ -383,9 +361,6 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
   return result;
 }
 
-void Model::zero_gradients() {
-  parameters_.zero_gradients();
-  has_gradients_ = false;
-}
+void Model::zero_gradients() { parameters_.zero_gradients(); }
 
 }  // namespace merf

@@ -82,10 +82,11 @@ class Model {
   // [R, V] row-major, for tests and small uses.
   std::vector<float> logits(const Batch& batch, const Cancel& cancel);
   Scores score(const Batch& batch, const Cancel& cancel);
-  // Adds to the gradients. Where the loss is not finite, or `cancel` came before the backward began, they are as
-  // before the call; a later request is too late, and the call ends as if it had not come. Where memory runs out they
-  // are as before the call, or zero once the backward began.
-  LossResult forward_backward(const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
+  // Adds to the gradients. Where the loss is not finite, the call is cancelled or memory runs out, they are as before
+  // the call, or zero if any had been added to. `max_tokens` (0: no bound) is the most tokens whose activations are
+  // held at once, as far as segments divide it (frames.h); the gradients do not depend on it but in their rounding.
+  LossResult forward_backward(const Batch& batch, const BatchLoss& loss, int64_t max_tokens,
+                              const Cancel& cancel);
   void zero_gradients();
   // Clips, updates and zeroes the gradients. Not applied where their norm is not finite. `step` is 1 at the first
   // update.
@@ -107,7 +108,6 @@ class Model {
   Error out_of_memory(const Error& error, int64_t tokens, bool trains);
   std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);
   Scores compute_scores(const Batch& batch, const Cancel& cancel);
-  LossResult add_gradients(const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
   void initialize_adapters(uint64_t seed);
@@ -117,8 +117,7 @@ class Model {
   const ModelConfig config_;
   Parameters parameters_;
   Transformer transformer_;
-  bool has_gradients_ = false;  // that are not all zero
-  bool stale_ = true;           // the packed weights and the embedding table do not hold `value`
+  bool stale_ = true;  // the packed weights and the embedding table do not hold `value`
 };
 
 }  // namespace merf

@@ -109,15 +109,36 @@ Parameters::Parameters(Backend& backend, const ModelConfig& config, const Traini
                      parameter->shape = shape;
                      parameter->trained = training.trainable && (training.lora_rank == 0 || adapter);
                      const bool f32 = parameter->trained || !parameter->matrix();
-                     parameter->value = allocate_like(backend, f32 ? DType::f32 : config.dtype, shape);
-                     backend.zero(parameter->value);
+                     parameter->dtype = f32 ? DType::f32 : config.dtype;
                      all_.push_back(parameter);
                      if (parameter->trained) trained_.push_back(parameter);
-                     if (parameter->trained && parameter->matrix())
+                     // The table is a value that stays, so that its update needs no place but for a copy.
+                     const bool table = parameter == &embedding && parameter->dtype == config.dtype;
+                     if (parameter->trained && parameter->matrix() && !table)
                        largest = std::max(largest, parameter->size());
                      append_named(named_, parameter, shape, slices, adapted, adapter);
                    });
-  if (largest > 0 && config.dtype != DType::f32) staging_ = backend.allocate(config.dtype, {largest});
+  if (largest > 0) staging_ = backend.allocate(config.dtype, {largest});
+  // What is not written before it is used is 0.
+  for (Parameter* parameter : all_) {
+    if (!parameter->matrix()) open_value(*parameter);
+  }
+}
+
+const Tensor& Parameters::open_value(Parameter& parameter) {
+  parameter.value = value_of(parameter);
+  return parameter.value;
+}
+
+Tensor Parameters::value_of(const Parameter& parameter) const {
+  if (parameter.value) return parameter.value;
+  const Tensor value = allocate_like(backend_, parameter.dtype, parameter.shape);
+  if (parameter.packed) {
+    backend_.unpack_weight(*parameter.packed, value);
+  } else {
+    backend_.zero(value);
+  }
+  return value;
 }
 
 const NamedParameter& Parameters::find(const std::string& name) const {
@@ -185,8 +206,13 @@ void Parameters::make_products(Parameter& parameter, const Tensor& source) {
 
 void Parameters::refresh(Parameter& parameter) {
   if (!parameter.matrix()) return;
+  if (!parameter.value) {
+    if (parameter.packed) return;
+    open_value(parameter);
+  }
   if (parameter.value.dtype == config_.dtype) {
     make_products(parameter, parameter.value);
+    if (parameter.packed && &parameter != &embedding) parameter.value = {};
     return;
   }
   const Tensor staged = staging_.rows(0, parameter.size()).view({parameter.shape[0], parameter.shape[1]});
@@ -230,9 +256,10 @@ void Parameters::read(const NamedParameter& named, const Tensor& whole, float* d
 }
 
 void Parameters::read_merged(const NamedParameter& named, float* data) {
-  if (named.adapted == nullptr) return read(named, named.parameter->value, data);
+  const Tensor value = value_of(*named.parameter);
+  if (named.adapted == nullptr) return read(named, value, data);
   const auto& [a, b] = *named.adapted;
-  const Tensor weight = named.slice(named.parameter->value), low = named.slice(b.value);
+  const Tensor weight = named.slice(value), low = named.slice(value_of(b));
   Tensor merged = backend_.allocate(DType::f32, {weight.shape[0], weight.shape[1]}), factor = low;
   if (weight.dtype == DType::f32) {
     backend_.copy(merged, weight);
@@ -249,30 +276,37 @@ void Parameters::read_merged(const NamedParameter& named, float* data) {
 
 void Parameters::update(const AdamWOptions& options, float weight_decay) {
   // As many parameters in one call as have room for their copies.
+  struct Update {
+    Parameter* parameter;
+    Tensor products;  // what they are made of; empty where it is no matrix
+  };
   std::vector<AdamWTensor> tensors;
-  std::vector<Parameter*> matrices;
+  std::vector<Update> updates;
   int64_t staged = 0;
   const auto flush = [&] {
     backend_.adamw(tensors, options);
-    size_t i = 0;
-    for (const AdamWTensor& tensor : tensors) {
-      if (tensor.master.rank != 2) continue;
-      make_products(*matrices[i++], tensor.weight ? tensor.weight : tensor.master);
+    for (const auto& [parameter, source] : updates) {
+      if (source) make_products(*parameter, source);
     }
     tensors.clear();
-    matrices.clear();
+    updates.clear();
     staged = 0;
   };
+  const auto stage = [&](const Parameter& parameter) {
+    if (staged + parameter.size() > staging_.size()) flush();
+    staged += parameter.size();
+    return staging_.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
+  };
   for (Parameter* parameter : trained_) {
-    Tensor copy;
-    if (parameter->matrix() && config_.dtype != DType::f32) {
-      if (staged + parameter->size() > staging_.size()) flush();
-      copy =
-          staging_.rows(staged, staged + parameter->size()).view({parameter->shape[0], parameter->shape[1]});
-      staged += parameter->size();
+    Tensor master = parameter->value, copy;
+    if (!master) {
+      master = stage(*parameter);
+      backend_.unpack_weight(*parameter->packed, master);
+    } else if (parameter->matrix() && config_.dtype != DType::f32) {
+      copy = stage(*parameter);
     }
-    if (parameter->matrix()) matrices.push_back(parameter);
-    tensors.push_back({parameter->value, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
+    updates.push_back({parameter, !parameter->matrix() ? Tensor() : copy ? copy : master});
+    tensors.push_back({master, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
                        parameter->matrix() ? weight_decay : 0.0f});
   }
   flush();

@@ -31,12 +31,14 @@ struct Training {
   uint64_t lora_seed = 0;  // of the first values of every A
 };
 
-// One stored parameter. `value` is what the other operators read: the float32 master itself, or a bfloat16 copy where
-// it is a matrix of a bfloat16 model and not trained.
+// One stored parameter. `value` is the float32 master, or of the model's dtype where it is a matrix that is not trained.
+// A matrix whose products read its value in its own type is kept in its packed form alone: `value` is empty then, but
+// for the time between writing and the next use.
 struct Parameter {
-  std::vector<int64_t> shape;            // [N, K] of a matrix, [N] of a bias or a norm's weight
-  bool trained = false;                  // has a gradient and moments
-  Tensor value;                          // f32|bf16
+  std::vector<int64_t> shape;  // [N, K] of a matrix, [N] of a bias or a norm's weight
+  bool trained = false;        // has a gradient and moments
+  DType dtype = DType::f32;    // of `value`
+  Tensor value;
   Tensor gradient;                       // f32; made at the first backward
   Tensor adam_m, adam_v;                 // f32; made at the first update
   Tensor table;                          // the embedding table that is looked up, of the model's dtype
@@ -112,6 +114,11 @@ class Parameters {
   // Throws INVALID_ARGUMENT where there is no parameter of this name.
   const NamedParameter& find(const std::string& name) const;
 
+  // `value` to write to; made from the packed form, or of zeros, where there is none.
+  const Tensor& open_value(Parameter& parameter);
+  // `value` to read, which may be made for this call.
+  Tensor value_of(const Parameter& parameter) const;
+
   // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing.
   bool make_gradients();
   bool make_moments();
@@ -120,6 +127,7 @@ class Parameters {
   int64_t trained_size() const;
   // Brings the copies that operators read (packed weights, the embedding table) up to date with `value`.
   void refresh();
+  void refresh(Parameter& parameter);
 
   // Float32 to and from a slice of a tensor of either type, through a bounded staging buffer.
   void write(const NamedParameter& named, const Tensor& whole, const float* data, int64_t first_element,
@@ -134,15 +142,14 @@ class Parameters {
 
  private:
   bool make(std::initializer_list<Tensor Parameter::*> members);
-  void refresh(Parameter& parameter);
   void make_products(Parameter& parameter, const Tensor& source);
 
   Backend& backend_;
   const ModelConfig& config_;
   const Training training_;
   bool tied_;
-  Tensor
-      staging_;  // bf16 models in training: the largest matrix, on its way from the master into its packed form
+  // A matrix in training on its way from the master to its packed form, or from there to the master and back.
+  Tensor staging_;
   std::vector<Parameter*> all_, trained_;
   std::vector<NamedParameter> named_;
 };

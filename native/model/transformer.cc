@@ -6,7 +6,8 @@ namespace merf {
 
 void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                              const HeadsView& out, const Tensor& lse) {
-  backend_.attention(q, k, v, forest_.visible_until, forest_.visible_until_host, scale_, out, lse);
+  backend_.attention(q, k, v, forest_.visible_until, forest_.visible_until_host, scale_, out, lse,
+                     forest_.ancestors);
 }
 
 void Activations::shrink_to(int64_t rows, Activations& out) const {
@@ -36,10 +37,11 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, Parameters
   attention_scale_ = 1.0f / std::sqrt(static_cast<float>(config.head_size));
 }
 
-Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool keep) const {
+Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool keep, int64_t ancestors) const {
   const ModelConfig& c = config_;
   Activations a;
   a.tokens = tokens;
+  a.ancestors = ancestors;
   a.kept = keep;
   a.layers.resize(static_cast<size_t>(c.layers));
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
@@ -52,9 +54,9 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
     Activations::Layer& l = a.layers[i];
     l.attention_input = residual();
     l.attention_rstd = rstd();
-    l.qkv = arena.take(c.dtype, {tokens, c.qkv_size()});
-    l.attention_output = arena.take(c.dtype, {tokens, c.attention_size()});
-    l.lse = arena.take(DType::f32, {c.heads, tokens});
+    l.qkv = arena.take(c.dtype, {ancestors + tokens, c.qkv_size()});
+    l.attention_output = arena.take(c.dtype, {ancestors + tokens, c.attention_size()});
+    l.lse = arena.take(DType::f32, {c.heads, ancestors + tokens});
     l.mlp_input = keep ? residual() : l.attention_input;
     l.mlp_rstd = rstd();
     l.gate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
@@ -68,7 +70,7 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
   return a;
 }
 
-BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens) const {
+BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens, int64_t ancestors) const {
   const ModelConfig& c = config_;
   BackwardBuffers b;
   b.dx = arena.take(DType::f32, {tokens, c.hidden_size});
@@ -79,8 +81,8 @@ BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens)
   if (rank > 0) b.low_rank = arena.take(c.dtype, {tokens, rank});
   if (rank > 0) b.dlow_rank = arena.take(c.dtype, {tokens, rank});
   b.dgate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
-  b.dattention = arena.take(c.dtype, {tokens, c.attention_size()});
-  b.dqkv = arena.take(c.dtype, {tokens, c.qkv_size()});
+  b.dattention = arena.take(c.dtype, {ancestors + tokens, c.attention_size()});
+  b.dqkv = arena.take(c.dtype, {ancestors + tokens, c.qkv_size()});
   return b;
 }
 
@@ -145,12 +147,13 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     const bool last = i + 1 == activations.layers.size();
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
                       a.attention_rstd);
-    project(p.qkv, activations.normed, activations.low_rank, a.qkv, false);
+    project(p.qkv, activations.normed, activations.low_rank, activations.own(a.qkv), false);
     const Heads heads = split(a.qkv);
-    backend_.rope(heads.qk, positions, inverse_frequencies_, false, config_.rope_attention_scale);
+    backend_.rope(split(activations.own(a.qkv)).qk, positions, inverse_frequencies_, false,
+                  config_.rope_attention_scale);
     attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
                      a.lse);
-    add_product(a.attention_input, a.attention_output, p.output, a.mlp_input);
+    add_product(a.attention_input, activations.own(a.attention_output), p.output, a.mlp_input);
 
     backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, a.mlp_rstd);
     project(p.gate_up, activations.normed, activations.low_rank, a.gate_up, false);
@@ -169,11 +172,14 @@ void Transformer::head(const Tensor& hidden, const Tensor& logits) {
 }
 
 void Transformer::backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
-                           const BackwardBuffers& buffers, const Cancel& cancel) {
+                           const BackwardBuffers& buffers, const std::vector<Tensor>& through_children,
+                           const std::vector<Tensor>& of_ancestors, const Cancel& cancel) {
   const ModelConfig& c = config_;
   const float epsilon = c.rms_norm_epsilon;
   const Tensor none;
   const auto& [dx, dx_cast, dnormed, dgated, low_rank, dlow_rank, dgate_up, dattention, dqkv] = buffers;
+  const int64_t ancestors = activations.ancestors;
+  const Tensor own_dattention = activations.own(dattention), own_dqkv = activations.own(dqkv);
   const auto cast_dx = [&, &to = buffers.dx_cast, &from = buffers.dx] {
     if (to.data != from.data) backend_.cast(to, from);
   };
@@ -196,14 +202,21 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
 
     cancel.check_abandoned("the backward pass");
     cast_dx();
-    project_backward(p.output, dx_cast, a.attention_output, buffers, dattention);
+    project_backward(p.output, dx_cast, activations.own(a.attention_output), buffers, own_dattention);
+    if (ancestors > 0) {
+      backend_.zero(dattention.rows(0, ancestors));
+      backend_.zero(dqkv.rows(0, ancestors));
+    }
     const Heads heads = split(a.qkv), dheads = split(dqkv);
     backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v,
                                 whole_heads(a.attention_output), a.lse, forest.visible_until,
-                                forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v);
-    backend_.rope(dheads.qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
+                                forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v,
+                                ancestors);
+    if (!through_children.empty()) backend_.add(dqkv, through_children[i]);
+    if (ancestors > 0) backend_.add(of_ancestors[i], dqkv.rows(0, ancestors));
+    backend_.rope(split(own_dqkv).qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
-    project_backward(p.qkv, dqkv, activations.normed, buffers, dnormed);
+    project_backward(p.qkv, own_dqkv, activations.normed, buffers, dnormed);
     backend_.rms_norm_backward(dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
                                p.attention_norm.gradient);
   }

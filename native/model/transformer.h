@@ -28,13 +28,14 @@ class AttentionStep {
 // The tokens of one packed forest, on the device and (what blocks are skipped by) on the host.
 struct Forest {
   int64_t tokens = 0;
-  Tensor ids;            // [T] i32
-  Tensor positions;      // [T] i32
-  Tensor visible_until;  // [T] i32
+  int64_t ancestors = 0;  // A more before them, of an earlier forward, that all of them see
+  Tensor ids;             // [T] i32
+  Tensor positions;       // [T] i32
+  Tensor visible_until;   // [A + T] i32
   std::vector<int32_t> visible_until_host;
 };
 
-// Key j is visible to query i exactly when j <= i < visible_until[j].
+// Key j is visible to query i exactly when j <= i < visible_until[j]; q, k, v and out have the ancestors' rows first.
 class ForestAttention final : public AttentionStep {
  public:
   ForestAttention(Backend& backend, const Forest& forest, float scale)
@@ -48,19 +49,21 @@ class ForestAttention final : public AttentionStep {
   float scale_;
 };
 
-// The buffers of a forward over T tokens. Where nothing is kept for a backward, all layers share one set.
+// The buffers of a forward over T tokens behind A ancestors, whose rows of qkv (and of attention_output, zeros) are put
+// there before. Where nothing is kept for a backward, all layers share one set.
 struct Activations {
   struct Layer {
     Tensor attention_input;   // [T, H] f32, x before the attention's norm
     Tensor attention_rstd;    // [T] f32, empty where nothing is kept
-    Tensor qkv;               // [T, (Hq + 2 Hk) D]
-    Tensor attention_output;  // [T, Hq D]
-    Tensor lse;               // [Hq, T] f32
+    Tensor qkv;               // [A + T, (Hq + 2 Hk) D]
+    Tensor attention_output;  // [A + T, Hq D]
+    Tensor lse;               // [Hq, A + T] f32
     Tensor mlp_input;         // [T, H] f32, x before the MLP's norm
     Tensor mlp_rstd;          // [T] f32
     Tensor gate_up;           // [T, 2F]
   };
   int64_t tokens = 0;
+  int64_t ancestors = 0;
   bool kept = false;
   std::vector<Layer> layers;
   Tensor normed;       // [T, H]
@@ -68,6 +71,11 @@ struct Activations {
   Tensor low_rank;     // [T, rank], empty where the model has no adapters
   Tensor output;       // [T, H] f32, x after the last layer
   Tensor output_rstd;  // [T] f32
+
+  // Of a buffer with the ancestors' rows those of the tokens themselves.
+  Tensor own(const Tensor& buffer) const {
+    return ancestors == 0 ? buffer : buffer.rows(ancestors, ancestors + tokens);
+  }
 
   // The same buffers for the first `rows` tokens; only where nothing is kept.
   void shrink_to(int64_t rows, Activations& out) const;
@@ -82,8 +90,8 @@ struct BackwardBuffers {
   Tensor low_rank;    // [T, rank], empty where the model has no adapters
   Tensor dlow_rank;   // as low_rank
   Tensor dgate_up;    // [T, 2F]
-  Tensor dattention;  // [T, Hq D]
-  Tensor dqkv;        // [T, (Hq + 2 Hk) D]
+  Tensor dattention;  // [A + T, Hq D]
+  Tensor dqkv;        // [A + T, (Hq + 2 Hk) D]
 };
 
 class Transformer {
@@ -91,8 +99,8 @@ class Transformer {
   Transformer(Backend& backend, const ModelConfig& config, Parameters& parameters);
 
   float attention_scale() const { return attention_scale_; }
-  Activations make_activations(Arena& arena, int64_t tokens, bool keep) const;
-  BackwardBuffers make_backward_buffers(Arena& arena, int64_t tokens) const;
+  Activations make_activations(Arena& arena, int64_t tokens, bool keep, int64_t ancestors = 0) const;
+  BackwardBuffers make_backward_buffers(Arena& arena, int64_t tokens, int64_t ancestors = 0) const;
 
   // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. `cancel` is looked at
   // between layers, `work` names what is aborted.
@@ -103,10 +111,12 @@ class Transformer {
   // logits [N, V] f32 of hidden [N, H].
   void head(const Tensor& hidden, const Tensor& logits);
 
-  // Adds the gradients of all trained parameters but the head's, given dhidden [T, H] of the model's dtype. Only
-  // cancel.abandon() stops it half-way, since what was added cannot be taken back.
+  // Adds the gradients of all trained parameters but the head's, given dhidden [T, H] of the model's dtype. By layer:
+  // `through_children` [A + T, (Hq + 2 Hk) D] has the gradients of keys and values that came from tokens behind these,
+  // `of_ancestors` [A, (Hq + 2 Hk) D] takes those of the tokens before them; empty where there are none.
   void backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
-                const BackwardBuffers& buffers, const Cancel& cancel);
+                const BackwardBuffers& buffers, const std::vector<Tensor>& through_children,
+                const std::vector<Tensor>& of_ancestors, const Cancel& cancel);
 
  private:
   struct Heads {

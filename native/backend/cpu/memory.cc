@@ -21,6 +21,7 @@ namespace merf {
 namespace {
 
 constexpr size_t kAlignment = 64;
+constexpr size_t kPage = size_t{64} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kIdleBytes = size_t{256} << 20;
 // Asking the system what is left costs some microseconds, so only where it matters.
@@ -32,7 +33,9 @@ size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) /
 // Steps of an eighth of the power of two below, so that blocks of nearly equal sizes are interchangeable.
 size_t block_size(size_t bytes) {
   if (bytes <= 4096) return std::max(kAlignment, round_up(bytes, kAlignment));
-  if (bytes >= kHugePage) return round_up(bytes, kHugePage);
+  // Of large ones only the addresses are aligned to huge pages: rounding their sizes up, too, would cost a fifth of the
+  // memory of weights of some megabytes.
+  if (bytes >= kHugePage) return round_up(bytes, kPage);
   size_t power = 4096;
   while (power * 2 <= bytes) power *= 2;
   return round_up(bytes, power / 8);

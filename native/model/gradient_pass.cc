@@ -1,0 +1,173 @@
+#include "model/gradient_pass.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+namespace merf {
+namespace {
+
+constexpr const char* kWork = "forwardBackward";
+
+template <typename T>
+std::vector<T> picked(const std::vector<T>& from, const std::vector<int32_t>& rows) {
+  std::vector<T> out;
+  if (from.empty()) return out;
+  out.reserve(rows.size());
+  for (const int32_t row : rows) out.push_back(from[static_cast<size_t>(row)]);
+  return out;
+}
+
+// The same with numbers that rise from 0.
+std::vector<int32_t> renumbered(std::vector<int32_t> sequences) {
+  int32_t next = -1, last = -1;
+  for (int32_t& sequence : sequences) {
+    if (sequence != last) ++next;
+    last = sequence;
+    sequence = next;
+  }
+  return sequences;
+}
+
+}  // namespace
+
+// What stays of a frame while its children are trained on.
+struct GradientPass::Held {
+  int64_t tokens;  // with those of the frames above it
+  const Activations& activations;
+  std::vector<Tensor>
+      dqkv;  // by layer, [tokens, (Hq + 2 Hk) D] f32: gradients of keys and values; queries' are 0
+};
+
+GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& loss,
+                           const std::vector<Frame>& frames, const Cancel& cancel)
+    : model_(model),
+      backend_(model.backend()),
+      arena_(model.arena()),
+      transformer_(model.transformer()),
+      batch_(batch),
+      loss_(loss),
+      frames_(frames),
+      cancel_(cancel),
+      by_source_(batch.source_rows.size()) {
+  std::iota(by_source_.begin(), by_source_.end(), 0);
+  std::stable_sort(by_source_.begin(), by_source_.end(), [&](int32_t a, int32_t b) {
+    return batch.source_rows[static_cast<size_t>(a)] < batch.source_rows[static_cast<size_t>(b)];
+  });
+  result_.scores.logprobs.resize(batch.source_rows.size());
+  result_.scores.entropies.resize(batch.source_rows.size());
+}
+
+LossResult GradientPass::run() {
+  run_all(frames_, nullptr);
+  return std::move(result_);
+}
+
+void GradientPass::run_all(const std::vector<Frame>& frames, const Held* above) {
+  for (const Frame& frame : frames) {
+    if (result_.finite && has_rows(frame)) run_frame(frame, above);
+  }
+}
+
+std::vector<int32_t> GradientPass::rows_of(int64_t begin, int64_t end) const {
+  const auto before = [&](int32_t row, int64_t token) {
+    return batch_.source_rows[static_cast<size_t>(row)] < token;
+  };
+  std::vector<int32_t> rows(std::lower_bound(by_source_.begin(), by_source_.end(), begin, before),
+                            std::lower_bound(by_source_.begin(), by_source_.end(), end, before));
+  std::sort(rows.begin(), rows.end());
+  return rows;
+}
+
+bool GradientPass::has_rows(const Frame& frame) const {
+  return !rows_of(frame.begin, frame.end).empty() ||
+         std::any_of(frame.children.begin(), frame.children.end(),
+                     [&](const Frame& child) { return has_rows(child); });
+}
+
+// Tokens [begin, end) behind `ancestors` that all of them see.
+Forest GradientPass::upload_forest(int64_t begin, int64_t end, int64_t ancestors) {
+  const auto part = [&](const std::vector<int32_t>& all) {
+    return std::vector<int32_t>(all.begin() + begin, all.begin() + end);
+  };
+  const int64_t tokens = ancestors + end - begin;
+  std::vector<int32_t> visible_until(static_cast<size_t>(tokens), static_cast<int32_t>(tokens));
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t until = std::min<int64_t>(end, batch_.visible_until[static_cast<size_t>(i)]);
+    visible_until[static_cast<size_t>(ancestors + i - begin)] =
+        static_cast<int32_t>(ancestors + until - begin);
+  }
+  Forest forest = model_.upload_forest(part(batch_.tokens), part(batch_.positions), visible_until);
+  forest.ancestors = ancestors;
+  return forest;
+}
+
+void GradientPass::run_frame(const Frame& frame, const Held* above) {
+  cancel_.check(kWork);
+  const ArenaScope scope(arena_);
+  const ModelConfig& config = model_.config();
+  const int64_t tokens = frame.end - frame.begin, ancestors = above ? above->tokens : 0;
+  const Forest forest = upload_forest(frame.begin, frame.end, ancestors);
+  const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
+  Activations activations = transformer_.make_activations(arena_, tokens, true, ancestors);
+  for (size_t layer = 0; above && layer < activations.layers.size(); ++layer) {
+    const Activations::Layer& own = activations.layers[layer];
+    backend_.copy(own.qkv.rows(0, ancestors), above->activations.layers[layer].qkv);
+    backend_.zero(own.attention_output.rows(0, ancestors));
+  }
+  ForestAttention attention(backend_, forest, transformer_.attention_scale());
+  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
+  transformer_.final_norm(activations.output, hidden, activations.output_rstd);
+
+  Held held{ancestors + tokens, activations, {}};
+  if (!frame.children.empty()) {
+    for (size_t layer = 0; layer < activations.layers.size(); ++layer) {
+      held.dqkv.push_back(arena_.take(DType::f32, {held.tokens, config.qkv_size()}));
+      backend_.zero(held.dqkv.back());
+    }
+    run_all(frame.children, &held);
+    if (!result_.finite) return;
+  }
+
+  cancel_.check(kWork);
+  const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
+  if (!add_loss(rows_of(frame.begin, frame.end), frame.begin, hidden, dhidden)) return;
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, tokens, ancestors);
+  transformer_.backward(forest, activations, dhidden, buffers, held.dqkv,
+                        above ? above->dqkv : std::vector<Tensor>(), cancel_);
+}
+
+bool GradientPass::add_loss(const std::vector<int32_t>& rows, int64_t begin, const Tensor& hidden,
+                            const Tensor& dhidden) {
+  // From here on it is too late to leave the gradients as they were.
+  begun_ = true;
+  if (rows.empty()) {
+    backend_.zero(dhidden);
+    return true;
+  }
+  const ArenaScope scope(arena_);
+  const int64_t count = static_cast<int64_t>(rows.size());
+  std::vector<int32_t> sources = picked(batch_.source_rows, rows);
+  for (int32_t& source : sources) source -= static_cast<int32_t>(begin);
+  const LossRows loss_rows{
+      model_.upload(picked(loss_.weights, rows)), model_.upload(picked(loss_.advantages, rows)),
+      model_.upload(picked(loss_.old_logprobs, rows)), model_.upload(picked(loss_.reference_logprobs, rows)),
+      model_.upload(renumbered(picked(loss_.sequences, rows)))};
+  const Tensor logprobs = arena_.take(DType::f32, {count}), entropies = arena_.take(DType::f32, {count});
+  Parameter& head = model_.parameters().head();
+  const double loss =
+      backend_.head_loss(hidden, *head.packed, sources, picked(batch_.targets, rows), loss_rows,
+                         loss_.options, logprobs, entropies, dhidden, head.gradient);
+  result_.loss += loss;
+  result_.finite = std::isfinite(loss);
+  const auto scatter = [&](const Tensor& from, std::vector<float>& to) {
+    std::vector<float> values(rows.size());
+    backend_.download(values.data(), from, from.bytes());
+    for (size_t i = 0; i < rows.size(); ++i) to[static_cast<size_t>(rows[i])] = values[i];
+  };
+  scatter(logprobs, result_.scores.logprobs);
+  scatter(entropies, result_.scores.entropies);
+  return result_.finite;
+}
+
+}  // namespace merf
