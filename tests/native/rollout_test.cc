@@ -195,7 +195,10 @@ TEST_CASE(
       BatchLoss loss;
       loss.options.kind = LossKind::cross_entropy;
       loss.weights.assign(forest.targets.size(), 0.01f);
-      compare(f.model.forward_backward(forest, loss, Cancel()).scores.logprobs, 0);
+      // At once, and frame by frame.
+      for (const int64_t most : {int64_t{0}, int64_t{150}}) {
+        compare(f.model.forward_backward(forest, loss, most, Cancel()).scores.logprobs, 0);
+      }
       std::fprintf(stderr, "measured: log-probabilities drawn and scored on %s, %s, width %d: %.1e\n",
                    backend.info().name.c_str(), name_of(config.dtype), static_cast<int>(config.hidden_size),
                    widest);
