@@ -33,6 +33,7 @@ Napi::Object describe(Napi::Env env, const std::string& name) {
   object.Set("memoryBytes", static_cast<double>(device.memory_bytes));
   object.Set("freeBytes", static_cast<double>(free_bytes));
   object.Set("fastBf16", device.fast_bf16);
+  object.Set("exact", device.exact);
   const Napi::Array libraries = Napi::Array::New(env);
   for (size_t l = 0; l < device.libraries.size(); ++l) {
     const Napi::Array pair = Napi::Array::New(env, 2);

@@ -303,6 +303,15 @@ Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
     state->config = to_config(info[0]);
     state->training = to_training(info[2], state->config);
     state->engine = &to_engine(info[1], "device");
+    const Napi::Value exact = to_object(info[1], "device").Get("exact");
+    const DeviceInfo& device = state->engine->backend().info();
+    if (!exact.IsUndefined() && to_bool(exact, "device.exact") && !device.exact) {
+      throw Error("UNSUPPORTED",
+                  device.name == "cpu"
+                      ? "Expected a processor with AVX2 or AVX-512 for exact: true but received one without"
+                      : "Expected the device cpu for exact: true but received " + device.name +
+                            ", where a token's bits depend on the batch");
+    }
     constructing = std::move(state);
     const Napi::Object model = Environment::of(env).model_class.New({});
     return model;

@@ -40,7 +40,7 @@ struct ModelState {
 class NativeModel : public Napi::ObjectWrap<NativeModel> {
  public:
   static void define(Napi::Env env);
-  // createModel(config, { name, threads, profile? }, training)
+  // createModel(config, { name, threads, profile?, exact? }, training)
   static Napi::Value create(const Napi::CallbackInfo& info);
 
   explicit NativeModel(const Napi::CallbackInfo& info);

@@ -19,6 +19,8 @@ export interface NativeDeviceChoice {
   threads: number;
   /** Times every operator, for `takeProfile`. */
   profile?: boolean | undefined;
+  /** Fails with UNSUPPORTED where the device is not `exact`. */
+  exact?: boolean | undefined;
 }
 
 /** All calls of one operator. */
@@ -331,6 +333,8 @@ export interface NativeBackend {
   freeBytes: number;
   /** bfloat16 products in hardware. */
   fastBf16: boolean;
+  /** A token's log-probability has the same bits whatever is beside it, drawn or scored. */
+  exact: boolean;
   /** Name and version of each. */
   libraries: [string, string][];
 }
@@ -344,7 +348,7 @@ export interface NativeAddon {
   /**
    * `training` false: no float32 masters, gradients and moments; a rank: these are had by low-rank adapters alone.
    * The memory is taken by the first method that needs it.
-   * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE
+   * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE, UNSUPPORTED
    */
   createModel(
     config: NativeModelConfig,

@@ -35,6 +35,10 @@ export const trainedShape = {
     group: 'Model',
     description: 'train low-rank adapters of this rank instead of all weights; 0: all weights',
   }),
+  exact: setting(z.boolean().default(false), {
+    group: 'Model',
+    description: 'insist that tokens have the same log-probability drawn and trained on, to the last bit',
+  }),
 };
 
 /** Which task, and what there is to choose about it. */

@@ -54,6 +54,13 @@ export interface DeviceOptions {
   trainable?: boolean | undefined;
   /** Trains low-rank adapters on the projections of all layers and leaves the weights as they are. */
   lora?: LoraOptions | undefined;
+  /**
+   * Insists that `sample`, `score` and `forwardBackward` give a token the same log-probability, bit for bit, whatever is
+   * in the batch beside it, so that the importance ratio of the first update is exactly 1. It costs nothing: the CPU
+   * computes in such orders anyhow, and a device that does not is refused with UNSUPPORTED. Holds between updates of one
+   * policy on one machine. Default false.
+   */
+  exact?: boolean | undefined;
   /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
   profile?: boolean | undefined;
   signal?: AbortSignal | undefined;
@@ -220,7 +227,7 @@ export class Policy {
         rope: { inverseFrequencies: inverseFrequencies(rope, config.headSize), attentionScale: 1 },
         dtype,
       },
-      { name: device.name, threads, profile: options.profile ?? false },
+      { name: device.name, threads, profile: options.profile ?? false, exact: options.exact ?? false },
       lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
     );
     const { name, description, isa, memoryBytes } = device;

@@ -22,8 +22,11 @@ struct DeviceInfo {
   std::string description;  // processor or card, as its maker names it
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
-  int64_t memory_bytes = 0;                                    // total memory of the device
-  bool fast_bf16 = false;                                      // bfloat16 products in hardware
+  int64_t memory_bytes = 0;  // total memory of the device
+  bool fast_bf16 = false;    // bfloat16 products in hardware
+  // Whether a token's activations and log-probability have the same bits whatever is computed beside it, and whether
+  // it is decoded against the cache or scored in a forest.
+  bool exact = false;
   std::vector<std::pair<std::string, std::string>> libraries;  // name, version
 };
 
@@ -81,7 +84,8 @@ struct SamplingOptions {
 
 constexpr int64_t kPageTokens = 32;  // tokens in one page of the key/value cache
 
-// One layer's pages: keys and values, each [pages, kv_heads, kPageTokens, head_size], f32|bf16.
+// One layer's pages: keys and values, each [pages, kv_heads, kPageTokens, head_size], f32|bf16. How the elements of one
+// page and head are laid out is the backend's own business: only its cache_write and attention_decode touch them.
 struct PagedLayer {
   Tensor keys;
   Tensor values;

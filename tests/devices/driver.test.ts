@@ -118,6 +118,7 @@ describe('chooseDevice', () => {
     memoryBytes: 80 * 2 ** 30,
     freeBytes: 8 * 2 ** 30,
     fastBf16: true,
+    exact: false,
     libraries: [],
   };
   const describeAs = (cuda: object) => (name: string) =>

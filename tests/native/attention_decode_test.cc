@@ -205,6 +205,104 @@ TEST_CASE("a decoding row does not depend on the rows beside it, nor on the thre
   }
 }
 
+// A token is drawn by decoding and trained on in a forest; on an exact device it has the same bits in both.
+TEST_CASE("a token attends to the same bits in the forest, on its path alone and decoded" *
+          doctest::skip(!tests_device("cpu"))) {
+  struct Tree {
+    int64_t motivation, questions, group;
+  };
+  uint32_t seed = 500;
+  for (const Shape& shape :
+       {Shape{3, 3, 64}, Shape{2, 1, 24}, Shape{1, 5, 96}, Shape{2, 2, 8}, Shape{1, 7, 128}}) {
+    for (const Tree& tree : {Tree{1, 1, 1}, Tree{70, 2, 3}, Tree{600, 3, 5}}) {
+      for (const DType dtype : {DType::f32, DType::bf16}) {
+        const std::vector<Run> runs = rollout(tree.motivation, tree.questions, tree.group);
+        const int64_t batch = tree.questions * tree.group, total = tokens_of(runs);
+        // Depth first: the motivation, then each question with its completions.
+        std::vector<size_t> order = {0};
+        for (int64_t i = 0; i < tree.questions; ++i) {
+          order.push_back(static_cast<size_t>(1 + i));
+          for (int64_t j = 0; j < tree.group; ++j)
+            order.push_back(static_cast<size_t>(1 + tree.questions + i * tree.group + j));
+        }
+        std::vector<int64_t> in_forest(static_cast<size_t>(runs.size()));  // where a run begins
+        int64_t at = 0;
+        for (const size_t run : order) {
+          in_forest[run] = at;
+          at += runs[run].tokens;
+        }
+        std::vector<int32_t> visible_until(static_cast<size_t>(total), static_cast<int32_t>(total));
+        std::vector<int64_t> from;  // the forest's token that each cached one is
+        for (size_t run = 0; run < runs.size(); ++run) {
+          int64_t end = in_forest[run] + runs[run].tokens;
+          if (run > 0 && run <= static_cast<size_t>(tree.questions)) {
+            for (const int32_t row : runs[run].rows)
+              end += runs[static_cast<size_t>(1 + tree.questions + row)].tokens;
+          }
+          for (int64_t t = 0; t < runs[run].tokens; ++t) {
+            if (run > 0) visible_until[static_cast<size_t>(in_forest[run] + t)] = static_cast<int32_t>(end);
+            from.push_back(in_forest[run] + t);
+          }
+        }
+        const int64_t q_width = shape.q_heads() * shape.head_size,
+                      kv_width = shape.kv_heads * shape.head_size;
+        const auto make = [&](int64_t n) { return stored(Random(++seed).normals(n), dtype); };
+        const std::vector<float> q = make(total * q_width), k = make(total * kv_width),
+                                 v = make(total * kv_width);
+        const auto rows = [](const std::vector<float>& all, int64_t width,
+                             const std::vector<int64_t>& which) {
+          std::vector<float> some;
+          for (const int64_t i : which)
+            some.insert(some.end(), all.begin() + i * width, all.begin() + (i + 1) * width);
+          return some;
+        };
+        std::vector<int64_t> last;  // of each row of the batch
+        for (int64_t row = 0; row < batch; ++row) {
+          const auto run = static_cast<size_t>(1 + tree.questions + row);
+          last.push_back(in_forest[run] + runs[run].tokens - 1);
+        }
+        for (const int threads : {1, 3}) {
+          const auto backend = open_backend("cpu", threads);
+          const float scale = 1.0f / std::sqrt(static_cast<float>(shape.head_size));
+          const auto attend = [&](const std::vector<int64_t>& tokens, const std::vector<int32_t>& until) {
+            const auto n = static_cast<int64_t>(tokens.size());
+            const Tensor tq = upload(*backend, dtype, {n, q_width}, rows(q, q_width, tokens));
+            const Tensor tk = upload(*backend, dtype, {n, kv_width}, rows(k, kv_width, tokens));
+            const Tensor tv = upload(*backend, dtype, {n, kv_width}, rows(v, kv_width, tokens));
+            const Tensor out = poisoned(*backend, dtype, {n, q_width});
+            backend->attention(heads_view(tq, n, shape.q_heads(), shape.head_size),
+                               heads_view(tk, n, shape.kv_heads, shape.head_size),
+                               heads_view(tv, n, shape.kv_heads, shape.head_size),
+                               upload(*backend, {n}, until), until, scale,
+                               heads_view(out, n, shape.q_heads(), shape.head_size),
+                               poisoned(*backend, DType::f32, {shape.q_heads(), n}));
+            return download(*backend, out);
+          };
+          std::vector<int64_t> all(static_cast<size_t>(total));
+          for (int64_t i = 0; i < total; ++i) all[static_cast<size_t>(i)] = i;
+          const std::vector<float> forest = rows(attend(all, visible_until), q_width, last);
+          CAPTURE(shape.head_size);
+          CAPTURE(tree.motivation);
+          CAPTURE(name_of(dtype));
+          CHECK(same_bits(decode(*backend, shape, runs, batch, rows(q, q_width, last),
+                                 rows(k, kv_width, from), rows(v, kv_width, from), dtype),
+                          forest));
+          for (int64_t row = 0; row < batch; row += 2) {
+            std::vector<int64_t> path;
+            for (int64_t i = 0; i <= last[static_cast<size_t>(row)]; ++i) {
+              if (visible_until[static_cast<size_t>(i)] > last[static_cast<size_t>(row)]) path.push_back(i);
+            }
+            const std::vector<int32_t> causal(path.size(), static_cast<int32_t>(path.size()));
+            const std::vector<float> alone = attend(path, causal);
+            CHECK(same_bits(std::vector<float>(alone.end() - q_width, alone.end()),
+                            rows(forest, q_width, {row})));
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
   for_each_backend([](Backend& backend) {
     for (const Shape& shape : {Shape{1, 1, 8}, Shape{3, 1, 24}, Shape{2, 1, 128}}) {
@@ -240,10 +338,13 @@ TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
           for (int64_t head = 0; head < shape.kv_heads; ++head) {
             for (int64_t d = 0; d < shape.head_size; ++d) {
               const int64_t page = slots[t] / kPageTokens, offset = slots[t] % kPageTokens;
-              const int64_t to =
-                  ((page * shape.kv_heads + head) * kPageTokens + offset) * shape.head_size + d;
-              keys[to] = values[t * stride + width + head * shape.head_size + d];
-              expected_values[to] = values[t * stride + 2 * width + head * shape.head_size + d];
+              const int64_t first = (page * shape.kv_heads + head) * kPageTokens * shape.head_size;
+              const int64_t row = first + offset * shape.head_size + d;
+              // The CPU keeps the keys of a page transposed.
+              const int64_t column = first + d * kPageTokens + offset;
+              keys[backend.info().name == "cpu" ? column : row] =
+                  values[t * stride + width + head * shape.head_size + d];
+              expected_values[row] = values[t * stride + 2 * width + head * shape.head_size + d];
             }
           }
         }

@@ -281,6 +281,34 @@ TEST_CASE("extreme logits stay finite, and NaN shows") {
   });
 }
 
+TEST_CASE("what is drawn and what is scored have one log-probability" * doctest::skip(!tests_device("cpu"))) {
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const auto& [tokens, vocabulary] : {std::pair<int64_t, int64_t>{5, 1003}, {40, 49152}, {3, 7}}) {
+      const auto backend = open_backend("cpu", 2);
+      const Problem p = make_problem(tokens, 32, vocabulary, 2, dtype, 91);
+      const Tensor hidden = upload(*backend, dtype, {tokens, 32}, p.hidden);
+      const auto head = backend->pack_weight(upload(*backend, dtype, {vocabulary, 32}, p.head), false);
+      const Tensor logits = poisoned(*backend, DType::f32, {tokens, vocabulary});
+      backend->linear(hidden, *head, {}, logits);
+      std::vector<int32_t> rows, keys, positions(static_cast<size_t>(tokens), 3);
+      for (int32_t t = 0; t < tokens; ++t) {
+        rows.push_back(t);
+        keys.insert(keys.end(), {t, 0});
+      }
+      const Tensor drawn = backend->allocate(DType::i32, {tokens});
+      const Tensor raw = poisoned(*backend, DType::f32, {tokens}),
+                   scored = poisoned(*backend, DType::f32, {tokens});
+      backend->sample_tokens(logits, upload(*backend, {tokens, 2}, keys),
+                             upload(*backend, {tokens}, positions), {0.8f, 0, 0.9f, 0.0f, 5}, drawn,
+                             poisoned(*backend, DType::f32, {tokens}), raw, {});
+      backend->head_logprobs(hidden, *head, rows, download_ints(*backend, drawn), scored, {});
+      CAPTURE(vocabulary);
+      CAPTURE(name_of(dtype));
+      CHECK(same_bits(download(*backend, raw), download(*backend, scored)));
+    }
+  }
+}
+
 TEST_CASE("head_loss has the same bits whatever the number of threads" *
           doctest::skip(!tests_device("cpu"))) {
   for (const DType dtype : {DType::f32, DType::bf16}) {

@@ -1,5 +1,8 @@
 // Sampling: what is decoded agrees with the full forward, pages come back, completions end where they should.
 #include "rollout/rollout.h"
+
+#include <cstdio>
+
 #include "harness.h"
 #include "model/model.h"
 #include "rollout/kv_cache.h"
@@ -28,9 +31,25 @@ ModelConfig config_of(DType dtype) {
   return c;
 }
 
+// Of sizes that fill no block of any kernel.
+ModelConfig odd_config_of(DType dtype) {
+  ModelConfig c = config_of(dtype);
+  c.hidden_size = 88;
+  c.heads = 6;
+  c.kv_heads = 2;
+  c.head_size = 24;
+  c.mlp_size = 200;
+  c.vocab_size = 1003;
+  c.inverse_frequencies.clear();
+  for (int i = 0; i < 12; ++i) {
+    c.inverse_frequencies.push_back(static_cast<float>(std::pow(100.0, -i / 12.0)));
+  }
+  return c;
+}
+
 struct Fixture {
-  Fixture(Backend& backend, DType dtype = DType::f32)
-      : arena(backend), model(backend, arena, config_of(dtype), true) {
+  Fixture(Backend& backend, DType dtype = DType::f32) : Fixture(backend, config_of(dtype)) {}
+  Fixture(Backend& backend, const ModelConfig& config) : arena(backend), model(backend, arena, config, true) {
     model.initialize(7, 0.4f);
   }
   Arena arena;
@@ -113,6 +132,76 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
       }
       CAPTURE(worst);
       CHECK(worst < (dtype == DType::f32 ? 2e-5 : 0.1));
+    }
+  });
+}
+
+TEST_CASE(
+    "an exact device gives tokens the same log-probability drawn, scored and trained on, whatever the "
+    "batch") {
+  for_each_backend([](Backend& backend) {
+    for (const ModelConfig& config : {config_of(DType::f32), config_of(DType::bf16),
+                                      odd_config_of(DType::f32), odd_config_of(DType::bf16)}) {
+      Fixture f(backend, config);
+      const SampleRequest together = make_request(3, 70);
+      const SampleResult drawn = sample(f.model, {}, together, Cancel(), nullptr);
+      const std::vector<size_t> prompt_of = {0, 0, 0, 1, 1, 1, 2, 3, 3, 3};
+      double widest = 0.0;
+      // `logprobs` are those of the completions from `first` on.
+      const auto compare = [&](const std::vector<float>& logprobs, size_t first) {
+        const auto begin = drawn.raw_logprobs.begin() + drawn.offsets[first];
+        const std::vector<float> expected(begin, begin + static_cast<std::ptrdiff_t>(logprobs.size()));
+        for (size_t i = 0; i < logprobs.size(); ++i)
+          widest = std::max<double>(widest, std::fabs(logprobs[i] - expected[i]));
+        CHECK((!backend.info().exact || same_bits(logprobs, expected)));
+      };
+
+      SampleRequest narrow = together;
+      narrow.max_live_sequences = 3;
+      const SampleResult few = sample(f.model, {}, narrow, Cancel(), nullptr);
+      if (few.tokens == drawn.tokens) compare(few.raw_logprobs, 0);
+      SampleRequest alone = together;
+      alone.counts = {0, 1, 0, 0};
+      alone.keys = {together.keys[6], together.keys[7]};
+      const SampleResult one = sample(f.model, {}, alone, Cancel(), nullptr);
+      if (one.tokens == completion(drawn, 3)) compare(one.raw_logprobs, 3);
+      if (backend.info().exact) {
+        CHECK(few.tokens == drawn.tokens);
+        CHECK(one.tokens == completion(drawn, 3));
+      }
+
+      for (size_t s = 0; s < prompt_of.size(); ++s)
+        compare(score_alone(f.model, together, drawn, prompt_of[s], s).logprobs, s);
+
+      // The first prompt once, with its completions under it.
+      Batch forest;
+      const auto add = [&](int32_t token, int32_t position) {
+        forest.tokens.push_back(token);
+        forest.positions.push_back(position);
+      };
+      for (int32_t i = 0; i < 75; ++i) add(together.tokens[static_cast<size_t>(i)], i);
+      forest.visible_until.assign(75, 75 + 3 * 70);
+      for (size_t s = 0; s < 3; ++s) {
+        int32_t position = 75;
+        for (const int32_t token : completion(drawn, s)) {
+          forest.source_rows.push_back(position == 75 ? 74 : static_cast<int32_t>(forest.tokens.size()) - 1);
+          forest.targets.push_back(token);
+          add(token, position++);
+        }
+        forest.visible_until.insert(forest.visible_until.end(), 70,
+                                    static_cast<int32_t>(forest.tokens.size()));
+      }
+      compare(f.model.score(forest, Cancel()).logprobs, 0);
+      BatchLoss loss;
+      loss.options.kind = LossKind::cross_entropy;
+      loss.weights.assign(forest.targets.size(), 0.01f);
+      // At once, and frame by frame.
+      for (const int64_t most : {int64_t{0}, int64_t{150}}) {
+        compare(f.model.forward_backward(forest, loss, most, Cancel()).scores.logprobs, 0);
+      }
+      std::fprintf(stderr, "measured: log-probabilities drawn and scored on %s, %s, width %d: %.1e\n",
+                   backend.info().name.c_str(), name_of(config.dtype), static_cast<int>(config.hidden_size),
+                   widest);
     }
   });
 }

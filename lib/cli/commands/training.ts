@@ -242,9 +242,11 @@ export function loadOptions(
 }
 
 /** As loadOptions, for the policy that is trained. */
-function trainedOptions(config: Parameters<typeof loadOptions>[0] & { loraRank: number; seed: number }) {
-  const { loraRank: rank, seed } = config;
-  return { ...loadOptions(config, true), ...(rank > 0 && { lora: { rank, seed } }) };
+function trainedOptions(
+  config: Parameters<typeof loadOptions>[0] & { loraRank: number; seed: number; exact: boolean },
+) {
+  const { loraRank: rank, seed, exact } = config;
+  return { ...loadOptions(config, true), exact, ...(rank > 0 && { lora: { rank, seed } }) };
 }
 
 /** The device in a heading, with why `auto` chose no GPU. */

@@ -1,5 +1,13 @@
-// What the attention operators share: register-blocked products of small tiles, packing, one step of the online
-// softmax. Include after highway.h, once a target.
+// What the attention operators share: register-blocked products of small tiles, packing, softmax weights. Include
+// after highway.h, once a target.
+//
+// A row's result depends on its query and on the keys that it sees, in their order, and on nothing else: not on how
+// they are cut into blocks or pages, nor on the rows beside it. That is what gives a token the same bits when it is
+// drawn and when it is scored:
+//   - a score is one sum over the head's elements in their order;
+//   - weights are taken relative to the greatest score of all keys, rather than of those so far;
+//   - the sum of weights is exact (exact_sum-inl.h);
+//   - an output is one sum over the keys in their order, where what is masked has weight 0 and changes no bit.
 
 #if defined(MERF_BACKEND_CPU_ATTENTION_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef MERF_BACKEND_CPU_ATTENTION_INL_H_
@@ -15,7 +23,7 @@
 #include <limits>
 
 #include "backend/bf16.h"
-#include "backend/cpu/exp-inl.h"
+#include "backend/cpu/exact_sum-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace merf {
@@ -35,6 +43,12 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
+// Fewer rows take more vectors at a time, lest their sums wait for each other.
+template <int R>
+constexpr int kVectorsBeside = R == 1   ? 8
+                               : R <= 3 ? 4
+                                        : kTileVectors;
+
 constexpr int64_t kKeyBlock = 64;  // keys in a packed block, a multiple of kTileVectors * kLanes
 static_assert(kKeyBlock % (kTileVectors * kLanes) == 0);
 constexpr float kLog2e = 1.44269504088896340736f;
@@ -45,14 +59,14 @@ HWY_INLINE int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple 
 
 // ---- products of tiles
 
-enum class Into { overwrite, add, scale_and_add };
+enum class Into { overwrite, add };
 
-// C[R, V vectors] = (0 | C | scale[r] * C) + A[R, steps] * B[steps, V vectors]. Element (r, s) of A is at
+// C[R, V vectors] = (0 | C) + A[R, steps] * B[steps, V vectors]. Element (r, s) of A is at
 // a[r * a_row + s * a_step]; rows of B and C are b_row and c_row apart.
 template <int R, int V, Into into>
 HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step,
                               const float* HWY_RESTRICT b, int64_t b_row, int64_t steps,
-                              float* HWY_RESTRICT c, int64_t c_row, const float* HWY_RESTRICT scale) {
+                              float* HWY_RESTRICT c, int64_t c_row) {
   FloatVec sum[R][V];
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r) {
@@ -62,8 +76,6 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
         sum[r][v] = hn::Zero(kFloatTag);
       } else {
         sum[r][v] = hn::LoadU(kFloatTag, c + r * c_row + v * kLanes);
-        if constexpr (into == Into::scale_and_add)
-          sum[r][v] = hn::Mul(sum[r][v], hn::Set(kFloatTag, scale[r]));
       }
     }
   }
@@ -89,42 +101,47 @@ HWY_INLINE void multiply_tile(const float* HWY_RESTRICT a, int64_t a_row, int64_
 
 template <int R, Into into>
 HWY_NOINLINE void multiply_strip(const float* a, int64_t a_row, int64_t a_step, const float* b, int64_t b_row,
-                                 int64_t steps, float* c, int64_t c_row, int64_t vectors,
-                                 const float* scale) {
-  for (; vectors >= kTileVectors;
-       vectors -= kTileVectors, b += kTileVectors * kLanes, c += kTileVectors * kLanes) {
-    multiply_tile<R, kTileVectors, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+                                 int64_t steps, float* c, int64_t c_row, int64_t vectors) {
+  constexpr int kVectors = kVectorsBeside<R>;
+  for (; vectors >= kVectors; vectors -= kVectors, b += kVectors * kLanes, c += kVectors * kLanes) {
+    multiply_tile<R, kVectors, into>(a, a_row, a_step, b, b_row, steps, c, c_row);
   }
-  if constexpr (kTileVectors > 2) {
-    if (vectors == 3) return multiply_tile<R, 3, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
-    if (vectors == 2) return multiply_tile<R, 2, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+  if constexpr (kVectors > 4) {
+    if (vectors >= 4) {
+      multiply_tile<R, 4, into>(a, a_row, a_step, b, b_row, steps, c, c_row);
+      vectors -= 4;
+      b += 4 * kLanes;
+      c += 4 * kLanes;
+    }
   }
-  if (vectors == 1) multiply_tile<R, 1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, scale);
+  if constexpr (kVectors > 2) {
+    if (vectors == 3) return multiply_tile<R, 3, into>(a, a_row, a_step, b, b_row, steps, c, c_row);
+    if (vectors == 2) return multiply_tile<R, 2, into>(a, a_row, a_step, b, b_row, steps, c, c_row);
+  }
+  if (vectors == 1) multiply_tile<R, 1, into>(a, a_row, a_step, b, b_row, steps, c, c_row);
 }
 
 // As multiply_tile, for any number of rows and of vectors. An element's sum runs over the steps in their order
 // whatever the number of rows.
 template <Into into>
 HWY_INLINE void multiply(int64_t rows, int64_t vectors, int64_t steps, const float* a, int64_t a_row,
-                         int64_t a_step, const float* b, int64_t b_row, float* c, int64_t c_row,
-                         const float* scale = nullptr) {
+                         int64_t a_step, const float* b, int64_t b_row, float* c, int64_t c_row) {
   for (; rows >= kTileRows; rows -= kTileRows) {
-    multiply_strip<kTileRows, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+    multiply_strip<kTileRows, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
     a += kTileRows * a_row;
     c += kTileRows * c_row;
-    if constexpr (into == Into::scale_and_add) scale += kTileRows;
   }
   switch (rows) {
     case 5:
-      return multiply_strip<5, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+      return multiply_strip<5, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
     case 4:
-      return multiply_strip<4, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+      return multiply_strip<4, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
     case 3:
-      return multiply_strip<3, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+      return multiply_strip<3, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
     case 2:
-      return multiply_strip<2, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+      return multiply_strip<2, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
     case 1:
-      return multiply_strip<1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors, scale);
+      return multiply_strip<1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, vectors);
   }
 }
 
@@ -231,42 +248,34 @@ HWY_INLINE void pack_transposed(const T* from, int64_t from_row, int64_t keys, i
   }
 }
 
-// ---- the online softmax (Milakov and Gimelshein 2018), in powers of two
+// ---- softmax, in powers of two
 
-// Running state of up to kTileRows rows.
-struct SoftmaxRows {
-  float* maximum;  // [rows]
-  float* sums;     // [rows, kLanes], one partial sum a lane
-};
-
-// scores[r][0..vectors) of each row, already masked by minus infinity, become 2^(score - new maximum); `rescale`
-// gets the factor by which what was accumulated under the old maximum shrinks.
-HWY_INLINE void softmax_step(int64_t rows, int64_t vectors, float* scores, int64_t score_row,
-                             SoftmaxRows state, float* HWY_RESTRICT rescale) {
-  float shift[kTileRows];
-  for (int64_t r = 0; r < rows; ++r) {
-    const float* row = scores + r * score_row;
-    FloatVec most = hn::LoadU(kFloatTag, row);
-    for (int64_t v = 1; v < vectors; ++v) most = hn::Max(most, hn::LoadU(kFloatTag, row + v * kLanes));
-    const float before = state.maximum[r];
-    const float after = std::max(before, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)));
-    state.maximum[r] = after;
-    // A row that has seen no key yet has maximum -inf, and -inf - -inf is no number.
-    shift[r] = after == kMinusInfinity ? 0.0f : after;
-    rescale[r] = before - shift[r];
+// scores[0..vectors), those that are masked minus infinity, become 2^(score - maximum); returns their sum.
+HWY_INLINE double softmax_weights(int64_t vectors, float maximum, float* HWY_RESTRICT scores) {
+  // A row that sees no key has maximum -inf, and -inf - -inf is no number.
+  const FloatVec most = hn::Set(kFloatTag, maximum == kMinusInfinity ? 0.0f : maximum);
+  WideVec sum = hn::Zero(WideTag());
+  for (int64_t v = 0; v < vectors; ++v) {
+    const FloatVec w = exact_weight(hn::Sub(hn::LoadU(kFloatTag, scores + v * kLanes), most));
+    hn::StoreU(w, kFloatTag, scores + v * kLanes);
+    sum = add_wide(sum, w);
   }
-  for (int64_t r = 0; r < rows; ++r) {
-    float* row = scores + r * score_row;
-    const FloatVec most = hn::Set(kFloatTag, shift[r]);
-    const FloatVec factor = exp2_nonpositive(kFloatTag, hn::Set(kFloatTag, rescale[r]));
-    rescale[r] = hn::GetLane(factor);
-    FloatVec sum = hn::Mul(hn::LoadU(kFloatTag, state.sums + r * kLanes), factor);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const FloatVec p = exp2_nonpositive(kFloatTag, hn::Sub(hn::LoadU(kFloatTag, row + v * kLanes), most));
-      hn::StoreU(p, kFloatTag, row + v * kLanes);
-      sum = hn::Add(sum, p);
-    }
-    hn::StoreU(sum, kFloatTag, state.sums + r * kLanes);
+  return sum_of_lanes(sum);
+}
+
+// The greatest of `most`, lane by lane, and of scores[0..vectors).
+HWY_INLINE FloatVec greatest(int64_t vectors, const float* scores, FloatVec most) {
+  for (int64_t v = 0; v < vectors; ++v) most = hn::Max(most, hn::LoadU(kFloatTag, scores + v * kLanes));
+  return most;
+}
+
+// out[0..size) = output / sum of weights.
+template <typename T>
+HWY_INLINE void store_output(const float* output, int64_t size, double sum, T* out) {
+  const auto factor = hn::Set(MoveTag(), sum == 0.0 ? 0.0f : static_cast<float>(1.0 / sum));
+  // Adding 0 makes -0 to 0: which of them a sum that underflowed has may depend on what was masked.
+  for (int64_t i = 0; i < size; i += kMoveLanes) {
+    store_float(hn::MulAdd(hn::LoadU(MoveTag(), output + i), factor, hn::Zero(MoveTag())), out + i);
   }
 }
 

@@ -2,6 +2,8 @@
 // is linear in tokens.
 //
 // All query heads that share a key/value head are rows of one product: row t * group + g is query head g of token t.
+// The forward takes all the scores of a block of rows, and then their weights and outputs (attention-inl.h says what
+// that is good for); so many rows that their scores stay in the cache.
 // Keys are packed in transposed blocks of kKeyBlock so that scores, outputs and gradients are all outer products of
 // register tiles. Blocks that the mask empties are skipped, blocks that it leaves whole are not masked.
 #undef HWY_TARGET_INCLUDE
@@ -133,28 +135,36 @@ HWY_INLINE void block_visibility(const AttentionShape& s, int64_t block, int32_t
 
 // ---- forward
 
-// Tokens in a query block: about 192 rows, whose queries and outputs stay in the second-level cache.
-HWY_INLINE int64_t forward_query_tokens(int64_t group) { return std::clamp<int64_t>(192 / group, 16, 96); }
+// Tokens in a query block: so many rows that their scores stay in the second-level cache, where that leaves enough
+// of them for the keys that they share.
+HWY_INLINE int64_t forward_query_tokens(const AttentionShape& s) {
+  const int64_t rows = std::clamp<int64_t>((int64_t{1} << 16) / s.tokens, 48, 96);
+  return std::clamp<int64_t>(rows / s.group, 1, s.tokens);
+}
 
 struct ForwardScratch {
-  float* query;    // [rows, head_size], times scale * log2(e)
-  float* output;   // [rows, padded]
-  float* maximum;  // [rows]
-  float* sums;     // [rows, kLanes]
-  static int64_t floats(int64_t rows, int64_t head_size, int64_t padded) {
-    return round_up(rows * (head_size + padded + 1 + kLanes), 16);
+  float* query;     // [rows, head_size], times scale * log2(e)
+  float* output;    // [rows, padded]
+  float* greatest;  // [rows, kLanes], of the scores, lane by lane
+  float* scores;    // [rows, columns], kKeyBlock columns for each block of keys that is seen
+  std::vector<double> sums;
+  std::vector<int32_t> blocks;  // those that are seen
+  std::vector<KeySpan> spans;   // [blocks, strips of rows]
+  static int64_t floats(int64_t rows, int64_t head_size, int64_t padded, int64_t columns) {
+    return round_up(rows * (head_size + padded + kLanes + columns), 16);
   }
   ForwardScratch(float* memory, int64_t rows, int64_t head_size, int64_t padded)
       : query(memory),
         output(query + rows * head_size),
-        maximum(output + rows * padded),
-        sums(maximum + rows) {}
+        greatest(output + rows * padded),
+        scores(greatest + rows * kLanes),
+        sums(rows) {}
 };
 
 template <typename T>
 void forward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& q, const float* keys,
                    const float* values, int64_t padded, int64_t kv_head, int64_t first, int64_t last,
-                   ForwardScratch scratch, const HeadsView& out, float* lse) {
+                   ForwardScratch& scratch, const HeadsView& out, float* lse) {
   const int64_t group = s.group, size = s.head_size;
   const int64_t rows = (last - first + 1) * group;
   for (int64_t r = 0; r < rows; ++r) {
@@ -162,47 +172,69 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
                 scratch.query + r * size);
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
-  std::fill(scratch.maximum, scratch.maximum + rows, kMinusInfinity);
-  std::fill(scratch.sums, scratch.sums + rows * kLanes, 0.0f);
-
-  alignas(64) float scores[kTileRows * kKeyBlock];
-  alignas(64) int32_t visibility[kKeyBlock];
-  float rescale[kTileRows];
+  std::fill(scratch.greatest, scratch.greatest + rows * kLanes, kMinusInfinity);
+  std::fill(scratch.sums.begin(), scratch.sums.end(), 0.0);
+  scratch.blocks.clear();
+  scratch.spans.clear();
   for (int64_t block = 0; block < mask.key_blocks() && block * kKeyBlock <= last; ++block) {
-    if (!mask.touches(block, first, last)) continue;
-    const float* key_block = keys + block * size * kKeyBlock;
-    const float* value_block = values + block * padded * kKeyBlock;
+    if (mask.touches(block, first, last)) scratch.blocks.push_back(static_cast<int32_t>(block));
+  }
+  const int64_t columns = static_cast<int64_t>(scratch.blocks.size()) * kKeyBlock;
+
+  alignas(64) int32_t visibility[kKeyBlock];
+  for (size_t i = 0; i < scratch.blocks.size(); ++i) {
+    const int64_t block = scratch.blocks[i];
     bool visibility_ready = false;
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t count = std::min<int64_t>(kTileRows, rows - r);
       const KeySpan span = visible_span(mask, s, block, first + r / group, first + (r + count - 1) / group);
+      scratch.spans.push_back(span);
+      if (span.begin == span.end) continue;
+      const int64_t vectors = (span.end - span.begin) / kLanes;
+      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
+      multiply<Into::overwrite>(count, vectors, size, scratch.query + r * size, size, 1,
+                                keys + block * size * kKeyBlock + span.begin, kKeyBlock, scores, columns);
+      if (span.masked && !visibility_ready) block_visibility(s, block, visibility);
+      visibility_ready = visibility_ready || span.masked;
+      for (int64_t j = 0; j < count; ++j) {
+        if (span.masked) {
+          mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, first + (r + j) / group,
+                   kMinusInfinity, scores + j * columns);
+        }
+        float* most = scratch.greatest + (r + j) * kLanes;
+        hn::StoreU(greatest(vectors, scores + j * columns, hn::LoadU(kFloatTag, most)), kFloatTag, most);
+      }
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    float* most = scratch.greatest + r * kLanes;
+    *most = hn::GetLane(hn::MaxOfLanes(kFloatTag, hn::LoadU(kFloatTag, most)));
+  }
+  size_t next_span = 0;
+  for (size_t i = 0; i < scratch.blocks.size(); ++i) {
+    const float* block_values = values + scratch.blocks[i] * padded * kKeyBlock;
+    for (int64_t r = 0; r < rows; r += kTileRows) {
+      const int64_t count = std::min<int64_t>(kTileRows, rows - r);
+      const KeySpan span = scratch.spans[next_span++];
       if (span.begin == span.end) continue;
       const int64_t width = span.end - span.begin;
-      multiply<Into::overwrite>(count, width / kLanes, size, scratch.query + r * size, size, 1,
-                                key_block + span.begin, kKeyBlock, scores, kKeyBlock);
-      if (span.masked) {
-        if (!visibility_ready) block_visibility(s, block, visibility);
-        visibility_ready = true;
-        for (int64_t i = 0; i < count; ++i) {
-          mask_row(visibility + span.begin, block * kKeyBlock + span.begin, width / kLanes,
-                   first + (r + i) / group, kMinusInfinity, scores + i * kKeyBlock);
-        }
+      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
+      for (int64_t j = 0; j < count; ++j) {
+        scratch.sums[r + j] +=
+            softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * columns);
       }
-      softmax_step(count, width / kLanes, scores, kKeyBlock, {scratch.maximum + r, scratch.sums + r * kLanes},
-                   rescale);
-      multiply<Into::scale_and_add>(count, padded / kLanes, width, scores, kKeyBlock, 1,
-                                    value_block + span.begin * padded, padded, scratch.output + r * padded,
-                                    padded, rescale);
+      multiply<Into::add>(count, padded / kLanes, width, scores, columns, 1,
+                          block_values + span.begin * padded, padded, scratch.output + r * padded, padded);
     }
   }
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first + r / group, head = kv_head * group + r % group;
-    const float sum = hn::GetLane(hn::SumOfLanes(kFloatTag, hn::LoadU(kFloatTag, scratch.sums + r * kLanes)));
-    store_scaled(scratch.output + r * padded, size, sum == 0.0f ? 0.0f : 1.0f / sum,
-                 row_of<T>(out, token, head));
+    const double sum = scratch.sums[r];
+    store_output(scratch.output + r * padded, size, sum, row_of<T>(out, token, head));
     lse[head * s.tokens + token] =
-        sum == 0.0f ? kMinusInfinity : (scratch.maximum[r] + std::log2(sum)) * kLn2;
+        sum == 0.0 ? kMinusInfinity
+                   : (scratch.greatest[r * kLanes] + std::log2(static_cast<float>(sum))) * kLn2;
   }
 }
 
@@ -212,10 +244,11 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
   const MaskSummary mask(s);
   const int64_t size = s.head_size, padded = round_up(size, kLanes);
   const int64_t key_blocks = mask.key_blocks();
-  const int64_t query_tokens = forward_query_tokens(s.group);
+  const int64_t query_tokens = forward_query_tokens(s);
   const int64_t query_blocks = (s.tokens + query_tokens - 1) / query_tokens;
   const int threads = backend.num_threads();
-  const int64_t scratch_size = ForwardScratch::floats(query_tokens * s.group, size, padded);
+  const int64_t scratch_size =
+      ForwardScratch::floats(query_tokens * s.group, size, padded, key_blocks * kKeyBlock);
 
   const Tensor packed_keys = backend.allocate(DType::f32, {s.kv_heads * key_blocks, size * kKeyBlock});
   const Tensor packed_values = backend.allocate(DType::f32, {s.kv_heads * key_blocks, padded * kKeyBlock});
@@ -233,11 +266,11 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
                       keys + i * size * kKeyBlock);
       float* to = values + i * padded * kKeyBlock;
       pack_rows(row_of<T>(v, token, head), v.row_stride, count, size, padded, to);
-      // Probabilities behind the last token are 0, and 0 * whatever lay here must be 0 too.
+      // Weights behind the last token are 0, and 0 * whatever lay here must be 0 too.
       std::fill(to + count * padded, to + kKeyBlock * padded, 0.0f);
     }
-    const ForwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size,
-                             query_tokens * s.group, size, padded);
+    ForwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size, query_tokens * s.group,
+                       size, padded);
     // The last queries see the most keys: longest first.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = s.kv_heads * query_blocks - 1; i >= s.kv_heads * (s.first_query / query_tokens); --i) {

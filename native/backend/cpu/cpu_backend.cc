@@ -66,6 +66,9 @@ CpuBackend::CpuBackend(int threads) : pool_(std::make_shared<MemoryPool>()) {
                                      std::to_string(HWY_PATCH)}};
   products_ = std::make_unique<Products>(*this);
   info_.fast_bf16 = products_->fast(DType::bf16);
+  // Every other operator treats a row by itself, in a fixed order.
+  info_.exact = products_->packable(DType::f32, 64, 64) &&
+                (!info_.fast_bf16 || products_->packable(DType::bf16, 64, 64));
 }
 
 CpuBackend::~CpuBackend() = default;

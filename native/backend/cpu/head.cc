@@ -22,7 +22,7 @@
 #include "hwy/highway.h"
 
 // After highway.h.
-#include "backend/cpu/exp-inl.h"
+#include "backend/cpu/exact_sum-inl.h"
 #include "backend/cpu/load_store-inl.h"
 
 #ifndef MERF_BACKEND_CPU_HEAD_ONCE_
@@ -73,23 +73,23 @@ void row_statistics(const float* logits, int64_t size, RowStatistics* statistics
   const float max = hn::GetLane(hn::MaxOfLanes(d, greatest));
   const VF32 vmax = hn::Set(d, max);
   const VF32 log2e = hn::Set(d, kLog2E);
-  // Short float32 sums joined in float64: exact enough for any vocabulary.
+  // The sum of weights is exact, as it is where tokens are drawn: the same logits give the same log-probability here
+  // and there. Of the entropy's sum short float32 stretches are joined in float64: exact enough for any vocabulary.
   constexpr int64_t kStretch = 2048;
-  double sum = 0.0;
+  WideVec sums = hn::Zero(WideTag());
   double weighted = 0.0;
   for (int64_t first = 0; first < size; first += kStretch) {
-    VF32 s = hn::Zero(d);
     VF32 w = hn::Zero(d);
     for_vectors(d, std::min(kStretch, size - first), [&](size_t i, size_t n, auto whole) {
       const VF32 x = hn::Sub(load_part(d, logits + first + i, n, whole), vmax);
-      VF32 e = exp2_nonpositive(d, hn::Mul(x, log2e));
+      VF32 e = exact_weight(hn::Mul(x, log2e));
       if constexpr (!decltype(whole)::value) e = hn::IfThenElseZero(hn::FirstN(d, n), e);
-      s = hn::Add(s, e);
+      sums = add_wide(sums, e);
       w = hn::MulAdd(e, x, w);
     });
-    sum += hn::GetLane(hn::SumOfLanes(d, s));
     weighted += hn::GetLane(hn::SumOfLanes(d, w));
   }
+  const double sum = sum_of_lanes(sums);
   statistics->max = max;
   statistics->log_sum = std::log(sum);
   statistics->entropy = statistics->log_sum - weighted / sum;

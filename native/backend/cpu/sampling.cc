@@ -5,7 +5,7 @@
 //   m = max x;  t = fl(log2(e) / temperature), at most the largest float
 //   p[i] = 2^((x[i] - m) * t) in float32, as exp2_nonpositive computes it, hence p = 1 at the maximum
 //   w[i] = p[i] rounded to a multiple of 2^-34 (for p < 2^-11 by fl(fl(p + 2^-11) - 2^-11); larger ones are multiples
-//          already). Sums of up to 2^19 such weights are exact in float64, in every order.
+//          already). Sums of up to 2^19 such weights are exact in float64, in every order (exact_sum-inl.h).
 //   top-k: k_threshold = the k-th largest w
 //   top-p: p_threshold = the largest weight u with mass(w >= u) >= top_p * mass(w >= k_threshold)
 //   min-p: m_threshold = fl(min_p)                                            (the largest weight is 1)
@@ -31,7 +31,7 @@
 #include <vector>
 
 #include "backend/cpu/cpu_backend.h"
-#include "backend/cpu/exp-inl.h"
+#include "backend/cpu/exact_sum-inl.h"
 #include "backend/philox.h"
 
 #ifndef MERF_BACKEND_CPU_SAMPLING_ONCE
@@ -156,10 +156,8 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-using SampleTag = hn::ScalableTag<float>;
-using SampleVec = hn::Vec<SampleTag>;
-using WideTag = hn::ScalableTag<double>;
-using WideVec = hn::Vec<WideTag>;
+using SampleTag = WeightTag;
+using SampleVec = WeightVec;
 constexpr int64_t kSampleLanes = static_cast<int64_t>(hn::MaxLanes(SampleTag()));
 static_assert(kSampleLanes <= kWidestLanes);
 
@@ -174,25 +172,11 @@ HWY_INLINE SampleVec load_logits(const float* logits, int64_t i, int64_t n) {
   return hn::LoadU(d, rest);
 }
 
-HWY_INLINE WideVec add_wide(WideVec sum, SampleVec x) {
-  const hn::Half<SampleTag> half;
-  const WideTag wide;
-  sum = hn::Add(sum, hn::PromoteTo(wide, hn::LowerHalf(half, x)));
-  return hn::Add(sum, hn::PromoteTo(wide, hn::UpperHalf(half, x)));
-}
-
 HWY_INLINE WideVec add_product(WideVec sum, SampleVec a, SampleVec b) {
   const hn::Half<SampleTag> half;
   const WideTag d;
   sum = hn::MulAdd(hn::PromoteTo(d, hn::LowerHalf(half, a)), hn::PromoteTo(d, hn::LowerHalf(half, b)), sum);
   return hn::MulAdd(hn::PromoteTo(d, hn::UpperHalf(half, a)), hn::PromoteTo(d, hn::UpperHalf(half, b)), sum);
-}
-
-HWY_INLINE SampleVec weight_of(SampleVec below_maximum, SampleVec factor) {
-  const SampleTag d;
-  const SampleVec p = exp2_nonpositive(d, hn::Mul(below_maximum, factor));
-  const SampleVec grid = hn::Set(d, 0x1p-11f);
-  return hn::IfThenElse(hn::Lt(p, grid), hn::Sub(hn::Add(p, grid), grid), p);
 }
 
 // The maximum; NaN where the row has no distribution.
@@ -217,11 +201,11 @@ HWY_INLINE double write_weights(const float* logits, int64_t n, float maximum, f
   const SampleVec most = hn::Set(d, maximum), scale = hn::Set(d, factor);
   WideVec mass = hn::Zero(wide);
   for (int64_t i = 0; i < n; i += kSampleLanes) {
-    const SampleVec w = weight_of(hn::Sub(load_logits(logits, i, n), most), scale);
+    const SampleVec w = exact_weight(hn::Mul(hn::Sub(load_logits(logits, i, n), most), scale));
     hn::StoreU(w, d, weights + i);
     mass = add_wide(mass, w);
   }
-  return hn::GetLane(hn::SumOfLanes(wide, mass));
+  return sum_of_lanes(mass);
 }
 
 // sum of weight * (logit - maximum)
@@ -235,7 +219,7 @@ HWY_INLINE double mean_numerator(const float* logits, int64_t n, float maximum, 
     const SampleVec below = hn::Sub(load_logits(logits, i, n), most);
     sum = add_product(sum, w, hn::IfThenElseZero(hn::Gt(w, hn::Zero(d)), below));
   }
-  return hn::GetLane(hn::SumOfLanes(wide, sum));
+  return sum_of_lanes(sum);
 }
 
 // The first index at which the running mass of weights at or above the threshold passes `target`, which is below
@@ -254,7 +238,7 @@ HWY_INLINE int64_t find_drawn(const float* weights, int64_t n, float threshold, 
       const SampleVec w = hn::LoadU(d, weights + i);
       sum = add_wide(sum, hn::IfThenElseZero(hn::Ge(w, bound), w));
     }
-    const double block_mass = hn::GetLane(hn::SumOfLanes(wide, sum));
+    const double block_mass = sum_of_lanes(sum);
     if (mass + block_mass <= target) {
       mass += block_mass;
       continue;
@@ -352,7 +336,7 @@ Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions
       const SampleVec w = hn::LoadU(d, weights + i);
       sum = add_wide(sum, hn::IfThenElseZero(hn::Ge(w, bound), w));
     }
-    mass = hn::GetLane(hn::SumOfLanes(wide, sum));
+    mass = sum_of_lanes(sum);
   }
 
   drawn.token = static_cast<int32_t>(find_drawn(weights, n, threshold, uniform * mass));
