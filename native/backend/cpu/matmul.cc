@@ -285,27 +285,33 @@ void Products::gemm(bool transpose_a, bool transpose_b, int64_t m, int64_t n, in
   const int64_t tiles = (m + tile_rows - 1) / tile_rows * across;
   const int threads = backend_.num_threads();
   // Rows of a that lie a multiple of 2 KiB apart fall into few sets of the first-level cache, and packing them column by
-  // column would miss it at every step. Such a tile is copied first.
+  // column would miss it at every step. They are copied first, tile by tile.
   constexpr int64_t kPadding = 16;
   const bool copies = transpose_a && lda % 512 == 0;
-  const int64_t copy_size = copies ? k * (tile_rows + kPadding) : 0;
-  const Tensor copied = copies ? backend_.allocate(DType::f32, {threads, copy_size}) : Tensor();
+  const int64_t copy_size = k * (tile_rows + kPadding);
+  const Tensor copied =
+      copies ? backend_.allocate(DType::f32, {(m + tile_rows - 1) / tile_rows, copy_size}) : Tensor();
+  if (copies) {
+    parallel_for(threads, k, 8, [&](int64_t begin, int64_t end) {
+      for (int64_t l = begin; l < end; ++l) {
+        for (int64_t i = 0; i < m; i += tile_rows) {
+          const float* from = a + l * lda + i;
+          std::copy(from, from + std::min(tile_rows, m - i),
+                    copied.as<float>() + i / tile_rows * copy_size + l * (tile_rows + kPadding));
+        }
+      }
+    });
+  }
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t tile = 0; tile < tiles; ++tile) {
     // oneDNN uses one thread within this one, even where the team has only one.
     const ThreadScope scope(1);
     const int64_t i = tile / across * tile_rows, j = tile % across * tile_columns;
-    const int64_t rows = std::min(tile_rows, m - i);
-    const float* left = a + (transpose_a ? i : i * lda);
-    int64_t left_stride = lda;
-    if (copies) {
-      float* to = copied.as<float>() + omp_get_thread_num() * copy_size;
-      left_stride = rows + kPadding;
-      for (int64_t l = 0; l < k; ++l) std::copy(left + l * lda, left + l * lda + rows, to + l * left_stride);
-      left = to;
-    }
-    dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', rows, std::min(tile_columns, n - j), k, 1.0f,
-               left, left_stride, b + (transpose_b ? j * ldb : j), ldb, beta, c + i * n + j, n);
+    const float* left =
+        copies ? copied.as<float>() + i / tile_rows * copy_size : a + (transpose_a ? i : i * lda);
+    dnnl_sgemm(transpose_a ? 'T' : 'N', transpose_b ? 'T' : 'N', std::min(tile_rows, m - i),
+               std::min(tile_columns, n - j), k, 1.0f, left, copies ? tile_rows + kPadding : lda,
+               b + (transpose_b ? j * ldb : j), ldb, beta, c + i * n + j, n);
   }
 }
 
