@@ -1,6 +1,6 @@
 // merf as the engines in peers.ts are run: a process of its own that reads a workload from the file it is given, says
 // that it is ready, and answers each line of its standard input, {"prompts": [[id, ...], ...]}, with the times of one
-// step on them.
+// step on them; with {"keepActivations": bytes} beside them, of one that computes no forward pass for its update.
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import type { EngineSpec } from './peers.js';
@@ -15,7 +15,7 @@ await grpoStep(policy, [[1, 2, 3, 4]], { group: 2, completionTokens: 4 }, 0);
 answer({ versions: {} });
 let seed = 0;
 for await (const line of createInterface({ input: process.stdin })) {
-  const { prompts } = JSON.parse(line) as { prompts: number[][] };
-  answer(await grpoStep(policy, prompts, spec.workload.sizes, ++seed));
+  const { prompts, keepActivations } = JSON.parse(line) as { prompts: number[][]; keepActivations?: number };
+  answer(await grpoStep(policy, prompts, spec.workload.sizes, ++seed, keepActivations));
 }
 policy.dispose();

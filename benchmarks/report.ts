@@ -26,6 +26,8 @@ export interface Steps {
   engines: EngineRuns[];
   /** merf's steps with common tokens in front of all prompts. */
   motivation: StepTimes[];
+  /** merf's steps that compute no forward pass for the update, because the rollout kept what it needs. */
+  keeping?: EngineRuns | undefined;
 }
 
 export interface Report extends Machine {
@@ -185,6 +187,20 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
     const times = [step, generation, training, tokensPerSecond].map(rounded);
     rows.splice(1, 0, [name, ...times, '', '', '', '', steps.motivation.length]);
   }
+  const kept = figuresOf(steps.keeping?.runs ?? []);
+  if (kept !== undefined) {
+    const { step, generation, training, tokensPerSecond } = kept;
+    const memory = steps.keeping?.peakBytes;
+    const cells = [step, generation, training, tokensPerSecond, memory && memory / 1e9].map(rounded);
+    rows.splice(motivated === undefined ? 1 : 2, 0, [
+      'merf, keeping activations',
+      ...cells,
+      '',
+      '',
+      '',
+      steps.keeping?.runs.length,
+    ]);
+  }
   const rate = peakRate(matrixRate, dtype);
   if (floor !== undefined && rate !== undefined) {
     const times = [floor.step, floor.generation, floor.training].map(rounded);
@@ -203,6 +219,14 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
       met ? 'met' : 'missed',
     ];
   });
+  const gaps = (merf?.runs ?? []).flatMap(({ gap }) => gap ?? []);
+  if (gaps.length > 0) {
+    lines.push(
+      '',
+      "Largest gap between a token's log-probability where merf drew it and where it trained on it, in nats: " +
+        `${Math.max(...gaps).toPrecision(2)}.`,
+    );
+  }
   if (goals.length > 0) lines.push('', table(['goal', 'measured:', 'wanted:', ''], goals));
   return lines;
 }

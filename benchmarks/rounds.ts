@@ -38,14 +38,19 @@ export interface RoundOptions {
   strict: boolean;
 }
 
+/** What a step that keeps the activations of its rollout may take for them, in bytes. */
+const keptBytes = 4 * 2 ** 30;
 /** Tokens of the motivation that all prompts begin with in the runs that measure what one costs. */
 export const motivationTokens = 200;
 const maxRounds = 3;
 
-/** merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts. */
+/**
+ * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: merf's
+ * that keep the activations of the rollout for the update.
+ */
 export async function measureSteps(
   options: RoundOptions,
-): Promise<{ engines: EngineRuns[]; motivation: StepTimes[] }> {
+): Promise<{ engines: EngineRuns[]; motivation: StepTimes[]; keeping: EngineRuns }> {
   const folder = mkdtempSync(join(tmpdir(), 'merf-bench-'));
   const live = new Map<EngineRuns, Engine>();
   try {
@@ -55,9 +60,11 @@ export async function measureSteps(
     const plain = { prompts: promptsOf(options.workload) };
     const motivated = { prompts: promptsOf(options.workload, motivationTokens) };
     const motivation: EngineRuns = { name: 'merf with a motivation', versions: {}, runs: [] };
+    const keeping: EngineRuns = { name: 'merf, keeping activations', versions: {}, runs: [] };
     const turns = [
       { engine: merf, process: live.get(merf), input: plain },
       { engine: motivation, process: live.get(merf), input: motivated },
+      { engine: keeping, process: live.get(merf), input: { ...plain, keepActivations: keptBytes } },
       ...peers.map((engine) => ({ engine, process: live.get(engine), input: plain })),
     ];
     const lasted = new Map<EngineRuns, number>();
@@ -68,7 +75,7 @@ export async function measureSteps(
         if (process === undefined || engine.error !== undefined) continue;
         const isPeer = process !== live.get(merf);
         // A slow peer must not take the time of merf's own further rounds.
-        const own = (lasted.get(merf) ?? 0) + (lasted.get(motivation) ?? 0);
+        const own = [merf, motivation, keeping].reduce((sum, runs) => sum + (lasted.get(runs) ?? 0), 0);
         const kept = isPeer ? own * (maxRounds - 1 - round) : 0;
         const left = options.seconds - elapsed();
         if (round > 0 && (lasted.get(engine) ?? 0) + kept > left) continue;
@@ -77,7 +84,7 @@ export async function measureSteps(
         lasted.set(engine, elapsed() - start);
       }
     }
-    return { engines: [merf, ...peers], motivation: motivation.runs };
+    return { engines: [merf, ...peers], motivation: motivation.runs, keeping };
   } finally {
     await Promise.all([...live.values()].map((engine) => engine.close()));
     rmSync(folder, { recursive: true, force: true });

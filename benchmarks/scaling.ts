@@ -10,7 +10,7 @@ export interface Point {
   x: number;
   sizes: Sizes;
   threads: number;
-  runs: Required<StepTimes>[];
+  runs: StepTimes[];
 }
 
 export interface Series {

@@ -8,6 +8,8 @@ export interface StepTimes {
   training?: number;
   step?: number;
   tokens: number;
+  /** The largest between a token's log-probability where it was drawn and where it was trained on, in nats. */
+  gap?: number;
 }
 
 /** One update on completions sampled for it. */
@@ -16,11 +18,13 @@ export async function grpoStep(
   prompts: readonly number[][],
   { group, completionTokens }: Pick<Sizes, 'group' | 'completionTokens'>,
   seed: number,
+  keepActivations = 0,
 ): Promise<Required<StepTimes>> {
   const start = performance.now();
-  const groups = await policy.sample(prompts, { n: group, maxTokens: completionTokens, seed });
+  const options = { n: group, maxTokens: completionTokens, seed, keepActivations };
+  const groups = await policy.sample(prompts, options);
   const sampled = performance.now();
-  await policy.forwardBackward(forestWith(groups), { type: 'grpo' });
+  const { ratio } = await policy.forwardBackward(forestWith(groups), { type: 'grpo' });
   await policy.optimStep({ learningRate: 1e-6, maxGradNorm: 1 });
   const end = performance.now();
   return {
@@ -31,6 +35,7 @@ export async function grpoStep(
       (sum, { completions }) => sum + completions.reduce((n, { tokens }) => n + tokens.length, 0),
       0,
     ),
+    gap: Math.max(Math.log(ratio.max), -Math.log(ratio.min)),
   };
 }
 

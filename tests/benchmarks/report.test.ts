@@ -12,7 +12,12 @@ const steps: Steps = {
   dtype: 'f32',
   floor: { generation: 8, training: 24, step: 32 },
   engines: [
-    { name: 'merf', versions: {}, runs: [run(11, 29), run(10, 28), run(10, 30)], peakBytes: 2.5e9 },
+    {
+      name: 'merf',
+      versions: {},
+      runs: [run(11, 29), { ...run(10, 28), gap: 2e-6 }, run(10, 30)],
+      peakBytes: 2.5e9,
+    },
     { name: 'trl', versions: { TRL: '1.0' }, runs: [run(100, 300)], peakBytes: 10e9 },
     { name: 'llama.cpp', versions: {}, runs: [{ generation: 50, tokens: 2048 }] },
     {
@@ -23,6 +28,12 @@ const steps: Steps = {
     },
   ],
   motivation: [run(11, 31)],
+  keeping: {
+    name: 'merf, keeping activations',
+    versions: {},
+    runs: [{ ...run(11, 20), gap: 0 }],
+    peakBytes: 4e9,
+  },
 };
 
 const report: Report = {
@@ -91,6 +102,8 @@ describe('the table', () => {
   test('has medians and ratios of every engine, and why one has none', () => {
     expect(text).toContain('| merf | 40 | 10 | 29 | 205 | 2.5 |  |  |  | 3 |');
     expect(text).toContain('| merf, 200 common tokens in front | 42 | 11 | 31 | 186 |  |  |  |  | 1 |');
+    expect(text).toContain('| merf, keeping activations | 31 | 11 | 20 | 186 | 4 |  |  |  | 1 |');
+    expect(text).toContain('where it trained on it, in nats: 0.0000020.');
     expect(text).toContain('| trl | 400 | 100 | 300 | 20.5 | 10 | 10 | 10 | 4 | 1 |');
     expect(text).toContain('| llama.cpp |  | 50 |  | 41 |  |  | 5 |  | 1 |');
     expect(text).toMatch(/\| pytorch \|.*\| pytorch failed, .* no memory \|/);

@@ -19,8 +19,9 @@ function run(megabytes: number | undefined) {
 describe('a policy whose device runs out of memory', () => {
   test('says what would have fitted, gives back what it took and goes on as if nothing had been', () => {
     const short = run(12);
+    // Without the last token of each completion, which nothing depends on.
     expect(short.training).toMatch(
-      /^Could not allocate .* of memory on cuda-emulated: .*\. 4000 tokens at once need about \d+ MiB; about \d+ would fit \(maxTokens, or batchTokens of a trainer, sets how many\)$/,
+      /^Could not allocate .* of memory on cuda-emulated: .*\. 3801 tokens at once need about \d+ MiB; about \d+ would fit \(maxTokens, or batchTokens of a trainer, sets how many\)$/,
     );
     expect(short.scoring).toMatch(/40000 tokens at once need about \d+ MiB; about \d+ would fit/);
     expect(short.sampling).toMatch(
