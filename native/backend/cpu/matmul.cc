@@ -114,9 +114,17 @@ int64_t Products::packed_size(Form form, DType dtype, int64_t n, int64_t k) {
   return static_cast<int64_t>((packed_layout(form, dtype, n, k).get_size() + 3) / 4);
 }
 
+memory::desc Products::packed_layout(Form form, DType dtype, int64_t n, int64_t k) {
+  const ProductShape shape{form, dtype, dtype, false, false, 0, n, k};
+  const std::lock_guard<std::mutex> lock(layouts_mutex_);
+  auto found = layouts_.find(shape);
+  if (found == layouts_.end()) found = layouts_.emplace(shape, find_layout(form, dtype, n, k)).first;
+  return found->second;
+}
+
 // The layout follows from N and K alone, except that few rows on many threads ask for narrower blocks, which the wide
 // ones serve too. One thread and many rows give the wide ones.
-memory::desc Products::packed_layout(Form form, DType dtype, int64_t n, int64_t k) {
+memory::desc Products::find_layout(Form form, DType dtype, int64_t n, int64_t k) {
   const ThreadScope scope(1);
   const bool forward = form == Form::packed_forward;
   const int64_t rows = 256, inputs = forward ? k : n, outputs = forward ? n : k;

@@ -77,8 +77,9 @@ class Products {
   Primitive make(const ProductShape& shape);
   void make_matmul(const ProductShape& shape, const dnnl::primitive_attr& attributes, Primitive& made);
   void make_convolution(const ProductShape& shape, const dnnl::primitive_attr& attributes, Primitive& made);
-  // What a packed weight is laid out as; of no dimensions where it cannot be packed.
+  // What a packed weight is laid out as; of no dimensions where it cannot be packed. Found once a shape.
   dnnl::memory::desc packed_layout(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
+  dnnl::memory::desc find_layout(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
   // The same as a layout of the weight [N, K] itself, whatever the form.
   dnnl::memory::desc layout_of_weight(ProductShape::Form form, DType dtype, int64_t n, int64_t k);
   void reorder(const dnnl::memory::desc& from, const void* source, const dnnl::memory::desc& to,
@@ -89,6 +90,8 @@ class Products {
   dnnl::stream stream_{engine_};
   std::mutex mutex_;
   std::unordered_map<ProductShape, Primitive, ProductShapeHash> primitives_;
+  std::mutex layouts_mutex_;
+  std::unordered_map<ProductShape, dnnl::memory::desc, ProductShapeHash> layouts_;  // of no rows
   int fast_[2] = {-1, -1};
 };
 
