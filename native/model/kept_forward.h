@@ -17,7 +17,13 @@ class KeptForward {
   KeptForward(Backend& backend, const ModelConfig& config, int64_t rows);
   static int64_t bytes_per_row(const ModelConfig& config);
 
+  int64_t rows() const { return rows_; }
   int64_t room() const { return rows_ - used_; }
+  // Forgets what is kept but not the memory, which the next rollout fills again.
+  void clear() {
+    used_ = 0;
+    row_of_.clear();
+  }
   // The buffers of a forward over the next `rows` rows, at most room(). What is not kept is `shared`'s.
   Activations next(int64_t rows, const Activations& shared);
   int64_t used() const { return used_; }

@@ -110,7 +110,7 @@ void Model::require_trainable(const char* what) const {
 }
 
 void Model::change_weights() {
-  kept_.reset();
+  if (kept_) kept_->clear();
   stale_ = true;
 }
 
@@ -389,7 +389,7 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
       adamw.gradient_scale =
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
-    kept_.reset();
+    if (kept_) kept_->clear();
     parameters_.update(adamw, options.weight_decay);
   }
   zero_gradients();

@@ -95,8 +95,9 @@ class Model {
   OptimizerResult optim_step(const OptimizerOptions& options, int64_t step);
 
   // What a rollout leaves for forward_backward, which uses it where it has every token of the batch that a loss row
-  // depends on. Gone with the next change of a weight.
+  // depends on. Emptied at the next change of a weight.
   void keep(std::unique_ptr<KeptForward> kept) { kept_ = std::move(kept); }
+  std::unique_ptr<KeptForward> take_kept() { return std::move(kept_); }
   KeptForward* kept() { return kept_.get(); }
 
   // Brings what operators read up to date with the values that were written; every method that needs it calls it.

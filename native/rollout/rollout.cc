@@ -106,7 +106,6 @@ class Sampler {
 
   SampleResult run() {
     model_.prepare();
-    model_.keep(nullptr);
     arena_.reset();
     make_buffers();
     make_kept();
@@ -261,6 +260,7 @@ void Sampler::make_buffers() {
 }
 
 void Sampler::make_kept() {
+  std::unique_ptr<KeptForward> before = model_.take_kept();
   if (request_.keep_bytes == 0) return;
   int64_t rows = 0;
   for (const PrefillPass& pass : split_prefill(request_.visible_until, kPrefillTokens)) {
@@ -270,12 +270,19 @@ void Sampler::make_kept() {
   // Completions mostly end before they must, so it begins even where not all might have room.
   rows = std::min(rows, request_.keep_bytes / KeptForward::bytes_per_row(config_));
   if (rows == 0) return;
+  kept_prompt_rows_.assign(request_.tokens.size(), -1);
+  if (before && before->rows() >= rows &&
+      before->rows() <= request_.keep_bytes / KeptForward::bytes_per_row(config_)) {
+    kept_ = std::move(before);
+    kept_->clear();
+    return;
+  }
+  before.reset();
   try {
     kept_ = std::make_unique<KeptForward>(backend_, config_, rows);
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
-  kept_prompt_rows_.assign(request_.tokens.size(), -1);
 }
 
 // Buffers for a forward over `rows` tokens: the next of what is kept, or `shared` once there is no room for more.
