@@ -259,7 +259,6 @@ Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
   }
   object.Set("finishReasons", reasons);
   object.Set("prefillTokens", static_cast<double>(result.prefill_tokens));
-  object.Set("kept", result.kept);
   object.Set("decodeSteps", static_cast<double>(result.decode_steps));
   const Napi::Object seconds = Napi::Object::New(env);
   seconds.Set("prefill", result.prefill_seconds);

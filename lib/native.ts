@@ -170,8 +170,6 @@ export interface NativeSampleResult {
   entropies: Float32Array;
   /** [S] 0: stop token, 1: length, 2: stop string, 3: aborted */
   finishReasons: Uint8Array;
-  /** Whether what `keepBytes` is for was kept whole, until a weight changes or the next call. */
-  kept: boolean;
   prefillTokens: number;
   decodeSteps: number;
   seconds: { prefill: number; decode: number };

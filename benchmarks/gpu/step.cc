@@ -254,11 +254,4 @@ int run(const Arguments& arguments) {
 }  // namespace
 }  // namespace merf::bench
 
-int main(int argc, char** argv) {
-  try {
-    return merf::bench::run(merf::bench::parse(argc, argv));
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "%s\n", error.what());
-    return 2;
-  }
-}
+int main(int argc, char** argv) { return merf::bench::run_program(argc, argv, merf::bench::run); }

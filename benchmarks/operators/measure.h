@@ -17,6 +17,7 @@
 
 #include "backend/backend.h"
 #include "backend/bf16.h"
+#include "backend/profile.h"
 
 namespace merf::bench {
 
@@ -272,11 +273,14 @@ inline std::vector<int32_t> visible_until_of_rows(int64_t rows, int64_t tokens) 
   return until;
 }
 
-// Pairs of a query and a key that it sees.
-inline double visible_pairs(const std::vector<int32_t>& visible_until) {
-  double pairs = 0;
-  for (size_t j = 0; j < visible_until.size(); ++j) pairs += visible_until[j] - static_cast<double>(j);
-  return pairs;
+// A program's main: the exit status of `run`, 2 where it or its arguments fail.
+inline int run_program(int argc, char** argv, int (*run)(const Arguments&)) {
+  try {
+    return run(parse(argc, argv));
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "%s\n", error.what());
+    return 2;
+  }
 }
 
 }  // namespace merf::bench

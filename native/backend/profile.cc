@@ -33,16 +33,6 @@ double product(int64_t rows, int64_t outputs, int64_t inputs) {
   return 2.0 * static_cast<double>(rows) * static_cast<double>(outputs) * static_cast<double>(inputs);
 }
 
-// Pairs of a key and a query from `first_query` on that sees it.
-double visible_pairs(const std::vector<int32_t>& visible_until, int64_t first_query) {
-  double pairs = 0.0;
-  for (int64_t j = 0; j < static_cast<int64_t>(visible_until.size()); ++j) {
-    pairs += static_cast<double>(
-        std::max<int64_t>(0, visible_until[static_cast<size_t>(j)] - std::max(j, first_query)));
-  }
-  return pairs;
-}
-
 // Operations of one product of all query heads over those pairs of a query and a key.
 double attention_product(const HeadsView& q, double pairs) {
   return 2.0 * pairs * static_cast<double>(q.heads * q.head_size);
@@ -53,6 +43,15 @@ int64_t distinct(const std::vector<int32_t>& rows) {
 }
 
 }  // namespace
+
+double visible_pairs(const std::vector<int32_t>& visible_until, int64_t first_query) {
+  double pairs = 0.0;
+  for (int64_t j = 0; j < static_cast<int64_t>(visible_until.size()); ++j) {
+    pairs += static_cast<double>(
+        std::max<int64_t>(0, visible_until[static_cast<size_t>(j)] - std::max(j, first_query)));
+  }
+  return pairs;
+}
 
 std::vector<OperatorTime> ProfiledBackend::take() {
   std::map<std::string, OperatorTime> times;

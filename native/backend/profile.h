@@ -20,6 +20,9 @@ struct OperatorTime {
   double bytes = 0.0;       // of its operands, each once; 0 where `operations` says what bounds it
 };
 
+// Pairs of a key and a query from `first_query` on that sees it (visible_until as in backend.h).
+double visible_pairs(const std::vector<int32_t>& visible_until, int64_t first_query = 0);
+
 // What each operator takes, for reports. Waits for the device after each, so that a whole takes a little longer than
 // without, and records nothing.
 class ProfiledBackend final : public Backend {

@@ -13,7 +13,6 @@ void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, co
 void Activations::shrink_to(int64_t rows, Activations& out) const {
   const auto first = [rows](const Tensor& t) { return t ? t.rows(0, rows) : t; };
   out.tokens = rows;
-  out.kept = false;
   out.layers.resize(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& from = layers[i];
@@ -42,7 +41,6 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
   Activations a;
   a.tokens = tokens;
   a.ancestors = ancestors;
-  a.kept = keep;
   a.layers.resize(static_cast<size_t>(c.layers));
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
   const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };

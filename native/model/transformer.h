@@ -64,7 +64,6 @@ struct Activations {
   };
   int64_t tokens = 0;
   int64_t ancestors = 0;
-  bool kept = false;
   std::vector<Layer> layers;
   Tensor normed;       // [T, H]
   Tensor gated;        // [T, F]

@@ -117,7 +117,6 @@ class Sampler {
     if (prefilled) decode();
     result_.decode_seconds = seconds_since(decode_start);
     finish_aborted();
-    result_.kept = kept_ != nullptr;
     model_.keep(std::move(kept_));
     collect();
     return std::move(result_);
@@ -268,11 +267,11 @@ void Sampler::make_kept() {
   }
   for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
   // Completions mostly end before they must, so it begins even where not all might have room.
-  rows = std::min(rows, request_.keep_bytes / KeptForward::bytes_per_row(config_));
+  const int64_t most = request_.keep_bytes / KeptForward::bytes_per_row(config_);
+  rows = std::min(rows, most);
   if (rows == 0) return;
   kept_prompt_rows_.assign(request_.tokens.size(), -1);
-  if (before && before->rows() >= rows &&
-      before->rows() <= request_.keep_bytes / KeptForward::bytes_per_row(config_)) {
+  if (before && before->rows() >= rows && before->rows() <= most) {
     kept_ = std::move(before);
     kept_->clear();
     return;

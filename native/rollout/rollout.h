@@ -43,7 +43,6 @@ struct SampleResult {
   int64_t decode_steps = 0;
   int64_t cache_pages = 0;        // of the cache
   int64_t pages_left_in_use = 0;  // when all was done: 0
-  bool kept = false;
   double prefill_seconds = 0.0;
   double decode_seconds = 0.0;
 };
