@@ -2,6 +2,7 @@
 import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
+import { configToJson } from 'merf';
 import { writeRandomGguf } from './gguf-writer.js';
 import { say } from './paths.js';
 import {
@@ -14,7 +15,7 @@ import {
   type PeerName,
 } from './peers.js';
 import type { StepTimes } from './step.js';
-import { type Dtype, huggingFaceConfig, promptsOf, type Workload } from './workloads.js';
+import { type Dtype, promptsOf, type Workload } from './workloads.js';
 
 /** All runs of one engine. */
 export interface EngineRuns {
@@ -130,7 +131,8 @@ async function load(
       spec.module = findNodeLlamaCpp() as string;
       writeRandomGguf(spec.gguf, workload.config, dtype);
     } else if (name !== 'merf') {
-      spec.config = huggingFaceConfig(workload.config);
+      // The peers, too, draw on without an end token.
+      spec.config = configToJson(workload.config, 'float32', { eos: [] });
     }
     const file = join(folder, `${name}.json`);
     writeFileSync(file, JSON.stringify(spec));

@@ -94,23 +94,3 @@ export async function randomPolicy(
   };
   return Policy.create(config, endless, { device: 'cpu', seed: 1, ...options });
 }
-
-/** As transformers reads it. */
-export function huggingFaceConfig(c: ModelConfig): Record<string, unknown> {
-  return {
-    model_type: c.architecture,
-    hidden_size: c.hiddenSize,
-    num_hidden_layers: c.layers,
-    num_attention_heads: c.heads,
-    num_key_value_heads: c.kvHeads,
-    head_dim: c.headSize,
-    intermediate_size: c.mlpSize,
-    vocab_size: c.vocabSize,
-    rms_norm_eps: c.rmsNormEps,
-    tie_word_embeddings: c.tiedHead,
-    max_position_embeddings: c.maxPositions,
-    rope_parameters: { rope_type: 'default', rope_theta: c.rope.theta },
-    eos_token_id: null,
-    bos_token_id: null,
-  };
-}

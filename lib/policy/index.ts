@@ -1,6 +1,6 @@
 export type { OperatorTime } from '../native.js';
 export type { ChatTurn } from '../prompt/chat-template.js';
-export type { ModelConfig } from './config.js';
+export { configToJson, type ModelConfig } from './config.js';
 export type { DeviceDescription } from './devices.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
