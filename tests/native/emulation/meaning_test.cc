@@ -2,6 +2,9 @@
 // concerned to the formulas of the PTX ISA.
 #include <numeric>
 
+// For the one processor that all of the emulation is compiled for: under -march=native highway can deduce a target that
+// its list for dispatch leaves out with this compiler (Zen 5 with g++ 12), which is an error.
+#define HWY_COMPILE_ONLY_STATIC
 #include "hwy/highway.h"
 // After highway.h.
 #include "backend/cpu/exp-inl.h"
