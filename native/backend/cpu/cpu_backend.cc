@@ -1,15 +1,14 @@
 #include "backend/cpu/cpu_backend.h"
 
 #include <omp.h>
-#include <dnnl.hpp>
 
 #include <algorithm>
 #include <fstream>
 #include <limits>
 
 #include "backend/cpu/memory.h"
-#include "backend/cpu/products.h"
 #include "backend/cpu/simd_targets.h"
+#include "backend/cpu/tile_kernel.h"
 #include "hwy/highway.h"
 #include "hwy/targets.h"
 
@@ -58,17 +57,14 @@ CpuBackend::CpuBackend(int threads) : pool_(std::make_shared<MemoryPool>()) {
   info_.threads = threads == 0 ? processors : threads;
   const size_t memory = total_memory();
   info_.memory_bytes = static_cast<int64_t>(std::min<size_t>(memory, std::numeric_limits<int64_t>::max()));
-  const dnnl_version_t* version = dnnl_version();
-  info_.libraries = {{"oneDNN", std::to_string(version->major) + "." + std::to_string(version->minor) + "." +
-                                    std::to_string(version->patch)},
-                     {"OpenMP", openmp_version()},
+  if (const std::string version = tile_library_version(); !version.empty()) {
+    info_.libraries.emplace_back("libxsmm", version);
+  }
+  info_.libraries.insert(info_.libraries.end(), {{"OpenMP", openmp_version()},
                      {"Highway", std::to_string(HWY_MAJOR) + "." + std::to_string(HWY_MINOR) + "." +
-                                     std::to_string(HWY_PATCH)}};
-  products_ = std::make_unique<Products>(*this);
-  info_.fast_bf16 = products_->fast(DType::bf16);
-  // Every other operator treats a row by itself, in a fixed order.
-  info_.exact = products_->packable(DType::f32, 64, 64) &&
-                (!info_.fast_bf16 || products_->packable(DType::bf16, 64, 64));
+                                     std::to_string(HWY_PATCH)}});
+  info_.fast_bf16 = has_tile_kernels(DType::bf16);
+  info_.exact = true;  // every operator treats a row by itself, in a fixed order
 }
 
 CpuBackend::~CpuBackend() = default;

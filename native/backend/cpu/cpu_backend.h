@@ -1,4 +1,4 @@
-// The CPU. Matrix products are oneDNN's; everything else is hand-vectorised with Highway and parallel over OpenMP.
+// The CPU. Matrix products are of libxsmm's kernels; everything else is hand-vectorised with Highway and parallel over OpenMP.
 // Each operator family is defined in the file of its name.
 #pragma once
 
@@ -11,7 +11,6 @@
 namespace merf {
 
 class MemoryPool;
-class Products;
 struct DecodeWork;
 
 class CpuBackend final : public Backend {
@@ -113,7 +112,6 @@ class CpuBackend final : public Backend {
  private:
   DeviceInfo info_;
   std::shared_ptr<MemoryPool> pool_;
-  std::unique_ptr<Products> products_;
   std::shared_ptr<DecodeWork> decode_;
 };
 

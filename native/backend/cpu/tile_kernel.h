@@ -1,0 +1,46 @@
+// The innermost products of matrices: a tile of few rows and few columns over all of a depth, by machine code that
+// libxsmm generates for this processor. What is around them, the order of tiles and where operands lie, is
+// matmul.cc's.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "backend/backend.h"
+
+namespace merf {
+
+// out[rows, width] f32 = or += x[rows, depth] * panel[depth, width].
+struct TileShape {
+  DType dtype = DType::f32;  // of x and panel
+  int64_t width = 0;
+  int64_t rows = 0;
+  int64_t depth = 0;          // even for bf16
+  int64_t panel_stride = 0;   // between the panel's rows; of bf16, two of its rows stand interleaved
+  int64_t x_stride = 0;       // between rows of x, or of x^T
+  int64_t out_stride = 0;     // between rows of out
+  bool add = false;           // to what is there
+  bool x_transposed = false;  // x lies as [depth, rows]; f32 only
+  bool prefetch = false;      // the next panel meanwhile
+};
+
+// Whether there are kernels of that type here: f32 always, bf16 where the processor multiplies it (AVX512_BF16).
+bool has_tile_kernels(DType dtype);
+
+std::string tile_library_version();  // of libxsmm; empty where it is not used
+
+// A sum's order is that of the depth, whatever else the shape is, and the sum so far can be left in `out` and gone on
+// with: a row has the same bits however many rows, columns and stretches of depth a kernel is for.
+class TileKernel {
+ public:
+  // Found among those made, or made. Any thread may ask.
+  explicit TileKernel(const TileShape& shape);
+  // `next`, a panel of the same size, is read into the second-level cache where the shape says prefetch.
+  void operator()(const void* panel, const void* x, float* out, const void* next) const;
+
+ private:
+  TileShape shape_;
+  void (*code_)() = nullptr;  // null where the library has none: then in plain C++
+};
+
+}  // namespace merf
