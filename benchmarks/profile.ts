@@ -10,13 +10,14 @@ export interface Phase {
   operators: OperatorTime[];
 }
 
-/** Of one step, after one to warm up. */
+/** Of one step, after two to warm up: the first finds out how much memory a step takes, the second touches it. */
 export async function profileStep(workload: Workload, dtype: Dtype, threads: number): Promise<Phase[]> {
-  say(`${workload.title}, ${dtype}: a step to warm up, then the one that is shown`);
+  say(`${workload.title}, ${dtype}: two steps to warm up, then the one that is shown`);
   const policy = await randomPolicy(workload, { dtype, threads, profile: true });
   try {
     await phasesOf(policy, workload, 1);
-    return await phasesOf(policy, workload, 2);
+    await phasesOf(policy, workload, 2);
+    return await phasesOf(policy, workload, 3);
   } finally {
     policy.dispose();
   }

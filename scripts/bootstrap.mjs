@@ -220,6 +220,7 @@ function buildNative(tests, stamp) {
     'g++',
     'cmake',
     'ninja-build',
+    'libxsmm-dev',
     'libdnnl-dev',
     'ocl-icd-opencl-dev', // what the CMake package of libdnnl-dev looks for but the Debian one does not bring
     'libhwy-dev',

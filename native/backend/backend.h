@@ -164,7 +164,7 @@ class Backend {
   virtual int64_t memory_peak() const = 0;
   virtual void reset_peak_memory() = 0;
 
-  // ---- matrix products (a library's work: oneDNN, cuBLASLt)
+  // ---- matrix products (a library's work: libxsmm, oneDNN, cuBLASLt)
   // weight [N, K] f32|bf16. for_backward also prepares the layout of linear_backward_input.
   virtual std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) = 0;
   virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;

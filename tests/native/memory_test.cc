@@ -139,7 +139,7 @@ TEST_CASE("devices are opened by name" * doctest::skip(!tests_device("cpu"))) {
   CHECK_FALSE(info.isa.empty());
   CHECK_FALSE(info.description.empty());
   CHECK(info.memory_bytes > 0);
-  CHECK(info.libraries.size() == 3);
+  CHECK(info.libraries.size() >= 3);
   try {
     open_backend("tpu", 0);
     FAIL("opened a device that does not exist");

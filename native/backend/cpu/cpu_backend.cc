@@ -6,6 +6,7 @@
 #include <fstream>
 #include <limits>
 
+#include "backend/cpu/amx_products.h"
 #include "backend/cpu/memory.h"
 #include "backend/cpu/simd_targets.h"
 #include "backend/cpu/tile_kernel.h"
@@ -57,12 +58,17 @@ CpuBackend::CpuBackend(int threads) : pool_(std::make_shared<MemoryPool>()) {
   info_.threads = threads == 0 ? processors : threads;
   const size_t memory = total_memory();
   info_.memory_bytes = static_cast<int64_t>(std::min<size_t>(memory, std::numeric_limits<int64_t>::max()));
+  if (AmxProducts::wanted()) {
+    amx_ = std::make_unique<AmxProducts>(*this);
+    if (!amx_->available()) amx_.reset();
+  }
+  if (amx_) info_.libraries.emplace_back("oneDNN", AmxProducts::version());
   if (const std::string version = tile_library_version(); !version.empty()) {
     info_.libraries.emplace_back("libxsmm", version);
   }
-  info_.libraries.insert(info_.libraries.end(), {{"OpenMP", openmp_version()},
-                     {"Highway", std::to_string(HWY_MAJOR) + "." + std::to_string(HWY_MINOR) + "." +
-                                     std::to_string(HWY_PATCH)}});
+  info_.libraries.emplace_back("OpenMP", openmp_version());
+  info_.libraries.emplace_back("Highway", std::to_string(HWY_MAJOR) + "." + std::to_string(HWY_MINOR) + "." +
+                                              std::to_string(HWY_PATCH));
   info_.fast_bf16 = has_tile_kernels(DType::bf16);
   info_.exact = true;  // every operator treats a row by itself, in a fixed order
 }

@@ -10,6 +10,7 @@
 
 namespace merf {
 
+class AmxProducts;
 class MemoryPool;
 struct DecodeWork;
 
@@ -112,6 +113,7 @@ class CpuBackend final : public Backend {
  private:
   DeviceInfo info_;
   std::shared_ptr<MemoryPool> pool_;
+  std::unique_ptr<AmxProducts> amx_;  // where the processor has AMX
   std::shared_ptr<DecodeWork> decode_;
 };
 

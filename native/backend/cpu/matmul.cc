@@ -6,13 +6,14 @@
 // the depth, so that its bits depend on neither threads nor batch.
 //
 // Where the processor multiplies bfloat16 (AVX512_BF16) bf16 products run on it; elsewhere they are computed in
-// float32 from converted operands, which is as exact and faster than emulation.
+// float32 from converted operands, which is as exact and faster than emulation. Where it has AMX they are oneDNN's.
 #include <omp.h>
 
 #include <algorithm>
 #include <type_traits>
 
 #include "backend/bf16.h"
+#include "backend/cpu/amx_products.h"
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/panels.h"
 #include "backend/cpu/parallel.h"
@@ -34,7 +35,7 @@ constexpr int64_t kTurnedBytes = int64_t{8} << 20;
 // Of a weight's gradient: rows (tokens) summed by one kernel, and outputs that go with them.
 constexpr int64_t kMostTokens = 1024;
 constexpr int64_t kTokenStep = 16;
-constexpr int64_t kOutputs = 96;
+constexpr int64_t kOutputBytes = 384;
 
 // n in equal parts of at most `most`, each a multiple of `step` but for the last: the length of one.
 int64_t equal_parts(int64_t n, int64_t most, int64_t step) {
@@ -47,8 +48,8 @@ class CpuPackedWeight final : public PackedWeight {
  public:
   // The type that is computed in: f32 for a bf16 weight where the processor has no bf16 products.
   DType computed = DType::f32;
-  Tensor panels;  // of W^T
-
+  Tensor panels;            // of W^T
+  AmxProducts::Packed amx;  // instead, where the processor has it
 };
 
 Tensor converted(CpuBackend& backend, const Tensor& tensor, DType dtype) {
@@ -128,7 +129,8 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
           const int64_t rows = std::min(kRows, last - i);
           const TileKernel kernel({product.dtype, kPanel, rows, length, kPanel, product.x_stride, sums_stride,
                                    begun || l > 0, false, i + rows == last});
-          kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_stride, next);
+          kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_stride,
+                 next);
         }
       }
       if (!direct) store_tile(tile, last - first, width, out, n);
@@ -171,8 +173,9 @@ std::unique_ptr<PackedWeight> CpuBackend::pack_weight(const Tensor& weight, bool
   packed->inputs = weight.row_size();
   packed->dtype = weight.dtype;
   packed->computed = has_tile_kernels(weight.dtype) ? weight.dtype : DType::f32;
-  packed->panels = allocate(packed->computed, {panels_of(packed->outputs), kPanel,
-                                               panel_depth(packed->computed, packed->inputs)});
+  if (!(amx_ && packed->computed == DType::bf16))
+    packed->panels = allocate(packed->computed, {panels_of(packed->outputs), kPanel,
+                                                 panel_depth(packed->computed, packed->inputs)});
   repack_weight(*packed, weight);
   return packed;
 }
@@ -184,11 +187,19 @@ void CpuBackend::repack_weight(PackedWeight& packed_weight, const Tensor& weight
     throw Error("INTERNAL", "Expected the type and shape that the weight was packed with");
   }
   const Tensor source = converted(*this, weight, packed.computed);
+  if (!packed.panels) {
+    amx_->pack(source, packed.amx);
+    return;
+  }
   pack_panels(num_threads(), packed.computed, source.data, packed.outputs, packed.inputs, packed.panels.data);
 }
 
 void CpuBackend::unpack_weight(const PackedWeight& packed_weight, const Tensor& weight) {
   const auto& packed = static_cast<const CpuPackedWeight&>(packed_weight);
+  if (!packed.panels) {
+    amx_->unpack(packed.amx, weight);
+    return;
+  }
   const bool same = packed.computed == weight.dtype;
   const Tensor values = same ? weight : allocate(packed.computed, {packed.outputs, packed.inputs});
   unpack_panels(num_threads(), packed.computed, packed.panels.data, packed.outputs, packed.inputs,
@@ -200,6 +211,10 @@ void CpuBackend::linear(const Tensor& x, const PackedWeight& weight, const Tenso
                         bool accumulate) {
   const auto& packed = static_cast<const CpuPackedWeight&>(weight);
   const int64_t k = packed.inputs, m = x.size() / k;
+  if (!packed.panels) {
+    amx_->linear(x, packed.amx, packed.outputs, k, bias, y, accumulate);
+    return;
+  }
   const Tensor rows = with_whole_pairs(*this, converted(*this, x, packed.computed), m, k);
   const int64_t depth = panel_depth(packed.computed, k);
   multiply(*this,
@@ -214,6 +229,10 @@ void CpuBackend::linear_backward_input(const Tensor& dy, const PackedWeight& wei
   const auto& packed = static_cast<const CpuPackedWeight&>(weight);
   const DType computed = packed.computed;
   const int64_t n = packed.outputs, k = packed.inputs, m = dy.size() / n;
+  if (!packed.panels) {
+    amx_->linear_backward_input(dy, packed.amx, n, k, dx, accumulate);
+    return;
+  }
   const int64_t bytes = static_cast<int64_t>(size_of(computed)), row_bytes = panels_of(k) * kPanel * bytes;
   const int64_t slab = equal_parts(n, std::max(kPanel, kTurnedBytes / row_bytes), kPanel);
   const Tensor rows = with_whole_pairs(*this, converted(*this, dy, computed), m, n);
@@ -226,11 +245,11 @@ void CpuBackend::linear_backward_input(const Tensor& dy, const PackedWeight& wei
   for (int64_t first = 0; first < n; first += slab) {
     const int64_t last = std::min(n, first + slab);
     turn_panels(num_threads(), computed, packed.panels.data, k, first, last, turned.data);
-    multiply(*this,
-             {computed, rows.as<const uint8_t>() + first * bytes, stride, m, k,
-              panel_depth(computed, last - first), turned.as<const uint8_t>(), nullptr,
-              accumulate || first > 0},
-             sums);
+    multiply(
+        *this,
+        {computed, rows.as<const uint8_t>() + first * bytes, stride, m, k,
+         panel_depth(computed, last - first), turned.as<const uint8_t>(), nullptr, accumulate || first > 0},
+        sums);
   }
   if (apart) cast(dx, sums);
 }
@@ -248,22 +267,28 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
     }
   }
   const DType computed = has_tile_kernels(dy.dtype) ? dy.dtype : DType::f32;
+  if (amx_ && computed == DType::bf16) {
+    amx_->linear_backward_weight(dy, x, dw);
+    return;
+  }
   const int64_t bytes = static_cast<int64_t>(size_of(computed));
   const Tensor left = converted(*this, dy, computed), right = converted(*this, x, computed);
   const int64_t tokens = equal_parts(m, kMostTokens, kTokenStep);
-  const int64_t panels = panels_of(k), chunks = (n + kOutputs - 1) / kOutputs;
+  const int64_t most_outputs = kOutputBytes / bytes;
+  const int64_t panels = panels_of(k), chunks = (n + most_outputs - 1) / most_outputs;
   const Tensor x_panels = allocate(computed, {panels, tokens, kPanel});
-  const Tensor columns = allocate(computed, {num_threads(), kOutputs, tokens});
+  const Tensor columns = allocate(computed, {num_threads(), most_outputs, tokens});
   for (int64_t begin = 0; begin < m; begin += tokens) {
-    const int64_t rows = std::min(tokens, m - begin), depth = (rows + kTokenStep - 1) / kTokenStep * kTokenStep;
+    const int64_t rows = std::min(tokens, m - begin),
+                  depth = (rows + kTokenStep - 1) / kTokenStep * kTokenStep;
     pack_rows(num_threads(), computed, right.as<const uint8_t>() + begin * k * bytes, rows, k, depth,
               x_panels.data);
     parallel_for(num_threads(), chunks * panels, 1, [&](int64_t first, int64_t last) {
-      uint8_t* mine = columns.as<uint8_t>() + omp_get_thread_num() * kOutputs * tokens * bytes;
+      uint8_t* mine = columns.as<uint8_t>() + omp_get_thread_num() * most_outputs * tokens * bytes;
       int64_t packed = -1;
       for (int64_t work = first; work < last; ++work) {
         const int64_t chunk = work / panels, q = work % panels;
-        const int64_t output = chunk * kOutputs, outputs = std::min(kOutputs, n - output);
+        const int64_t output = chunk * most_outputs, outputs = std::min(most_outputs, n - output);
         if (chunk != packed) {
           pack_columns(computed, left.as<const uint8_t>() + begin * n * bytes, rows, n, output,
                        output + outputs, depth, mine);

@@ -7,6 +7,7 @@
 #define HWY_TARGET_INCLUDE "backend/cpu/panels.cc"
 #include "backend/cpu/panels.h"
 #include "backend/cpu/parallel.h"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
@@ -135,8 +136,8 @@ void unpack_panels(int threads, DType dtype, const void* panels, int64_t n, int6
   });
 }
 
-void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first,
-                 int64_t last, void* turned) {
+void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first, int64_t last,
+                 void* turned) {
   const int64_t bytes = static_cast<int64_t>(size_of(dtype));
   const int64_t from_depth = panel_depth(dtype, k), to_depth = panel_depth(dtype, last - first);
   parallel_for(threads, panels_of(k), 1, [&](int64_t begin, int64_t end) {
@@ -146,8 +147,7 @@ void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_
       for (int64_t p = first / kPanel; p * kPanel < last; ++p) {
         const uint8_t* from =
             static_cast<const uint8_t*>(panels) + (p * from_depth + q * kPanel) * kPanel * bytes;
-        uint8_t* to =
-            static_cast<uint8_t*>(turned) + (q * to_depth + p * kPanel - first) * kPanel * bytes;
+        uint8_t* to = static_cast<uint8_t*>(turned) + (q * to_depth + p * kPanel - first) * kPanel * bytes;
         if (inputs < kPanel) {
           std::memset(padded, 0, sizeof(padded));
           std::memcpy(padded, from, inputs * kPanel * bytes);
@@ -165,26 +165,37 @@ void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_
   });
 }
 
+// Rows that lie far apart are read in time when they are asked for a few ahead.
+constexpr int64_t kAhead = 8;
+template <typename T>
+HWY_INLINE void fetch(const T* from, int64_t n) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t i = 0; i < n + kLine - 1; i += kLine) hwy::Prefetch(from + std::min(i, n - 1));
+}
+
+// Row by row, so that x is read as it lies.
 void pack_rows(int threads, DType dtype, const void* x, int64_t m, int64_t k, int64_t depth, void* panels) {
-  const int64_t bytes = static_cast<int64_t>(size_of(dtype));
-  parallel_for(threads, panels_of(k), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t q = begin; q < end; ++q) {
-      uint8_t* panel = static_cast<uint8_t*>(panels) + q * depth * kPanel * bytes;
+  const int64_t bytes = static_cast<int64_t>(size_of(dtype)), panel_bytes = depth * kPanel * bytes;
+  auto* to = static_cast<uint8_t*>(panels);
+  const int64_t last_columns = k - (panels_of(k) - 1) * kPanel;
+  parallel_for(threads, depth, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t q = 0; q < panels_of(k); ++q) {
       const int64_t columns = std::min(kPanel, k - q * kPanel);
-      if (columns < kPanel) std::memset(panel, 0, depth * kPanel * bytes);
-      if (dtype == DType::f32) {
-        const float* from = static_cast<const float*>(x) + q * kPanel;
-        auto* to = reinterpret_cast<float*>(panel);
-        for (int64_t i = 0; i < m; ++i) std::copy(from + i * k, from + i * k + columns, to + i * kPanel);
-        std::fill(to + m * kPanel, to + depth * kPanel, 0.0f);
-      } else {
-        const uint16_t* from = static_cast<const uint16_t*>(x) + q * kPanel;
-        for (int64_t i = 0; i < m; i += 2) {
-          interleave(from + i * k, i + 1 < m ? from + (i + 1) * k : nullptr, columns,
-                     panel + i * kPanel * bytes);
+      const int64_t filled = columns < kPanel ? begin : std::clamp(m, begin, end);
+      std::memset(to + q * panel_bytes + filled * kPanel * bytes, 0, (end - filled) * kPanel * bytes);
+    }
+    const int64_t last = std::min(m, end);
+    for (int64_t i = begin; i < last; dtype == DType::f32 ? ++i : i += 2) {
+      for (int64_t q = 0; q < panels_of(k); ++q) {
+        const int64_t columns = q + 1 < panels_of(k) ? kPanel : last_columns;
+        uint8_t* row = to + q * panel_bytes + i * kPanel * bytes;
+        if (dtype == DType::f32) {
+          const float* from = static_cast<const float*>(x) + i * k + q * kPanel;
+          std::copy(from, from + columns, reinterpret_cast<float*>(row));
+        } else {
+          const uint16_t* from = static_cast<const uint16_t*>(x) + i * k + q * kPanel;
+          interleave(from, i + 1 < m ? from + k : nullptr, columns, row);
         }
-        const int64_t done = (m + 1) / 2 * 2;
-        std::memset(panel + done * kPanel * bytes, 0, (depth - done) * kPanel * bytes);
       }
     }
   });
@@ -196,7 +207,10 @@ void pack_columns(DType dtype, const void* y, int64_t m, int64_t n, int64_t firs
   if (dtype == DType::f32) {
     const float* from = static_cast<const float*>(y) + first;
     auto* to = static_cast<float*>(packed);
-    for (int64_t i = 0; i < m; ++i) std::copy(from + i * n, from + i * n + columns, to + i * columns);
+    for (int64_t i = 0; i < m; ++i) {
+      fetch(from + std::min(m - 1, i + kAhead) * n, columns);
+      std::copy(from + i * n, from + i * n + columns, to + i * columns);
+    }
     std::fill(to + m * columns, to + depth * columns, 0.0f);
     return;
   }
@@ -216,6 +230,8 @@ void pack_columns(DType dtype, const void* y, int64_t m, int64_t n, int64_t firs
         if (i >= m) {
           std::memset(row, 0, width * kUnit);
         } else {
+          fetch(from + std::min(m - 1, i + kAhead) * n + left, width);
+          fetch(from + std::min(m - 1, i + 1 + kAhead) * n + left, width);
           interleave(from + i * n + left, i + 1 < m ? from + (i + 1) * n + left : nullptr, width, row);
         }
       }
@@ -262,8 +278,8 @@ void pack_panels(int threads, DType dtype, const void* weight, int64_t n, int64_
 void unpack_panels(int threads, DType dtype, const void* panels, int64_t n, int64_t k, void* weight) {
   HWY_DYNAMIC_DISPATCH(unpack_panels)(threads, dtype, panels, n, k, weight);
 }
-void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first,
-                 int64_t last, void* turned) {
+void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first, int64_t last,
+                 void* turned) {
   HWY_DYNAMIC_DISPATCH(turn_panels)(threads, dtype, panels, k, first, last, turned);
 }
 void pack_rows(int threads, DType dtype, const void* x, int64_t m, int64_t k, int64_t depth, void* panels) {

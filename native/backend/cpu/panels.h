@@ -24,8 +24,8 @@ void pack_panels(int threads, DType dtype, const void* weight, int64_t n, int64_
 void unpack_panels(int threads, DType dtype, const void* panels, int64_t n, int64_t k, void* weight);
 // Panels of rows [first, last) of W, from the panels of W^T: the columns are the K inputs, the depth is those outputs.
 // `first` is a multiple of kPanel.
-void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first,
-                 int64_t last, void* turned);
+void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_t first, int64_t last,
+                 void* turned);
 // Panels of x [M, K] itself: the depth is its M rows, filled up to `depth`.
 void pack_rows(int threads, DType dtype, const void* x, int64_t m, int64_t k, int64_t depth, void* panels);
 // Columns [first, last) of y [M, N] as the other operand of a sum over rows: f32 as [depth, last - first], bf16 as
