@@ -165,8 +165,9 @@ class Backend {
   virtual void reset_peak_memory() = 0;
 
   // ---- matrix products (a library's work: libxsmm, oneDNN, cuBLASLt)
-  // weight [N, K] f32|bf16. for_backward also prepares the layout of linear_backward_input.
-  virtual std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) = 0;
+  // weight [N, K] f32|bf16. for_backward also prepares it for linear_backward_input, for_lookup for embedding.
+  virtual std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
+                                                    bool for_lookup = false) = 0;
   virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;
   // weight [N, K] of the type it was packed from = the very values it was packed from.
   virtual void unpack_weight(const PackedWeight& packed, const Tensor& weight) = 0;
@@ -182,8 +183,8 @@ class Backend {
                                       const Tensor& dbias) = 0;
 
   // ---- embedding
-  virtual void embedding(const Tensor& ids, const Tensor& table,
-                         const Tensor& y) = 0;  // [T] i32, [V, H], [T, H]
+  // y[T, H] f32|bf16 = rows of the table [V, H]; ids [T] i32.
+  virtual void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) = 0;
   // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens.
   virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.

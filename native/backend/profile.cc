@@ -118,9 +118,10 @@ void ProfiledBackend::cast(const Tensor& destination, const Tensor& source) {
 
 // ---- matrix products
 
-std::unique_ptr<PackedWeight> ProfiledBackend::pack_weight(const Tensor& weight, bool for_backward) {
+std::unique_ptr<PackedWeight> ProfiledBackend::pack_weight(const Tensor& weight, bool for_backward,
+                                                           bool for_lookup) {
   return timed("pack_weight", {0.0, 2.0 * bytes_of({weight})},
-               [&] { return backend_->pack_weight(weight, for_backward); });
+               [&] { return backend_->pack_weight(weight, for_backward, for_lookup); });
 }
 
 void ProfiledBackend::repack_weight(PackedWeight& packed, const Tensor& weight) {
@@ -154,7 +155,7 @@ void ProfiledBackend::unpack_weight(const PackedWeight& packed, const Tensor& we
 
 // ---- what is bound by memory
 
-void ProfiledBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
+void ProfiledBackend::embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) {
   timed("embedding", {0.0, 2.0 * bytes_of({y})}, [&] { backend_->embedding(ids, table, y); });
 }
 

@@ -47,7 +47,8 @@ class ProfiledBackend final : public Backend {
   int64_t memory_peak() const override { return backend_->memory_peak(); }
   void reset_peak_memory() override { backend_->reset_peak_memory(); }
 
-  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
+  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
+                                            bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
@@ -57,7 +58,7 @@ class ProfiledBackend final : public Backend {
   void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
                               const Tensor& dbias) override;
 
-  void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) override;
+  void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
   void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
   void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,

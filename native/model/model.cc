@@ -81,7 +81,7 @@ Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training&
     : backend_(backend),
       arena_(arena),
       config_(std::move(config)),
-      parameters_(backend, config_, training),
+      parameters_(backend, arena, config_, training),
       transformer_(backend, config_, parameters_) {
   initialize_adapters(training.lora_seed);
 }
@@ -116,6 +116,7 @@ void Model::change_weights() {
 
 void Model::prepare() {
   if (!stale_) return;
+  arena_.reset();
   parameters_.refresh();
   stale_ = false;
 }
@@ -146,6 +147,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
     }
   }
   change_weights();
+  arena_.reset();
   // The parts of a parameter one after another, and it is packed before the next, so that few values stand beside
   // their packed forms.
   std::vector<std::pair<const NamedParameter*, const TensorSource*>> ordered;
@@ -167,6 +169,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
 void Model::initialize(uint64_t seed, float standard_deviation) {
   constexpr int64_t kStretch = int64_t{1} << 20;
   change_weights();
+  arena_.reset();
   std::vector<float> data;
   uint32_t stream = 0;
   Parameter* open = nullptr;
@@ -390,6 +393,7 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
     if (kept_) kept_->clear();
+    arena_.reset();
     parameters_.update(adamw, options.weight_decay);
   }
   zero_gradients();

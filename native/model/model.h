@@ -127,7 +127,7 @@ class Model {
   Parameters parameters_;
   Transformer transformer_;
   std::unique_ptr<KeptForward> kept_;
-  bool stale_ = true;  // the packed weights and the embedding table do not hold `value`
+  bool stale_ = true;  // the packed weights do not hold `value`
 };
 
 }  // namespace merf

@@ -96,13 +96,13 @@ std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t l
   return named;
 }
 
-Parameters::Parameters(Backend& backend, const ModelConfig& config, const Training& training)
+Parameters::Parameters(Backend& backend, Arena& arena, const ModelConfig& config, const Training& training)
     : layers(static_cast<size_t>(config.layers)),
       backend_(backend),
       config_(config),
       training_(training),
-      tied_(config.tied_head) {
-  int64_t largest = 0;
+      tied_(config.tied_head),
+      arena_(arena) {
   visit_parameters(config, training.lora_rank, this,
                    [&](Parameter* parameter, const std::vector<int64_t>& shape,
                        const std::vector<Slice>& slices, const Adapter* adapted, bool adapter) {
@@ -112,13 +112,10 @@ Parameters::Parameters(Backend& backend, const ModelConfig& config, const Traini
                      parameter->dtype = f32 ? DType::f32 : config.dtype;
                      all_.push_back(parameter);
                      if (parameter->trained) trained_.push_back(parameter);
-                     // The table is a value that stays, so that its update needs no place but for a copy.
-                     const bool table = parameter == &embedding && parameter->dtype == config.dtype;
-                     if (parameter->trained && parameter->matrix() && !table)
-                       largest = std::max(largest, parameter->size());
+                     if (parameter->trained && parameter->matrix())
+                       staged_size_ = std::max(staged_size_, parameter->size());
                      append_named(named_, parameter, shape, slices, adapted, adapter);
                    });
-  if (largest > 0) staging_ = backend.allocate(config.dtype, {largest});
   // What is not written before it is used is 0.
   for (Parameter* parameter : all_) {
     if (!parameter->matrix()) open_value(*parameter);
@@ -188,19 +185,11 @@ void Parameters::zero_gradients() {
 }
 
 void Parameters::make_products(Parameter& parameter, const Tensor& source) {
-  if (&parameter == &embedding) {
-    if (source.data == parameter.value.data) {
-      parameter.table = parameter.value;
-    } else {
-      if (!parameter.table) parameter.table = allocate_like(backend_, config_.dtype, parameter.shape);
-      backend_.copy(parameter.table, source);
-    }
-    if (!tied_) return;
-  }
   if (parameter.packed) {
     backend_.repack_weight(*parameter.packed, source);
   } else {
-    parameter.packed = backend_.pack_weight(source, training_.trainable);
+    const bool lookup = &parameter == &embedding;
+    parameter.packed = backend_.pack_weight(source, training_.trainable && (!lookup || tied_), lookup);
   }
 }
 
@@ -212,10 +201,11 @@ void Parameters::refresh(Parameter& parameter) {
   }
   if (parameter.value.dtype == config_.dtype) {
     make_products(parameter, parameter.value);
-    if (parameter.packed && &parameter != &embedding) parameter.value = {};
+    parameter.value = {};
     return;
   }
-  const Tensor staged = staging_.rows(0, parameter.size()).view({parameter.shape[0], parameter.shape[1]});
+  const ArenaScope scope(arena_);
+  const Tensor staged = arena_.take(config_.dtype, {parameter.shape[0], parameter.shape[1]});
   backend_.cast(staged, parameter.value);
   make_products(parameter, staged);
 }
@@ -282,6 +272,8 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
   };
   std::vector<AdamWTensor> tensors;
   std::vector<Update> updates;
+  const ArenaScope scope(arena_);
+  const Tensor staging = arena_.take(config_.dtype, {staged_size_});
   int64_t staged = 0;
   const auto flush = [&] {
     backend_.adamw(tensors, options);
@@ -293,9 +285,9 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
     staged = 0;
   };
   const auto stage = [&](const Parameter& parameter) {
-    if (staged + parameter.size() > staging_.size()) flush();
+    if (staged + parameter.size() > staging.size()) flush();
     staged += parameter.size();
-    return staging_.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
+    return staging.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
   };
   for (Parameter* parameter : trained_) {
     Tensor master = parameter->value, copy;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend/backend.h"
+#include "model/arena.h"
 #include "model/config.h"
 
 namespace merf {
@@ -39,10 +40,10 @@ struct Parameter {
   bool trained = false;        // has a gradient and moments
   DType dtype = DType::f32;    // of `value`
   Tensor value;
-  Tensor gradient;                       // f32; made at the first backward
-  Tensor adam_m, adam_v;                 // f32; made at the first update
-  Tensor table;                          // the embedding table that is looked up, of the model's dtype
-  std::unique_ptr<PackedWeight> packed;  // of the model's dtype, for products
+  Tensor gradient;        // f32; made at the first backward
+  Tensor adam_m, adam_v;  // f32; made at the first update
+  std::unique_ptr<PackedWeight>
+      packed;  // of the model's dtype, for products and, of the embedding, for lookups
 
   bool matrix() const { return shape.size() == 2; }
   int64_t size() const {
@@ -97,7 +98,7 @@ std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t l
 
 class Parameters {
  public:
-  Parameters(Backend& backend, const ModelConfig& config, const Training& training);
+  Parameters(Backend& backend, Arena& arena, const ModelConfig& config, const Training& training);
 
   Parameter embedding;
   std::vector<LayerParameters> layers;
@@ -125,7 +126,7 @@ class Parameters {
   void drop_gradients();
   bool has_gradients() const { return !trained_.empty() && trained_.front()->gradient; }
   int64_t trained_size() const;
-  // Brings the copies that operators read (packed weights, the embedding table) up to date with `value`.
+  // Brings the copies that operators read (packed weights) up to date with `value`.
   void refresh();
   void refresh(Parameter& parameter);
 
@@ -148,8 +149,10 @@ class Parameters {
   const ModelConfig& config_;
   const Training training_;
   bool tied_;
-  // A matrix in training on its way from the master to its packed form, or from there to the master and back.
-  Tensor staging_;
+  // Where matrices in training stand for a moment on their way from the master to their packed form, or from there to
+  // the master and back; the largest has room in it.
+  Arena& arena_;
+  int64_t staged_size_ = 0;
   std::vector<Parameter*> all_, trained_;
   std::vector<NamedParameter> named_;
 };

@@ -131,7 +131,7 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
                           Activations& activations, const Cancel& cancel, const char* work) {
   const float epsilon = config_.rms_norm_epsilon;
   const Tensor none;
-  backend_.embedding(ids, parameters_.embedding.table, activations.layers[0].attention_input);
+  backend_.embedding(ids, *parameters_.embedding.packed, activations.layers[0].attention_input);
   // to = from + projection(x); in place where the two are one buffer.
   const auto add_product = [&](const Tensor& from, const Tensor& x, const Projection& projection,
                                const Tensor& to) {

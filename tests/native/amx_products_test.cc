@@ -28,7 +28,7 @@ TEST_CASE("oneDNN's products of bfloat16 agree with float64") {
     const auto bias = random.normals(n), y_before = random.normals(m * n), dw_before = random.normals(n * k);
     const Tensor tx = upload(backend, DType::bf16, {m, k}, x), tdy = upload(backend, DType::bf16, {m, n}, dy);
     const Tensor tw = upload(backend, DType::bf16, {n, k}, w);
-    AmxProducts::Packed packed;
+    AmxProducts::Packed packed{true, true, {}, {}};
     products.pack(tw, packed);
     backend.zero(tw);
     products.unpack(packed, tw);

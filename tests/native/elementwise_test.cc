@@ -132,7 +132,7 @@ TEST_CASE("operators on no tokens do nothing") {
       backend.rms_norm_backward(none, none, weight, rstd, none, weight);
       backend.add(none, none);
       backend.cast(none, backend.allocate(DType::f32, {0, width}));
-      backend.embedding(ids, table, none);
+      backend.embedding(ids, *backend.pack_weight(table, false, true), none);
       backend.gather_rows(table, ids, none);
       backend.embedding_backward(ids, none, table);
       backend.rope({none.data, dtype, 0, 1, width, width}, ids, weight, false);
@@ -187,9 +187,10 @@ TEST_CASE("embedding gathers rows and its backward sums them in the order of the
         const auto table = stored(random.normals(vocabulary * width), dtype);
         const Tensor tids = upload(backend, {tokens}, ids);
         const Tensor ttable = upload(backend, dtype, {vocabulary, width}, table);
+        const auto packed = backend.pack_weight(ttable, false, true);
         for (const DType out : kTypes) {
           const Tensor y = poisoned(backend, out, {tokens, width});
-          backend.embedding(tids, ttable, y);
+          backend.embedding(tids, *packed, y);
           std::vector<float> expected;
           for (const int32_t id : ids) {
             expected.insert(expected.end(), table.begin() + id * width, table.begin() + (id + 1) * width);
@@ -277,8 +278,9 @@ TEST_CASE("what decoding repeats gives the same when it is recorded") {
     const Tensor frequencies = upload(backend, DType::f32, {4}, {1.0f, 0.1f, 0.01f, 0.001f});
     const Tensor picked = upload(backend, {2}, std::vector<int32_t>{2, 0});
     const SamplingOptions options{0.8f, 40, 0.9f, 0.01f, 5};
+    const auto packed = backend.pack_weight(table, false, true);
     const auto step = [&] {
-      backend.embedding(ids, table, x);
+      backend.embedding(ids, *packed, x);
       backend.rms_norm(x, delta, weight, 1e-5f, y, {});
       backend.rope({y.data, DType::bf16, rows, 9, 8, width}, ids, frequencies, false);
       backend.add(x, y);

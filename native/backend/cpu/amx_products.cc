@@ -136,9 +136,11 @@ void AmxProducts::pack(const Tensor& weight, Packed& packed) {
   const auto in = memory::data_type::bf16;
   const auto [forward, backward] =
       in_library([&] { return std::pair(packed_layout(k, n), packed_layout(n, k)); });
-  if (!packed.forward) packed = {room_for(backend_, forward), room_for(backend_, backward)};
+  if (!packed.forward) packed.forward = room_for(backend_, forward);
+  if (packed.for_backward && !packed.backward) packed.backward = room_for(backend_, backward);
   reorder({{k, n}, in, memory::format_tag::ba}, weight.data, forward, packed.forward.data);
-  reorder({{n, k}, in, memory::format_tag::ab}, weight.data, backward, packed.backward.data);
+  if (packed.backward)
+    reorder({{n, k}, in, memory::format_tag::ab}, weight.data, backward, packed.backward.data);
 }
 
 void AmxProducts::unpack(const Packed& packed, const Tensor& weight) {

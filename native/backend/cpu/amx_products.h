@@ -18,6 +18,8 @@ class AmxProducts {
  public:
   // A weight [N, K] in oneDNN's layouts for either product.
   struct Packed {
+    bool wanted = false;        // this, and not panels
+    bool for_backward = false;  // the second of them as well
     Tensor forward, backward;
   };
 

@@ -38,7 +38,8 @@ class CpuBackend final : public Backend {
   void reset_peak_memory() override;
 
   // matmul.cc
-  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward) override;
+  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
+                                            bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
@@ -49,7 +50,7 @@ class CpuBackend final : public Backend {
                               const Tensor& dbias) override;
 
   // embedding.cc
-  void embedding(const Tensor& ids, const Tensor& table, const Tensor& y) override;
+  void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
   void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
 

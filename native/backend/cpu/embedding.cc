@@ -9,6 +9,8 @@
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/embedding.cc"
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/packed_weight.h"
+#include "backend/cpu/panels.h"
 #include "backend/cpu/parallel.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
@@ -68,14 +70,37 @@ void CpuBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& 
                });
 }
 
-void CpuBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
-  if (table.dtype == y.dtype) {
-    gather_rows(table, ids, y);
-    return;
+void CpuBackend::embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) {
+  const auto& packed = static_cast<const CpuPackedWeight&>(table);
+  // Where products are computed in float32, so are the panels.
+  const bool bf16_panels = packed.computed == DType::bf16;
+  const int64_t size = packed.inputs, depth = panel_depth(packed.computed, size);
+  const int32_t* id = ids.as<const int32_t>();
+  const auto look_up = [&](auto* to, const auto* panels) {
+    using To = std::remove_pointer_t<decltype(to)>;
+    parallel_for(num_threads(), ids.size(), rows_of_elements(size, 1 << 12), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const auto* panel = panels + id[i] / kPanel * depth * kPanel;
+        const int64_t column = id[i] % kPanel;
+        for (int64_t j = 0; j < size; ++j) {
+          const int64_t at = bf16_panels ? (j / 2 * kPanel + column) * 2 + j % 2 : j * kPanel + column;
+          to[i * size + j] = from_f32<To>(to_f32(panel[at]));
+        }
+      }
+    });
+  };
+  const auto from_panels = [&](auto* to) {
+    if (bf16_panels) {
+      look_up(to, packed.panels.as<const bf16>());
+    } else {
+      look_up(to, packed.panels.as<const float>());
+    }
+  };
+  if (y.dtype == DType::bf16) {
+    from_panels(y.as<bf16>());
+  } else {
+    from_panels(y.as<float>());
   }
-  const Tensor rows = allocate(table.dtype, {ids.size(), table.row_size()});
-  gather_rows(table, ids, rows);
-  cast(y, rows);
 }
 
 void CpuBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {

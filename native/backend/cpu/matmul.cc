@@ -13,8 +13,8 @@
 #include <type_traits>
 
 #include "backend/bf16.h"
-#include "backend/cpu/amx_products.h"
 #include "backend/cpu/cpu_backend.h"
+#include "backend/cpu/packed_weight.h"
 #include "backend/cpu/panels.h"
 #include "backend/cpu/parallel.h"
 #include "backend/cpu/tile_kernel.h"
@@ -42,15 +42,6 @@ int64_t equal_parts(int64_t n, int64_t most, int64_t step) {
   const int64_t parts = std::max<int64_t>(1, (n + most - 1) / most);
   return std::max(step, ((n + parts - 1) / parts + step - 1) / step * step);
 }
-
-// A weight [N, K] as the products read it.
-class CpuPackedWeight final : public PackedWeight {
- public:
-  // The type that is computed in: f32 for a bf16 weight where the processor has no bf16 products.
-  DType computed = DType::f32;
-  Tensor panels;            // of W^T
-  AmxProducts::Packed amx;  // instead, where the processor has it
-};
 
 Tensor converted(CpuBackend& backend, const Tensor& tensor, DType dtype) {
   if (tensor.dtype == dtype) return tensor;
@@ -167,15 +158,19 @@ void add_column_sums(int threads, const T* x, int64_t m, int64_t n, float* sums)
 
 }  // namespace
 
-std::unique_ptr<PackedWeight> CpuBackend::pack_weight(const Tensor& weight, bool /*for_backward*/) {
+std::unique_ptr<PackedWeight> CpuBackend::pack_weight(const Tensor& weight, bool for_backward,
+                                                      bool for_lookup) {
   auto packed = std::make_unique<CpuPackedWeight>();
   packed->outputs = weight.shape[0];
   packed->inputs = weight.row_size();
   packed->dtype = weight.dtype;
   packed->computed = has_tile_kernels(weight.dtype) ? weight.dtype : DType::f32;
-  if (!(amx_ && packed->computed == DType::bf16))
+  packed->amx.wanted = amx_ && packed->computed == DType::bf16;
+  packed->amx.for_backward = for_backward;
+  if (!packed->amx.wanted || for_lookup) {
     packed->panels = allocate(packed->computed, {panels_of(packed->outputs), kPanel,
                                                  panel_depth(packed->computed, packed->inputs)});
+  }
   repack_weight(*packed, weight);
   return packed;
 }
@@ -187,16 +182,16 @@ void CpuBackend::repack_weight(PackedWeight& packed_weight, const Tensor& weight
     throw Error("INTERNAL", "Expected the type and shape that the weight was packed with");
   }
   const Tensor source = converted(*this, weight, packed.computed);
-  if (!packed.panels) {
-    amx_->pack(source, packed.amx);
-    return;
+  if (packed.amx.wanted) amx_->pack(source, packed.amx);
+  if (packed.panels) {
+    pack_panels(num_threads(), packed.computed, source.data, packed.outputs, packed.inputs,
+                packed.panels.data);
   }
-  pack_panels(num_threads(), packed.computed, source.data, packed.outputs, packed.inputs, packed.panels.data);
 }
 
 void CpuBackend::unpack_weight(const PackedWeight& packed_weight, const Tensor& weight) {
   const auto& packed = static_cast<const CpuPackedWeight&>(packed_weight);
-  if (!packed.panels) {
+  if (packed.amx.wanted) {
     amx_->unpack(packed.amx, weight);
     return;
   }
@@ -211,7 +206,7 @@ void CpuBackend::linear(const Tensor& x, const PackedWeight& weight, const Tenso
                         bool accumulate) {
   const auto& packed = static_cast<const CpuPackedWeight&>(weight);
   const int64_t k = packed.inputs, m = x.size() / k;
-  if (!packed.panels) {
+  if (packed.amx.wanted) {
     amx_->linear(x, packed.amx, packed.outputs, k, bias, y, accumulate);
     return;
   }
@@ -229,7 +224,7 @@ void CpuBackend::linear_backward_input(const Tensor& dy, const PackedWeight& wei
   const auto& packed = static_cast<const CpuPackedWeight&>(weight);
   const DType computed = packed.computed;
   const int64_t n = packed.outputs, k = packed.inputs, m = dy.size() / n;
-  if (!packed.panels) {
+  if (packed.amx.wanted) {
     amx_->linear_backward_input(dy, packed.amx, n, k, dx, accumulate);
     return;
   }

@@ -23,7 +23,7 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kPage = size_t{64} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
-constexpr size_t kIdleBytes = size_t{256} << 20;
+constexpr size_t kIdleBytes = size_t{96} << 20;
 // Asking the system what is left costs some microseconds, so only where it matters.
 constexpr size_t kCheckedBytes = size_t{32} << 20;
 constexpr size_t kReserveBytes = size_t{64} << 20;

@@ -9,6 +9,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/atomic.h"
 #include "backend/cuda/primitives/convert.h"
+#include "backend/cuda/products.h"
 #include "backend/cuda/widths.h"
 
 namespace merf::cuda {
@@ -131,7 +132,8 @@ void CudaBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor&
   });
 }
 
-void CudaBackend::embedding(const Tensor& ids, const Tensor& table, const Tensor& y) {
+void CudaBackend::embedding(const Tensor& ids, const PackedWeight& packed, const Tensor& y) {
+  const Tensor& table = static_cast<const CudaPackedWeight&>(packed).values;
   with_type(table.dtype, [&](auto from) {
     with_type(y.dtype,
               [&](auto to) { gather<decltype(from), decltype(to)>(gpu(), "embedding", table, ids, y); });

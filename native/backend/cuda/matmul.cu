@@ -371,7 +371,7 @@ const Tensor& values_of(const PackedWeight& weight) {
 
 }  // namespace
 
-std::unique_ptr<PackedWeight> CudaBackend::pack_weight(const Tensor& weight, bool) {
+std::unique_ptr<PackedWeight> CudaBackend::pack_weight(const Tensor& weight, bool, bool) {
   auto packed = std::make_unique<CudaPackedWeight>();
   packed->outputs = weight.shape[0];
   packed->inputs = weight.row_size();
