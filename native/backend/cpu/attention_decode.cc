@@ -321,7 +321,7 @@ template <typename T>
 void write_pages(int threads, const HeadsView& k, const HeadsView& v, const int32_t* slots,
                  const PagedLayer& cache) {
   const int64_t size = k.head_size, heads = k.heads;
-  parallel_for(threads, k.tokens, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, k.tokens, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (slots[t] < 0) continue;
       const int64_t page = slots[t] / kPageTokens;
