@@ -72,6 +72,9 @@ constexpr int kTileVectors = 4;
 constexpr int kTileVectors = 2;
 #endif
 
+// Vectors of one row whose weights are computed together.
+constexpr int kSoftmaxVectors = kTileVectors;
+
 // Fewer rows take more vectors at a time, lest their sums wait for each other.
 template <int R>
 constexpr int kVectorsBeside = R == 1   ? 8
@@ -351,19 +354,32 @@ HWY_INLINE void store_step_and_rows(FloatVec first, FloatVec second, Pair* step,
 }
 #endif
 
-// scores[0..vectors), those that are masked minus infinity, become 2^(score - maximum); returns their sum. The weights
-// may take the place of the scores.
+// scores[0..vectors), those that are masked minus infinity, become 2^(score - maximum); returns `sum` plus theirs. The
+// weights may take the place of the scores.
 template <typename Operand>
-HWY_INLINE double softmax_weights(int64_t vectors, float maximum, const float* scores, Operand* weights) {
+HWY_INLINE WideVec softmax_weights(int64_t vectors, float maximum, const float* scores, Operand* weights,
+                                   WideVec sum) {
   // A row that sees no key has maximum -inf, and -inf - -inf is no number.
   const FloatVec most = hn::Set(kFloatTag, maximum == kMinusInfinity ? 0.0f : maximum);
-  WideVec sum = hn::Zero(WideTag());
-  for (int64_t v = 0; v < vectors; ++v) {
-    const FloatVec w = exact_weight(hn::Sub(hn::LoadU(kFloatTag, scores + v * kLanes), most));
-    store_row(w, weights + v * kLanes / kPerOperand<Operand>);
-    sum = add_wide(sum, w);
+  const auto weigh = [&](int64_t v, auto count, WideVec* sums) {
+    constexpr int kCount = decltype(count)::value;
+    FloatVec w[kCount];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) w[i] = hn::Sub(hn::LoadU(kFloatTag, scores + (v + i) * kLanes), most);
+    exact_weights(w);
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount; ++i) {
+      store_row(w[i], weights + (v + i) * kLanes / kPerOperand<Operand>);
+      sums[i % 2] = add_wide(sums[i % 2], w[i]);
+    }
+  };
+  WideVec sums[2] = {sum, hn::Zero(WideTag())};
+  int64_t v = 0;
+  for (; v + kSoftmaxVectors <= vectors; v += kSoftmaxVectors) {
+    weigh(v, std::integral_constant<int, kSoftmaxVectors>(), sums);
   }
-  return sum_of_lanes(sum);
+  for (; v < vectors; ++v) weigh(v, std::integral_constant<int, 1>(), sums);
+  return hn::Add(sums[0], sums[1]);
 }
 
 // The greatest of `most`, lane by lane, and of scores[0..vectors).

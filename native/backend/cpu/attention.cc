@@ -143,12 +143,11 @@ HWY_INLINE int64_t forward_query_tokens(const AttentionShape& s) {
 }
 
 struct ForwardScratch {
-  float* query;     // [rows, head_size] as operands
-  float* output;    // [rows, padded]
-  float* greatest;  // [rows, kLanes], of the scores, lane by lane
-  float*
-      scores;  // [rows, columns], kKeyBlock columns for each block of keys that is seen; weights take their place
-  std::vector<double> sums;
+  float* query;                 // [rows, head_size] as operands
+  float* output;                // [rows, padded]
+  float* greatest;              // [rows, kLanes], of the scores, lane by lane
+  float* scores;                // [blocks of keys that are seen, rows, kKeyBlock]; weights take their place
+  std::vector<double> sums;     // [rows, kWideLanes], of the weights, lane by lane
   std::vector<int32_t> blocks;  // those that are seen
   std::vector<KeySpan> spans;   // [blocks, strips of rows]
   static int64_t floats(int64_t rows, int64_t head_size, int64_t padded, int64_t columns) {
@@ -159,7 +158,7 @@ struct ForwardScratch {
         output(query + rows * head_size),
         greatest(output + rows * padded),
         scores(greatest + rows * kLanes),
-        sums(rows) {}
+        sums(rows * kWideLanes) {}
 };
 
 template <typename T, typename Operand>
@@ -182,8 +181,6 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
   for (int64_t block = 0; block < mask.key_blocks() && block * kKeyBlock <= last; ++block) {
     if (mask.touches(block, first, last)) scratch.blocks.push_back(static_cast<int32_t>(block));
   }
-  const int64_t columns = static_cast<int64_t>(scratch.blocks.size()) * kKeyBlock;
-
   alignas(64) int32_t visibility[kKeyBlock];
   for (size_t i = 0; i < scratch.blocks.size(); ++i) {
     const int64_t block = scratch.blocks[i];
@@ -194,20 +191,20 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
       scratch.spans.push_back(span);
       if (span.begin == span.end) continue;
       const int64_t vectors = (span.end - span.begin) / kLanes;
-      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
+      float* scores = scratch.scores + (static_cast<int64_t>(i) * rows + r) * kKeyBlock + span.begin;
       multiply<Into::overwrite_scaled>(count, vectors, size / kWidth, query + r * (size / kWidth),
                                        size / kWidth, 1,
                                        keys + block * (size / kWidth) * kKeyBlock + span.begin, kKeyBlock,
-                                       scores, columns, s.scale * kLog2e);
+                                       scores, kKeyBlock, s.scale * kLog2e);
       if (span.masked && !visibility_ready) block_visibility(s, block, visibility);
       visibility_ready = visibility_ready || span.masked;
       for (int64_t j = 0; j < count; ++j) {
         if (span.masked) {
           mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, first + (r + j) / group,
-                   kMinusInfinity, scores + j * columns);
+                   kMinusInfinity, scores + j * kKeyBlock);
         }
         float* most = scratch.greatest + (r + j) * kLanes;
-        hn::StoreU(greatest(vectors, scores + j * columns, hn::LoadU(kFloatTag, most)), kFloatTag, most);
+        hn::StoreU(greatest(vectors, scores + j * kKeyBlock, hn::LoadU(kFloatTag, most)), kFloatTag, most);
       }
     }
   }
@@ -223,13 +220,15 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
       const KeySpan span = scratch.spans[next_span++];
       if (span.begin == span.end) continue;
       const int64_t width = span.end - span.begin;
-      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
+      float* scores = scratch.scores + (static_cast<int64_t>(i) * rows + r) * kKeyBlock + span.begin;
       auto* weights = reinterpret_cast<Operand*>(scores);
       for (int64_t j = 0; j < count; ++j) {
-        scratch.sums[r + j] += softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes],
-                                               scores + j * columns, weights + j * columns);
+        double* sum = scratch.sums.data() + (r + j) * kWideLanes;
+        hn::StoreU(softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * kKeyBlock,
+                                   weights + j * kKeyBlock, hn::LoadU(WideTag(), sum)),
+                   WideTag(), sum);
       }
-      multiply<Into::add>(count, padded / kLanes, width / kWidth, weights, columns, 1,
+      multiply<Into::add>(count, padded / kLanes, width / kWidth, weights, kKeyBlock, 1,
                           block_values + span.begin / kWidth * padded, padded, scratch.output + r * padded,
                           padded);
     }
@@ -237,7 +236,7 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first + r / group, head = kv_head * group + r % group;
-    const double sum = scratch.sums[r];
+    const double sum = sum_of_lanes(hn::LoadU(WideTag(), scratch.sums.data() + r * kWideLanes));
     store_output(scratch.output + r * padded, size, sum, row_of<T>(out, token, head));
     lse[head * s.tokens + token] =
         sum == 0.0 ? kMinusInfinity

@@ -239,8 +239,9 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;
     const FloatVec most = greatest(vectors, scores, hn::Set(kFloatTag, kMinusInfinity));
-    scratch.sums[r] = softmax_weights(vectors, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)), scores,
-                                      reinterpret_cast<Operand*>(scores));
+    scratch.sums[r] =
+        sum_of_lanes(softmax_weights(vectors, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)), scores,
+                                     reinterpret_cast<Operand*>(scores), hn::Zero(WideTag())));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
   for (const DecodePiece& piece : task.pieces) {
