@@ -27,18 +27,18 @@
 
 namespace merf {
 
-// One run against those neighbouring rows of a task that see it from the same column of their scores on.
-struct DecodePiece {
-  const int32_t* pages;
-  int64_t tokens;
+// One page of a run against those neighbouring rows of a task that see the run from the same column of their scores on.
+struct DecodePage {
+  int64_t page;
+  int64_t tokens;                // of the run, in this page
   int64_t first_row, row_count;  // in the task
   int64_t column;
 };
 
 struct DecodeTask {
-  std::vector<DecodePiece> pieces;  // in the plan's order
-  std::vector<int32_t> rows;        // of the batch
-  std::vector<int64_t> columns;     // of each row
+  std::vector<DecodePage> pages;  // in the plan's order
+  std::vector<int32_t> rows;      // of the batch
+  std::vector<int64_t> columns;   // of each row
 };
 
 struct DecodeWork {
@@ -81,15 +81,19 @@ void lay_out(DecodeWork& work, int64_t task_rows) {
     for (int32_t i = 0; i < run.row_count; ++i) places.push_back(place[plan.rows[run.first_row + i]]);
     std::sort(places.begin(), places.end());
     const int64_t width = (run.tokens + kColumnUnit - 1) / kColumnUnit * kColumnUnit;
+    const int64_t pages = (run.tokens + kPageTokens - 1) / kPageTokens;
     int32_t before = -1;
     for (const int32_t at : places) {
       DecodeTask& task = work.tasks[at / task_rows];
       const int64_t row = at % task_rows, column = task.columns[row];
-      const bool joins = at == before + 1 && row > 0 && task.pieces.back().column == column;
-      if (joins) {
-        ++task.pieces.back().row_count;
+      if (at == before + 1 && row > 0 && task.pages.end()[-pages].column == column) {
+        for (int64_t i = 1; i <= pages; ++i) ++task.pages.end()[-i].row_count;
       } else {
-        task.pieces.push_back({plan.pages.data() + run.first_page, run.tokens, row, 1, column});
+        for (int64_t i = 0; i < pages; ++i) {
+          const int64_t token = i * kPageTokens;
+          task.pages.push_back({plan.pages[run.first_page + i], std::min(kPageTokens, run.tokens - token),
+                                row, 1, column + token});
+        }
       }
       task.columns[row] += width;
       work.most_columns = std::max(work.most_columns, task.columns[row]);
@@ -192,12 +196,18 @@ HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const O
   }
 }
 
-// Calls body(page, tokens, column) for the pages of a piece: where the page begins in the cache, how many of its tokens
-// are in the run, and their first column.
-template <class Body>
-HWY_INLINE void for_pages(const DecodePiece& piece, Body&& body) {
-  for (int64_t token = 0; token < piece.tokens; token += kPageTokens) {
-    body(piece.pages[token / kPageTokens], std::min(kPageTokens, piece.tokens - token), piece.column + token);
+// Pages lie anywhere in a cache that is larger than the processor's: each is fetched while the one before it is worked
+// on. Of the keys those columns that its first `tokens` take, of the values their rows.
+template <typename Stored>
+HWY_INLINE void prefetch_keys(const Stored* page, int64_t size, int64_t tokens) {
+  for (int64_t d = 0; d < size / kPerOperand<Stored>; ++d) {
+    for (int64_t t = 0; t < tokens; t += 16) __builtin_prefetch(page + d * kPageTokens + t);
+  }
+}
+template <typename Stored>
+HWY_INLINE void prefetch_values(const Stored* page, int64_t size, int64_t tokens) {
+  for (int64_t i = 0; i < round_up(tokens, kPerOperand<Stored>) / kPerOperand<Stored> * size; i += 16) {
+    __builtin_prefetch(page + i);
   }
 }
 
@@ -220,21 +230,24 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
   };
   auto* page_scratch = reinterpret_cast<Operand*>(scratch.page);
 
-  for (const DecodePiece& piece : task.pieces) {
-    const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
-      float* scores = scratch.scores + first * columns + column;
-      multiply<Into::overwrite_scaled>(count, (tokens + kLanes - 1) / kLanes, steps, query + first * steps,
-                                       steps, 1,
-                                       page_keys(in_cache(cache.keys, page), size, tokens, page_scratch),
-                                       kPageTokens, scores, columns, scale * kLog2e);
-      const int64_t end = round_up(tokens, kColumnUnit);
-      if (tokens == end) return;
-      for (int64_t r = 0; r < count; ++r) {
-        std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
-      }
-    });
+  for (size_t i = 0; i < task.pages.size(); ++i) {
+    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
+    if (i + 1 < task.pages.size()) {
+      prefetch_keys(in_cache(cache.keys, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
+    }
+    const int64_t first = first_row * group, count = row_count * group;
+    float* scores = scratch.scores + first * columns + column;
+    multiply<Into::overwrite_scaled>(count, (tokens + kLanes - 1) / kLanes, steps, query + first * steps,
+                                     steps, 1,
+                                     page_keys(in_cache(cache.keys, page), size, tokens, page_scratch),
+                                     kPageTokens, scores, columns, scale * kLog2e);
+    const int64_t end = round_up(tokens, kColumnUnit);
+    if (tokens == end) continue;
+    for (int64_t r = 0; r < count; ++r) {
+      std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
+    }
   }
+  prefetch_values(in_cache(cache.values, task.pages[0].page), size, task.pages[0].tokens);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;
@@ -244,14 +257,16 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
                                      reinterpret_cast<Operand*>(scores), hn::Zero(WideTag())));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
-  for (const DecodePiece& piece : task.pieces) {
-    const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
-      const auto* weights = reinterpret_cast<const Operand*>(scratch.scores + first * columns);
-      add_values(count, tokens, padded, weights + column / kPerOperand<Operand>, columns,
-                 page_values(in_cache(cache.values, page), size, tokens, padded, page_scratch),
-                 scratch.output + first * padded);
-    });
+  for (size_t i = 0; i < task.pages.size(); ++i) {
+    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
+    if (i + 1 < task.pages.size()) {
+      prefetch_values(in_cache(cache.values, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
+    }
+    const int64_t first = first_row * group, count = row_count * group;
+    const auto* weights = reinterpret_cast<const Operand*>(scratch.scores + first * columns);
+    add_values(count, tokens, padded, weights + column / kPerOperand<Operand>, columns,
+               page_values(in_cache(cache.values, page), size, tokens, padded, page_scratch),
+               scratch.output + first * padded);
   }
   for (int64_t r = 0; r < rows; ++r) {
     store_output(scratch.output + r * padded, size, scratch.sums[r],
