@@ -95,6 +95,7 @@ HWY_INLINE FloatVec multiply_add(FloatVec left, FloatVec right, FloatVec sum) {
   return hn::MulAdd(left, right, sum);
 }
 #if HWY_TARGET == HWY_AVX3
+// Adds the product of the upper halves, rounds, adds that of the lower ones and rounds; subnormal numbers count as 0.
 // Highway 1.0.3 does not have it, and its targets do not promise it.
 HWY_INLINE FloatVec multiply_add(hn::Vec<hn::ScalableTag<Pair>> left, hn::Vec<hn::ScalableTag<Pair>> right,
                                  FloatVec sum) {
