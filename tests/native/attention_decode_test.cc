@@ -340,11 +340,17 @@ TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
               const int64_t page = slots[t] / kPageTokens, offset = slots[t] % kPageTokens;
               const int64_t first = (page * shape.kv_heads + head) * kPageTokens * shape.head_size;
               const int64_t row = first + offset * shape.head_size + d;
-              // The CPU keeps the keys of a page transposed.
-              const int64_t column = first + d * kPageTokens + offset;
-              keys[backend.info().name == "cpu" ? column : row] =
-                  values[t * stride + width + head * shape.head_size + d];
-              expected_values[row] = values[t * stride + 2 * width + head * shape.head_size + d];
+              int64_t key_at = row, value_at = row;
+              // The CPU keeps the keys of a page transposed, and bfloat16 in pairs.
+              if (backend.info().name == "cpu") {
+                key_at = first + d * kPageTokens + offset;
+                if (dtype == DType::bf16) {
+                  key_at = first + d / 2 * 2 * kPageTokens + 2 * offset + d % 2;
+                  value_at = first + offset / 2 * 2 * shape.head_size + 2 * d + (offset + 1) % 2;
+                }
+              }
+              keys[key_at] = values[t * stride + width + head * shape.head_size + d];
+              expected_values[value_at] = values[t * stride + 2 * width + head * shape.head_size + d];
             }
           }
         }

@@ -143,11 +143,11 @@ HWY_INLINE int64_t forward_query_tokens(const AttentionShape& s) {
 }
 
 struct ForwardScratch {
-  float* query;     // [rows, head_size], times scale * log2(e)
-  float* output;    // [rows, padded]
-  float* greatest;  // [rows, kLanes], of the scores, lane by lane
-  float* scores;    // [rows, columns], kKeyBlock columns for each block of keys that is seen
-  std::vector<double> sums;
+  float* query;                 // [rows, head_size] as operands
+  float* output;                // [rows, padded]
+  float* greatest;              // [rows, kLanes], of the scores, lane by lane
+  float* scores;                // [blocks of keys that are seen, rows, kKeyBlock]; weights take their place
+  std::vector<double> sums;     // [rows, kWideLanes], of the weights, lane by lane
   std::vector<int32_t> blocks;  // those that are seen
   std::vector<KeySpan> spans;   // [blocks, strips of rows]
   static int64_t floats(int64_t rows, int64_t head_size, int64_t padded, int64_t columns) {
@@ -158,18 +158,20 @@ struct ForwardScratch {
         output(query + rows * head_size),
         greatest(output + rows * padded),
         scores(greatest + rows * kLanes),
-        sums(rows) {}
+        sums(rows * kWideLanes) {}
 };
 
-template <typename T>
-void forward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& q, const float* keys,
-                   const float* values, int64_t padded, int64_t kv_head, int64_t first, int64_t last,
+template <typename T, typename Operand>
+void forward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& q, const Operand* keys,
+                   const Operand* values, int64_t padded, int64_t kv_head, int64_t first, int64_t last,
                    ForwardScratch& scratch, const HeadsView& out, float* lse) {
+  constexpr int64_t kWidth = kPerOperand<Operand>;
   const int64_t group = s.group, size = s.head_size;
   const int64_t rows = (last - first + 1) * group;
+  auto* query = reinterpret_cast<Operand*>(scratch.query);
   for (int64_t r = 0; r < rows; ++r) {
-    copy_scaled(row_of<T>(q, first + r / group, kv_head * group + r % group), size, s.scale * kLog2e,
-                scratch.query + r * size);
+    copy_operands(row_of<T>(q, first + r / group, kv_head * group + r % group), size,
+                  query + r * (size / kWidth));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
   std::fill(scratch.greatest, scratch.greatest + rows * kLanes, kMinusInfinity);
@@ -179,8 +181,6 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
   for (int64_t block = 0; block < mask.key_blocks() && block * kKeyBlock <= last; ++block) {
     if (mask.touches(block, first, last)) scratch.blocks.push_back(static_cast<int32_t>(block));
   }
-  const int64_t columns = static_cast<int64_t>(scratch.blocks.size()) * kKeyBlock;
-
   alignas(64) int32_t visibility[kKeyBlock];
   for (size_t i = 0; i < scratch.blocks.size(); ++i) {
     const int64_t block = scratch.blocks[i];
@@ -191,18 +191,20 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
       scratch.spans.push_back(span);
       if (span.begin == span.end) continue;
       const int64_t vectors = (span.end - span.begin) / kLanes;
-      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
-      multiply<Into::overwrite>(count, vectors, size, scratch.query + r * size, size, 1,
-                                keys + block * size * kKeyBlock + span.begin, kKeyBlock, scores, columns);
+      float* scores = scratch.scores + (static_cast<int64_t>(i) * rows + r) * kKeyBlock + span.begin;
+      multiply<Into::overwrite_scaled>(count, vectors, size / kWidth, query + r * (size / kWidth),
+                                       size / kWidth, 1,
+                                       keys + block * (size / kWidth) * kKeyBlock + span.begin, kKeyBlock,
+                                       scores, kKeyBlock, s.scale * kLog2e);
       if (span.masked && !visibility_ready) block_visibility(s, block, visibility);
       visibility_ready = visibility_ready || span.masked;
       for (int64_t j = 0; j < count; ++j) {
         if (span.masked) {
           mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, first + (r + j) / group,
-                   kMinusInfinity, scores + j * columns);
+                   kMinusInfinity, scores + j * kKeyBlock);
         }
         float* most = scratch.greatest + (r + j) * kLanes;
-        hn::StoreU(greatest(vectors, scores + j * columns, hn::LoadU(kFloatTag, most)), kFloatTag, most);
+        hn::StoreU(greatest(vectors, scores + j * kKeyBlock, hn::LoadU(kFloatTag, most)), kFloatTag, most);
       }
     }
   }
@@ -212,25 +214,29 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
   }
   size_t next_span = 0;
   for (size_t i = 0; i < scratch.blocks.size(); ++i) {
-    const float* block_values = values + scratch.blocks[i] * padded * kKeyBlock;
+    const Operand* block_values = values + scratch.blocks[i] * padded * (kKeyBlock / kWidth);
     for (int64_t r = 0; r < rows; r += kTileRows) {
       const int64_t count = std::min<int64_t>(kTileRows, rows - r);
       const KeySpan span = scratch.spans[next_span++];
       if (span.begin == span.end) continue;
       const int64_t width = span.end - span.begin;
-      float* scores = scratch.scores + r * columns + static_cast<int64_t>(i) * kKeyBlock + span.begin;
+      float* scores = scratch.scores + (static_cast<int64_t>(i) * rows + r) * kKeyBlock + span.begin;
+      auto* weights = reinterpret_cast<Operand*>(scores);
       for (int64_t j = 0; j < count; ++j) {
-        scratch.sums[r + j] +=
-            softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * columns);
+        double* sum = scratch.sums.data() + (r + j) * kWideLanes;
+        hn::StoreU(softmax_weights(width / kLanes, scratch.greatest[(r + j) * kLanes], scores + j * kKeyBlock,
+                                   weights + j * kKeyBlock, hn::LoadU(WideTag(), sum)),
+                   WideTag(), sum);
       }
-      multiply<Into::add>(count, padded / kLanes, width, scores, columns, 1,
-                          block_values + span.begin * padded, padded, scratch.output + r * padded, padded);
+      multiply<Into::add>(count, padded / kLanes, width / kWidth, weights, kKeyBlock, 1,
+                          block_values + span.begin / kWidth * padded, padded, scratch.output + r * padded,
+                          padded);
     }
   }
 
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t token = first + r / group, head = kv_head * group + r % group;
-    const double sum = scratch.sums[r];
+    const double sum = sum_of_lanes(hn::LoadU(WideTag(), scratch.sums.data() + r * kWideLanes));
     store_output(scratch.output + r * padded, size, sum, row_of<T>(out, token, head));
     lse[head * s.tokens + token] =
         sum == 0.0 ? kMinusInfinity
@@ -238,7 +244,7 @@ void forward_block(const AttentionShape& s, const MaskSummary& mask, const Heads
   }
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView& q, const HeadsView& k,
                    const HeadsView& v, const HeadsView& out, float* lse) {
   const MaskSummary mask(s);
@@ -250,11 +256,13 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
   const int64_t scratch_size =
       ForwardScratch::floats(query_tokens * s.group, size, padded, key_blocks * kKeyBlock);
 
-  const Tensor packed_keys = backend.allocate(DType::f32, {s.kv_heads * key_blocks, size * kKeyBlock});
-  const Tensor packed_values = backend.allocate(DType::f32, {s.kv_heads * key_blocks, padded * kKeyBlock});
+  const int64_t block_keys = size * kKeyBlock / kPerOperand<Operand>;
+  const int64_t block_values = padded * kKeyBlock / kPerOperand<Operand>;
+  const Tensor packed_keys = backend.allocate(DType::f32, {s.kv_heads * key_blocks, block_keys});
+  const Tensor packed_values = backend.allocate(DType::f32, {s.kv_heads * key_blocks, block_values});
   const Tensor scratch = backend.allocate(DType::f32, {threads, scratch_size});
-  float* keys = packed_keys.as<float>();
-  float* values = packed_values.as<float>();
+  auto* keys = static_cast<Operand*>(packed_keys.data);
+  auto* values = static_cast<Operand*>(packed_values.data);
 
 #pragma omp parallel num_threads(threads)
   {
@@ -262,12 +270,10 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
     for (int64_t i = 0; i < s.kv_heads * key_blocks; ++i) {
       const int64_t head = i / key_blocks, token = i % key_blocks * kKeyBlock;
       const int64_t count = std::min(kKeyBlock, s.tokens - token);
-      pack_transposed(row_of<T>(k, token, head), k.row_stride, count, kKeyBlock, size,
-                      keys + i * size * kKeyBlock);
-      float* to = values + i * padded * kKeyBlock;
-      pack_rows(row_of<T>(v, token, head), v.row_stride, count, size, padded, to);
+      pack_transposed(row_of<T>(k, token, head), k.row_stride, count, size, keys + i * block_keys);
       // Weights behind the last token are 0, and 0 * whatever lay here must be 0 too.
-      std::fill(to + count * padded, to + kKeyBlock * padded, 0.0f);
+      pack_steps(row_of<T>(v, token, head), v.row_stride, count, kKeyBlock, size, padded,
+                 values + i * block_values);
     }
     ForwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size, query_tokens * s.group,
                        size, padded);
@@ -275,8 +281,8 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = s.kv_heads * query_blocks - 1; i >= s.kv_heads * (s.first_query / query_tokens); --i) {
       const int64_t head = i % s.kv_heads, first = i / s.kv_heads * query_tokens;
-      forward_block<T>(s, mask, q, keys + head * key_blocks * size * kKeyBlock,
-                       values + head * key_blocks * padded * kKeyBlock, padded, head, first,
+      forward_block<T>(s, mask, q, keys + head * key_blocks * block_keys,
+                       values + head * key_blocks * block_values, padded, head, first,
                        std::min(first + query_tokens, s.tokens) - 1, own, out, lse);
     }
   }
@@ -285,9 +291,10 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
 void attention_forward(CpuBackend& backend, const AttentionShape& s, const HeadsView& q, const HeadsView& k,
                        const HeadsView& v, const HeadsView& out, float* lse) {
   if (q.dtype == DType::bf16) {
-    forward_typed<bf16>(backend, s, q, k, v, out, lse);
+    with_operand<bf16>(
+        [&](auto operand) { forward_typed<bf16, decltype(operand)>(backend, s, q, k, v, out, lse); });
   } else {
-    forward_typed<float>(backend, s, q, k, v, out, lse);
+    forward_typed<float, float>(backend, s, q, k, v, out, lse);
   }
 }
 
@@ -299,75 +306,128 @@ void attention_forward(CpuBackend& backend, const AttentionShape& s, const Heads
 // block's dQ takes the contributions of its key blocks in rising order: a task waits its turn. Tasks are claimed in
 // rising order too, so the one that is waited for is always running; they follow each other as in a pipeline.
 
-HWY_INLINE int64_t backward_query_tokens(int64_t group) { return std::clamp<int64_t>(96 / group, 8, 64); }
+// An even number, so that no pair of rows lies in two blocks.
+HWY_INLINE int64_t backward_query_tokens(int64_t group) {
+  return std::clamp<int64_t>(96 / group, 8, 64) / 2 * 2;
+}
 
+// What products take as it is where operands are float32, and in two layouts where they are pairs: as rows, and as
+// steps of a product.
+template <typename Operand>
 struct BackwardScratch {
-  float* keys_transposed;    // [head_size, kKeyBlock]
-  float* values_transposed;  // [head_size, kKeyBlock]
-  float* keys;               // [kKeyBlock, padded]
-  float* dkeys;              // [kKeyBlock, padded]
-  float* dvalues;            // [kKeyBlock, padded]
-  float* probabilities;      // [rows, kKeyBlock]
-  float* dscores;            // [rows, kKeyBlock]
+  static constexpr int64_t kWidth = kPerOperand<Operand>;
+
+  Operand* keys_transposed;    // [head_size, kKeyBlock]
+  Operand* values_transposed;  // [head_size, kKeyBlock]
+  Operand* keys;               // [kKeyBlock, padded] as steps
+  float* dkeys;                // [kKeyBlock, padded]
+  float* dvalues;              // [kKeyBlock, padded]
+  Operand* probabilities;      // [rows, kKeyBlock] as steps
+  Operand* dscores;            // [rows, kKeyBlock] as steps
+  Operand* dscores_rows;       // [rows, kKeyBlock]
   static int64_t floats(int64_t rows, int64_t head_size, int64_t padded) {
-    return kKeyBlock * (2 * head_size + 3 * padded + 2 * rows);
+    return kKeyBlock * (2 * head_size + 3 * padded + 3 * rows);
   }
   BackwardScratch(float* memory, int64_t rows, int64_t head_size, int64_t padded)
-      : keys_transposed(memory),
-        values_transposed(keys_transposed + head_size * kKeyBlock),
-        keys(values_transposed + head_size * kKeyBlock),
-        dkeys(keys + kKeyBlock * padded),
+      : keys_transposed(reinterpret_cast<Operand*>(memory)),
+        values_transposed(keys_transposed + head_size / kWidth * kKeyBlock),
+        keys(values_transposed + head_size / kWidth * kKeyBlock),
+        dkeys(reinterpret_cast<float*>(keys + kKeyBlock / kWidth * padded)),
         dvalues(dkeys + kKeyBlock * padded),
-        probabilities(dvalues + kKeyBlock * padded),
-        dscores(probabilities + rows * kKeyBlock) {}
+        probabilities(reinterpret_cast<Operand*>(dvalues + kKeyBlock * padded)),
+        dscores(probabilities + rows / kWidth * kKeyBlock),
+        dscores_rows(kWidth == 1 ? dscores : dscores + rows / kWidth * kKeyBlock) {}
 };
 
 // One key/value head's rows, packed for the whole pass.
+template <typename Operand>
 struct BackwardRows {
-  const float* query;    // [tokens * group, padded], times scale * log2(e)
-  const float* doutput;  // [tokens * group, padded]
-  const float* lse;      // [tokens * group], in powers of two
-  const float* delta;    // [tokens * group]
-  float* dquery;         // [tokens * group, padded]
+  const Operand* query;        // [tokens * group, padded]
+  const Operand* doutput;      // [tokens * group, padded]
+  const Operand* query_steps;  // the same as steps
+  const Operand* doutput_steps;
+  const float* lse;    // [tokens * group], in powers of two
+  const float* delta;  // [tokens * group]
+  float* dquery;       // [tokens * group, padded]
 };
 
 // Rows are read six at a time, a pattern that no hardware prefetcher follows; from the third-level cache each strip
 // would wait for its first touch.
-HWY_INLINE void prefetch_rows(const float* rows, int64_t floats) {
-  for (int64_t i = 0; i < floats; i += 16) __builtin_prefetch(rows + i, 0, 3);
+template <typename Operand>
+HWY_INLINE void prefetch_rows(const Operand* rows, int64_t operands) {
+  for (int64_t i = 0; i < operands; i += 16) __builtin_prefetch(rows + i, 0, 3);
 }
 
-// P and dS of a strip of rows; both are 0 outside what `span` says.
-HWY_INLINE void backward_scores(const AttentionShape& s, const BackwardRows& rows, int64_t row, int64_t count,
-                                int64_t padded, KeySpan span, int64_t block, const int32_t* visibility,
-                                const BackwardScratch& scratch, float* p, float* ds) {
-  const int64_t size = s.head_size, vectors = (span.end - span.begin) / kLanes;
+// P and dS of a strip of rows, those from `at` on in the scratch; both are 0 outside what `span` says.
+template <typename Operand>
+HWY_INLINE void backward_scores(const AttentionShape& s, const BackwardRows<Operand>& rows, int64_t row,
+                                int64_t count, int64_t padded, KeySpan span, int64_t block,
+                                const int32_t* visibility, const BackwardScratch<Operand>& scratch,
+                                int64_t at) {
+  constexpr int64_t kWidth = kPerOperand<Operand>;
+  const int64_t vectors = (span.end - span.begin) / kLanes;
+  const int64_t steps = s.head_size / kWidth, stride = padded / kWidth;
+  Operand* probabilities = scratch.probabilities + at / kWidth * kKeyBlock;
+  Operand* dscores = scratch.dscores + at / kWidth * kKeyBlock;
+  Operand* dscores_rows = scratch.dscores_rows + at * (kKeyBlock / kWidth);
   if (span.begin != 0 || span.end != kKeyBlock) {
-    std::fill(p, p + count * kKeyBlock, 0.0f);
-    std::fill(ds, ds + count * kKeyBlock, 0.0f);
+    const int64_t all = round_up(count, kWidth) / kWidth * kKeyBlock;
+    std::fill(probabilities, probabilities + all, Operand{0});
+    std::fill(dscores, dscores + all, Operand{0});
+    if (kWidth > 1) std::fill(dscores_rows, dscores_rows + count * (kKeyBlock / kWidth), Operand{0});
     if (vectors == 0) return;
   }
-  p += span.begin;
-  ds += span.begin;
-  multiply<Into::overwrite>(count, vectors, size, rows.query + row * padded, padded, 1,
-                            scratch.keys_transposed + span.begin, kKeyBlock, p, kKeyBlock);
-  multiply<Into::overwrite>(count, vectors, size, rows.doutput + row * padded, padded, 1,
+  probabilities += span.begin;
+  dscores += span.begin;
+  dscores_rows += span.begin / kWidth;
+  alignas(64) float unrounded[kWidth == 1 ? 1 : 2 * kTileRows * kKeyBlock];
+  float* p = unrounded;
+  float* ds = unrounded + kTileRows * kKeyBlock;
+  if constexpr (kWidth == 1) {
+    p = probabilities;
+    ds = dscores;
+  }
+  multiply<Into::overwrite_scaled>(count, vectors, steps, rows.query + row * stride, stride, 1,
+                                   scratch.keys_transposed + span.begin, kKeyBlock, p, kKeyBlock,
+                                   s.scale * kLog2e);
+  multiply<Into::overwrite>(count, vectors, steps, rows.doutput + row * stride, stride, 1,
                             scratch.values_transposed + span.begin, kKeyBlock, ds, kKeyBlock);
-  for (int64_t i = 0; i < count; ++i) {
-    float* p_row = p + i * kKeyBlock;
-    float* ds_row = ds + i * kKeyBlock;
-    if (span.masked) {
-      mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, (row + i) / s.group,
-               kMinusInfinity, p_row);
+  for (int64_t i = 0; i < count && span.masked; ++i) {
+    mask_row(visibility + span.begin, block * kKeyBlock + span.begin, vectors, (row + i) / s.group,
+             kMinusInfinity, p + i * kKeyBlock);
+  }
+  const auto probability = [&](int64_t i, int64_t v) {
+    const FloatVec score = hn::LoadU(kFloatTag, p + i * kKeyBlock + v * kLanes);
+    return exp2_nonpositive(kFloatTag, hn::Sub(score, hn::Set(kFloatTag, rows.lse[row + i])));
+  };
+  const auto dscore = [&](int64_t i, int64_t v, FloatVec probability) {
+    const FloatVec dp = hn::LoadU(kFloatTag, ds + i * kKeyBlock + v * kLanes);
+    return hn::Mul(probability, hn::Sub(dp, hn::Set(kFloatTag, rows.delta[row + i])));
+  };
+  if constexpr (kWidth == 1) {
+    for (int64_t i = 0; i < count; ++i) {
+      for (int64_t v = 0; v < vectors; ++v) {
+        const FloatVec x = probability(i, v), dx = dscore(i, v, x);
+        hn::StoreU(x, kFloatTag, p + i * kKeyBlock + v * kLanes);
+        hn::StoreU(dx, kFloatTag, ds + i * kKeyBlock + v * kLanes);
+      }
     }
-    const FloatVec shift = hn::Set(kFloatTag, rows.lse[row + i]);
-    const FloatVec delta = hn::Set(kFloatTag, rows.delta[row + i]);
-    for (int64_t v = 0; v < vectors; ++v) {
-      const FloatVec x =
-          exp2_nonpositive(kFloatTag, hn::Sub(hn::LoadU(kFloatTag, p_row + v * kLanes), shift));
-      const FloatVec dx = hn::Mul(x, hn::Sub(hn::LoadU(kFloatTag, ds_row + v * kLanes), delta));
-      hn::StoreU(x, kFloatTag, p_row + v * kLanes);
-      hn::StoreU(dx, kFloatTag, ds_row + v * kLanes);
+  } else {
+    for (int64_t i = 0; i < count; i += 2) {
+      // The partner of an odd last row is 0.
+      const bool two = i + 1 < count;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const FloatVec x0 = probability(i, v), dx0 = dscore(i, v, x0);
+        FloatVec x1 = hn::Zero(kFloatTag), dx1 = x1;
+        if (two) {
+          x1 = probability(i + 1, v);
+          dx1 = dscore(i + 1, v, x1);
+        }
+        Operand* first_row = dscores_rows + (i * kKeyBlock + v * kLanes) / kWidth;
+        store_step(x0, x1, probabilities + i / kWidth * kKeyBlock + v * kLanes);
+        store_step_and_rows(dx0, dx1, dscores + i / kWidth * kKeyBlock + v * kLanes, first_row,
+                            first_row + kKeyBlock / kWidth);
+      }
     }
   }
 }
@@ -378,17 +438,18 @@ HWY_INLINE int32_t next_block(const MaskSummary& mask, int64_t block, int64_t fi
   return static_cast<int32_t>(block);
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void backward_block(const AttentionShape& s, const MaskSummary& mask, const HeadsView& k, const HeadsView& v,
-                    const BackwardRows& rows, int64_t padded, int64_t head, int64_t block,
-                    int64_t query_tokens, std::atomic<int32_t>* turns, const BackwardScratch& scratch,
-                    const HeadsView& dk, const HeadsView& dv) {
+                    const BackwardRows<Operand>& rows, int64_t padded, int64_t head, int64_t block,
+                    int64_t query_tokens, std::atomic<int32_t>* turns,
+                    const BackwardScratch<Operand>& scratch, const HeadsView& dk, const HeadsView& dv) {
+  constexpr int64_t kWidth = kPerOperand<Operand>;
+  const int64_t stride = padded / kWidth;
   const int64_t size = s.head_size, group = s.group;
   const int64_t key0 = block * kKeyBlock, keys = std::min(kKeyBlock, s.tokens - key0);
-  pack_transposed(row_of<T>(k, key0, head), k.row_stride, keys, kKeyBlock, size, scratch.keys_transposed);
-  pack_transposed(row_of<T>(v, key0, head), v.row_stride, keys, kKeyBlock, size, scratch.values_transposed);
-  pack_rows(row_of<T>(k, key0, head), k.row_stride, keys, size, padded, scratch.keys);
-  std::fill(scratch.keys + keys * padded, scratch.keys + kKeyBlock * padded, 0.0f);
+  pack_transposed(row_of<T>(k, key0, head), k.row_stride, keys, size, scratch.keys_transposed);
+  pack_transposed(row_of<T>(v, key0, head), v.row_stride, keys, size, scratch.values_transposed);
+  pack_steps(row_of<T>(k, key0, head), k.row_stride, keys, kKeyBlock, size, padded, scratch.keys);
   std::fill(scratch.dkeys, scratch.dkeys + kKeyBlock * padded, 0.0f);
   std::fill(scratch.dvalues, scratch.dvalues + kKeyBlock * padded, 0.0f);
   alignas(64) int32_t visibility[kKeyBlock];
@@ -405,11 +466,10 @@ void backward_block(const AttentionShape& s, const MaskSummary& mask, const Head
       const KeySpan span = visible_span(mask, s, block, first + r / group, first + (r + n - 1) / group);
       // The strip that follows; behind the block's last this is the next block's first.
       const int64_t ahead = std::min<int64_t>(row0 + r + 2 * kTileRows, s.tokens * group) - (row0 + r + n);
-      prefetch_rows(rows.query + (row0 + r + n) * padded, ahead * padded);
-      prefetch_rows(rows.doutput + (row0 + r + n) * padded, ahead * padded);
+      prefetch_rows(rows.query + (row0 + r + n) * stride, ahead * stride);
+      prefetch_rows(rows.doutput + (row0 + r + n) * stride, ahead * stride);
       prefetch_rows(rows.dquery + (row0 + r) * padded, n * padded);
-      backward_scores(s, rows, row0 + r, n, padded, span, block, visibility, scratch,
-                      scratch.probabilities + r * kKeyBlock, scratch.dscores + r * kKeyBlock);
+      backward_scores(s, rows, row0 + r, n, padded, span, block, visibility, scratch, r);
       if (span.begin == span.end) continue;
       begin = std::min(begin, r);
       end = r + n;
@@ -418,29 +478,29 @@ void backward_block(const AttentionShape& s, const MaskSummary& mask, const Head
     }
     if (begin < end) {
       const int64_t width = key_end - key_begin;
-      const float* p = scratch.probabilities + begin * kKeyBlock + key_begin;
-      const float* ds = scratch.dscores + begin * kKeyBlock + key_begin;
-      multiply<Into::add>(width, padded / kLanes, end - begin, p, 1, kKeyBlock,
-                          rows.doutput + (row0 + begin) * padded, padded,
-                          scratch.dvalues + key_begin * padded, padded);
-      multiply<Into::add>(width, padded / kLanes, end - begin, ds, 1, kKeyBlock,
-                          rows.query + (row0 + begin) * padded, padded, scratch.dkeys + key_begin * padded,
+      const int64_t steps = round_up(end - begin, kWidth) / kWidth, step = (row0 + begin) / kWidth;
+      multiply<Into::add>(width, padded / kLanes, steps,
+                          scratch.probabilities + begin / kWidth * kKeyBlock + key_begin, 1, kKeyBlock,
+                          rows.doutput_steps + step * padded, padded, scratch.dvalues + key_begin * padded,
                           padded);
+      multiply<Into::add>(
+          width, padded / kLanes, steps, scratch.dscores + begin / kWidth * kKeyBlock + key_begin, 1,
+          kKeyBlock, rows.query_steps + step * padded, padded, scratch.dkeys + key_begin * padded, padded);
     }
     for (int spins = 0; turns[qb].load(std::memory_order_acquire) != block; ++spins) {
       if (spins > 64) std::this_thread::yield();
     }
     if (begin < end) {
-      multiply<Into::add>(end - begin, padded / kLanes, key_end - key_begin,
-                          scratch.dscores + begin * kKeyBlock + key_begin, kKeyBlock, 1,
-                          scratch.keys + key_begin * padded, padded, rows.dquery + (row0 + begin) * padded,
-                          padded);
+      multiply<Into::add>(end - begin, padded / kLanes, (key_end - key_begin) / kWidth,
+                          scratch.dscores_rows + (begin * kKeyBlock + key_begin) / kWidth, kKeyBlock / kWidth,
+                          1, scratch.keys + key_begin / kWidth * padded, padded,
+                          rows.dquery + (row0 + begin) * padded, padded);
     }
     turns[qb].store(next_block(mask, block + 1, first, last), std::memory_order_release);
   }
 
   for (int64_t i = 0; i < keys; ++i) {
-    store_scaled(scratch.dkeys + i * padded, size, kLn2, row_of<T>(dk, key0 + i, head));
+    store_scaled(scratch.dkeys + i * padded, size, s.scale, row_of<T>(dk, key0 + i, head));
     store_scaled(scratch.dvalues + i * padded, size, 1.0f, row_of<T>(dv, key0 + i, head));
   }
 }
@@ -455,25 +515,32 @@ HWY_INLINE float dot(const T* a, const T* b, int64_t n) {
   return hn::GetLane(hn::SumOfLanes(d, sum));
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView& dout, const HeadsView& q,
                     const HeadsView& k, const HeadsView& v, const HeadsView& out, const float* lse,
                     const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
+  constexpr int64_t kWidth = kPerOperand<Operand>;
   const MaskSummary mask(s);
-  const int64_t size = s.head_size, padded = round_up(size, kLanes), group = s.group;
-  const int64_t key_blocks = mask.key_blocks();
+  const int64_t size = s.head_size, padded = round_up(size, kLanes), stride = padded / kWidth;
+  const int64_t group = s.group, key_blocks = mask.key_blocks();
   const int64_t query_tokens = backward_query_tokens(group);
   const int64_t query_blocks = (s.tokens + query_tokens - 1) / query_tokens;
   const int64_t rows = s.tokens * group;  // of one key/value head
+  const int64_t head_steps = round_up(rows, kWidth) / kWidth * padded;
   const int threads = backend.num_threads();
-  const int64_t scratch_size = BackwardScratch::floats(query_tokens * group, size, padded);
+  const int64_t scratch_size = BackwardScratch<Operand>::floats(query_tokens * group, size, padded);
 
-  const Tensor packed = backend.allocate(DType::f32, {3, s.kv_heads * rows, padded});
+  const Tensor packed_rows = backend.allocate(DType::f32, {2, s.kv_heads * rows, stride});
+  const Tensor packed_steps =
+      kWidth == 1 ? packed_rows : backend.allocate(DType::f32, {2, s.kv_heads * head_steps});
+  const Tensor query_gradients = backend.allocate(DType::f32, {s.kv_heads * rows, padded});
   const Tensor row_sums = backend.allocate(DType::f32, {2, s.kv_heads * rows});
   const Tensor scratch = backend.allocate(DType::f32, {threads, scratch_size});
-  float* query = packed.as<float>();
-  float* doutput = query + s.kv_heads * rows * padded;
-  float* dquery = doutput + s.kv_heads * rows * padded;
+  auto* query = static_cast<Operand*>(packed_rows.data);
+  auto* doutput = query + s.kv_heads * rows * stride;
+  auto* query_steps = static_cast<Operand*>(packed_steps.data);
+  auto* doutput_steps = query_steps + s.kv_heads * head_steps;
+  float* dquery = query_gradients.as<float>();
   float* lse2 = row_sums.as<float>();
   float* delta = lse2 + s.kv_heads * rows;
   std::vector<std::atomic<int32_t>> turns(s.kv_heads * query_blocks);
@@ -481,15 +548,23 @@ void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsVie
 
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for schedule(static) nowait
-    for (int64_t i = 0; i < s.kv_heads * s.tokens; ++i) {
-      const int64_t head = i / s.tokens, token = i % s.tokens;
-      for (int64_t g = 0; g < group; ++g) {
-        const int64_t row = i * group + g, query_head = head * group + g;
-        copy_scaled(row_of<T>(q, token, query_head), size, s.scale * kLog2e, query + row * padded);
-        copy_widened(row_of<T>(dout, token, query_head), size, doutput + row * padded);
-        std::fill(query + row * padded + size, query + (row + 1) * padded, 0.0f);
-        std::fill(doutput + row * padded + size, doutput + (row + 1) * padded, 0.0f);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < s.kv_heads * query_blocks; ++i) {
+      const int64_t head = i / query_blocks, first = i % query_blocks * query_tokens;
+      const int64_t last = std::min(first + query_tokens, s.tokens) - 1;
+      turns[i].store(next_block(mask, 0, first, last), std::memory_order_relaxed);
+      const int64_t row0 = head * rows + first * group, count = (last - first + 1) * group;
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = row0 + r, token = first + r / group, query_head = head * group + r % group;
+        const T* q_row = row_of<T>(q, token, query_head);
+        const T* dout_row = row_of<T>(dout, token, query_head);
+        if constexpr (kWidth == 1) {
+          pack_steps(q_row, size, 1, 1, size, padded, query + row * padded);
+          pack_steps(dout_row, size, 1, 1, size, padded, doutput + row * padded);
+        } else {
+          copy_operands(q_row, size, query + row * stride);
+          copy_operands(dout_row, size, doutput + row * stride);
+        }
         std::fill(dquery + row * padded, dquery + (row + 1) * padded, 0.0f);
         if (token < s.first_query) {
           // All its probabilities are 0.
@@ -499,21 +574,27 @@ void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsVie
         }
         const float log_sum = lse[query_head * s.tokens + token];
         lse2[row] = log_sum == kMinusInfinity ? 0.0f : log_sum * kLog2e;
-        delta[row] = dot(row_of<T>(dout, token, query_head), row_of<T>(out, token, query_head), size);
+        delta[row] = dot(dout_row, row_of<T>(out, token, query_head), size);
+      }
+      if constexpr (kWidth > 1) {
+        const int64_t at = head * head_steps + first * group / kWidth * padded;
+        pack_steps(reinterpret_cast<const T*>(query + row0 * stride), padded, count, round_up(count, kWidth),
+                   size, padded, query_steps + at);
+        pack_steps(reinterpret_cast<const T*>(doutput + row0 * stride), padded, count,
+                   round_up(count, kWidth), size, padded, doutput_steps + at);
       }
     }
-#pragma omp for schedule(static)
-    for (int64_t i = 0; i < s.kv_heads * query_blocks; ++i) {
-      const int64_t first = i % query_blocks * query_tokens;
-      turns[i].store(next_block(mask, 0, first, std::min(first + query_tokens, s.tokens) - 1),
-                     std::memory_order_relaxed);
-    }
-    const BackwardScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size, query_tokens * group,
-                              size, padded);
+    const BackwardScratch<Operand> own(scratch.as<float>() + omp_get_thread_num() * scratch_size,
+                                       query_tokens * group, size, padded);
     for (int64_t task; (task = next_task.fetch_add(1)) < s.kv_heads * key_blocks;) {
       const int64_t head = task % s.kv_heads, block = task / s.kv_heads, row = head * rows;
-      const BackwardRows head_rows{query + row * padded, doutput + row * padded, lse2 + row, delta + row,
-                                   dquery + row * padded};
+      const BackwardRows<Operand> head_rows{query + row * stride,
+                                            doutput + row * stride,
+                                            query_steps + head * head_steps,
+                                            doutput_steps + head * head_steps,
+                                            lse2 + row,
+                                            delta + row,
+                                            dquery + row * padded};
       backward_block<T>(s, mask, k, v, head_rows, padded, head, block, query_tokens,
                         turns.data() + head * query_blocks, own, dk, dv);
     }
@@ -533,9 +614,11 @@ void attention_backward(CpuBackend& backend, const AttentionShape& s, const Head
                         const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
                         const float* lse, const HeadsView& dq, const HeadsView& dk, const HeadsView& dv) {
   if (q.dtype == DType::bf16) {
-    backward_typed<bf16>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
+    with_operand<bf16>([&](auto operand) {
+      backward_typed<bf16, decltype(operand)>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
+    });
   } else {
-    backward_typed<float>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
+    backward_typed<float, float>(backend, s, dout, q, k, v, out, lse, dq, dk, dv);
   }
 }
 

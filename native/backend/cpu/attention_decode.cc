@@ -1,7 +1,8 @@
 // Decoding against the paged key/value cache.
 //
 // A page keeps its keys transposed, [head_size, kPageTokens], as the product with a few queries reads them; its values
-// are [kPageTokens, head_size].
+// are [kPageTokens, head_size]. bfloat16 lie in pairs, as operands of products do: keys [head_size / 2, kPageTokens],
+// values [kPageTokens / 2, head_size].
 //
 // A task is one key/value head of a few neighbouring rows. It walks all of their runs, first for the scores and then
 // for the outputs, so that rows share the products of the runs that they share. What a row gets is what attention.cc
@@ -26,18 +27,18 @@
 
 namespace merf {
 
-// One run against those neighbouring rows of a task that see it from the same column of their scores on.
-struct DecodePiece {
-  const int32_t* pages;
-  int64_t tokens;
+// One page of a run against those neighbouring rows of a task that see the run from the same column of their scores on.
+struct DecodePage {
+  int64_t page;
+  int64_t tokens;                // of the run, in this page
   int64_t first_row, row_count;  // in the task
   int64_t column;
 };
 
 struct DecodeTask {
-  std::vector<DecodePiece> pieces;  // in the plan's order
-  std::vector<int32_t> rows;        // of the batch
-  std::vector<int64_t> columns;     // of each row
+  std::vector<DecodePage> pages;  // in the plan's order
+  std::vector<int32_t> rows;      // of the batch
+  std::vector<int64_t> columns;   // of each row
 };
 
 struct DecodeWork {
@@ -80,15 +81,19 @@ void lay_out(DecodeWork& work, int64_t task_rows) {
     for (int32_t i = 0; i < run.row_count; ++i) places.push_back(place[plan.rows[run.first_row + i]]);
     std::sort(places.begin(), places.end());
     const int64_t width = (run.tokens + kColumnUnit - 1) / kColumnUnit * kColumnUnit;
+    const int64_t pages = (run.tokens + kPageTokens - 1) / kPageTokens;
     int32_t before = -1;
     for (const int32_t at : places) {
       DecodeTask& task = work.tasks[at / task_rows];
       const int64_t row = at % task_rows, column = task.columns[row];
-      const bool joins = at == before + 1 && row > 0 && task.pieces.back().column == column;
-      if (joins) {
-        ++task.pieces.back().row_count;
+      if (at == before + 1 && row > 0 && task.pages.end()[-pages].column == column) {
+        for (int64_t i = 1; i <= pages; ++i) ++task.pages.end()[-i].row_count;
       } else {
-        task.pieces.push_back({plan.pages.data() + run.first_page, run.tokens, row, 1, column});
+        for (int64_t i = 0; i < pages; ++i) {
+          const int64_t token = i * kPageTokens;
+          task.pages.push_back({plan.pages[run.first_page + i], std::min(kPageTokens, run.tokens - token),
+                                row, 1, column + token});
+        }
       }
       task.columns[row] += width;
       work.most_columns = std::max(work.most_columns, task.columns[row]);
@@ -107,11 +112,11 @@ namespace merf {
 namespace HWY_NAMESPACE {
 
 struct DecodeScratch {
-  float* query;     // [rows, head_size], times scale * log2(e)
+  float* query;     // [rows, head_size] as operands
   float* output;    // [rows, padded]
   float* greatest;  // [rows]
   float* page;      // [head_size, kPageTokens] or [kPageTokens, padded]
-  float* scores;    // [rows, columns]
+  float* scores;    // [rows, columns]; weights take their place
   std::vector<double> sums;
   static int64_t floats(int64_t rows, int64_t head_size, int64_t padded, int64_t columns) {
     return round_up(rows * (head_size + padded + 1 + columns) + kPageTokens * padded, 16);
@@ -125,76 +130,143 @@ struct DecodeScratch {
         sums(rows) {}
 };
 
-// The same page of keys in float32; only the columns of its first `tokens` have to be right.
-HWY_INLINE const float* page_keys(const float* page, int64_t, int64_t, float*) { return page; }
-HWY_INLINE const float* page_keys(const bf16* page, int64_t size, int64_t tokens, float* scratch) {
+// n pairs in float32, upper and lower halves apart.
+HWY_INLINE void widen_pairs(const Pair* from, int64_t n, float* upper, float* lower) {
+  const hn::CappedTag<Pair, 8> d;
+  for (int64_t i = 0; i < n; i += kMoveLanes) {
+    const auto pair = hn::LoadU(d, from + i);
+    hn::StoreU(hn::BitCast(MoveTag(), hn::And(pair, hn::Set(d, 0xffff0000u))), MoveTag(), upper + i);
+    hn::StoreU(hn::BitCast(MoveTag(), hn::ShiftLeft<16>(pair)), MoveTag(), lower + i);
+  }
+}
+
+// The same page of keys as operands; only the columns of its first `tokens` have to be right.
+template <typename Operand>
+HWY_INLINE const Operand* page_keys(const Operand* page, int64_t, int64_t, Operand*) {
+  return page;
+}
+HWY_INLINE const float* page_keys(const Pair* page, int64_t size, int64_t tokens, float* scratch) {
   const int64_t columns = round_up(tokens, kLanes);
-  for (int64_t d = 0; d < size; ++d) copy_widened(page + d * kPageTokens, columns, scratch + d * kPageTokens);
+  for (int64_t d = 0; d < size; d += 2) {
+    float* to = scratch + d * kPageTokens;
+    widen_pairs(page + d / 2 * kPageTokens, columns, to + kPageTokens, to);
+  }
   return scratch;
 }
 
-// The values of a page's first `tokens` in float32, `padded` apart.
-template <typename T>
-HWY_INLINE const float* page_values(const T* page, int64_t size, int64_t tokens, int64_t padded,
+// The values of a page's first `tokens` as operands, `padded` apart.
+template <typename Operand>
+HWY_INLINE const Operand* page_values(const Operand* page, int64_t size, int64_t tokens, int64_t padded,
+                                      Operand* scratch) {
+  if (size == padded) return page;
+  for (int64_t t = 0; t < tokens; t += kPerOperand<Operand>, page += size) {
+    Operand* to = scratch + t / kPerOperand<Operand> * padded;
+    std::fill(std::copy(page, page + size, to), to + padded, Operand{0});
+  }
+  return scratch;
+}
+HWY_INLINE const float* page_values(const Pair* page, int64_t size, int64_t tokens, int64_t padded,
                                     float* scratch) {
-  if constexpr (std::is_same_v<T, float>) {
-    if (size == padded) return page;
+  for (int64_t t = 0; t < tokens; t += 2, page += size) {
+    float* to = scratch + t * padded;
+    widen_pairs(page, size, to, to + padded);
+    std::fill(to + size, to + padded, 0.0f);
+    std::fill(to + padded + size, to + 2 * padded, 0.0f);
   }
-  pack_rows(page, size, tokens, size, padded, scratch);
   return scratch;
 }
 
-// Calls body(page, tokens, column) for the pages of a piece: where the page begins in the cache, how many of its tokens
-// are in the run, and their first column.
-template <class Body>
-HWY_INLINE void for_pages(const DecodePiece& piece, Body&& body) {
-  for (int64_t token = 0; token < piece.tokens; token += kPageTokens) {
-    body(piece.pages[token / kPageTokens], std::min(kPageTokens, piece.tokens - token), piece.column + token);
+// output[rows, padded] += weights[rows, tokens] * values[tokens, padded]
+HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const float* weights,
+                           int64_t columns, const float* values, float* output) {
+  multiply<Into::add>(rows, padded / kLanes, tokens, weights, columns, 1, values, padded, output, padded);
+}
+template <typename Operand>
+HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const Operand* weights,
+                           int64_t columns, const Operand* values, float* output) {
+  const int64_t whole = tokens / 2;
+  multiply<Into::add>(rows, padded / kLanes, whole, weights, columns, 1, values, padded, output, padded);
+  if (tokens % 2 == 0) return;
+  // Beside an odd last token lies whatever was in the page; its weight is 0, and 0 times it must be 0 too.
+  alignas(64) Operand last[kLanes];
+  for (int64_t i = 0; i < padded; i += kLanes) {
+    const hn::ScalableTag<Operand> d;
+    hn::Store(hn::And(hn::LoadU(d, values + whole * padded + i), hn::Set(d, 0xffff0000u)), d, last);
+    multiply<Into::add>(rows, 1, 1, weights + whole, columns, 1, last, kLanes, output + i, padded);
   }
 }
 
-template <typename T>
+// Pages lie anywhere in a cache that is larger than the processor's: each is fetched while the one before it is worked
+// on. Of the keys those columns that its first `tokens` take, of the values their rows.
+template <typename Stored>
+HWY_INLINE void prefetch_keys(const Stored* page, int64_t size, int64_t tokens) {
+  for (int64_t d = 0; d < size / kPerOperand<Stored>; ++d) {
+    for (int64_t t = 0; t < tokens; t += 16) __builtin_prefetch(page + d * kPageTokens + t);
+  }
+}
+template <typename Stored>
+HWY_INLINE void prefetch_values(const Stored* page, int64_t size, int64_t tokens) {
+  for (int64_t i = 0; i < round_up(tokens, kPerOperand<Stored>) / kPerOperand<Stored> * size; i += 16) {
+    __builtin_prefetch(page + i);
+  }
+}
+
+template <typename T, typename Operand>
 void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& cache, int64_t kv_head,
                  int64_t padded, int64_t columns, float scale, DecodeScratch& scratch, const HeadsView& out) {
   const int64_t kv_heads = cache.keys.shape[1], size = q.head_size, group = q.heads / kv_heads;
   const int64_t rows = static_cast<int64_t>(task.rows.size()) * group;
   const auto offset_of = [&](int64_t r) { return (kv_head * group + r % group) * size; };
+  auto* query = reinterpret_cast<Operand*>(scratch.query);
+  const int64_t steps = size / kPerOperand<Operand>;
   for (int64_t r = 0; r < rows; ++r) {
-    copy_scaled(static_cast<const T*>(q.data) + task.rows[r / group] * q.row_stride + offset_of(r), size,
-                scale * kLog2e, scratch.query + r * size);
+    copy_operands(static_cast<const T*>(q.data) + task.rows[r / group] * q.row_stride + offset_of(r), size,
+                  query + r * steps);
   }
+  using Stored = std::conditional_t<std::is_same_v<T, bf16>, Pair, float>;
   const auto in_cache = [&](const Tensor& tensor, int64_t page) {
-    return tensor.as<const T>() + (page * kv_heads + kv_head) * kPageTokens * size;
+    return static_cast<const Stored*>(tensor.data) +
+           (page * kv_heads + kv_head) * (kPageTokens * size / kPerOperand<Stored>);
   };
+  auto* page_scratch = reinterpret_cast<Operand*>(scratch.page);
 
-  for (const DecodePiece& piece : task.pieces) {
-    const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
-      float* scores = scratch.scores + first * columns + column;
-      multiply<Into::overwrite>(count, (tokens + kLanes - 1) / kLanes, size, scratch.query + first * size,
-                                size, 1, page_keys(in_cache(cache.keys, page), size, tokens, scratch.page),
-                                kPageTokens, scores, columns);
-      const int64_t end = round_up(tokens, kColumnUnit);
-      if (tokens == end) return;
-      for (int64_t r = 0; r < count; ++r) {
-        std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
-      }
-    });
+  for (size_t i = 0; i < task.pages.size(); ++i) {
+    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
+    if (i + 1 < task.pages.size()) {
+      prefetch_keys(in_cache(cache.keys, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
+    }
+    const int64_t first = first_row * group, count = row_count * group;
+    float* scores = scratch.scores + first * columns + column;
+    multiply<Into::overwrite_scaled>(count, (tokens + kLanes - 1) / kLanes, steps, query + first * steps,
+                                     steps, 1,
+                                     page_keys(in_cache(cache.keys, page), size, tokens, page_scratch),
+                                     kPageTokens, scores, columns, scale * kLog2e);
+    const int64_t end = round_up(tokens, kColumnUnit);
+    if (tokens == end) continue;
+    for (int64_t r = 0; r < count; ++r) {
+      std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
+    }
   }
+  prefetch_values(in_cache(cache.values, task.pages[0].page), size, task.pages[0].tokens);
   for (int64_t r = 0; r < rows; ++r) {
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;
     const FloatVec most = greatest(vectors, scores, hn::Set(kFloatTag, kMinusInfinity));
-    scratch.sums[r] = softmax_weights(vectors, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)), scores);
+    scratch.sums[r] =
+        sum_of_lanes(softmax_weights(vectors, hn::GetLane(hn::MaxOfLanes(kFloatTag, most)), scores,
+                                     reinterpret_cast<Operand*>(scores), hn::Zero(WideTag())));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
-  for (const DecodePiece& piece : task.pieces) {
-    const int64_t first = piece.first_row * group, count = piece.row_count * group;
-    for_pages(piece, [&](int64_t page, int64_t tokens, int64_t column) {
-      multiply<Into::add>(count, padded / kLanes, tokens, scratch.scores + first * columns + column, columns,
-                          1, page_values(in_cache(cache.values, page), size, tokens, padded, scratch.page),
-                          padded, scratch.output + first * padded, padded);
-    });
+  for (size_t i = 0; i < task.pages.size(); ++i) {
+    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
+    if (i + 1 < task.pages.size()) {
+      prefetch_values(in_cache(cache.values, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
+    }
+    const int64_t first = first_row * group, count = row_count * group;
+    const auto* weights = reinterpret_cast<const Operand*>(scratch.scores + first * columns);
+    add_values(count, tokens, padded, weights + column / kPerOperand<Operand>, columns,
+               page_values(in_cache(cache.values, page), size, tokens, padded, page_scratch),
+               scratch.output + first * padded);
   }
   for (int64_t r = 0; r < rows; ++r) {
     store_output(scratch.output + r * padded, size, scratch.sums[r],
@@ -202,7 +274,7 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
   }
 }
 
-template <typename T>
+template <typename T, typename Operand>
 void decode_typed(CpuBackend& backend, const HeadsView& q, const PagedLayer& cache, DecodeWork& work,
                   float scale, const HeadsView& out) {
   const int64_t kv_heads = cache.keys.shape[1], size = q.head_size, padded = round_up(size, kLanes);
@@ -222,8 +294,8 @@ void decode_typed(CpuBackend& backend, const HeadsView& q, const PagedLayer& cac
     DecodeScratch own(scratch.as<float>() + omp_get_thread_num() * scratch_size, max_rows, size, padded);
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < tasks; ++i) {
-      decode_task<T>(work.tasks[i / kv_heads], q, cache, i % kv_heads, padded, work.most_columns, scale, own,
-                     out);
+      decode_task<T, Operand>(work.tasks[i / kv_heads], q, cache, i % kv_heads, padded, work.most_columns,
+                              scale, own, out);
     }
   }
 }
@@ -231,9 +303,10 @@ void decode_typed(CpuBackend& backend, const HeadsView& q, const PagedLayer& cac
 void decode(CpuBackend& backend, const HeadsView& q, const PagedLayer& cache, DecodeWork& work, float scale,
             const HeadsView& out) {
   if (q.dtype == DType::bf16) {
-    decode_typed<bf16>(backend, q, cache, work, scale, out);
+    with_operand<bf16>(
+        [&](auto operand) { decode_typed<bf16, decltype(operand)>(backend, q, cache, work, scale, out); });
   } else {
-    decode_typed<float>(backend, q, cache, work, scale, out);
+    decode_typed<float, float>(backend, q, cache, work, scale, out);
   }
 }
 
@@ -247,21 +320,32 @@ namespace merf {
 namespace {
 HWY_EXPORT(decode);
 
+// Where a page and head keep the elements of a token.
+void write_token(const float* key, const float* value, int64_t size, int64_t offset, float* keys,
+                 float* values) {
+  for (int64_t d = 0; d < size; ++d) keys[d * kPageTokens + offset] = key[d];
+  std::copy(value, value + size, values + offset * size);
+}
+void write_token(const bf16* key, const bf16* value, int64_t size, int64_t offset, bf16* keys, bf16* values) {
+  for (int64_t d = 0; d < size; d += 2) std::copy(key + d, key + d + 2, keys + d * kPageTokens + 2 * offset);
+  // The upper half of a pair, which is the second in memory, is that of the first token.
+  bf16* to = values + offset / 2 * 2 * size + (offset + 1) % 2;
+  for (int64_t d = 0; d < size; ++d) to[2 * d] = value[d];
+}
+
 template <typename T>
 void write_pages(int threads, const HeadsView& k, const HeadsView& v, const int32_t* slots,
                  const PagedLayer& cache) {
   const int64_t size = k.head_size, heads = k.heads;
-  parallel_for(threads, k.tokens, 64, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, k.tokens, 8, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       if (slots[t] < 0) continue;
-      const int64_t page = slots[t] / kPageTokens, offset = slots[t] % kPageTokens;
+      const int64_t page = slots[t] / kPageTokens;
       for (int64_t head = 0; head < heads; ++head) {
         const int64_t at = (page * heads + head) * kPageTokens * size;
-        const T* key = static_cast<const T*>(k.data) + t * k.row_stride + head * size;
-        const T* value = static_cast<const T*>(v.data) + t * v.row_stride + head * size;
-        T* keys = cache.keys.as<T>() + at + offset;
-        for (int64_t d = 0; d < size; ++d) keys[d * kPageTokens] = key[d];
-        std::copy(value, value + size, cache.values.as<T>() + at + offset * size);
+        write_token(static_cast<const T*>(k.data) + t * k.row_stride + head * size,
+                    static_cast<const T*>(v.data) + t * v.row_stride + head * size, size,
+                    slots[t] % kPageTokens, cache.keys.as<T>() + at, cache.values.as<T>() + at);
       }
     }
   });

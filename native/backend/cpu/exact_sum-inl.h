@@ -10,6 +10,8 @@
 #define MERF_BACKEND_CPU_EXACT_SUM_INL_H_
 #endif
 
+#include <cstdint>
+
 #include "backend/cpu/exp-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -21,14 +23,24 @@ using WeightTag = hn::ScalableTag<float>;
 using WeightVec = hn::Vec<WeightTag>;
 using WideTag = hn::ScalableTag<double>;
 using WideVec = hn::Vec<WideTag>;
+constexpr int64_t kWideLanes = static_cast<int64_t>(hn::MaxLanes(WideTag()));
 
 // 2^x rounded to a multiple of 2^-34, for x <= 0: larger than 2^-11 it is one already, and below that adding 2^-11
 // rounds to one.
-HWY_INLINE WeightVec exact_weight(WeightVec x) {
+template <int N>
+HWY_INLINE void exact_weights(WeightVec (&x)[N]) {
   const WeightTag d;
-  const WeightVec p = exp2_nonpositive(d, x);
   const WeightVec grid = hn::Set(d, 0x1p-11f);
-  return hn::IfThenElse(hn::Lt(p, grid), hn::Sub(hn::Add(p, grid), grid), p);
+  exp2_nonpositive(d, x);
+#pragma GCC unroll 8
+  for (int i = 0; i < N; ++i) {
+    x[i] = hn::IfThenElse(hn::Lt(x[i], grid), hn::Sub(hn::Add(x[i], grid), grid), x[i]);
+  }
+}
+HWY_INLINE WeightVec exact_weight(WeightVec x) {
+  WeightVec one[1] = {x};
+  exact_weights(one);
+  return one[0];
 }
 
 HWY_INLINE WideVec add_wide(WideVec sum, WeightVec x) {

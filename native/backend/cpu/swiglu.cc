@@ -18,12 +18,38 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
+// Vectors that are computed together, so that none waits for its own steps alone.
+#if HWY_TARGET == HWY_AVX3
+constexpr int kTogether = 4;
+#else
+constexpr int kTogether = 1;
+#endif
+
+// Calls body(index, lanes, whole, count) over [0, n), `count` vectors at a time: kTogether, and 1 for the rest.
+template <class Body>
+HWY_INLINE void for_vectors_together(F32 d, size_t n, Body&& body) {
+  const size_t lanes = hn::Lanes(d);
+  size_t begin = 0;
+  for (; begin + kTogether * lanes <= n; begin += kTogether * lanes) {
+    body(begin, lanes, std::true_type(), std::integral_constant<int, kTogether>());
+  }
+  for_vectors(d, n - begin, [&](size_t i, size_t count, auto whole) {
+    body(begin + i, count, whole, std::integral_constant<int, 1>());
+  });
+}
+
 // From exp(-|x|), which cannot overflow.
-HWY_INLINE VF32 sigmoid(F32 d, VF32 x) {
+template <int N>
+HWY_INLINE void sigmoid(F32 d, const VF32 (&x)[N], VF32 (&y)[N]) {
   const VF32 one = hn::Set(d, 1.0f);
-  const VF32 e = exp2_nonpositive(d, hn::Mul(hn::Neg(hn::Abs(x)), hn::Set(d, 1.44269504f)));
-  const VF32 upper = hn::Div(one, hn::Add(one, e));
-  return hn::IfThenElse(hn::Lt(x, hn::Zero(d)), hn::Mul(e, upper), upper);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) y[j] = hn::Mul(hn::Neg(hn::Abs(x[j])), hn::Set(d, 1.44269504f));
+  exp2_nonpositive(d, y);
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) {
+    const VF32 upper = hn::Div(one, hn::Add(one, y[j]));
+    y[j] = hn::IfThenElse(hn::Lt(x[j], hn::Zero(d)), hn::Mul(y[j], upper), upper);
+  }
 }
 
 template <typename T>
@@ -31,10 +57,17 @@ void swiglu_rows(int64_t begin, int64_t end, int64_t size, const T* gate_up, T* 
   const F32 d;
   for (int64_t t = begin; t < end; ++t) {
     const T* gate = gate_up + t * 2 * size;
-    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
-      const VF32 g = load_part(d, gate + i, n, whole);
-      const VF32 u = load_part(d, gate + size + i, n, whole);
-      store_part(d, hn::Mul(hn::Mul(g, sigmoid(d, g)), u), y + t * size + i, n, whole);
+    for_vectors_together(d, size, [&](size_t i, size_t n, auto whole, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      VF32 g[kCount], s[kCount];
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) g[j] = load_part(d, gate + i + j * n, n, whole);
+      sigmoid(d, g, s);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        const VF32 u = load_part(d, gate + size + i + j * n, n, whole);
+        store_part(d, hn::Mul(hn::Mul(g[j], s[j]), u), y + t * size + i + j * n, n, whole);
+      }
     });
   }
 }
@@ -47,15 +80,22 @@ void swiglu_backward_rows(int64_t begin, int64_t end, int64_t size, const T* dy,
   for (int64_t t = begin; t < end; ++t) {
     const T* gate = gate_up + t * 2 * size;
     T* dgate = dgate_up + t * 2 * size;
-    for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
-      const VF32 g = load_part(d, gate + i, n, whole);
-      const VF32 u = load_part(d, gate + size + i, n, whole);
-      const VF32 v = load_part(d, dy + t * size + i, n, whole);
-      const VF32 s = sigmoid(d, g);
-      // silu'(g) = s * (1 + g * (1 - s))
-      const VF32 slope = hn::Mul(s, hn::MulAdd(g, hn::Sub(one, s), one));
-      store_part(d, hn::Mul(hn::Mul(v, u), slope), dgate + i, n, whole);
-      store_part(d, hn::Mul(v, hn::Mul(g, s)), dgate + size + i, n, whole);
+    for_vectors_together(d, size, [&](size_t i, size_t n, auto whole, auto count) {
+      constexpr int kCount = decltype(count)::value;
+      VF32 g[kCount], s[kCount];
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) g[j] = load_part(d, gate + i + j * n, n, whole);
+      sigmoid(d, g, s);
+#pragma GCC unroll 8
+      for (int j = 0; j < kCount; ++j) {
+        const size_t at = i + j * n;
+        const VF32 u = load_part(d, gate + size + at, n, whole);
+        const VF32 v = load_part(d, dy + t * size + at, n, whole);
+        // silu'(g) = s * (1 + g * (1 - s))
+        const VF32 slope = hn::Mul(s[j], hn::MulAdd(g[j], hn::Sub(one, s[j]), one));
+        store_part(d, hn::Mul(hn::Mul(v, u), slope), dgate + at, n, whole);
+        store_part(d, hn::Mul(v, hn::Mul(g[j], s[j])), dgate + size + at, n, whole);
+      }
     });
   }
 }
