@@ -76,11 +76,12 @@ struct PanelProduct {
   bool accumulate = false;
 };
 
-// What the sums begin with. False where that is nothing.
+// What the sums begin with, where it is not what already stands there. False where that is nothing.
 template <typename Out>
 bool begin_sums(const PanelProduct& product, int64_t rows, int64_t column, int64_t width, const Out* c,
                 float* sums, int64_t sums_stride) {
   if (product.bias == nullptr && !product.accumulate) return false;
+  if (product.bias == nullptr && static_cast<const void*>(c) == sums) return true;
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t j = 0; j < width; ++j) {
       const float before = product.accumulate ? to_f32(c[i * product.n + j]) : 0.0f;
@@ -101,6 +102,7 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
   const int64_t panel_bytes = depth * kPanel * bytes;
   parallel_for(threads, blocks * panels, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kMostBlockRows * kPanel];
+    TileKernels kernels;
     for (int64_t work = begin; work < end; ++work) {
       const int64_t first = work / panels * block_rows, last = std::min(m, first + block_rows);
       const int64_t p = work % panels, column = p * kPanel, width = std::min(kPanel, n - column);
@@ -118,8 +120,9 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
         const uint8_t* next = l + length < depth ? here + length * kPanel * bytes : next_panel;
         for (int64_t i = first; i < last; i += kRows) {
           const int64_t rows = std::min(kRows, last - i);
-          const TileKernel kernel({product.dtype, kPanel, rows, length, kPanel, product.x_stride, sums_stride,
-                                   begun || l > 0, false, i + rows == last});
+          const TileKernel& kernel =
+              kernels.get({product.dtype, kPanel, rows, length, kPanel, product.x_stride, sums_stride,
+                           begun || l > 0, false, i + rows == last});
           kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_stride,
                  next);
         }
@@ -281,6 +284,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
     parallel_for(num_threads(), chunks * panels, 1, [&](int64_t first, int64_t last) {
       uint8_t* mine = columns.as<uint8_t>() + omp_get_thread_num() * most_outputs * tokens * bytes;
       int64_t packed = -1;
+      TileKernels kernels;
       for (int64_t work = first; work < last; ++work) {
         const int64_t chunk = work / panels, q = work % panels;
         const int64_t output = chunk * most_outputs, outputs = std::min(most_outputs, n - output);
@@ -290,7 +294,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
           packed = chunk;
         }
         const bool transposed = computed == DType::f32;
-        const TileKernel kernel({computed, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
+        const TileKernel& kernel = kernels.get({computed, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
                                  transposed ? outputs : depth, k, true, transposed, true});
         const uint8_t* panel = x_panels.as<const uint8_t>();
         const int64_t panel_bytes = depth * kPanel * bytes;

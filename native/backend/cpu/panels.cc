@@ -58,10 +58,9 @@ void transpose(const uint8_t* from, int64_t from_stride, int64_t rows, int64_t c
 // Of pairs (a, b) and (c, d) of bf16 in 64 bits, (a, c) and (b, d).
 template <class D64, class V>
 HWY_INLINE V exchange_middle(D64 d, V v) {
-  const V outer = hn::And(v, hn::Set(d, 0xffff00000000ffffull));
-  const V up = hn::And(hn::ShiftLeft<16>(v), hn::Set(d, 0x0000ffff00000000ull));
-  const V down = hn::And(hn::ShiftRight<16>(v), hn::Set(d, 0x00000000ffff0000ull));
-  return hn::Or(outer, hn::Or(up, down));
+  alignas(16) static constexpr uint8_t kBytes[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};
+  const hn::Repartition<uint8_t, D64> d8;
+  return hn::BitCast(d, hn::TableLookupBytes(hn::BitCast(d8, v), hn::Load(d8, kBytes)));
 }
 
 // A tile of a panel of W^T, [kPanel inputs, kPanel outputs], to one of W, [kPanel outputs, kPanel inputs]. Of bf16 it

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "backend/backend.h"
 
@@ -22,6 +23,8 @@ struct TileShape {
   bool add = false;           // to what is there
   bool x_transposed = false;  // x lies as [depth, rows]; f32 only
   bool prefetch = false;      // the next panel meanwhile
+
+  bool operator==(const TileShape&) const = default;
 };
 
 // Whether there are kernels of that type here: f32 always, bf16 where the processor multiplies it (AVX512_BF16).
@@ -35,12 +38,27 @@ class TileKernel {
  public:
   // Found among those made, or made. Any thread may ask.
   explicit TileKernel(const TileShape& shape);
+  const TileShape& shape() const { return shape_; }
   // `next`, a panel of the same size, is read into the second-level cache where the shape says prefetch.
   void operator()(const void* panel, const void* x, float* out, const void* next) const;
 
  private:
   TileShape shape_;
   void (*code_)() = nullptr;  // null where the library has none: then in plain C++
+};
+
+// The kernels of one thread's loop over tiles, which are of few shapes.
+class TileKernels {
+ public:
+  const TileKernel& get(const TileShape& shape) {
+    for (const TileKernel& kernel : kernels_) {
+      if (kernel.shape() == shape) return kernel;
+    }
+    return kernels_.emplace_back(shape);
+  }
+
+ private:
+  std::vector<TileKernel> kernels_;
 };
 
 }  // namespace merf
