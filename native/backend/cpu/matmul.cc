@@ -296,9 +296,17 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
         const bool transposed = computed == DType::f32;
         const TileKernel& kernel = kernels.get({computed, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
                                  transposed ? outputs : depth, k, true, transposed, true});
+        // The next tile of the gradient, which is read and written but once, meanwhile.
+        float* tile = dw.as<float>() + output * k + q * kPanel;
+        if (q + 1 < panels) {
+          for (int64_t j = 0; j < outputs; ++j) {
+            __builtin_prefetch(tile + j * k + kPanel, 1);
+            __builtin_prefetch(tile + j * k + kPanel + 16, 1);
+          }
+        }
         const uint8_t* panel = x_panels.as<const uint8_t>();
         const int64_t panel_bytes = depth * kPanel * bytes;
-        kernel(panel + q * panel_bytes, mine, dw.as<float>() + output * k + q * kPanel,
+        kernel(panel + q * panel_bytes, mine, tile,
                panel + (q + 1) % panels * panel_bytes);
       }
     });
