@@ -110,10 +110,15 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
       const uint8_t* next_panel = work + 1 < end ? product.panels + (work + 1) % panels * panel_bytes : panel;
       Out* out = c + first * n + column;
       // Kernels are for whole panels: for few columns the library has others, whose sums differ with the rows.
-      const bool direct = std::is_same_v<Out, float> && width == kPanel;
-      float* sums = direct ? reinterpret_cast<float*>(out) : tile;
+      const bool rounds = product.dtype == DType::bf16 && std::is_same_v<Out, bf16> && stretch >= depth &&
+                          product.bias == nullptr && !product.accumulate;
+      const bool direct = width == kPanel && (rounds || std::is_same_v<Out, float>);
+      auto* sums = direct ? reinterpret_cast<uint8_t*>(out) : reinterpret_cast<uint8_t*>(tile);
       const int64_t sums_stride = direct ? n : kPanel;
-      const bool begun = begin_sums(product, last - first, column, width, out, sums, sums_stride);
+      const DType sums_type = direct && rounds ? DType::bf16 : DType::f32;
+      const int64_t sums_bytes = sums_stride * static_cast<int64_t>(size_of(sums_type));
+      const bool begun =
+          begin_sums(product, last - first, column, width, out, reinterpret_cast<float*>(sums), sums_stride);
       for (int64_t l = 0; l < depth; l += stretch) {
         const int64_t length = std::min(stretch, depth - l);
         const uint8_t* here = panel + l * kPanel * bytes;
@@ -121,10 +126,9 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
         for (int64_t i = first; i < last; i += kRows) {
           const int64_t rows = std::min(kRows, last - i);
           const TileKernel& kernel =
-              kernels.get({product.dtype, kPanel, rows, length, kPanel, product.x_stride, sums_stride,
-                           begun || l > 0, false, i + rows == last});
-          kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_stride,
-                 next);
+              kernels.get({product.dtype, sums_type, kPanel, rows, length, kPanel, product.x_stride,
+                           sums_stride, begun || l > 0, false, i + rows == last});
+          kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_bytes, next);
         }
       }
       if (!direct) store_tile(tile, last - first, width, out, n);
@@ -294,8 +298,9 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
           packed = chunk;
         }
         const bool transposed = computed == DType::f32;
-        const TileKernel& kernel = kernels.get({computed, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
-                                 transposed ? outputs : depth, k, true, transposed, true});
+        const TileKernel& kernel =
+            kernels.get({computed, DType::f32, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
+                         transposed ? outputs : depth, k, true, transposed, true});
         // The next tile of the gradient, which is read and written but once, meanwhile.
         float* tile = dw.as<float>() + output * k + q * kPanel;
         if (q + 1 < panels) {
@@ -306,8 +311,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
         }
         const uint8_t* panel = x_panels.as<const uint8_t>();
         const int64_t panel_bytes = depth * kPanel * bytes;
-        kernel(panel + q * panel_bytes, mine, tile,
-               panel + (q + 1) % panels * panel_bytes);
+        kernel(panel + q * panel_bytes, mine, tile, panel + (q + 1) % panels * panel_bytes);
       }
     });
   }

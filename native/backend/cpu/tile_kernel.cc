@@ -23,8 +23,12 @@ libxsmm_xmmfunction generate(const TileShape& shape) {
   code.xmm = nullptr;
   if (shape.dtype == DType::bf16) {
     const int flags = LIBXSMM_GEMM_FLAG_VNNI_A;
-    code.bsmm = libxsmm_bsmmdispatch(size(shape.width), size(shape.rows), size(shape.depth), &lda, &ldb, &ldc,
-                                     &alpha, &beta, &flags, &prefetch);
+    const auto m = size(shape.width), n = size(shape.rows), k = size(shape.depth);
+    if (shape.out == DType::bf16) {
+      code.bmm = libxsmm_bmmdispatch(m, n, k, &lda, &ldb, &ldc, &alpha, &beta, &flags, &prefetch);
+    } else {
+      code.bsmm = libxsmm_bsmmdispatch(m, n, k, &lda, &ldb, &ldc, &alpha, &beta, &flags, &prefetch);
+    }
   } else {
     const int flags = shape.x_transposed ? LIBXSMM_GEMM_FLAG_TRANS_B : LIBXSMM_GEMM_FLAG_NONE;
     code.smm = libxsmm_smmdispatch(size(shape.width), size(shape.rows), size(shape.depth), &lda, &ldb, &ldc,
@@ -59,7 +63,7 @@ bool has_tile_kernels(DType dtype) {
   if (dtype == DType::f32) return true;
 #ifdef MERF_XSMM
   static const bool known = libxsmm_get_target_archid() >= LIBXSMM_X86_AVX512_CPX &&
-                            generate({DType::bf16, 32, 8, 64, 32, 64, 32}).xmm != nullptr;
+                            generate({DType::bf16, DType::f32, 32, 8, 64, 32, 64, 32}).xmm != nullptr;
   return known;
 #else
   return false;
@@ -83,7 +87,7 @@ TileKernel::TileKernel(const TileShape& shape) : shape_(shape) {
 #endif
 }
 
-void TileKernel::operator()(const void* panel, const void* x, float* out, const void* next) const {
+void TileKernel::operator()(const void* panel, const void* x, void* out, const void* next) const {
 #ifdef MERF_XSMM
   if (code_ != nullptr) {
     // A kernel that fetches takes what comes next of all three; it fetches the panel alone.
@@ -96,7 +100,8 @@ void TileKernel::operator()(const void* panel, const void* x, float* out, const 
     return;
   }
 #endif
-  multiply_plainly(shape_, static_cast<const float*>(panel), static_cast<const float*>(x), out);
+  multiply_plainly(shape_, static_cast<const float*>(panel), static_cast<const float*>(x),
+                   static_cast<float*>(out));
 }
 
 }  // namespace merf

@@ -11,9 +11,10 @@
 
 namespace merf {
 
-// out[rows, width] f32 = or += x[rows, depth] * panel[depth, width].
+// out[rows, width] = or += x[rows, depth] * panel[depth, width].
 struct TileShape {
   DType dtype = DType::f32;  // of x and panel
+  DType out = DType::f32;    // bf16 only where x is and nothing is added to
   int64_t width = 0;
   int64_t rows = 0;
   int64_t depth = 0;          // even for bf16
@@ -32,15 +33,15 @@ bool has_tile_kernels(DType dtype);
 
 std::string tile_library_version();  // of libxsmm; empty where it is not used
 
-// A sum's order is that of the depth, whatever else the shape is, and the sum so far can be left in `out` and gone on
-// with: a row has the same bits however many rows, columns and stretches of depth a kernel is for.
+// A sum's order is that of the depth, whatever else the shape is, and the sum so far can be left in an `out` of f32 and
+// gone on with: a row has the same bits however many rows, columns and stretches of depth a kernel is for.
 class TileKernel {
  public:
   // Found among those made, or made. Any thread may ask.
   explicit TileKernel(const TileShape& shape);
   const TileShape& shape() const { return shape_; }
   // `next`, a panel of the same size, is read into the second-level cache where the shape says prefetch.
-  void operator()(const void* panel, const void* x, float* out, const void* next) const;
+  void operator()(const void* panel, const void* x, void* out, const void* next) const;
 
  private:
   TileShape shape_;
