@@ -14,7 +14,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 test('--profile prints the operators of every phase', async () => {
   const { code, stdout, stderr } = await merf([...tiny, '--profile']);
-  expect(stderr).toMatch(/a step to warm up/);
+  expect(stderr).toMatch(/two steps to warm up/);
   expect(code).toBe(0);
   const phases = stdout.split('\n\n');
   expect(phases.map((text) => text.split(',')[0])).toEqual(['rollout', 'forward and backward', 'update']);
