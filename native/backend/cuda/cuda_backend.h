@@ -52,7 +52,8 @@ class CudaBackend final : public Backend {
   Tensor make(const std::vector<int32_t>& values);
 
   // matmul.cu
-  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward, bool for_lookup) override;
+  std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
+                                            bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
