@@ -1,7 +1,6 @@
 // merf as the engines in peers.ts are run: a process of its own that reads a workload from the file it is given, says
 // that it is ready, and answers each line of its standard input, {"prompts": [[id, ...], ...]}, with the times of one
-// step on them; with {"keepActivations": bytes} beside them, of the second of two that compute no forward pass for their
-// updates: the first finds no memory kept for it, since the steps between keep nothing.
+// step on them; with {"keepActivations": bytes} beside them, of one that computes no forward pass for its update.
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import type { EngineSpec } from './peers.js';
@@ -17,8 +16,6 @@ answer({ versions: {} });
 let seed = 0;
 for await (const line of createInterface({ input: process.stdin })) {
   const { prompts, keepActivations } = JSON.parse(line) as { prompts: number[][]; keepActivations?: number };
-  const step = () => grpoStep(policy, prompts, spec.workload.sizes, ++seed, keepActivations);
-  if (keepActivations !== undefined) await step();
-  answer(await step());
+  answer(await grpoStep(policy, prompts, spec.workload.sizes, ++seed, keepActivations));
 }
 policy.dispose();

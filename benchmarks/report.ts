@@ -140,8 +140,8 @@ export function markdown(report: Report): string {
     '## A GRPO step',
     '',
     `Random weights of ${w.model}'s shape; ${w.prompts} prompts of ${w.promptTokens} tokens x ${w.group} completions of ` +
-      `${w.completionTokens} tokens, sampled at temperature 1; one update without KL. Medians. Ratios above 1: merf ` +
-      'takes less time or memory.',
+      `${w.completionTokens} tokens, sampled at temperature 1; one update without KL. Medians of steps that ` +
+      'follow one to warm up. Ratios above 1: merf takes less time or memory.',
   ];
   for (const step of steps) lines.push('', ...stepLines(step, matrixRate));
   if (operators.length > 0) {
