@@ -597,6 +597,15 @@ describe('ends', () => {
     expect(run(script)).toMatchObject({ status, signal: null });
   });
 
+  test('products leave the environment as it was, for programs that are started after them', () => {
+    const script = `${preamble}
+      const before = JSON.stringify(process.env);
+      const m = model();
+      m.initialize(1n, 0.3).then(() => m.sample({ ...request, maxTokens: Int32Array.of(4) }, addon.createCancelToken(), () => {}))
+        .then(() => process.exit(JSON.stringify(process.env) === before ? 0 : 3));`;
+    expect(run(script)).toMatchObject({ status: 0, signal: null });
+  });
+
   test('the process waits for what was asked of it and then ends by itself', () => {
     const script = `${preamble}
       const m = model();

@@ -1,6 +1,7 @@
 #include "backend/cpu/tile_kernel.h"
 
 #include <algorithm>
+#include <cstdlib>
 
 #ifdef MERF_XSMM
 #include <libxsmm.h>
@@ -11,6 +12,16 @@ namespace merf {
 namespace {
 
 #ifdef MERF_XSMM
+
+// As the program is loaded, before there are other threads: the library asks in the environment that OpenMP's threads be
+// bound, which would bind programs that this one starts, all of their threads, to one processor.
+const bool kInitialized = [] {
+  constexpr const char* kBinding = "OMP_PROC_BIND";
+  const bool wanted = std::getenv(kBinding) != nullptr;
+  libxsmm_init();
+  if (!wanted) unsetenv(kBinding);
+  return true;
+}();
 
 // The library's matrices are stored by columns, so its A is the panel and its B and C are x and out.
 libxsmm_xmmfunction generate(const TileShape& shape) {
@@ -62,7 +73,7 @@ void multiply_plainly(const TileShape& shape, const float* panel, const float* x
 bool has_tile_kernels(DType dtype) {
   if (dtype == DType::f32) return true;
 #ifdef MERF_XSMM
-  static const bool known = libxsmm_get_target_archid() >= LIBXSMM_X86_AVX512_CPX &&
+  static const bool known = kInitialized && libxsmm_get_target_archid() >= LIBXSMM_X86_AVX512_CPX &&
                             generate({DType::bf16, DType::f32, 32, 8, 64, 32, 64, 32}).xmm != nullptr;
   return known;
 #else
