@@ -88,9 +88,8 @@ export async function measureSteps(
         const start = elapsed();
         const patience = options.strict && isPeer ? Math.max(left, 1) : undefined;
         const before = lasted.get(engine);
-        if (before === undefined || before < 2 * warmedSeconds)
-          await warmUp(engine, process, input, patience);
-        await runOnce(engine, process, input, patience);
+        const warms = before === undefined || before < 2 * warmedSeconds;
+        await takeTurn(engine, process, input, patience, warms);
         lasted.set(engine, elapsed() - start);
       }
     }
@@ -101,27 +100,15 @@ export async function measureSteps(
   }
 }
 
-async function warmUp(
+async function takeTurn(
   runs: EngineRuns,
   engine: Engine,
   input: object,
   patience: number | undefined,
+  warms: boolean,
 ): Promise<void> {
   try {
-    await engine.run(input, patience);
-  } catch (error) {
-    fail(runs, error);
-  }
-}
-
-async function runOnce(
-  runs: EngineRuns,
-  engine: Engine,
-  input: object,
-  patience: number | undefined,
-): Promise<void> {
-  if (runs.error !== undefined) return;
-  try {
+    if (warms) await engine.run(input, patience);
     const times = await engine.run(input, patience);
     if (runs.runs.length === 0) runs.peakBytes = engine.peakBytes();
     runs.runs.push(times);
