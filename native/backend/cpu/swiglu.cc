@@ -52,6 +52,14 @@ HWY_INLINE void sigmoid(F32 d, const VF32 (&x)[N], VF32 (&y)[N]) {
   }
 }
 
+// N vectors of the gate from `gate` on, and their sigmoids.
+template <int N, typename T, class Whole>
+HWY_INLINE void load_gates(F32 d, const T* gate, size_t n, Whole whole, VF32 (&g)[N], VF32 (&s)[N]) {
+#pragma GCC unroll 8
+  for (int j = 0; j < N; ++j) g[j] = load_part(d, gate + j * n, n, whole);
+  sigmoid(d, g, s);
+}
+
 template <typename T>
 void swiglu_rows(int64_t begin, int64_t end, int64_t size, const T* gate_up, T* y) {
   const F32 d;
@@ -60,9 +68,7 @@ void swiglu_rows(int64_t begin, int64_t end, int64_t size, const T* gate_up, T* 
     for_vectors_together(d, size, [&](size_t i, size_t n, auto whole, auto count) {
       constexpr int kCount = decltype(count)::value;
       VF32 g[kCount], s[kCount];
-#pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) g[j] = load_part(d, gate + i + j * n, n, whole);
-      sigmoid(d, g, s);
+      load_gates(d, gate + i, n, whole, g, s);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
         const VF32 u = load_part(d, gate + size + i + j * n, n, whole);
@@ -83,9 +89,7 @@ void swiglu_backward_rows(int64_t begin, int64_t end, int64_t size, const T* dy,
     for_vectors_together(d, size, [&](size_t i, size_t n, auto whole, auto count) {
       constexpr int kCount = decltype(count)::value;
       VF32 g[kCount], s[kCount];
-#pragma GCC unroll 8
-      for (int j = 0; j < kCount; ++j) g[j] = load_part(d, gate + i + j * n, n, whole);
-      sigmoid(d, g, s);
+      load_gates(d, gate + i, n, whole, g, s);
 #pragma GCC unroll 8
       for (int j = 0; j < kCount; ++j) {
         const size_t at = i + j * n;
