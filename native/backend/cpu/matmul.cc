@@ -126,8 +126,8 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
         for (int64_t i = first; i < last; i += kRows) {
           const int64_t rows = std::min(kRows, last - i);
           const TileKernel& kernel =
-              kernels.get({product.dtype, sums_type, kPanel, rows, length, kPanel, product.x_stride,
-                           sums_stride, begun || l > 0, false, i + rows == last});
+              kernels.get({product.dtype, sums_type, kPanel, rows, length, product.x_stride, sums_stride,
+                           begun || l > 0, false, i + rows == last});
           kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_bytes, next);
         }
       }
@@ -299,7 +299,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
         }
         const bool transposed = computed == DType::f32;
         const TileKernel& kernel =
-            kernels.get({computed, DType::f32, std::min(kPanel, k - q * kPanel), outputs, depth, kPanel,
+            kernels.get({computed, DType::f32, std::min(kPanel, k - q * kPanel), outputs, depth,
                          transposed ? outputs : depth, k, true, transposed, true});
         // The next tile of the gradient, which is read and written but once, meanwhile.
         float* tile = dw.as<float>() + output * k + q * kPanel;

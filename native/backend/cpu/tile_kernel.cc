@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdlib>
 
+#include "backend/cpu/panels.h"
+
 #ifdef MERF_XSMM
 #include <libxsmm.h>
 #endif
@@ -26,8 +28,7 @@ const bool kInitialized = [] {
 // The library's matrices are stored by columns, so its A is the panel and its B and C are x and out.
 libxsmm_xmmfunction generate(const TileShape& shape) {
   const auto size = [](int64_t value) { return static_cast<libxsmm_blasint>(value); };
-  const libxsmm_blasint lda = size(shape.panel_stride), ldb = size(shape.x_stride),
-                        ldc = size(shape.out_stride);
+  const libxsmm_blasint lda = size(kPanel), ldb = size(shape.x_stride), ldc = size(shape.out_stride);
   const float alpha = 1.0f, beta = shape.add ? 1.0f : 0.0f;
   const int prefetch = shape.prefetch ? LIBXSMM_GEMM_PREFETCH_AL2 : LIBXSMM_GEMM_PREFETCH_NONE;
   libxsmm_xmmfunction code;
@@ -61,7 +62,7 @@ void multiply_plainly(const TileShape& shape, const float* panel, const float* x
       if (shape.add) std::copy(to, to + columns, sums);
       for (int64_t l = 0; l < shape.depth; ++l) {
         const float factor = x[i * row + l * step];
-        for (int64_t j = 0; j < columns; ++j) sums[j] += factor * panel[l * shape.panel_stride + first + j];
+        for (int64_t j = 0; j < columns; ++j) sums[j] += factor * panel[l * kPanel + first + j];
       }
       std::copy(sums, sums + columns, to);
     }
@@ -74,7 +75,7 @@ bool has_tile_kernels(DType dtype) {
   if (dtype == DType::f32) return true;
 #ifdef MERF_XSMM
   static const bool known = kInitialized && libxsmm_get_target_archid() >= LIBXSMM_X86_AVX512_CPX &&
-                            generate({DType::bf16, DType::f32, 32, 8, 64, 32, 64, 32}).xmm != nullptr;
+                            generate({DType::bf16, DType::f32, kPanel, 8, 64, 64, kPanel}).xmm != nullptr;
   return known;
 #else
   return false;

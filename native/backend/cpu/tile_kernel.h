@@ -11,14 +11,13 @@
 
 namespace merf {
 
-// out[rows, width] = or += x[rows, depth] * panel[depth, width].
+// out[rows, width] = or += x[rows, depth] * panel[depth, width], the first columns of a panel as in panels.h.
 struct TileShape {
   DType dtype = DType::f32;  // of x and panel
   DType out = DType::f32;    // bf16 only where x is and nothing is added to
   int64_t width = 0;
   int64_t rows = 0;
   int64_t depth = 0;          // even for bf16
-  int64_t panel_stride = 0;   // between the panel's rows; of bf16, two of its rows stand interleaved
   int64_t x_stride = 0;       // between rows of x, or of x^T
   int64_t out_stride = 0;     // between rows of out
   bool add = false;           // to what is there
@@ -34,7 +33,8 @@ bool has_tile_kernels(DType dtype);
 std::string tile_library_version();  // of libxsmm; empty where it is not used
 
 // A sum's order is that of the depth, whatever else the shape is, and the sum so far can be left in an `out` of f32 and
-// gone on with: a row has the same bits however many rows, columns and stretches of depth a kernel is for.
+// gone on with: a row has the same bits however many rows and stretches of depth a kernel is for, if it is for a whole
+// panel; for few columns the library has kernels that divide the sum where there are few rows, too.
 class TileKernel {
  public:
   // Found among those made, or made. Any thread may ask.
