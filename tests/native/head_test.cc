@@ -206,6 +206,17 @@ TEST_CASE("head_loss over several blocks of rows agrees with float64") {
   });
 }
 
+TEST_CASE("head_loss over several strips of a block of rows agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      // With the last token, a target, among those whose gradients are looked at.
+      const Problem p = make_problem(220, 3, 30016, 250, dtype, 86);
+      for (const LossKind kind : {LossKind::policy_gradient_clip, LossKind::gspo})
+        check_problem(backend, p, dtype, {kind, 0.2f, 0.28f, 0.1f, 0.1f}, true, 10005);
+    }
+  });
+}
+
 TEST_CASE("head_loss over large and odd vocabularies agrees with float64") {
   for_each_backend([](Backend& backend) {
     for (const DType dtype : {DType::f32, DType::bf16}) {

@@ -1,6 +1,7 @@
-// The language-model head fused with log-softmax, the policy loss and their backward. The logits of one block of
-// rows are all that is ever held: each block goes through product, log-probabilities, coefficients, gradient of the
-// logits (in place) and both backward products before the next one starts.
+// The language-model head fused with log-softmax, the policy loss and their backward. Rows go through it in blocks, and
+// those of a block in strips: the logits of a strip are turned into log-probabilities, coefficients and the gradient
+// of the logits while they are in the cache, and the gradients of a block go through both backward products at once,
+// which read and write the gradient of the head whole. No more than one block of gradients is ever held.
 //
 // Loss rows that share a source row (the last prompt token predicts the first token of every completion) share its
 // logits, so the products run over the distinct source rows.
@@ -174,12 +175,12 @@ HWY_EXPORT(rows_gradient);
 
 namespace {
 
-// Logits held at once, 48 MiB. Large enough that the gradient of the head, which every block reads and writes whole,
-// costs little beside the products.
-constexpr int64_t kBlockElements = int64_t{12} << 20;
+// Of the logits of a strip, and of their gradients that go through the backward products at once.
+constexpr int64_t kStripBytes = int64_t{12} << 20;
+constexpr int64_t kBlockBytes = int64_t{48} << 20;
 
-int64_t rows_of_block(int64_t vocabulary) {
-  return std::clamp<int64_t>(kBlockElements / vocabulary / 32 * 32, 32, 2048);
+int64_t rows_within(int64_t bytes, int64_t row_bytes) {
+  return std::clamp<int64_t>(bytes / row_bytes / 32 * 32, 32, 2048);
 }
 
 // The loss rows by source row.
@@ -204,12 +205,12 @@ Plan plan_rows(const std::vector<int32_t>& row) {
   return plan;
 }
 
-// What a block of source rows needs, reused from block to block.
+// What blocks of source rows need, reused from block to block.
 class HeadBlocks {
  public:
   HeadBlocks(CpuBackend& backend, const Tensor& hidden, const PackedWeight& head,
              const std::vector<int32_t>& rows, const std::vector<int32_t>& targets, const Tensor& logprobs,
-             const Tensor& entropies)
+             const Tensor& entropies, bool for_backward)
       : backend_(backend),
         hidden_(hidden),
         head_(head),
@@ -217,26 +218,57 @@ class HeadBlocks {
         logprobs_(logprobs.as<float>()),
         entropies_(entropies.as<float>()),
         plan_(plan_rows(rows)) {
-    block_ = std::min<int64_t>(rows_of_block(head.outputs), std::max<int64_t>(1, sources()));
-    source_rows_ = backend.allocate(DType::i32, {block_});
+    const auto most = [&](int64_t bytes, DType dtype) {
+      const int64_t within = rows_within(bytes, head.outputs * static_cast<int64_t>(size_of(dtype)));
+      return std::min(within, std::max<int64_t>(1, sources()));
+    };
+    strip_ = most(kStripBytes, DType::f32);
+    block_ = for_backward ? std::max(strip_, most(kBlockBytes, head.dtype)) : strip_;
+    source_rows_ = backend.allocate(DType::i32, {strip_});
     gathered_ = backend.allocate(hidden.dtype, {block_, head.inputs});
-    logits_ = backend.allocate(DType::f32, {block_, head.outputs});
     statistics_.resize(static_cast<size_t>(sources()));
+    if (for_backward) {
+      dhidden_block_ = backend.allocate(hidden.dtype, {block_, head.inputs});
+      dlogits_ = backend.allocate(head.dtype, {block_, head.outputs});
+    }
+    // Gradients in float32 take the place of the logits.
+    if (!for_backward || head.dtype != DType::f32) {
+      strip_logits_ = backend.allocate(DType::f32, {strip_, head.outputs});
+    }
   }
 
   int64_t sources() const { return static_cast<int64_t>(plan_.sources.size()); }
-  int64_t block() const { return block_; }
+  int64_t strip() const { return strip_; }
 
-  // The logits of source rows [begin, end).
-  void compute_logits(int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) source_rows_.as<int32_t>()[i - begin] = plan_.sources[i].row;
-    const int64_t count = end - begin;
-    hidden_block_ = gathered_.rows(0, count);
-    backend_.gather_rows(hidden_, source_rows_.rows(0, count), hidden_block_);
-    backend_.linear(hidden_block_, head_, {}, logits_.rows(0, count), false);
+  template <class Body>
+  void for_blocks(Body&& body) {
+    for (int64_t begin = 0; begin < sources(); begin += block_)
+      body(begin, std::min(sources(), begin + block_));
   }
 
-  // Their log-probabilities and entropies.
+  // Of source rows [begin, end).
+  template <class Body>
+  void for_strips(int64_t begin, int64_t end, Body&& body) {
+    for (; begin < end; begin += strip_) body(begin, std::min(end, begin + strip_));
+  }
+
+  // Calls body(loss row) for the loss rows of source rows [begin, end).
+  template <class Body>
+  void for_loss_rows(int64_t begin, int64_t end, Body&& body) {
+    for (int64_t j = plan_.sources[begin].begin; j < plan_.sources[end - 1].end; ++j) body(plan_.order[j]);
+  }
+
+  // The logits of the strip of source rows [begin, end) in the block that begins with `block`.
+  void compute_logits(int64_t block, int64_t begin, int64_t end) {
+    const int64_t at = begin - block, count = end - begin;
+    for (int64_t i = begin; i < end; ++i) source_rows_.as<int32_t>()[i - begin] = plan_.sources[i].row;
+    const Tensor hidden = gathered_.rows(at, at + count);
+    backend_.gather_rows(hidden_, source_rows_.rows(0, count), hidden);
+    logits_ = strip_logits_ ? strip_logits_.rows(0, count) : dlogits_.rows(at, at + count);
+    backend_.linear(hidden, head_, {}, logits_, false);
+  }
+
+  // The log-probabilities and entropies of the strip whose logits were computed last.
   void compute_logprobs(int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(rows_statistics)
     (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs,
@@ -254,10 +286,10 @@ class HeadBlocks {
     }
   }
 
-  // Adds the gradients of source rows [begin, end), whose logits have been computed. coefficients and
-  // entropy_weights [R]: d loss / d logprob and -d loss / d entropy.
-  void backward(int64_t begin, int64_t end, const float* coefficients, const float* entropy_weights,
-                const Tensor& dhidden, const Tensor& dhead) {
+  // The gradients of the logits of that strip. coefficients and entropy_weights [R]: d loss / d logprob and
+  // -d loss / d entropy. Returns whether any is not 0.
+  bool compute_gradients(int64_t block, int64_t begin, int64_t end, const float* coefficients,
+                         const float* entropy_weights) {
     bool any = false;
     gradients_.assign(static_cast<size_t>(end - begin), {});
     for (int64_t i = begin; i < end; ++i) {
@@ -284,38 +316,23 @@ class HeadBlocks {
       gradient.coefficient = static_cast<float>(coefficient);
       gradient.entropy_weight = static_cast<float>(entropy_weight);
     }
-    if (!any) return;
-
-    const int64_t count = end - begin;
-    if (!dhidden_block_) {
-      dhidden_block_ = backend_.allocate(dhidden.dtype, {block_, head_.inputs});
-      dlogits_ =
-          head_.dtype == DType::f32 ? logits_ : backend_.allocate(head_.dtype, {block_, head_.outputs});
-    }
-    const Tensor dlogits = dlogits_.rows(0, count);
     HWY_DYNAMIC_DISPATCH(rows_gradient)
-    (backend_.num_threads(), logits_.as<const float>(), count, head_.outputs, statistics_.data() + begin,
-     gradients_.data(), dlogits);
-    const Tensor dhidden_rows = dhidden_block_.rows(0, count);
+    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs,
+     statistics_.data() + begin, gradients_.data(), dlogits_.rows(begin - block, end - block));
+    return any;
+  }
+
+  // Adds what the gradients of the logits of the block of source rows [begin, end) give.
+  void backward(int64_t begin, int64_t end, const Tensor& dhidden, const Tensor& dhead) {
+    const int64_t count = end - begin;
+    const Tensor dlogits = dlogits_.rows(0, count), dhidden_rows = dhidden_block_.rows(0, count);
     backend_.linear_backward_input(dlogits, head_, dhidden_rows, false);
     const size_t bytes = static_cast<size_t>(head_.inputs) * size_of(dhidden.dtype);
     for (int64_t i = begin; i < end; ++i) {
       std::memcpy(dhidden.as<char>() + plan_.sources[i].row * bytes,
                   dhidden_rows.as<const char>() + (i - begin) * bytes, bytes);
     }
-    if (dhead) backend_.linear_backward_weight(dlogits, hidden_block_, dhead, {});
-  }
-
-  template <class Body>
-  void for_blocks(Body&& body) {
-    for (int64_t begin = 0; begin < sources(); begin += block_)
-      body(begin, std::min(sources(), begin + block_));
-  }
-
-  // Calls body(loss row) for the loss rows of source rows [begin, end).
-  template <class Body>
-  void for_loss_rows(int64_t begin, int64_t end, Body&& body) {
-    for (int64_t j = plan_.sources[begin].begin; j < plan_.sources[end - 1].end; ++j) body(plan_.order[j]);
+    if (dhead) backend_.linear_backward_weight(dlogits, gathered_.rows(0, count), dhead, {});
   }
 
  private:
@@ -326,8 +343,8 @@ class HeadBlocks {
   float* logprobs_;
   float* entropies_;
   Plan plan_;
-  int64_t block_ = 0;
-  Tensor source_rows_, gathered_, hidden_block_, logits_, dlogits_, dhidden_block_;
+  int64_t strip_ = 0, block_ = 0;  // of source rows, at most
+  Tensor source_rows_, gathered_, strip_logits_, logits_, dlogits_, dhidden_block_;
   std::vector<RowStatistics> statistics_;
   std::vector<RowGradient> gradients_;
 };
@@ -337,9 +354,9 @@ class HeadBlocks {
 void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
                                const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
                                const Tensor& logprobs, const Tensor& entropies) {
-  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies);
-  blocks.for_blocks([&](int64_t begin, int64_t end) {
-    blocks.compute_logits(begin, end);
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies, false);
+  blocks.for_strips(0, blocks.sources(), [&](int64_t begin, int64_t end) {
+    blocks.compute_logits(begin, begin, end);
     blocks.compute_logprobs(begin, end);
   });
 }
@@ -351,7 +368,7 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
   const int64_t count = static_cast<int64_t>(rows.size());
   // The loss reads entropies where it has a term of them, wanted as an output or not.
   const Tensor own_entropies = entropies ? entropies : allocate(DType::f32, {count});
-  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies);
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies, true);
   zero(dhidden);
 
   const float* weight = loss_rows.weights.as<const float>();
@@ -360,17 +377,30 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
     entropy_weights[r] = weight[r] == 0.0f ? 0.0f : options.entropy_coefficient * weight[r];
   }
 
+  std::vector<float> coefficients(static_cast<size_t>(count));
+  // Calls logits(block, begin, end) for each strip of a block before its gradients are taken.
+  const auto backward = [&](auto&& logits) {
+    blocks.for_blocks([&](int64_t block, int64_t block_end) {
+      bool any = false;
+      blocks.for_strips(block, block_end, [&](int64_t begin, int64_t end) {
+        logits(block, begin, end);
+        any |= blocks.compute_gradients(block, begin, end, coefficients.data(), entropy_weights.data());
+      });
+      if (any) blocks.backward(block, block_end, dhidden, dhead);
+    });
+  };
+
   // The ratio of a sequence takes all of its rows, so gspo's logits are computed twice.
   if (options.kind == LossKind::gspo) {
-    blocks.for_blocks([&](int64_t begin, int64_t end) {
-      blocks.compute_logits(begin, end);
+    blocks.for_strips(0, blocks.sources(), [&](int64_t begin, int64_t end) {
+      blocks.compute_logits(begin, begin, end);
       blocks.compute_logprobs(begin, end);
     });
-    const Tensor coefficients = allocate(DType::f32, {count});
-    const double loss = policy_loss(logprobs, own_entropies, loss_rows, options, coefficients);
-    blocks.for_blocks([&](int64_t begin, int64_t end) {
-      if (blocks.sources() > blocks.block()) blocks.compute_logits(begin, end);
-      blocks.backward(begin, end, coefficients.as<const float>(), entropy_weights.data(), dhidden, dhead);
+    const Tensor of_logprobs = allocate(DType::f32, {count});
+    const double loss = policy_loss(logprobs, own_entropies, loss_rows, options, of_logprobs);
+    std::copy_n(of_logprobs.as<const float>(), count, coefficients.data());
+    backward([&](int64_t block, int64_t begin, int64_t end) {
+      if (blocks.sources() > blocks.strip()) blocks.compute_logits(block, begin, end);
     });
     return loss;
   }
@@ -381,10 +411,9 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
   const float* advantage = loss_rows.advantages.as<const float>();
   const float* old_logprob = loss_rows.old_logprobs.as<const float>();
   const float* reference = loss_rows.reference_logprobs.as<const float>();
-  std::vector<float> coefficients(static_cast<size_t>(count));
   std::vector<double> losses(static_cast<size_t>(count));
-  blocks.for_blocks([&](int64_t begin, int64_t end) {
-    blocks.compute_logits(begin, end);
+  backward([&](int64_t block, int64_t begin, int64_t end) {
+    blocks.compute_logits(block, begin, end);
     blocks.compute_logprobs(begin, end);
     blocks.for_loss_rows(begin, end, [&](int64_t r) {
       if (weight[r] == 0.0f) return;
@@ -396,7 +425,6 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
       losses[r] = row.loss;
       coefficients[r] = static_cast<float>(row.from_log_ratio + row.from_logprob);
     });
-    blocks.backward(begin, end, coefficients.data(), entropy_weights.data(), dhidden, dhead);
   });
   return std::accumulate(losses.begin(), losses.end(), 0.0);
 }

@@ -7,6 +7,7 @@
 //
 // Where the processor multiplies bfloat16 (AVX512_BF16) bf16 products run on it; elsewhere they are computed in
 // float32 from converted operands, which is as exact and faster than emulation. Where it has AMX they are oneDNN's.
+#include <hwy/cache_control.h>
 #include <omp.h>
 
 #include <algorithm>
@@ -91,6 +92,15 @@ bool begin_sums(const PanelProduct& product, int64_t rows, int64_t column, int64
   return true;
 }
 
+// Whether rows of c lie so far apart that a tile's lines compete for few places in the cache, where waiting for each to
+// be read costs a third of a small product's time: such a tile is written past the cache. Logits are such.
+bool rows_evict_each_other(const float* c, int64_t n) {
+  constexpr int64_t kFar = int64_t{64} << 10, kLine = 64;
+  const int64_t row_bytes = n * static_cast<int64_t>(sizeof(float));
+  return row_bytes >= kFar && row_bytes % kLine == 0 && reinterpret_cast<uintptr_t>(c) % kLine == 0;
+}
+bool rows_evict_each_other(const bf16*, int64_t) { return false; }
+
 template <typename Out>
 void multiply_panels(int threads, const PanelProduct& product, Out* c) {
   const int64_t bytes = static_cast<int64_t>(size_of(product.dtype));
@@ -100,6 +110,7 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
   const int64_t block_rows = equal_parts(m, most_rows, kRows);
   const int64_t panels = panels_of(n), blocks = (m + block_rows - 1) / block_rows;
   const int64_t panel_bytes = depth * kPanel * bytes;
+  const bool streams = rows_evict_each_other(c, n);
   parallel_for(threads, blocks * panels, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kMostBlockRows * kPanel];
     TileKernels kernels;
@@ -112,7 +123,7 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
       // Kernels are for whole panels: for few columns the library has others, whose sums differ with the rows.
       const bool rounds = product.dtype == DType::bf16 && std::is_same_v<Out, bf16> && stretch >= depth &&
                           product.bias == nullptr && !product.accumulate;
-      const bool direct = width == kPanel && (rounds || std::is_same_v<Out, float>);
+      const bool direct = width == kPanel && (rounds || std::is_same_v<Out, float>)&&!streams;
       auto* sums = direct ? reinterpret_cast<uint8_t*>(out) : reinterpret_cast<uint8_t*>(tile);
       const int64_t sums_stride = direct ? n : kPanel;
       const DType sums_type = direct && rounds ? DType::bf16 : DType::f32;
@@ -131,8 +142,15 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
           kernel(here, product.x + (i * product.x_stride + l) * bytes, sums + (i - first) * sums_bytes, next);
         }
       }
+      if constexpr (std::is_same_v<Out, float>) {
+        if (streams && width == kPanel) {
+          stream_tile(tile, last - first, out, n);
+          continue;
+        }
+      }
       if (!direct) store_tile(tile, last - first, width, out, n);
     }
+    if (streams) hwy::FlushStream();
   });
 }
 

@@ -255,6 +255,15 @@ void store_tile_bf16(const float* tile, int64_t rows, int64_t columns, bf16* to,
   store_tile_as(tile, rows, columns, to, stride);
 }
 
+void stream_tile(const float* tile, int64_t rows, float* to, int64_t stride) {
+  const F32 d;
+  for (int64_t i = 0; i < rows; ++i) {
+    for (size_t j = 0; j < kPanel; j += hn::Lanes(d)) {
+      hn::Stream(hn::Load(d, tile + i * kPanel + j), d, to + i * stride + j);
+    }
+  }
+}
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace merf
@@ -270,6 +279,7 @@ HWY_EXPORT(pack_rows);
 HWY_EXPORT(pack_columns);
 HWY_EXPORT(store_tile_f32);
 HWY_EXPORT(store_tile_bf16);
+HWY_EXPORT(stream_tile);
 
 void pack_panels(int threads, DType dtype, const void* weight, int64_t n, int64_t k, void* panels) {
   HWY_DYNAMIC_DISPATCH(pack_panels)(threads, dtype, weight, n, k, panels);
@@ -293,6 +303,9 @@ void store_tile(const float* tile, int64_t rows, int64_t columns, float* to, int
 }
 void store_tile(const float* tile, int64_t rows, int64_t columns, bf16* to, int64_t stride) {
   HWY_DYNAMIC_DISPATCH(store_tile_bf16)(tile, rows, columns, to, stride);
+}
+void stream_tile(const float* tile, int64_t rows, float* to, int64_t stride) {
+  HWY_DYNAMIC_DISPATCH(stream_tile)(tile, rows, to, stride);
 }
 
 }  // namespace merf
