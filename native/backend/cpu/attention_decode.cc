@@ -111,7 +111,61 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
+// Pages lie anywhere in a cache that is larger than the processor's. They are fetched in the order of their use, some
+// lines with every strip of rows that is multiplied, so that memory is read all the while.
+class PageFetcher {
+ public:
+  // Of the keys those columns that the page's first `tokens` take, of the values their rows.
+  template <typename Stored>
+  void add_keys(const Stored* page, int64_t size, int64_t tokens) {
+    add({page, size / kPerOperand<Stored>, lines_of(tokens), kPageTokens});
+  }
+  template <typename Stored>
+  void add_values(const Stored* page, int64_t size, int64_t tokens) {
+    constexpr int64_t kWidth = kPerOperand<Stored>;
+    add({page, 1, lines_of(round_up(tokens, kWidth) / kWidth * size), 0});
+  }
+  int64_t lines() const { return lines_; }
+
+  void fetch(int64_t lines) {
+    for (; lines > 0 && next_ < parts_.size(); --lines) {
+      const Part& part = parts_[next_];
+      __builtin_prefetch(static_cast<const uint32_t*>(part.from) + row_ * part.stride + line_ * kLine);
+      if (++line_ < part.lines) continue;
+      line_ = 0;
+      if (++row_ < part.rows) continue;
+      row_ = 0;
+      ++next_;
+    }
+  }
+
+  void clear() {
+    parts_.clear();
+    lines_ = 0;
+    next_ = 0;
+    row_ = line_ = 0;
+  }
+
+ private:
+  static constexpr int64_t kLine = 16;  // of four bytes
+  struct Part {
+    const void* from;
+    int64_t rows, lines, stride;  // lines in a row; rows are so many times four bytes apart
+  };
+  static int64_t lines_of(int64_t words) { return (words + kLine - 1) / kLine; }
+  void add(const Part& part) {
+    parts_.push_back(part);
+    lines_ += part.rows * part.lines;
+  }
+
+  std::vector<Part> parts_;
+  int64_t lines_ = 0;
+  size_t next_ = 0;
+  int64_t row_ = 0, line_ = 0;
+};
+
 struct DecodeScratch {
+  PageFetcher fetcher;
   float* query;     // [rows, head_size] as operands
   float* output;    // [rows, padded]
   float* greatest;  // [rows]
@@ -196,21 +250,6 @@ HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const O
   }
 }
 
-// Pages lie anywhere in a cache that is larger than the processor's: each is fetched while the one before it is worked
-// on. Of the keys those columns that its first `tokens` take, of the values their rows.
-template <typename Stored>
-HWY_INLINE void prefetch_keys(const Stored* page, int64_t size, int64_t tokens) {
-  for (int64_t d = 0; d < size / kPerOperand<Stored>; ++d) {
-    for (int64_t t = 0; t < tokens; t += 16) __builtin_prefetch(page + d * kPageTokens + t);
-  }
-}
-template <typename Stored>
-HWY_INLINE void prefetch_values(const Stored* page, int64_t size, int64_t tokens) {
-  for (int64_t i = 0; i < round_up(tokens, kPerOperand<Stored>) / kPerOperand<Stored> * size; i += 16) {
-    __builtin_prefetch(page + i);
-  }
-}
-
 template <typename T, typename Operand>
 void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& cache, int64_t kv_head,
                  int64_t padded, int64_t columns, float scale, DecodeScratch& scratch, const HeadsView& out) {
@@ -230,25 +269,35 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
   };
   auto* page_scratch = reinterpret_cast<Operand*>(scratch.page);
 
-  for (size_t i = 0; i < task.pages.size(); ++i) {
-    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
-    if (i + 1 < task.pages.size()) {
-      prefetch_keys(in_cache(cache.keys, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
-    }
+  PageFetcher& fetcher = scratch.fetcher;
+  fetcher.clear();
+  int64_t strips = 0;
+  for (const DecodePage& p : task.pages) {
+    fetcher.add_keys(in_cache(cache.keys, p.page), size, p.tokens);
+    strips += (p.row_count * group + kTileRows - 1) / kTileRows;
+  }
+  const int64_t with_strip = fetcher.lines() / strips + 1;
+  for (const DecodePage& p : task.pages) fetcher.add_values(in_cache(cache.values, p.page), size, p.tokens);
+
+  for (const auto& [page, tokens, first_row, row_count, column] : task.pages) {
     const int64_t first = first_row * group, count = row_count * group;
+    const auto* keys = page_keys(in_cache(cache.keys, page), size, tokens, page_scratch);
     float* scores = scratch.scores + first * columns + column;
-    multiply<Into::overwrite_scaled>(count, (tokens + kLanes - 1) / kLanes, steps, query + first * steps,
-                                     steps, 1,
-                                     page_keys(in_cache(cache.keys, page), size, tokens, page_scratch),
-                                     kPageTokens, scores, columns, scale * kLog2e);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      fetcher.fetch(with_strip);
+      multiply<Into::overwrite_scaled>(std::min<int64_t>(kTileRows, count - r),
+                                       (tokens + kLanes - 1) / kLanes, steps, query + (first + r) * steps,
+                                       steps, 1, keys, kPageTokens, scores + r * columns, columns,
+                                       scale * kLog2e);
+    }
     const int64_t end = round_up(tokens, kColumnUnit);
     if (tokens == end) continue;
     for (int64_t r = 0; r < count; ++r) {
       std::fill(scores + r * columns + tokens, scores + r * columns + end, kMinusInfinity);
     }
   }
-  prefetch_values(in_cache(cache.values, task.pages[0].page), size, task.pages[0].tokens);
   for (int64_t r = 0; r < rows; ++r) {
+    fetcher.fetch(with_strip / 2);
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;
     const FloatVec most = greatest(vectors, scores, hn::Set(kFloatTag, kMinusInfinity));
@@ -257,16 +306,16 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
                                      reinterpret_cast<Operand*>(scores), hn::Zero(WideTag())));
   }
   std::fill(scratch.output, scratch.output + rows * padded, 0.0f);
-  for (size_t i = 0; i < task.pages.size(); ++i) {
-    const auto& [page, tokens, first_row, row_count, column] = task.pages[i];
-    if (i + 1 < task.pages.size()) {
-      prefetch_values(in_cache(cache.values, task.pages[i + 1].page), size, task.pages[i + 1].tokens);
-    }
+  for (const auto& [page, tokens, first_row, row_count, column] : task.pages) {
     const int64_t first = first_row * group, count = row_count * group;
     const auto* weights = reinterpret_cast<const Operand*>(scratch.scores + first * columns);
-    add_values(count, tokens, padded, weights + column / kPerOperand<Operand>, columns,
-               page_values(in_cache(cache.values, page), size, tokens, padded, page_scratch),
-               scratch.output + first * padded);
+    const auto* values = page_values(in_cache(cache.values, page), size, tokens, padded, page_scratch);
+    for (int64_t r = 0; r < count; r += kTileRows) {
+      fetcher.fetch(with_strip);
+      add_values(std::min<int64_t>(kTileRows, count - r), tokens, padded,
+                 weights + r * columns + column / kPerOperand<Operand>, columns, values,
+                 scratch.output + (first + r) * padded);
+    }
   }
   for (int64_t r = 0; r < rows; ++r) {
     store_output(scratch.output + r * padded, size, scratch.sums[r],

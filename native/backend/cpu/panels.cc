@@ -86,12 +86,14 @@ void turn_tile(DType dtype, const uint8_t* from, uint8_t* to) {
 
 // Two rows of bf16 as pairs; `second` may be null, for zeros.
 void interleave(const uint16_t* first, const uint16_t* second, int64_t n, uint8_t* pairs) {
-  const hn::FixedTag<uint16_t, 8> d;
+  const hn::ScalableTag<Unit> d;
+  const hn::Rebind<uint16_t, decltype(d)> of_halves;
+  const auto halves = [&](const uint16_t* from) { return hn::PromoteTo(d, hn::LoadU(of_halves, from)); };
+  const int64_t lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t j = 0;
-  for (; j + 8 <= n; j += 8) {
-    const auto a = hn::LoadU(d, first + j), b = second ? hn::LoadU(d, second + j) : hn::Zero(d);
-    hn::StoreU(hn::InterleaveLower(d, a, b), d, reinterpret_cast<uint16_t*>(pairs + j * kUnit));
-    hn::StoreU(hn::InterleaveUpper(d, a, b), d, reinterpret_cast<uint16_t*>(pairs + j * kUnit) + 8);
+  for (; j + lanes <= n; j += lanes) {
+    const auto a = halves(first + j), b = second ? halves(second + j) : hn::Zero(d);
+    hn::StoreU(hn::Or(a, hn::ShiftLeft<16>(b)), d, reinterpret_cast<Unit*>(pairs + j * kUnit));
   }
   for (; j < n; ++j) {
     const uint16_t pair[2] = {first[j], second ? second[j] : uint16_t{0}};
