@@ -42,7 +42,12 @@ void Arena::release(Mark mark) {
 
 void Arena::reset() {
   release({});
-  if (blocks_.size() < 2) return;
+  if (blocks_.size() > 1) reserve(most_);
+}
+
+void Arena::reserve(size_t bytes) {
+  if (blocks_.size() == 1 && blocks_[0].bytes() >= bytes) return;
+  most_ = std::max(most_, bytes);
   blocks_.clear();
   blocks_.push_back(backend_->allocate(DType::f32, {static_cast<int64_t>(most_ / sizeof(float))}));
 }

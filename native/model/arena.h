@@ -29,6 +29,9 @@ class Arena {
   size_t held() const;
   // Gives everything back; where the last use spilled over several blocks, they become one.
   void reset();
+  // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only after the
+  // first reset() that follows, and then in memory that has not been touched before.
+  void reserve(size_t bytes);
   // As reset, and returns the memory to the device.
   void free();
 

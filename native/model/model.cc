@@ -267,6 +267,8 @@ auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
   const bool made_gradients = trains && parameters_.make_gradients();
   try {
     arena_.reset();
+    // And what is uploaded.
+    arena_.reserve(activation_bytes(tokens, trains) / 32 * 33);
     return work();
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
@@ -275,16 +277,20 @@ auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
   }
 }
 
-// Gives the memory of activations back, and says what would have fitted.
-Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
-  arena_.free();
-  backend_.synchronize();
+// Of the arena, in a pass over so many tokens at once.
+int64_t Model::activation_bytes(int64_t tokens, bool trains) const {
   Arena counted;
   transformer_.make_activations(counted, tokens, trains);
   if (trains) transformer_.make_backward_buffers(counted, tokens);
   for (int i = 0; i < (trains ? 2 : 1); ++i) counted.take(config_.dtype, {tokens, config_.hidden_size});
-  const int64_t needed = static_cast<int64_t>(counted.taken());
+  return static_cast<int64_t>(counted.taken());
+}
 
+// Gives the memory of activations back, and says what would have fitted.
+Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
+  arena_.free();
+  backend_.synchronize();
+  const int64_t needed = activation_bytes(tokens, trains);
   int64_t beside = 0;  // what does not depend on the tokens
   if (trains && !parameters_.has_gradients()) beside += 4 * parameters_.trained_size();
   const int64_t fit = count_that_fits(tokens, needed, backend_.memory_free() - beside);

@@ -113,6 +113,7 @@ class Model {
   // Runs work over a batch of so many tokens; `trains` where it is kept for a backward.
   template <class Work>
   auto within_memory(int64_t tokens, bool trains, const Work& work);
+  int64_t activation_bytes(int64_t tokens, bool trains) const;
   Error out_of_memory(const Error& error, int64_t tokens, bool trains);
   std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);
   Scores compute_scores(const Batch& batch, const Cancel& cancel);

@@ -141,11 +141,14 @@ void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_
                  void* turned) {
   const int64_t bytes = static_cast<int64_t>(size_of(dtype));
   const int64_t from_depth = panel_depth(dtype, k), to_depth = panel_depth(dtype, last - first);
-  parallel_for(threads, panels_of(k), 1, [&](int64_t begin, int64_t end) {
+  const int64_t first_panel = first / kPanel;
+  // Panel after panel, so that they are read as they lie.
+  parallel_for(threads, panels_of(last) - first_panel, 1, [&](int64_t begin, int64_t end) {
     alignas(64) uint8_t padded[kPanel * kPanel * sizeof(float)], result[kPanel * kPanel * sizeof(float)];
-    for (int64_t q = begin; q < end; ++q) {
-      const int64_t inputs = std::min(kPanel, from_depth - q * kPanel);
-      for (int64_t p = first / kPanel; p * kPanel < last; ++p) {
+    for (int64_t p = first_panel + begin; p < first_panel + end; ++p) {
+      const int64_t outputs = std::min(kPanel, panel_depth(dtype, last - p * kPanel));
+      for (int64_t q = 0; q < panels_of(k); ++q) {
+        const int64_t inputs = std::min(kPanel, from_depth - q * kPanel);
         const uint8_t* from =
             static_cast<const uint8_t*>(panels) + (p * from_depth + q * kPanel) * kPanel * bytes;
         uint8_t* to = static_cast<uint8_t*>(turned) + (q * to_depth + p * kPanel - first) * kPanel * bytes;
@@ -154,7 +157,6 @@ void turn_panels(int threads, DType dtype, const void* panels, int64_t k, int64_
           std::memcpy(padded, from, inputs * kPanel * bytes);
           from = padded;
         }
-        const int64_t outputs = std::min(kPanel, panel_depth(dtype, last - p * kPanel));
         if (outputs == kPanel) {
           turn_tile(dtype, from, to);
         } else {
