@@ -81,6 +81,15 @@ std::vector<int32_t> GradientPass::rows_of(int64_t begin, int64_t end) const {
   return rows;
 }
 
+// Of the tokens of a frame the first that has a loss row; the last token where none has.
+int64_t GradientPass::first_source(const std::vector<int32_t>& rows, const Frame& frame) const {
+  int64_t first = frame.end - 1;
+  for (const int32_t row : rows) {
+    first = std::min<int64_t>(first, batch_.source_rows[static_cast<size_t>(row)]);
+  }
+  return first - frame.begin;
+}
+
 bool GradientPass::has_rows(const Frame& frame) const {
   return !rows_of(frame.begin, frame.end).empty() ||
          std::any_of(frame.children.begin(), frame.children.end(),
@@ -112,20 +121,24 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
   const Forest forest = upload_forest(frame.begin, frame.end, ancestors);
   const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
   Activations activations = transformer_.make_activations(arena_, tokens, true, ancestors);
-  for (size_t layer = 0; above && layer < activations.layers.size(); ++layer) {
+  const std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
+  activations.first_wanted = first_source(rows, frame);
+  for (size_t layer = 0; layer < activations.layers.size(); ++layer) {
     const Activations::Layer& own = activations.layers[layer];
-    backend_.copy(own.qkv.rows(0, ancestors), above->activations.layers[layer].qkv);
-    backend_.zero(own.attention_output.rows(0, ancestors));
+    if (above) backend_.copy(own.qkv.rows(0, ancestors), above->activations.layers[layer].qkv);
+    const int64_t unseen = ancestors + activations.first_row(layer);
+    if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
   }
   ForestAttention attention(backend_, forest, transformer_.attention_scale());
   if (kept_rows_.empty()) {
     transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
   } else {
-    const std::vector<int32_t> rows(kept_rows_.begin() + frame.begin, kept_rows_.begin() + frame.end);
-    model_.kept()->restore(model_.upload(rows), activations);
+    const std::vector<int32_t> kept(kept_rows_.begin() + frame.begin, kept_rows_.begin() + frame.end);
+    model_.kept()->restore(model_.upload(kept), activations);
     transformer_.complete(attention, activations);
   }
-  transformer_.final_norm(activations.output, hidden, activations.output_rstd);
+  const auto wanted = [&](const Tensor& x) { return x.rows(activations.first_wanted, tokens); };
+  transformer_.final_norm(wanted(activations.output), wanted(hidden), wanted(activations.output_rstd));
 
   Held held{ancestors + tokens, activations, {}};
   if (!frame.children.empty()) {
@@ -139,7 +152,7 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
 
   cancel_.check(kWork);
   const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-  if (!add_loss(rows_of(frame.begin, frame.end), frame.begin, hidden, dhidden)) return;
+  if (!add_loss(rows, frame.begin, hidden, dhidden)) return;
   const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, tokens, ancestors);
   transformer_.backward(forest, activations, dhidden, buffers, held.dqkv,
                         above ? above->dqkv : std::vector<Tensor>(), cancel_);

@@ -25,6 +25,7 @@ class GradientPass {
   void run_frame(const Frame& frame, const Held* above);
   // The loss rows that start from tokens [begin, end), in the order of the batch.
   std::vector<int32_t> rows_of(int64_t begin, int64_t end) const;
+  int64_t first_source(const std::vector<int32_t>& rows, const Frame& frame) const;
   bool has_rows(const Frame& frame) const;
   Forest upload_forest(int64_t begin, int64_t end, int64_t ancestors);
   // The loss of these rows, and dhidden; whether it is finite.

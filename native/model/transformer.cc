@@ -4,10 +4,17 @@
 
 namespace merf {
 
+namespace {
+
+// Those of the tokens from `first` on.
+Tensor from_row(const Tensor& x, int64_t first) { return x && first > 0 ? x.rows(first, x.shape[0]) : x; }
+
+}  // namespace
+
 void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                             const HeadsView& out, const Tensor& lse) {
+                             const HeadsView& out, const Tensor& lse, int64_t first) {
   backend_.attention(q, k, v, forest_.visible_until, forest_.visible_until_host, scale_, out, lse,
-                     forest_.ancestors);
+                     forest_.ancestors + first);
 }
 
 void Activations::shrink_to(int64_t rows, Activations& out) const {
@@ -132,17 +139,19 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
   const float epsilon = config_.rms_norm_epsilon;
   const Tensor none;
   backend_.embedding(ids, *parameters_.embedding.packed, activations.layers[0].attention_input);
-  // to = from + projection(x); in place where the two are one buffer.
-  const auto add_product = [&](const Tensor& from, const Tensor& x, const Projection& projection,
-                               const Tensor& to) {
-    if (to.data != from.data) backend_.copy(to, from);
-    project(projection, x, activations.low_rank, to, true);
+  // to = from + projection(x) from row `first` on; in place where the two are one buffer.
+  const auto add_product = [&](int64_t first, const Tensor& from, const Tensor& x,
+                               const Projection& projection, const Tensor& to) {
+    const Tensor sum = from_row(to, first);
+    if (to.data != from.data) backend_.copy(sum, from_row(from, first));
+    project(projection, from_row(x, first), from_row(activations.low_rank, first), sum, true);
   };
   for (size_t i = 0; i < activations.layers.size(); ++i) {
     cancel.check(work);
     const LayerParameters& p = parameters_.layers[i];
     const Activations::Layer& a = activations.layers[i];
     const bool last = i + 1 == activations.layers.size();
+    const int64_t first = activations.first_row(i);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
                       a.attention_rstd);
     project(p.qkv, activations.normed, activations.low_rank, activations.own(a.qkv), false);
@@ -150,13 +159,15 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     backend_.rope(split(activations.own(a.qkv)).qk, positions, inverse_frequencies_, false,
                   config_.rope_attention_scale);
     attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                     a.lse);
-    add_product(a.attention_input, activations.own(a.attention_output), p.output, a.mlp_input);
+                     a.lse, first);
+    add_product(first, a.attention_input, activations.own(a.attention_output), p.output, a.mlp_input);
 
-    backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, a.mlp_rstd);
-    project(p.gate_up, activations.normed, activations.low_rank, a.gate_up, false);
-    backend_.swiglu(a.gate_up, activations.gated);
-    add_product(a.mlp_input, activations.gated, p.down,
+    const Tensor normed = from_row(activations.normed, first), gate_up = from_row(a.gate_up, first);
+    backend_.rms_norm(from_row(a.mlp_input, first), none, p.mlp_norm.value, epsilon, normed,
+                      from_row(a.mlp_rstd, first));
+    project(p.gate_up, normed, from_row(activations.low_rank, first), gate_up, false);
+    backend_.swiglu(gate_up, from_row(activations.gated, first));
+    add_product(first, a.mlp_input, activations.gated, p.down,
                 last ? activations.output : activations.layers[i + 1].attention_input);
   }
 }
@@ -170,7 +181,7 @@ void Transformer::complete(AttentionStep& attention, const Activations& activati
     norm(a.attention_input, parameters_.layers[i].attention_norm, a.attention_rstd);
     const Heads heads = split(a.qkv);
     attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                     a.lse);
+                     a.lse, activations.first_row(i));
     norm(a.mlp_input, parameters_.layers[i].mlp_norm, a.mlp_rstd);
   }
 }
@@ -189,48 +200,61 @@ void Transformer::backward(const Forest& forest, const Activations& activations,
   const ModelConfig& c = config_;
   const float epsilon = c.rms_norm_epsilon;
   const Tensor none;
-  const auto& [dx, dx_cast, dnormed, dgated, low_rank, dlow_rank, dgate_up, dattention, dqkv] = buffers;
+  const Tensor& dx = buffers.dx;
   const int64_t ancestors = activations.ancestors;
-  const Tensor own_dattention = activations.own(dattention), own_dqkv = activations.own(dqkv);
-  const auto cast_dx = [&, &to = buffers.dx_cast, &from = buffers.dx] {
-    if (to.data != from.data) backend_.cast(to, from);
+  const Tensor own_dqkv = activations.own(buffers.dqkv);
+  const auto cast_dx = [&] {
+    if (buffers.dx_cast.data != dx.data) backend_.cast(buffers.dx_cast, dx);
   };
 
   backend_.zero(dx);
-  backend_.rms_norm_backward(dhidden, activations.output, parameters_.final_norm.value,
-                             activations.output_rstd, dx, parameters_.final_norm.gradient);
+  const int64_t wanted = activations.first_wanted;
+  backend_.rms_norm_backward(from_row(dhidden, wanted), from_row(activations.output, wanted),
+                             parameters_.final_norm.value, from_row(activations.output_rstd, wanted),
+                             from_row(dx, wanted), parameters_.final_norm.gradient);
   for (size_t i = activations.layers.size(); i-- > 0;) {
     cancel.check_abandoned("the backward pass");
     const LayerParameters& p = parameters_.layers[i];
     const Activations::Layer& a = activations.layers[i];
+    const int64_t first = activations.first_row(i);
+    const auto part = [first](const Tensor& x) { return from_row(x, first); };
+    BackwardBuffers parts = buffers;
+    for (Tensor* buffer : {&parts.dx, &parts.dx_cast, &parts.dnormed, &parts.dgated, &parts.low_rank,
+                           &parts.dlow_rank, &parts.dgate_up}) {
+      *buffer = part(*buffer);
+    }
+    const Tensor normed = part(activations.normed), gated = part(activations.gated);
 
     cast_dx();
-    backend_.swiglu(a.gate_up, activations.gated);
-    project_backward(p.down, dx_cast, activations.gated, buffers, dgated);
-    backend_.swiglu_backward(dgated, a.gate_up, dgate_up);
-    backend_.rms_norm(a.mlp_input, none, p.mlp_norm.value, epsilon, activations.normed, none);
-    project_backward(p.gate_up, dgate_up, activations.normed, buffers, dnormed);
-    backend_.rms_norm_backward(dnormed, a.mlp_input, p.mlp_norm.value, a.mlp_rstd, dx, p.mlp_norm.gradient);
+    backend_.swiglu(part(a.gate_up), gated);
+    project_backward(p.down, parts.dx_cast, gated, parts, parts.dgated);
+    backend_.swiglu_backward(parts.dgated, part(a.gate_up), parts.dgate_up);
+    backend_.rms_norm(part(a.mlp_input), none, p.mlp_norm.value, epsilon, normed, none);
+    project_backward(p.gate_up, parts.dgate_up, normed, parts, parts.dnormed);
+    backend_.rms_norm_backward(parts.dnormed, part(a.mlp_input), p.mlp_norm.value, part(a.mlp_rstd), parts.dx,
+                               p.mlp_norm.gradient);
 
     cancel.check_abandoned("the backward pass");
     cast_dx();
-    project_backward(p.output, dx_cast, activations.own(a.attention_output), buffers, own_dattention);
-    if (ancestors > 0) {
-      backend_.zero(dattention.rows(0, ancestors));
-      backend_.zero(dqkv.rows(0, ancestors));
+    project_backward(p.output, parts.dx_cast, part(activations.own(a.attention_output)), parts,
+                     part(activations.own(buffers.dattention)));
+    // What no query of these tokens has a gradient of.
+    if (ancestors + first > 0) {
+      backend_.zero(buffers.dattention.rows(0, ancestors + first));
+      backend_.zero(buffers.dqkv.rows(0, ancestors + first));
     }
-    const Heads heads = split(a.qkv), dheads = split(dqkv);
-    backend_.attention_backward(whole_heads(dattention), heads.q, heads.k, heads.v,
+    const Heads heads = split(a.qkv), dheads = split(buffers.dqkv);
+    backend_.attention_backward(whole_heads(buffers.dattention), heads.q, heads.k, heads.v,
                                 whole_heads(a.attention_output), a.lse, forest.visible_until,
                                 forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v,
-                                ancestors);
-    if (!through_children.empty()) backend_.add(dqkv, through_children[i]);
-    if (ancestors > 0) backend_.add(of_ancestors[i], dqkv.rows(0, ancestors));
+                                ancestors + first);
+    if (!through_children.empty()) backend_.add(buffers.dqkv, through_children[i]);
+    if (ancestors > 0) backend_.add(of_ancestors[i], buffers.dqkv.rows(0, ancestors));
     backend_.rope(split(own_dqkv).qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
-    project_backward(p.qkv, own_dqkv, activations.normed, buffers, dnormed);
-    backend_.rms_norm_backward(dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
-                               p.attention_norm.gradient);
+    project_backward(p.qkv, own_dqkv, activations.normed, buffers, buffers.dnormed);
+    backend_.rms_norm_backward(buffers.dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd,
+                               dx, p.attention_norm.gradient);
   }
   if (parameters_.embedding.trained) {
     backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);

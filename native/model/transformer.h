@@ -21,8 +21,9 @@ namespace merf {
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
+  // The outputs of the tokens from `first` on are wanted.
   virtual void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v,
-                      const HeadsView& out, const Tensor& lse) = 0;
+                      const HeadsView& out, const Tensor& lse, int64_t first) = 0;
 };
 
 // The tokens of one packed forest, on the device and (what blocks are skipped by) on the host.
@@ -41,7 +42,7 @@ class ForestAttention final : public AttentionStep {
   ForestAttention(Backend& backend, const Forest& forest, float scale)
       : backend_(backend), forest_(forest), scale_(scale) {}
   void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-              const Tensor& lse) override;
+              const Tensor& lse, int64_t first) override;
 
  private:
   Backend& backend_;
@@ -64,6 +65,9 @@ struct Activations {
   };
   int64_t tokens = 0;
   int64_t ancestors = 0;
+  // The tokens before it are there for those that see them alone, not for their own output: the last layer stops at their
+  // keys and values, and what comes behind those is undefined.
+  int64_t first_wanted = 0;
   std::vector<Layer> layers;
   Tensor normed;       // [T, H]
   Tensor gated;        // [T, F]
@@ -71,6 +75,8 @@ struct Activations {
   Tensor output;       // [T, H] f32, x after the last layer
   Tensor output_rstd;  // [T] f32
 
+  // The first token that a layer goes through whole for.
+  int64_t first_row(size_t layer) const { return layer + 1 == layers.size() ? first_wanted : 0; }
   // Of a buffer with the ancestors' rows those of the tokens themselves.
   Tensor own(const Tensor& buffer) const {
     return ancestors == 0 ? buffer : buffer.rows(ancestors, ancestors + tokens);

@@ -37,8 +37,8 @@ class PrefillAttention final : public AttentionStep {
         slots_(slots),
         cache_(cache) {}
   void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-              const Tensor& lse) override {
-    forest_attention_.attend(layer, q, k, v, out, lse);
+              const Tensor& lse, int64_t first) override {
+    forest_attention_.attend(layer, q, k, v, out, lse, first);
     backend_.cache_write(first_rows_off(k, first_), first_rows_off(v, first_), slots_,
                          cache_.layers[static_cast<size_t>(layer)]);
   }
@@ -57,7 +57,7 @@ class DecodeAttention final : public AttentionStep {
   DecodeAttention(Backend& backend, float scale, const KvCache& cache, const Tensor& slots)
       : backend_(backend), scale_(scale), cache_(cache), slots_(slots) {}
   void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
-              const Tensor&) override {
+              const Tensor&, int64_t) override {
     const PagedLayer& pages = cache_.layers[static_cast<size_t>(layer)];
     backend_.cache_write(k, v, slots_, pages);
     backend_.attention_decode(q, pages, scale_, out);
