@@ -53,7 +53,7 @@ export function pointsOf(threads: number): Point[] {
 
 const maxRounds = 3;
 
-/** Runs the points in turn, once or as often (up to three times) as the seconds allow. */
+/** Runs the points in turn, once or as often (up to three times) as the seconds allow, each after a step to warm up. */
 export async function measureScaling(
   workload: Pick<Workload, 'config' | 'model'>,
   dtype: Dtype,
@@ -73,6 +73,8 @@ export async function measureScaling(
       if (elapsed() + each > seconds && round > 0) break;
       for (const { series, x, sizes, runs } of some) {
         const prompts = promptsOf({ ...workload, title: '', sizes });
+        // The step before was of another size, whose memory need not be this one's.
+        await grpoStep(policy, prompts, sizes, 0);
         const times = await grpoStep(policy, prompts, sizes, round + 1);
         runs.push(times);
         say(`  ${series} ${x}, ${count === 1 ? '1 thread' : `${count} threads`}: ${times.step.toFixed(2)} s`);
