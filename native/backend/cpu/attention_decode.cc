@@ -297,6 +297,7 @@ void decode_task(const DecodeTask& task, const HeadsView& q, const PagedLayer& c
     }
   }
   for (int64_t r = 0; r < rows; ++r) {
+    // The first of the values, meanwhile; a row of weights takes less time than a strip of scores.
     fetcher.fetch(with_strip / 2);
     const int64_t vectors = task.columns[r / group] / kLanes;
     float* scores = scratch.scores + r * columns;

@@ -123,7 +123,7 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
       // Kernels are for whole panels: for few columns the library has others, whose sums differ with the rows.
       const bool rounds = product.dtype == DType::bf16 && std::is_same_v<Out, bf16> && stretch >= depth &&
                           product.bias == nullptr && !product.accumulate;
-      const bool direct = width == kPanel && (rounds || std::is_same_v<Out, float>)&&!streams;
+      const bool direct = !streams && width == kPanel && (rounds || std::is_same_v<Out, float>);
       auto* sums = direct ? reinterpret_cast<uint8_t*>(out) : reinterpret_cast<uint8_t*>(tile);
       const int64_t sums_stride = direct ? n : kPanel;
       const DType sums_type = direct && rounds ? DType::bf16 : DType::f32;
