@@ -141,8 +141,8 @@ export const grpoSchema = z.strictObject({
   keepActivations: setting(coefficient.default(0), {
     group: 'Rollout',
     description:
-      'GiB that may be taken to keep what the first update needs of the rollout, which then computes no forward ' +
-      'pass; 0: off',
+      'GiB that may be taken, beside the memory of gradients, to keep what the first update needs of the rollout, ' +
+      'which then computes no forward pass; 0: off',
     matters: false,
   }),
   motivation: setting(z.string().default('full'), {

@@ -55,6 +55,12 @@ std::vector<Frame> make_frames(const std::vector<int32_t>& visible_until, int64_
   return Cutter(visible_until, max_tokens, joined).cut(0, tokens, 0);
 }
 
+int64_t tokens_of(const Frame& frame) {
+  int64_t tokens = frame.end - frame.begin;
+  for (const Frame& child : frame.children) tokens += tokens_of(child);
+  return tokens;
+}
+
 int64_t tokens_at_once(const std::vector<Frame>& frames) {
   int64_t most = 0;
   for (const Frame& frame : frames) {

@@ -21,6 +21,8 @@ struct Frame {
 std::vector<Frame> make_frames(const std::vector<int32_t>& visible_until, int64_t max_tokens,
                                const std::vector<bool>& joined);
 
+// Those of a frame and of all under it.
+int64_t tokens_of(const Frame& frame);
 // The most tokens whose activations are held at once: of a path of frames.
 int64_t tokens_at_once(const std::vector<Frame>& frames);
 

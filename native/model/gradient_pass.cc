@@ -39,17 +39,13 @@ struct GradientPass::Held {
       dqkv;  // by layer, [tokens, (Hq + 2 Hk) D] f32: gradients of keys and values; queries' are 0
 };
 
-GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& loss,
-                           const std::vector<Frame>& frames, const std::vector<int32_t>& kept_rows,
-                           const Cancel& cancel)
+GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const Cancel& cancel)
     : model_(model),
       backend_(model.backend()),
       arena_(model.arena()),
       transformer_(model.transformer()),
       batch_(batch),
       loss_(loss),
-      frames_(frames),
-      kept_rows_(kept_rows),
       cancel_(cancel),
       by_source_(batch.source_rows.size()) {
   std::iota(by_source_.begin(), by_source_.end(), 0);
@@ -58,11 +54,6 @@ GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& lo
   });
   result_.scores.logprobs.resize(batch.source_rows.size());
   result_.scores.entropies.resize(batch.source_rows.size());
-}
-
-LossResult GradientPass::run() {
-  run_all(frames_, nullptr);
-  return std::move(result_);
 }
 
 void GradientPass::run_all(const std::vector<Frame>& frames, const Held* above) {
@@ -120,7 +111,7 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
   const int64_t tokens = frame.end - frame.begin, ancestors = above ? above->tokens : 0;
   const Forest forest = upload_forest(frame.begin, frame.end, ancestors);
   const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-  Activations activations = transformer_.make_activations(arena_, tokens, true, ancestors);
+  Activations activations = transformer_.make_activations(arena_, tokens, Holds::all_layers, ancestors);
   const std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
   activations.first_wanted = first_source(rows, frame);
   for (size_t layer = 0; layer < activations.layers.size(); ++layer) {
@@ -130,13 +121,7 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
     if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
   }
   ForestAttention attention(backend_, forest, transformer_.attention_scale());
-  if (kept_rows_.empty()) {
-    transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
-  } else {
-    const std::vector<int32_t> kept(kept_rows_.begin() + frame.begin, kept_rows_.begin() + frame.end);
-    model_.kept()->restore(model_.upload(kept), activations);
-    transformer_.complete(attention, activations);
-  }
+  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
   const auto wanted = [&](const Tensor& x) { return x.rows(activations.first_wanted, tokens); };
   transformer_.final_norm(wanted(activations.output), wanted(hidden), wanted(activations.output_rstd));
 
@@ -153,9 +138,101 @@ void GradientPass::run_frame(const Frame& frame, const Held* above) {
   cancel_.check(kWork);
   const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
   if (!add_loss(rows, frame.begin, hidden, dhidden)) return;
-  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, tokens, ancestors);
-  transformer_.backward(forest, activations, dhidden, buffers, held.dqkv,
-                        above ? above->dqkv : std::vector<Tensor>(), cancel_);
+  const Tensor dx = arena_.take(DType::f32, {tokens, config.hidden_size});
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, dx, ancestors);
+  transformer_.backward_final_norm(dhidden, activations.output, activations.output_rstd,
+                                   activations.first_wanted, dx);
+  for (size_t layer = activations.layers.size(); layer-- > 0;) {
+    transformer_.backward_layer(layer, forest, activations, buffers,
+                                held.dqkv.empty() ? Tensor() : held.dqkv[layer],
+                                above ? above->dqkv[layer] : Tensor(), cancel_);
+  }
+  transformer_.backward_embedding(forest, dx);
+}
+
+// A frame between the layers.
+struct GradientPass::KeptFrame {
+  int64_t ancestors = 0;
+  int64_t first_wanted = 0;
+  Forest forest;
+  Tensor rows;  // [tokens] i32, of the kept forward
+  Tensor dx;    // [tokens, H] f32
+  std::vector<KeptFrame> children;
+};
+
+std::vector<GradientPass::KeptFrame> GradientPass::begin_kept(const std::vector<Frame>& frames,
+                                                              const std::vector<int32_t>& kept_rows,
+                                                              int64_t ancestors) {
+  const ModelConfig& config = model_.config();
+  std::vector<KeptFrame> all;
+  for (const Frame& frame : frames) {
+    if (!result_.finite || !has_rows(frame)) continue;
+    cancel_.check(kWork);
+    const int64_t tokens = frame.end - frame.begin;
+    const std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
+    KeptFrame& kept = all.emplace_back();
+    kept.ancestors = ancestors;
+    kept.first_wanted = first_source(rows, frame);
+    kept.forest = upload_forest(frame.begin, frame.end, ancestors);
+    kept.rows =
+        model_.upload(std::vector<int32_t>(kept_rows.begin() + frame.begin, kept_rows.begin() + frame.end));
+    kept.dx = arena_.take(DType::f32, {tokens, config.hidden_size});
+    kept.children = begin_kept(frame.children, kept_rows, ancestors + tokens);
+    if (!result_.finite) return all;
+
+    const ArenaScope scope(arena_);
+    const Tensor output = arena_.take(DType::f32, {tokens, config.hidden_size});
+    const Tensor rstd = arena_.take(DType::f32, {tokens});
+    const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
+    const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
+    const auto wanted = [&](const Tensor& x) { return x.rows(kept.first_wanted, tokens); };
+    model_.kept()->restore_output(kept.rows, output);
+    transformer_.final_norm(wanted(output), wanted(hidden), wanted(rstd));
+    if (!add_loss(rows, frame.begin, hidden, dhidden)) return all;
+    transformer_.backward_final_norm(dhidden, output, rstd, kept.first_wanted, kept.dx);
+  }
+  return all;
+}
+
+void GradientPass::run_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows) {
+  const ArenaScope scope(arena_);
+  const std::vector<KeptFrame> all = begin_kept(frames, rows, 0);
+  if (!result_.finite) return;
+  for (size_t layer = static_cast<size_t>(model_.config().layers); layer-- > 0;) {
+    for (const KeptFrame& kept : all) run_kept_layer(layer, kept, nullptr, Tensor());
+    model_.kept()->release(layer);
+  }
+  end_kept(all);
+}
+
+void GradientPass::end_kept(const std::vector<KeptFrame>& frames) {
+  for (const KeptFrame& kept : frames) {
+    end_kept(kept.children);
+    transformer_.backward_embedding(kept.forest, kept.dx);
+  }
+}
+
+void GradientPass::run_kept_layer(size_t layer, const KeptFrame& kept, const Activations* above,
+                                  const Tensor& above_dqkv) {
+  const ArenaScope scope(arena_);
+  const int64_t tokens = kept.forest.tokens, ancestors = kept.ancestors;
+  Activations activations = transformer_.make_activations(arena_, tokens, Holds::one_layer, ancestors);
+  activations.first_wanted = kept.first_wanted;
+  const Activations::Layer& own = activations.layers[layer];
+  if (above != nullptr) backend_.copy(own.qkv.rows(0, ancestors), above->layers[layer].qkv);
+  const int64_t unseen = ancestors + activations.first_row(layer);
+  if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
+  model_.kept()->restore(layer, kept.rows, activations);
+  ForestAttention attention(backend_, kept.forest, transformer_.attention_scale());
+  transformer_.complete(layer, attention, activations);
+  Tensor dqkv;
+  if (!kept.children.empty()) {
+    dqkv = arena_.take(DType::f32, {ancestors + tokens, model_.config().qkv_size()});
+    backend_.zero(dqkv);
+    for (const KeptFrame& child : kept.children) run_kept_layer(layer, child, &activations, dqkv);
+  }
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, kept.dx, ancestors);
+  transformer_.backward_layer(layer, kept.forest, activations, buffers, dqkv, above_dqkv, cancel_);
 }
 
 bool GradientPass::add_loss(const std::vector<int32_t>& rows, int64_t begin, const Tensor& hidden,

@@ -10,19 +10,28 @@ namespace merf {
 
 class GradientPass {
  public:
-  // kept_rows: where Model::kept() has each token's forward; empty where it has not.
-  GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const std::vector<Frame>& frames,
-               const std::vector<int32_t>& kept_rows, const Cancel& cancel);
+  GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
 
-  // Adds the gradients. Ends at the first frame whose loss is not finite.
-  LossResult run();
+  // Add the gradients. They end at the first frame whose loss is not finite.
+  void run(const std::vector<Frame>& frames) { run_all(frames, nullptr); }
+  // Of frames whose forward Model::kept() has, in rows[token]. They go together from layer to layer, of each of which no
+  // more than one is held. Before others, since what is kept stands in gradients.
+  void run_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows);
+  LossResult result() { return std::move(result_); }
   // Whether gradients have been added to.
   bool begun() const { return begun_; }
 
  private:
   struct Held;
+  struct KeptFrame;
   void run_all(const std::vector<Frame>& frames, const Held* above);
   void run_frame(const Frame& frame, const Held* above);
+  // The loss of frames, and what is needed of them from layer to layer.
+  std::vector<KeptFrame> begin_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows,
+                                    int64_t ancestors);
+  void run_kept_layer(size_t layer, const KeptFrame& kept, const Activations* above,
+                      const Tensor& above_dqkv);
+  void end_kept(const std::vector<KeptFrame>& frames);
   // The loss rows that start from tokens [begin, end), in the order of the batch.
   std::vector<int32_t> rows_of(int64_t begin, int64_t end) const;
   int64_t first_source(const std::vector<int32_t>& rows, const Frame& frame) const;
@@ -37,8 +46,6 @@ class GradientPass {
   Transformer& transformer_;
   const Batch& batch_;
   const BatchLoss& loss_;
-  const std::vector<Frame>& frames_;
-  const std::vector<int32_t>& kept_rows_;
   const Cancel& cancel_;
   std::vector<int32_t> by_source_;  // rows by their source
   LossResult result_;

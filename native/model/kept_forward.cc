@@ -1,33 +1,128 @@
 #include "model/kept_forward.h"
 
+#include <array>
+
 namespace merf {
 namespace {
+
+constexpr int64_t kAlignment = 256;  // bytes, as in the arena
 
 uint64_t key_of(int32_t parent, int32_t token) {
   return static_cast<uint64_t>(static_cast<uint32_t>(parent + 1)) << 32 | static_cast<uint32_t>(token);
 }
 
+// One tensor of every layer: what a row of it takes.
+struct Columns {
+  DType dtype;
+  int64_t count;
+  int64_t bytes(int64_t rows) const {
+    const int64_t bytes = rows * count * static_cast<int64_t>(size_of(dtype));
+    return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+  }
+};
+constexpr size_t kTensors = 4;
+// In the order of KeptForward::Layer.
+std::array<Columns, kTensors> columns_of(const ModelConfig& config) {
+  return {{{DType::f32, config.hidden_size},
+           {config.dtype, config.qkv_size()},
+           {DType::f32, config.hidden_size},
+           {config.dtype, 2 * config.mlp_size}}};
+}
+
+// Those of a layer's tensors, a bit each, that fill `lent` bytes best.
+unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, int64_t lent) {
+  unsigned best = 0;
+  int64_t most = 0;
+  for (unsigned chosen = 1; chosen < 1u << kTensors; ++chosen) {
+    int64_t bytes = 0;
+    for (size_t i = 0; i < kTensors; ++i) bytes += chosen >> i & 1 ? columns[i].bytes(rows) : 0;
+    if (bytes <= lent && bytes > most) {
+      most = bytes;
+      best = chosen;
+    }
+  }
+  return best;
+}
+
+// The gradients that what is kept of a layer stands in: none of the first's.
+Tensor lent_to(size_t layer, const std::vector<Tensor>& gradients) {
+  return gradients.empty() || layer == 0 ? Tensor() : gradients[layer - 1];
+}
+
 }  // namespace
 
-KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t rows)
-    : backend_(backend), rows_(rows) {
-  for (int64_t i = 0; i < config.layers; ++i) {
-    layers_.push_back({backend.allocate(DType::f32, {rows, config.hidden_size}),
-                       backend.allocate(config.dtype, {rows, config.qkv_size()}),
-                       backend.allocate(DType::f32, {rows, config.hidden_size}),
-                       backend.allocate(config.dtype, {rows, 2 * config.mlp_size})});
+KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t rows,
+                         std::vector<Tensor> gradients)
+    : backend_(backend), rows_(rows), gradients_(std::move(gradients)) {
+  const auto columns = columns_of(config);
+  for (size_t i = 0; i < static_cast<size_t>(config.layers); ++i) {
+    const Tensor lent = lent_to(i, gradients_);
+    const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
+    Layer& layer = layers_.emplace_back();
+    Tensor* const tensors[kTensors] = {&layer.attention_input, &layer.qkv, &layer.mlp_input, &layer.gate_up};
+    int64_t begin = 0;  // floats of `lent` that are taken
+    for (size_t t = 0; t < kTensors; ++t) {
+      if (!(fits >> t & 1)) {
+        *tensors[t] = backend.allocate(columns[t].dtype, {rows, columns[t].count});
+        continue;
+      }
+      const int64_t end = begin + columns[t].bytes(rows) / static_cast<int64_t>(sizeof(float));
+      *tensors[t] = lent.rows(begin, end);
+      tensors[t]->dtype = columns[t].dtype;
+      tensors[t]->rank = 2;
+      tensors[t]->shape = {rows, columns[t].count, 1, 1};
+      begin = end;
+    }
   }
   output_ = backend.allocate(DType::f32, {rows, config.hidden_size});
 }
 
-int64_t KeptForward::bytes_per_row(const ModelConfig& config) {
-  const int64_t residual = 4 * config.hidden_size;
-  const int64_t products =
-      static_cast<int64_t>(size_of(config.dtype)) * (config.qkv_size() + 2 * config.mlp_size);
-  return config.layers * (2 * residual + products) + residual;
+KeptForward::~KeptForward() {
+  try {
+    clear();
+  } catch (const Error&) {
+    // The device has failed; whoever reads the gradients will be told.
+  }
+}
+
+int64_t KeptForward::rows_within(int64_t bytes, const ModelConfig& config, int64_t rows,
+                                 const std::vector<Tensor>& gradients) {
+  const auto columns = columns_of(config);
+  const auto taken = [&](int64_t count) {
+    int64_t own = count * config.hidden_size * static_cast<int64_t>(sizeof(float));
+    for (size_t i = 0; i < static_cast<size_t>(config.layers); ++i) {
+      const Tensor lent = lent_to(i, gradients);
+      const unsigned fits = lent ? best_fit(columns, count, static_cast<int64_t>(lent.bytes())) : 0;
+      for (size_t t = 0; t < kTensors; ++t) own += fits >> t & 1 ? 0 : columns[t].bytes(count);
+    }
+    return own;
+  };
+  int64_t fit = 0, more = rows;
+  while (fit < more) {
+    const int64_t middle = fit + (more - fit + 1) / 2;
+    if (taken(middle) <= bytes) {
+      fit = middle;
+    } else {
+      more = middle - 1;
+    }
+  }
+  return fit;
+}
+
+void KeptForward::clear() {
+  while (lent_ > 0) release(lent_ - 1);
+  used_ = 0;
+  row_of_.clear();
+}
+
+void KeptForward::release(size_t layer) {
+  if (layer >= lent_) return;
+  lent_ = layer;
+  if (layer > 0) backend_.zero(gradients_[layer - 1]);
 }
 
 Activations KeptForward::next(int64_t rows, const Activations& shared) {
+  if (borrows()) lent_ = layers_.size();
   const auto window = [&](const Tensor& all) { return all.rows(used_, used_ + rows); };
   Activations a = shared;
   a.tokens = rows;
@@ -43,8 +138,8 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
   return a;
 }
 
-void KeptForward::set(int64_t row, int32_t parent, int32_t token) {
-  row_of_.emplace(key_of(parent, token), static_cast<int32_t>(row));
+int32_t KeptForward::set(int64_t row, int32_t parent, int32_t token) {
+  return row_of_.emplace(key_of(parent, token), static_cast<int32_t>(row)).first->second;
 }
 
 std::vector<int32_t> KeptForward::find(const std::vector<int32_t>& tokens,
@@ -59,15 +154,17 @@ std::vector<int32_t> KeptForward::find(const std::vector<int32_t>& tokens,
   return rows;
 }
 
-void KeptForward::restore(const Tensor& rows, const Activations& activations) const {
-  for (size_t i = 0; i < layers_.size(); ++i) {
-    const Activations::Layer& to = activations.layers[i];
-    backend_.gather_rows(layers_[i].attention_input, rows, to.attention_input);
-    backend_.gather_rows(layers_[i].qkv, rows, activations.own(to.qkv));
-    backend_.gather_rows(layers_[i].mlp_input, rows, to.mlp_input);
-    backend_.gather_rows(layers_[i].gate_up, rows, to.gate_up);
-  }
-  backend_.gather_rows(output_, rows, activations.output);
+void KeptForward::restore_output(const Tensor& rows, const Tensor& output) const {
+  backend_.gather_rows(output_, rows, output);
+}
+
+void KeptForward::restore(size_t layer, const Tensor& rows, const Activations& activations) const {
+  const Layer& from = layers_[layer];
+  const Activations::Layer& to = activations.layers[layer];
+  backend_.gather_rows(from.attention_input, rows, to.attention_input);
+  backend_.gather_rows(from.qkv, rows, activations.own(to.qkv));
+  backend_.gather_rows(from.mlp_input, rows, to.mlp_input);
+  backend_.gather_rows(from.gate_up, rows, to.gate_up);
 }
 
 }  // namespace merf

@@ -6,7 +6,6 @@
 
 #include "backend/in_words.h"
 #include "backend/philox.h"
-#include "model/frames.h"
 #include "model/gradient_pass.h"
 
 namespace merf {
@@ -75,6 +74,15 @@ Batch without_idle_tokens(const Batch& batch) {
   return out;
 }
 
+// Whether a kept forward has every token of a frame and of those under it in a row.
+bool has_rows(const std::vector<int32_t>& rows, const Frame& frame) {
+  return !rows.empty() && std::none_of(rows.begin() + frame.begin, rows.begin() + frame.end, [](int32_t row) {
+    return row < 0;
+  }) && std::all_of(frame.children.begin(), frame.children.end(), [&](const Frame& child) {
+    return has_rows(rows, child);
+  });
+}
+
 }  // namespace
 
 Model::Model(Backend& backend, Arena& arena, ModelConfig config, const Training& training)
@@ -112,6 +120,17 @@ void Model::require_trainable(const char* what) const {
 void Model::change_weights() {
   if (kept_) kept_->clear();
   stale_ = true;
+}
+
+std::vector<Tensor> Model::lend_gradients() {
+  give_back_gradients();
+  if (accumulates_ || !parameters_.training().trainable) return {};
+  parameters_.make_gradients();
+  return parameters_.layer_gradients();
+}
+
+void Model::give_back_gradients() {
+  if (kept_ && kept_->borrows()) kept_->clear();
 }
 
 void Model::prepare() {
@@ -198,6 +217,7 @@ std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
     return data;
   }
   if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
+  if (kind == ParameterKind::gradient) give_back_gradients();
   const Parameter& p = *named.parameter;
   const Tensor whole = kind == ParameterKind::value      ? parameters_.value_of(p)
                        : kind == ParameterKind::gradient ? p.gradient
@@ -218,7 +238,11 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
   if (kind == ParameterKind::merged || (kind != ParameterKind::value && !p.trained)) {
     throw Error("INVALID_ARGUMENT", "Expected a parameter that is trained for name but received " + name);
   }
-  if (kind == ParameterKind::gradient) parameters_.make_gradients();
+  if (kind == ParameterKind::gradient) {
+    give_back_gradients();
+    parameters_.make_gradients();
+    accumulates_ = true;
+  }
   if (kind == ParameterKind::adam_m || kind == ParameterKind::adam_v) parameters_.make_moments();
   if (kind == ParameterKind::value) change_weights();
   const Tensor& whole = kind == ParameterKind::value      ? parameters_.open_value(p)
@@ -255,7 +279,7 @@ Forest Model::upload_forest(const std::vector<int32_t>& tokens, const std::vecto
 
 Tensor Model::hidden_of(const Forest& forest, const Cancel& cancel, const char* work) {
   const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
-  Activations activations = transformer_.make_activations(arena_, forest.tokens, false);
+  Activations activations = transformer_.make_activations(arena_, forest.tokens, Holds::nothing);
   ForestAttention attention(backend_, forest, transformer_.attention_scale());
   transformer_.forward(forest.ids, forest.positions, attention, activations, cancel, work);
   transformer_.final_norm(activations.output, hidden, Tensor());
@@ -263,12 +287,12 @@ Tensor Model::hidden_of(const Forest& forest, const Cancel& cancel, const char* 
 }
 
 template <class Work>
-auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
+auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work& work) {
   const bool made_gradients = trains && parameters_.make_gradients();
   try {
     arena_.reset();
     // And what is uploaded.
-    arena_.reserve(activation_bytes(tokens, trains) / 32 * 33);
+    arena_.reserve(static_cast<size_t>(bytes / 32 * 33));
     return work();
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
@@ -280,9 +304,23 @@ auto Model::within_memory(int64_t tokens, bool trains, const Work& work) {
 // Of the arena, in a pass over so many tokens at once.
 int64_t Model::activation_bytes(int64_t tokens, bool trains) const {
   Arena counted;
-  transformer_.make_activations(counted, tokens, trains);
-  if (trains) transformer_.make_backward_buffers(counted, tokens);
+  transformer_.make_activations(counted, tokens, trains ? Holds::all_layers : Holds::nothing);
+  if (trains) {
+    transformer_.make_backward_buffers(counted, counted.take(DType::f32, {tokens, config_.hidden_size}));
+  }
   for (int i = 0; i < (trains ? 2 : 1); ++i) counted.take(config_.dtype, {tokens, config_.hidden_size});
+  return static_cast<int64_t>(counted.taken());
+}
+
+// The same where the forward is kept and frames go together from layer to layer.
+int64_t Model::kept_activation_bytes(const std::vector<Frame>& frames) const {
+  Arena counted;
+  int64_t tokens = 0;
+  for (const Frame& frame : frames) tokens += tokens_of(frame);
+  counted.take(DType::f32, {tokens, config_.hidden_size});  // dx of all
+  const int64_t at_once = tokens_at_once(frames);
+  transformer_.make_activations(counted, at_once, Holds::one_layer);
+  transformer_.make_backward_buffers(counted, counted.take(DType::f32, {at_once, config_.hidden_size}));
   return static_cast<int64_t>(counted.taken());
 }
 
@@ -302,13 +340,15 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
   prepare();
-  return within_memory(static_cast<int64_t>(batch.tokens.size()), false,
+  const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
+  return within_memory(tokens, false, activation_bytes(tokens, false),
                        [&] { return compute_logits(batch, cancel); });
 }
 
 Scores Model::score(const Batch& batch, const Cancel& cancel) {
   prepare();
-  return within_memory(static_cast<int64_t>(batch.tokens.size()), false,
+  const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
+  return within_memory(tokens, false, activation_bytes(tokens, false),
                        [&] { return compute_scores(batch, cancel); });
 }
 
@@ -317,24 +357,30 @@ LossResult Model::forward_backward(const Batch& given, const BatchLoss& loss, in
   require_trainable("forwardBackward");
   prepare();
   const Batch batch = without_idle_tokens(given);
-  std::vector<int32_t> kept_rows;
-  if (kept_) {
-    kept_rows = kept_->find(batch.tokens, batch.visible_until);
-    if (std::find(kept_rows.begin(), kept_rows.end(), -1) != kept_rows.end()) kept_rows.clear();
-  }
   std::vector<bool> joined;
   if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);
+  std::vector<int32_t> rows;
+  if (kept_ && kept_->used() > 0) rows = kept_->find(batch.tokens, batch.visible_until);
   const std::vector<Frame> frames = make_frames(batch.visible_until, max_tokens, joined);
-  return within_memory(tokens_at_once(frames), true, [&] {
-    GradientPass pass(*this, batch, loss, frames, kept_rows, cancel);
-    LossResult result;
+  std::vector<Frame> kept, others;
+  for (const Frame& frame : frames) (has_rows(rows, frame) ? kept : others).push_back(frame);
+  // Else the gradients are free for these.
+  if (kept.empty()) give_back_gradients();
+  const int64_t bytes = std::max(kept.empty() ? 0 : kept_activation_bytes(kept),
+                                 others.empty() ? 0 : activation_bytes(tokens_at_once(others), true));
+  return within_memory(tokens_at_once(frames), true, bytes, [&] {
+    GradientPass pass(*this, batch, loss, cancel);
     try {
-      result = pass.run();
+      if (!kept.empty()) pass.run_kept(kept, rows);
+      pass.run(others);
     } catch (...) {
       // What was added already cannot be taken back.
       if (pass.begun()) zero_gradients();
       throw;
     }
+    accumulates_ = true;
+    give_back_gradients();
+    LossResult result = pass.result();
     if (!result.finite) zero_gradients();
     return result;
   });
@@ -372,6 +418,7 @@ Scores Model::compute_scores(const Batch& batch, const Cancel& cancel) {
 OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step) {
   require_trainable("optimStep");
   prepare();
+  give_back_gradients();
   parameters_.make_gradients();
   try {
     parameters_.make_moments();
@@ -406,6 +453,10 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
   return result;
 }
 
-void Model::zero_gradients() { parameters_.zero_gradients(); }
+void Model::zero_gradients() {
+  give_back_gradients();
+  parameters_.zero_gradients();
+  accumulates_ = false;
+}
 
 }  // namespace merf

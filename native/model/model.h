@@ -9,6 +9,7 @@
 #include "model/arena.h"
 #include "model/cancel.h"
 #include "model/config.h"
+#include "model/frames.h"
 #include "model/kept_forward.h"
 #include "model/parameters.h"
 #include "model/transformer.h"
@@ -94,11 +95,13 @@ class Model {
   // update.
   OptimizerResult optim_step(const OptimizerOptions& options, int64_t step);
 
-  // What a rollout leaves for forward_backward, which uses it where it has every token of the batch that a loss row
-  // depends on. Emptied at the next change of a weight.
+  // What a rollout leaves for forward_backward, which uses it for frames all of whose tokens it has. Emptied at the next
+  // change of a weight, and where gradients that it stands in are wanted.
   void keep(std::unique_ptr<KeptForward> kept) { kept_ = std::move(kept); }
   std::unique_ptr<KeptForward> take_kept() { return std::move(kept_); }
   KeptForward* kept() { return kept_.get(); }
+  // By layer, the memory of gradients that are 0, for a KeptForward to stand in; empty where they are not.
+  std::vector<Tensor> lend_gradients();
 
   // Brings what operators read up to date with the values that were written; every method that needs it calls it.
   void prepare();
@@ -110,10 +113,12 @@ class Model {
                        const std::vector<int32_t>& visible_until);
 
  private:
-  // Runs work over a batch of so many tokens; `trains` where it is kept for a backward.
+  // Runs work over a batch of so many tokens, which takes `bytes` of the arena; `trains` where it is kept for a backward.
   template <class Work>
-  auto within_memory(int64_t tokens, bool trains, const Work& work);
+  auto within_memory(int64_t tokens, bool trains, int64_t bytes, const Work& work);
+  void give_back_gradients();
   int64_t activation_bytes(int64_t tokens, bool trains) const;
+  int64_t kept_activation_bytes(const std::vector<Frame>& frames) const;
   Error out_of_memory(const Error& error, int64_t tokens, bool trains);
   std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);
   Scores compute_scores(const Batch& batch, const Cancel& cancel);
@@ -127,6 +132,7 @@ class Model {
   const ModelConfig config_;
   Parameters parameters_;
   Transformer transformer_;
+  bool accumulates_ = false;  // the gradients are not 0
   std::unique_ptr<KeptForward> kept_;
   bool stale_ = true;  // the packed weights do not hold `value`
 };

@@ -80,6 +80,30 @@ Tensor allocate_like(Backend& backend, DType dtype, const std::vector<int64_t>& 
                            : backend.allocate(dtype, {shape[0]});
 }
 
+// A flat tensor's elements under a parameter's shape.
+Tensor shaped_like(const Tensor& flat, const std::vector<int64_t>& shape) {
+  return shape.size() == 2 ? flat.view({shape[0], shape[1]}) : flat;
+}
+
+// So that every gradient of a layer's begins at a multiple of 256 bytes.
+int64_t round_up(int64_t elements) { return (elements + 63) / 64 * 64; }
+
+std::vector<Parameter*> trained_of(LayerParameters& layer) {
+  std::vector<Parameter*> trained;
+  const auto add = [&](Parameter& parameter) {
+    if (parameter.trained) trained.push_back(&parameter);
+  };
+  add(layer.attention_norm);
+  add(layer.mlp_norm);
+  for (Projection* projection : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
+    add(projection->weight);
+    add(projection->bias);
+    add(projection->adapter.a);
+    add(projection->adapter.b);
+  }
+  return trained;
+}
+
 // Elements [begin, begin + count) of a tensor as a flat one.
 Tensor flat(const Tensor& tensor, int64_t begin, int64_t count) {
   return tensor.view({tensor.size()}).rows(begin, begin + count);
@@ -102,7 +126,8 @@ Parameters::Parameters(Backend& backend, Arena& arena, const ModelConfig& config
       config_(config),
       training_(training),
       tied_(config.tied_head),
-      arena_(arena) {
+      arena_(arena),
+      layer_gradients_(layers.size()) {
   visit_parameters(config, training.lora_rank, this,
                    [&](Parameter* parameter, const std::vector<int64_t>& shape,
                        const std::vector<Slice>& slices, const Adapter* adapted, bool adapter) {
@@ -146,30 +171,55 @@ const NamedParameter& Parameters::find(const std::string& name) const {
               "Expected the name of a parameter of this model for name but received " + name);
 }
 
-bool Parameters::make(std::initializer_list<Tensor Parameter::*> members) {
+bool Parameters::make_gradients() {
+  if (has_gradients() || trained_.empty()) return false;
+  try {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const std::vector<Parameter*> parts = trained_of(layers[i]);
+      int64_t elements = 0;
+      for (const Parameter* part : parts) elements += round_up(part->size());
+      if (elements == 0) continue;
+      const Tensor& block = layer_gradients_[i] = backend_.allocate(DType::f32, {elements});
+      backend_.zero(block);
+      int64_t begin = 0;
+      for (Parameter* part : parts) {
+        part->gradient = shaped_like(block.rows(begin, begin + part->size()), part->shape);
+        begin += round_up(part->size());
+      }
+    }
+    for (Parameter* parameter : trained_) {
+      if (parameter->gradient) continue;
+      parameter->gradient = allocate_like(backend_, DType::f32, parameter->shape);
+      backend_.zero(parameter->gradient);
+    }
+  } catch (...) {
+    drop_gradients();
+    throw;
+  }
+  return true;
+}
+
+bool Parameters::make_moments() {
   std::vector<Tensor*> made;
   try {
     for (Parameter* parameter : trained_) {
-      for (const auto member : members) {
-        Tensor& tensor = parameter->*member;
-        if (tensor) continue;
-        tensor = allocate_like(backend_, DType::f32, parameter->shape);
-        made.push_back(&tensor);
-        backend_.zero(tensor);
+      for (Tensor* moment : {&parameter->adam_m, &parameter->adam_v}) {
+        if (*moment) continue;
+        *moment = allocate_like(backend_, DType::f32, parameter->shape);
+        made.push_back(moment);
+        backend_.zero(*moment);
       }
     }
   } catch (...) {
-    for (Tensor* tensor : made) *tensor = {};
+    for (Tensor* moment : made) *moment = {};
     throw;
   }
   return !made.empty();
 }
 
-bool Parameters::make_gradients() { return make({&Parameter::gradient}); }
-bool Parameters::make_moments() { return make({&Parameter::adam_m, &Parameter::adam_v}); }
-
 void Parameters::drop_gradients() {
   for (Parameter* parameter : trained_) parameter->gradient = {};
+  for (Tensor& block : layer_gradients_) block = {};
 }
 
 int64_t Parameters::trained_size() const {

@@ -120,10 +120,13 @@ class Parameters {
   // `value` to read, which may be made for this call.
   Tensor value_of(const Parameter& parameter) const;
 
-  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing.
+  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing. The gradients of a
+  // layer lie in one piece.
   bool make_gradients();
   bool make_moments();
   void drop_gradients();
+  // By layer, the memory of all its gradients, [elements] f32; empty tensors where nothing of it is trained.
+  const std::vector<Tensor>& layer_gradients() const { return layer_gradients_; }
   bool has_gradients() const { return !trained_.empty() && trained_.front()->gradient; }
   int64_t trained_size() const;
   // Brings the copies that operators read (packed weights) up to date with `value`.
@@ -142,7 +145,6 @@ class Parameters {
   void zero_gradients();
 
  private:
-  bool make(std::initializer_list<Tensor Parameter::*> members);
   void make_products(Parameter& parameter, const Tensor& source);
 
   Backend& backend_;
@@ -154,6 +156,7 @@ class Parameters {
   Arena& arena_;
   int64_t staged_size_ = 0;
   std::vector<Parameter*> all_, trained_;
+  std::vector<Tensor> layer_gradients_;
   std::vector<NamedParameter> named_;
 };
 

@@ -43,8 +43,10 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, Parameters
   attention_scale_ = 1.0f / std::sqrt(static_cast<float>(config.head_size));
 }
 
-Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool keep, int64_t ancestors) const {
+Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds holds,
+                                          int64_t ancestors) const {
   const ModelConfig& c = config_;
+  const bool keep = holds != Holds::nothing;
   Activations a;
   a.tokens = tokens;
   a.ancestors = ancestors;
@@ -52,7 +54,7 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
   const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };
   for (size_t i = 0; i < a.layers.size(); ++i) {
-    if (!keep && i > 0) {
+    if (holds != Holds::all_layers && i > 0) {
       a.layers[i] = a.layers[0];
       continue;
     }
@@ -70,15 +72,17 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, bool kee
   a.gated = arena.take(c.dtype, {tokens, c.mlp_size});
   const int64_t rank = parameters_.training().lora_rank;
   if (rank > 0) a.low_rank = arena.take(c.dtype, {tokens, rank});
+  if (holds == Holds::one_layer) return a;
   a.output = keep ? residual() : a.layers[0].attention_input;
   a.output_rstd = rstd();
   return a;
 }
 
-BackwardBuffers Transformer::make_backward_buffers(Arena& arena, int64_t tokens, int64_t ancestors) const {
+BackwardBuffers Transformer::make_backward_buffers(Arena& arena, const Tensor& dx, int64_t ancestors) const {
   const ModelConfig& c = config_;
+  const int64_t tokens = dx.shape[0];
   BackwardBuffers b;
-  b.dx = arena.take(DType::f32, {tokens, c.hidden_size});
+  b.dx = dx;
   b.dx_cast = c.dtype == DType::f32 ? b.dx : arena.take(c.dtype, {tokens, c.hidden_size});
   b.dnormed = arena.take(c.dtype, {tokens, c.hidden_size});
   b.dgated = arena.take(c.dtype, {tokens, c.mlp_size});
@@ -172,18 +176,16 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
   }
 }
 
-void Transformer::complete(AttentionStep& attention, const Activations& activations) {
+void Transformer::complete(size_t layer, AttentionStep& attention, const Activations& activations) {
+  const Activations::Layer& a = activations.layers[layer];
   const auto norm = [&](const Tensor& x, const Parameter& weight, const Tensor& rstd) {
     backend_.rms_norm(x, Tensor(), weight.value, config_.rms_norm_epsilon, activations.normed, rstd);
   };
-  for (size_t i = 0; i < activations.layers.size(); ++i) {
-    const Activations::Layer& a = activations.layers[i];
-    norm(a.attention_input, parameters_.layers[i].attention_norm, a.attention_rstd);
-    const Heads heads = split(a.qkv);
-    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                     a.lse, activations.first_row(i));
-    norm(a.mlp_input, parameters_.layers[i].mlp_norm, a.mlp_rstd);
-  }
+  norm(a.attention_input, parameters_.layers[layer].attention_norm, a.attention_rstd);
+  const Heads heads = split(a.qkv);
+  attention.attend(static_cast<int64_t>(layer), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
+                   a.lse, activations.first_row(layer));
+  norm(a.mlp_input, parameters_.layers[layer].mlp_norm, a.mlp_rstd);
 }
 
 void Transformer::final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd) {
@@ -194,68 +196,69 @@ void Transformer::head(const Tensor& hidden, const Tensor& logits) {
   backend_.linear(hidden, *parameters_.head().packed, Tensor(), logits);
 }
 
-void Transformer::backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
-                           const BackwardBuffers& buffers, const std::vector<Tensor>& through_children,
-                           const std::vector<Tensor>& of_ancestors, const Cancel& cancel) {
+void Transformer::backward_final_norm(const Tensor& dhidden, const Tensor& x, const Tensor& rstd,
+                                      int64_t first, const Tensor& dx) {
+  backend_.zero(dx);
+  backend_.rms_norm_backward(from_row(dhidden, first), from_row(x, first), parameters_.final_norm.value,
+                             from_row(rstd, first), from_row(dx, first), parameters_.final_norm.gradient);
+}
+
+void Transformer::backward_layer(size_t layer, const Forest& forest, const Activations& activations,
+                                 const BackwardBuffers& buffers, const Tensor& through_children,
+                                 const Tensor& of_ancestors, const Cancel& cancel) {
   const ModelConfig& c = config_;
   const float epsilon = c.rms_norm_epsilon;
   const Tensor none;
   const Tensor& dx = buffers.dx;
-  const int64_t ancestors = activations.ancestors;
-  const Tensor own_dqkv = activations.own(buffers.dqkv);
+  const LayerParameters& p = parameters_.layers[layer];
+  const Activations::Layer& a = activations.layers[layer];
+  const int64_t ancestors = activations.ancestors, first = activations.first_row(layer);
   const auto cast_dx = [&] {
     if (buffers.dx_cast.data != dx.data) backend_.cast(buffers.dx_cast, dx);
   };
-
-  backend_.zero(dx);
-  const int64_t wanted = activations.first_wanted;
-  backend_.rms_norm_backward(from_row(dhidden, wanted), from_row(activations.output, wanted),
-                             parameters_.final_norm.value, from_row(activations.output_rstd, wanted),
-                             from_row(dx, wanted), parameters_.final_norm.gradient);
-  for (size_t i = activations.layers.size(); i-- > 0;) {
-    cancel.check_abandoned("the backward pass");
-    const LayerParameters& p = parameters_.layers[i];
-    const Activations::Layer& a = activations.layers[i];
-    const int64_t first = activations.first_row(i);
-    const auto part = [first](const Tensor& x) { return from_row(x, first); };
-    BackwardBuffers parts = buffers;
-    for (Tensor* buffer : {&parts.dx, &parts.dx_cast, &parts.dnormed, &parts.dgated, &parts.low_rank,
-                           &parts.dlow_rank, &parts.dgate_up}) {
-      *buffer = part(*buffer);
-    }
-    const Tensor normed = part(activations.normed), gated = part(activations.gated);
-
-    cast_dx();
-    backend_.swiglu(part(a.gate_up), gated);
-    project_backward(p.down, parts.dx_cast, gated, parts, parts.dgated);
-    backend_.swiglu_backward(parts.dgated, part(a.gate_up), parts.dgate_up);
-    backend_.rms_norm(part(a.mlp_input), none, p.mlp_norm.value, epsilon, normed, none);
-    project_backward(p.gate_up, parts.dgate_up, normed, parts, parts.dnormed);
-    backend_.rms_norm_backward(parts.dnormed, part(a.mlp_input), p.mlp_norm.value, part(a.mlp_rstd), parts.dx,
-                               p.mlp_norm.gradient);
-
-    cancel.check_abandoned("the backward pass");
-    cast_dx();
-    project_backward(p.output, parts.dx_cast, part(activations.own(a.attention_output)), parts,
-                     part(activations.own(buffers.dattention)));
-    // What no query of these tokens has a gradient of.
-    if (ancestors + first > 0) {
-      backend_.zero(buffers.dattention.rows(0, ancestors + first));
-      backend_.zero(buffers.dqkv.rows(0, ancestors + first));
-    }
-    const Heads heads = split(a.qkv), dheads = split(buffers.dqkv);
-    backend_.attention_backward(whole_heads(buffers.dattention), heads.q, heads.k, heads.v,
-                                whole_heads(a.attention_output), a.lse, forest.visible_until,
-                                forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v,
-                                ancestors + first);
-    if (!through_children.empty()) backend_.add(buffers.dqkv, through_children[i]);
-    if (ancestors > 0) backend_.add(of_ancestors[i], buffers.dqkv.rows(0, ancestors));
-    backend_.rope(split(own_dqkv).qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
-    backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
-    project_backward(p.qkv, own_dqkv, activations.normed, buffers, buffers.dnormed);
-    backend_.rms_norm_backward(buffers.dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd,
-                               dx, p.attention_norm.gradient);
+  const auto part = [first](const Tensor& x) { return from_row(x, first); };
+  BackwardBuffers parts = buffers;
+  for (Tensor* buffer : {&parts.dx, &parts.dx_cast, &parts.dnormed, &parts.dgated, &parts.low_rank,
+                         &parts.dlow_rank, &parts.dgate_up}) {
+    *buffer = part(*buffer);
   }
+  const Tensor normed = part(activations.normed), gated = part(activations.gated);
+
+  cancel.check_abandoned("the backward pass");
+  cast_dx();
+  backend_.swiglu(part(a.gate_up), gated);
+  project_backward(p.down, parts.dx_cast, gated, parts, parts.dgated);
+  backend_.swiglu_backward(parts.dgated, part(a.gate_up), parts.dgate_up);
+  backend_.rms_norm(part(a.mlp_input), none, p.mlp_norm.value, epsilon, normed, none);
+  project_backward(p.gate_up, parts.dgate_up, normed, parts, parts.dnormed);
+  backend_.rms_norm_backward(parts.dnormed, part(a.mlp_input), p.mlp_norm.value, part(a.mlp_rstd), parts.dx,
+                             p.mlp_norm.gradient);
+
+  cancel.check_abandoned("the backward pass");
+  cast_dx();
+  project_backward(p.output, parts.dx_cast, part(activations.own(a.attention_output)), parts,
+                   part(activations.own(buffers.dattention)));
+  // What no query of these tokens has a gradient of.
+  if (ancestors + first > 0) {
+    backend_.zero(buffers.dattention.rows(0, ancestors + first));
+    backend_.zero(buffers.dqkv.rows(0, ancestors + first));
+  }
+  const Heads heads = split(a.qkv), dheads = split(buffers.dqkv);
+  const Tensor own_dqkv = activations.own(buffers.dqkv);
+  backend_.attention_backward(whole_heads(buffers.dattention), heads.q, heads.k, heads.v,
+                              whole_heads(a.attention_output), a.lse, forest.visible_until,
+                              forest.visible_until_host, attention_scale_, dheads.q, dheads.k, dheads.v,
+                              ancestors + first);
+  if (through_children) backend_.add(buffers.dqkv, through_children);
+  if (of_ancestors) backend_.add(of_ancestors, buffers.dqkv.rows(0, ancestors));
+  backend_.rope(split(own_dqkv).qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
+  backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
+  project_backward(p.qkv, own_dqkv, activations.normed, buffers, buffers.dnormed);
+  backend_.rms_norm_backward(buffers.dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
+                             p.attention_norm.gradient);
+}
+
+void Transformer::backward_embedding(const Forest& forest, const Tensor& dx) {
   if (parameters_.embedding.trained) {
     backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);
   }

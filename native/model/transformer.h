@@ -50,8 +50,11 @@ class ForestAttention final : public AttentionStep {
   float scale_;
 };
 
+// Of how many layers what a backward reads is held at once.
+enum class Holds : uint8_t { nothing, one_layer, all_layers };
+
 // The buffers of a forward over T tokens behind A ancestors, whose rows of qkv (and of attention_output, zeros) are put
-// there before. Where nothing is kept for a backward, all layers share one set.
+// there before. Where not all layers are held they share one set.
 struct Activations {
   struct Layer {
     Tensor attention_input;   // [T, H] f32, x before the attention's norm
@@ -72,8 +75,8 @@ struct Activations {
   Tensor normed;       // [T, H]
   Tensor gated;        // [T, F]
   Tensor low_rank;     // [T, rank], empty where the model has no adapters
-  Tensor output;       // [T, H] f32, x after the last layer
-  Tensor output_rstd;  // [T] f32
+  Tensor output;       // [T, H] f32, x after the last layer; empty where one layer is held
+  Tensor output_rstd;  // [T] f32, as output
 
   // The first token that a layer goes through whole for.
   int64_t first_row(size_t layer) const { return layer + 1 == layers.size() ? first_wanted : 0; }
@@ -104,26 +107,34 @@ class Transformer {
   Transformer(Backend& backend, const ModelConfig& config, Parameters& parameters);
 
   float attention_scale() const { return attention_scale_; }
-  Activations make_activations(Arena& arena, int64_t tokens, bool keep, int64_t ancestors = 0) const;
-  BackwardBuffers make_backward_buffers(Arena& arena, int64_t tokens, int64_t ancestors = 0) const;
+  Activations make_activations(Arena& arena, int64_t tokens, Holds holds, int64_t ancestors = 0) const;
+  // dx [T, H] f32 is the caller's.
+  BackwardBuffers make_backward_buffers(Arena& arena, const Tensor& dx, int64_t ancestors = 0) const;
 
   // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. `cancel` is looked at
   // between layers, `work` names what is aborted.
   void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
                const Cancel& cancel, const char* work);
-  // What a forward leaves beside attention_input, qkv, mlp_input, gate_up and output, from these.
-  void complete(AttentionStep& attention, const Activations& activations);
+  // What a forward leaves of a layer beside attention_input, qkv, mlp_input and gate_up, from these.
+  void complete(size_t layer, AttentionStep& attention, const Activations& activations);
   // hidden [N, H] of the model's dtype = final norm of x [N, H].
   void final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd);
   // logits [N, V] f32 of hidden [N, H].
   void head(const Tensor& hidden, const Tensor& logits);
 
-  // Adds the gradients of all trained parameters but the head's, given dhidden [T, H] of the model's dtype. By layer:
-  // `through_children` [A + T, (Hq + 2 Hk) D] has the gradients of keys and values that came from tokens behind these,
-  // `of_ancestors` [A, (Hq + 2 Hk) D] takes those of the tokens before them; empty where there are none.
-  void backward(const Forest& forest, const Activations& activations, const Tensor& dhidden,
-                const BackwardBuffers& buffers, const std::vector<Tensor>& through_children,
-                const std::vector<Tensor>& of_ancestors, const Cancel& cancel);
+  // The backward in its parts, from the last to the first: they add the gradients of the trained parameters but the
+  // head's.
+  // dx [T, H] f32 of dhidden [T, H] of the model's dtype, x [T, H] and rstd [T], of the tokens from `first` on; 0 of
+  // those before them.
+  void backward_final_norm(const Tensor& dhidden, const Tensor& x, const Tensor& rstd, int64_t first,
+                           const Tensor& dx);
+  // buffers.dx becomes that of the layer's input. `through_children` [A + T, (Hq + 2 Hk) D] has the gradients of the
+  // layer's keys and values that came from tokens behind these, `of_ancestors` [A, (Hq + 2 Hk) D] takes those of the
+  // tokens before them; empty where there are none.
+  void backward_layer(size_t layer, const Forest& forest, const Activations& activations,
+                      const BackwardBuffers& buffers, const Tensor& through_children,
+                      const Tensor& of_ancestors, const Cancel& cancel);
+  void backward_embedding(const Forest& forest, const Tensor& dx);
 
  private:
   struct Heads {

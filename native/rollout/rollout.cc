@@ -266,19 +266,23 @@ void Sampler::make_kept() {
     rows += static_cast<int64_t>(pass.ancestors.size()) + pass.end - pass.begin;
   }
   for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
-  // Completions mostly end before they must, so it begins even where not all might have room.
-  const int64_t most = request_.keep_bytes / KeptForward::bytes_per_row(config_);
-  rows = std::min(rows, most);
-  if (rows == 0) return;
-  kept_prompt_rows_.assign(request_.tokens.size(), -1);
-  if (before && before->rows() >= rows && before->rows() <= most) {
-    kept_ = std::move(before);
-    kept_->clear();
-    return;
-  }
-  before.reset();
   try {
-    kept_ = std::make_unique<KeptForward>(backend_, config_, rows);
+    std::vector<Tensor> gradients = model_.lend_gradients();
+    // Completions mostly end before they must, so it begins even where not all might have room.
+    const auto within = [&](int64_t wanted) {
+      return KeptForward::rows_within(request_.keep_bytes, config_, wanted, gradients);
+    };
+    rows = within(rows);
+    if (rows == 0) return;
+    kept_prompt_rows_.assign(request_.tokens.size(), -1);
+    if (before && before->borrows() == !gradients.empty() && before->rows() >= rows &&
+        within(before->rows()) == before->rows()) {
+      kept_ = std::move(before);
+      kept_->clear();
+      return;
+    }
+    before.reset();
+    kept_ = std::make_unique<KeptForward>(backend_, config_, rows, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
@@ -335,7 +339,7 @@ void Sampler::prefill_pass(const PrefillPass& pass) {
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
   Activations activations =
-      kept_window(forest.tokens, transformer.make_activations(arena_, forest.tokens, false));
+      kept_window(forest.tokens, transformer.make_activations(arena_, forest.tokens, Holds::nothing));
   if (kept_) {
     const int64_t first = kept_->used() - (pass.end - pass.begin);
     for (int32_t i = pass.begin; i < pass.end; ++i) {
@@ -480,8 +484,11 @@ void Sampler::release_unused_segments() {
 void Sampler::decode() {
   if (kept_) {
     for_each_token(request_.visible_until, [&](int32_t i, int32_t parent) {
-      const auto row_of = [&](int32_t token) { return kept_prompt_rows_[static_cast<size_t>(token)]; };
-      kept_->set(row_of(i), parent < 0 ? -1 : row_of(parent), request_.tokens[static_cast<size_t>(i)]);
+      const auto row_of = [&](int32_t token) -> int32_t& {
+        return kept_prompt_rows_[static_cast<size_t>(token)];
+      };
+      row_of(i) =
+          kept_->set(row_of(i), parent < 0 ? -1 : row_of(parent), request_.tokens[static_cast<size_t>(i)]);
     });
     for (Sequence& sequence : sequences_) {
       const PromptSegment& segment = tree_.segments[static_cast<size_t>(sequence.segment)];
@@ -494,7 +501,7 @@ void Sampler::decode() {
   if (waiting_.empty()) return;
   max_live_ = std::min(live_.capacity(), waiting_.size());
   const int64_t rows = recorder_->step_rows(static_cast<int64_t>(max_live_));
-  buffers_ = model_.transformer().make_activations(arena_, rows, false);
+  buffers_ = model_.transformer().make_activations(arena_, rows, Holds::nothing);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
   while (!cancel_.requested()) {
     admit();
@@ -583,8 +590,7 @@ void Sampler::step() {
     for (int64_t r = 0; kept_ && r < rows; ++r) {
       Sequence& sequence = at(live_[static_cast<size_t>(r)]);
       const int64_t row = kept_->used() - rows + r;
-      kept_->set(row, sequence.kept_row, sequence.tokens.back());
-      sequence.kept_row = static_cast<int32_t>(row);
+      sequence.kept_row = kept_->set(row, sequence.kept_row, sequence.tokens.back());
     }
     // Without room for more, the next steps go on in buffers of their own.
     if (!kept_) buffers_.shrink_to(rows, step_activations_);
@@ -665,7 +671,7 @@ Error out_of_memory(const Error& error, Model& model, const SampleRequest& reque
   const int64_t logits = 2 * std::min(kLogitsBytes, 4 * config.vocab_size * sequences);
   const int64_t fixed = longest * per_token + logits;
   Arena counted;
-  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), false);
+  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), Holds::nothing);
   const int64_t activations = static_cast<int64_t>(counted.taken());
   const int64_t fit =
       count_that_fits(tokens, tokens * per_token + activations, backend.memory_free() - fixed);

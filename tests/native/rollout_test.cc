@@ -106,6 +106,27 @@ Scores score_alone(Model& model, const SampleRequest& r, const SampleResult& res
   return model.score(batch, Cancel());
 }
 
+// The request's first prompt, of 75 tokens, once, with its completions under it.
+Batch first_prompt_with_completions(const SampleRequest& r, const SampleResult& result, size_t completions) {
+  Batch forest;
+  const auto add = [&](int32_t token, int32_t position) {
+    forest.tokens.push_back(token);
+    forest.positions.push_back(position);
+  };
+  for (int32_t i = 0; i < 75; ++i) add(r.tokens[static_cast<size_t>(i)], i);
+  forest.visible_until.assign(75, 75 + result.offsets[completions]);
+  for (size_t s = 0; s < completions; ++s) {
+    int32_t position = 75;
+    for (const int32_t token : completion(result, s)) {
+      forest.source_rows.push_back(position == 75 ? 74 : static_cast<int32_t>(forest.tokens.size()) - 1);
+      forest.targets.push_back(token);
+      add(token, position++);
+    }
+    forest.visible_until.resize(forest.tokens.size(), static_cast<int32_t>(forest.tokens.size()));
+  }
+  return forest;
+}
+
 }  // namespace
 
 TEST_CASE("decoded log-probabilities and entropies are those of the full forward") {
@@ -173,24 +194,7 @@ TEST_CASE(
       for (size_t s = 0; s < prompt_of.size(); ++s)
         compare(score_alone(f.model, together, drawn, prompt_of[s], s).logprobs, s);
 
-      // The first prompt once, with its completions under it.
-      Batch forest;
-      const auto add = [&](int32_t token, int32_t position) {
-        forest.tokens.push_back(token);
-        forest.positions.push_back(position);
-      };
-      for (int32_t i = 0; i < 75; ++i) add(together.tokens[static_cast<size_t>(i)], i);
-      forest.visible_until.assign(75, 75 + 3 * 70);
-      for (size_t s = 0; s < 3; ++s) {
-        int32_t position = 75;
-        for (const int32_t token : completion(drawn, s)) {
-          forest.source_rows.push_back(position == 75 ? 74 : static_cast<int32_t>(forest.tokens.size()) - 1);
-          forest.targets.push_back(token);
-          add(token, position++);
-        }
-        forest.visible_until.insert(forest.visible_until.end(), 70,
-                                    static_cast<int32_t>(forest.tokens.size()));
-      }
+      const Batch forest = first_prompt_with_completions(together, drawn, 3);
       compare(f.model.score(forest, Cancel()).logprobs, 0);
       BatchLoss loss;
       loss.options.kind = LossKind::cross_entropy;
@@ -202,6 +206,69 @@ TEST_CASE(
       std::fprintf(stderr, "measured: log-probabilities drawn and scored on %s, %s, width %d: %.1e\n",
                    backend.info().name.c_str(), name_of(config.dtype), static_cast<int>(config.hidden_size),
                    widest);
+    }
+  });
+}
+
+TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and gives back those it stood in") {
+  for_each_backend([](Backend& backend) {
+    for (ModelConfig config :
+         {config_of(DType::f32), odd_config_of(DType::f32), odd_config_of(DType::bf16)}) {
+      config.layers = 4;
+      const double tolerance = config.dtype == DType::f32 ? 1e-5 : 0.05;
+      Fixture f(backend, config);
+      // Small weights, which do not blow rounding errors up.
+      f.model.initialize(7, 0.1f);
+      const auto gradients = [&] {
+        std::vector<std::vector<float>> all;
+        for (const NamedParameter& named : f.model.parameters().named())
+          all.push_back(f.model.read(named.name, ParameterKind::gradient));
+        return all;
+      };
+      SampleRequest request = make_request(3, 20);
+      const SampleResult drawn = sample(f.model, {}, request, Cancel(), nullptr);
+      const Batch forest = first_prompt_with_completions(request, drawn, 3);
+      BatchLoss loss;
+      loss.options.kind = LossKind::cross_entropy;
+      loss.weights.assign(forest.targets.size(), 0.01f);
+      const LossResult computed = f.model.forward_backward(forest, loss, 0, Cancel());
+      const auto expected = gradients();
+      f.model.zero_gradients();
+
+      request.keep_bytes = int64_t{1} << 30;
+      // At once, and a frame for the prompt and others under it.
+      for (const int64_t most : {int64_t{0}, int64_t{30}}) {
+        CHECK(sample(f.model, {}, request, Cancel(), nullptr).tokens == drawn.tokens);
+        REQUIRE(f.model.kept() != nullptr);
+        CHECK(f.model.kept()->borrows());
+        // All but the last token of each completion, which is never fed.
+        const std::vector<int32_t> rows = f.model.kept()->find(forest.tokens, forest.visible_until);
+        CHECK(std::count(rows.begin(), rows.end(), -1) == 3);
+        const LossResult result = f.model.forward_backward(forest, loss, most, Cancel());
+        CHECK(f.model.kept()->used() == 0);
+        CHECK(result.loss == doctest::Approx(computed.loss).epsilon(tolerance));
+        const auto kept = gradients();
+        for (size_t i = 0; i < kept.size(); ++i) {
+          const std::string& name = f.model.parameters().named()[i].name;
+          CAPTURE(name);
+          // All keys alike change no weight of attention: 0 but for rounding.
+          if (name.ends_with("k_proj.bias")) continue;
+          CHECK(relative_error(kept[i], expected[i]) < tolerance);
+        }
+        f.model.zero_gradients();
+      }
+
+      // Nothing of it is left, whether a pass was cancelled on the way or none came.
+      Cancel cancelled;
+      cancelled.request();
+      sample(f.model, {}, request, Cancel(), nullptr);
+      CHECK_THROWS_AS(f.model.forward_backward(forest, loss, 0, cancelled), Error);
+      CHECK(f.model.kept()->used() > 0);
+      f.model.score(forest, Cancel());
+      CHECK(f.model.optim_step({}, 1).gradient_norm == 0.0);
+      for (const auto& gradient : gradients()) {
+        CHECK(std::all_of(gradient.begin(), gradient.end(), [](float g) { return g == 0.0f; }));
+      }
     }
   });
 }

@@ -1,8 +1,8 @@
 import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
-import { type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
-import { forestOf } from '../../lib/train/forest.js';
+import { type CompletionGroup, type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
+import { countTokens, forestOf } from '../../lib/train/forest.js';
 import { relativeError } from '../support/compare.js';
 import {
   expectFailure,
@@ -313,42 +313,97 @@ describe('forwardBackward and optimStep', () => {
       ];
       const sampling = { n: 3, maxTokens: 9, seed: 5 };
       const groups = await policy.sample(prompts, { ...sampling, keepActivations: 2 ** 28 });
-      const sampled = forestOf(
-        groups.map(({ promptTokens, completions }) => ({
-          promptTokens,
-          completions: completions.map(({ tokens, logprobs }, i) => ({
-            tokens,
-            train: { advantage: i - 1, logprobs },
+      const withAdvantages = (groups: CompletionGroup[]) =>
+        forestOf(
+          groups.map(({ promptTokens, completions }) => ({
+            promptTokens,
+            completions: completions.map(({ tokens, logprobs }, i) => ({
+              tokens,
+              train: { advantage: i - 1, logprobs },
+            })),
           })),
-        })),
-      );
+        );
+      const sampled = withAdvantages(groups);
       /** The products of a forward pass that a call makes, by layer. */
-      const products = async (maxTokens?: number) => {
+      const products = async (maxTokens?: number, forest = sampled) => {
         policy.takeProfile();
-        await policy.forwardBackward(sampled, { type: 'grpo' }, { maxTokens });
+        await policy.forwardBackward(forest, { type: 'grpo' }, { maxTokens });
         const calls = policy.takeProfile().filter(({ name }) => name.startsWith('linear '));
         return calls.reduce((sum, { calls }) => sum + calls, 0) / policy.config.layers;
       };
       // An adapter adds two to each of the four, and one in the backward.
       const adapters = 'lora' in options ? 1 : 0;
       const all = 4 + 12 * adapters;
+      const keep = () => policy.sample(prompts, { ...sampling, keepActivations: 2 ** 28 });
       expect(await products()).toBe(4 * adapters);
       const kept = await gradients(policy);
       await policy.zeroGradients();
+      expect(await keep()).toEqual(groups);
       await products(8);
       const keptInFrames = await gradients(policy);
+
+      // Gradients that are not 0 stay where they are, and what is kept beside them serves as often as it is asked for.
+      await keep();
+      expect(await gradients(policy)).toEqual(keptInFrames);
+      expect(await products()).toBe(4 * adapters);
+      expect(await products()).toBe(4 * adapters);
+      const thrice = await gradients(policy);
       await policy.zeroGradients();
 
       expect(await policy.sample(prompts, sampling)).toEqual(groups);
       expect(await products()).toBe(all);
       for (const [name, expected] of await gradients(policy)) {
         if (expected.every((value) => value === 0)) continue;
-        for (const actual of [kept.get(name), keptInFrames.get(name)]) {
+        const third = thrice.get(name)?.map((value) => value / 3);
+        for (const actual of [kept.get(name), keptInFrames.get(name), third]) {
           expect(relativeError(actual as Float32Array, expected)).toBeLessThan(
             'dtype' in options ? 0.03 : 1e-5,
           );
         }
       }
+      await policy.zeroGradients();
+
+      // What stands in gradients that are 0 has gone once they are read, or have been added to.
+      await keep();
+      for (const gradient of (await gradients(policy)).values())
+        expect(gradient.every((g) => g === 0)).toBe(true);
+      expect(await products()).toBe(all);
+      await policy.zeroGradients();
+      await keep();
+      expect(await products()).toBe(4 * adapters);
+      expect(await products()).toBe(all);
+      await policy.zeroGradients();
+      const controller = new AbortController();
+      const onToken = () => controller.abort();
+      await expect(
+        policy.sample(prompts, { ...sampling, keepActivations: 2 ** 28, onToken, signal: controller.signal }),
+      ).rejects.toMatchObject({ code: 'ABORTED' });
+      for (const gradient of (await gradients(policy)).values())
+        expect(gradient.every((g) => g === 0)).toBe(true);
+      // Beside a completion that was not sampled.
+      const train = { advantage: 1, logprobs: [-5, -5] };
+      const more = [...sampled, { tokens: [30, 31], children: [{ tokens: [32, 33], train }] }];
+      // Nothing depends on the last token of a completion.
+      const tokens = countTokens(sampled) - prompts.length * sampling.n;
+      expect(await products(tokens, more)).toBe(2 * all);
+      const expected = await gradients(policy);
+      await policy.zeroGradients();
+      await keep();
+      expect(await products(tokens, more)).toBe(all + 4 * adapters);
+      for (const [name, actual] of await gradients(policy)) {
+        const reference = expected.get(name) as Float32Array;
+        if (reference.every((value) => value === 0)) continue;
+        expect(relativeError(actual, reference)).toBeLessThan('dtype' in options ? 0.03 : 1e-5);
+      }
+
+      await policy.zeroGradients();
+
+      // Completions that begin alike.
+      const greedy = { ...sampling, temperature: 0 };
+      const alike = withAdvantages(await policy.sample(prompts, { ...greedy, keepActivations: 2 ** 28 }));
+      expect(await products(undefined, alike)).toBe(4 * adapters);
+      await policy.zeroGradients();
+
       // Too little room; a completion that was not sampled; other weights.
       await policy.sample(prompts, { ...sampling, keepActivations: 1000 });
       expect(await products()).toBe(all);
