@@ -38,10 +38,11 @@ export interface SampleOptions {
   maxLiveSequences?: number | undefined;
   /**
    * Bytes that may be taken to keep what a backward pass needs of the forward passes that sampling computes anyway,
-   * beside the memory of gradients that are 0, which serves for it too. The first `forwardBackward` on these completions,
-   * before the weights change and before the next `sample`, then computes no forward pass but attention. Its gradients
-   * are those of the ordinary path, to rounding. Where the bytes are not enough, nothing is kept. The memory stays for
-   * the next call that asks for it. Default 0. A policy that is not trainable keeps nothing.
+   * beside the memory of gradients that are 0, which serves for it too. It is kept of the first layers, of as many as
+   * that is enough for if every completion had `maxTokens`. The first `forwardBackward` on these completions, before the
+   * weights change and before the next `sample`, then computes no forward pass through them but attention. Its gradients
+   * are those of the ordinary path, to rounding. The memory stays for the next call that asks for it. Default 0. A
+   * policy that is not trainable keeps nothing.
    */
   keepActivations?: number | undefined;
   signal?: AbortSignal | undefined;

@@ -39,6 +39,19 @@ struct GradientPass::Held {
       dqkv;  // by layer, [tokens, (Hq + 2 Hk) D] f32: gradients of keys and values; queries' are 0
 };
 
+// What a frame has beside its layers.
+struct GradientPass::OpenFrame {
+  int64_t begin, tokens, ancestors;
+  std::vector<int32_t> loss_rows;
+  int64_t first_wanted;
+  Forest forest;
+  Tensor dx;  // [tokens, H] f32
+  bool has_children;
+  // Where Model::kept() is used: [tokens] i32, its rows, and the frames under this.
+  Tensor kept_rows;
+  std::vector<OpenFrame> children;
+};
+
 GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const Cancel& cancel)
     : model_(model),
       backend_(model.backend()),
@@ -58,7 +71,11 @@ GradientPass::GradientPass(Model& model, const Batch& batch, const BatchLoss& lo
 
 void GradientPass::run_all(const std::vector<Frame>& frames, const Held* above) {
   for (const Frame& frame : frames) {
-    if (result_.finite && has_rows(frame)) run_frame(frame, above);
+    if (!result_.finite || !has_rows(frame)) continue;
+    const ArenaScope scope(arena_);
+    const OpenFrame opened = open(frame, above ? above->tokens : 0);
+    run_layers(opened, above, 0, [&](const Held& held) { run_all(frame.children, &held); });
+    if (result_.finite) transformer_.backward_embedding(opened.forest, opened.dx);
   }
 }
 
@@ -104,135 +121,132 @@ Forest GradientPass::upload_forest(int64_t begin, int64_t end, int64_t ancestors
   return forest;
 }
 
-void GradientPass::run_frame(const Frame& frame, const Held* above) {
+GradientPass::OpenFrame GradientPass::open(const Frame& frame, int64_t ancestors) {
+  const int64_t tokens = frame.end - frame.begin;
+  std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
+  const int64_t first_wanted = first_source(rows, frame);
+  return {frame.begin,
+          tokens,
+          ancestors,
+          std::move(rows),
+          first_wanted,
+          upload_forest(frame.begin, frame.end, ancestors),
+          arena_.take(DType::f32, {tokens, model_.config().hidden_size}),
+          !frame.children.empty(),
+          Tensor(),
+          {}};
+}
+
+template <class Children>
+void GradientPass::run_layers(const OpenFrame& frame, const Held* above, size_t first_layer,
+                              const Children& run_children) {
   cancel_.check(kWork);
   const ArenaScope scope(arena_);
   const ModelConfig& config = model_.config();
-  const int64_t tokens = frame.end - frame.begin, ancestors = above ? above->tokens : 0;
-  const Forest forest = upload_forest(frame.begin, frame.end, ancestors);
+  const int64_t tokens = frame.tokens, ancestors = frame.ancestors;
   const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-  Activations activations = transformer_.make_activations(arena_, tokens, Holds::all_layers, ancestors);
-  const std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
-  activations.first_wanted = first_source(rows, frame);
-  for (size_t layer = 0; layer < activations.layers.size(); ++layer) {
-    const Activations::Layer& own = activations.layers[layer];
-    if (above) backend_.copy(own.qkv.rows(0, ancestors), above->activations.layers[layer].qkv);
-    const int64_t unseen = ancestors + activations.first_row(layer);
-    if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
+  Activations activations =
+      transformer_.make_activations(arena_, tokens, Holds::all_layers, ancestors, first_layer);
+  activations.first_wanted = frame.first_wanted;
+  for (size_t layer = first_layer; layer < activations.layers.size(); ++layer) {
+    take_ancestors(layer, activations, above ? &above->activations : nullptr);
   }
-  ForestAttention attention(backend_, forest, transformer_.attention_scale());
-  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork);
+  if (frame.kept_rows) model_.kept()->restore_output(frame.kept_rows, activations.input_of(first_layer));
+  ForestAttention attention(backend_, frame.forest, transformer_.attention_scale());
+  transformer_.forward(frame.forest.ids, frame.forest.positions, attention, activations, cancel_, kWork,
+                       first_layer);
   const auto wanted = [&](const Tensor& x) { return x.rows(activations.first_wanted, tokens); };
   transformer_.final_norm(wanted(activations.output), wanted(hidden), wanted(activations.output_rstd));
 
-  Held held{ancestors + tokens, activations, {}};
-  if (!frame.children.empty()) {
-    for (size_t layer = 0; layer < activations.layers.size(); ++layer) {
-      held.dqkv.push_back(arena_.take(DType::f32, {held.tokens, config.qkv_size()}));
-      backend_.zero(held.dqkv.back());
+  Held held{ancestors + tokens, activations, std::vector<Tensor>(activations.layers.size())};
+  if (frame.has_children) {
+    for (size_t layer = first_layer; layer < activations.layers.size(); ++layer) {
+      held.dqkv[layer] = arena_.take(DType::f32, {held.tokens, config.qkv_size()});
+      backend_.zero(held.dqkv[layer]);
     }
-    run_all(frame.children, &held);
+    run_children(held);
     if (!result_.finite) return;
   }
 
   cancel_.check(kWork);
   const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-  if (!add_loss(rows, frame.begin, hidden, dhidden)) return;
-  const Tensor dx = arena_.take(DType::f32, {tokens, config.hidden_size});
-  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, dx, ancestors);
+  if (!add_loss(frame.loss_rows, frame.begin, hidden, dhidden)) return;
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, frame.dx, ancestors);
   transformer_.backward_final_norm(dhidden, activations.output, activations.output_rstd,
-                                   activations.first_wanted, dx);
-  for (size_t layer = activations.layers.size(); layer-- > 0;) {
-    transformer_.backward_layer(layer, forest, activations, buffers,
-                                held.dqkv.empty() ? Tensor() : held.dqkv[layer],
+                                   activations.first_wanted, frame.dx);
+  for (size_t layer = activations.layers.size(); layer-- > first_layer;) {
+    transformer_.backward_layer(layer, frame.forest, activations, buffers, held.dqkv[layer],
                                 above ? above->dqkv[layer] : Tensor(), cancel_);
   }
-  transformer_.backward_embedding(forest, dx);
 }
 
-// A frame between the layers.
-struct GradientPass::KeptFrame {
-  int64_t ancestors = 0;
-  int64_t first_wanted = 0;
-  Forest forest;
-  Tensor rows;  // [tokens] i32, of the kept forward
-  Tensor dx;    // [tokens, H] f32
-  std::vector<KeptFrame> children;
-};
+// Outputs that no query of these tokens has are 0.
+void GradientPass::take_ancestors(size_t layer, const Activations& activations, const Activations* above) {
+  const Activations::Layer& own = activations.layers[layer];
+  const int64_t ancestors = activations.ancestors, unseen = ancestors + activations.first_row(layer);
+  if (above != nullptr) backend_.copy(own.qkv.rows(0, ancestors), above->layers[layer].qkv);
+  if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
+}
 
-std::vector<GradientPass::KeptFrame> GradientPass::begin_kept(const std::vector<Frame>& frames,
-                                                              const std::vector<int32_t>& kept_rows,
-                                                              int64_t ancestors) {
-  const ModelConfig& config = model_.config();
-  std::vector<KeptFrame> all;
+std::vector<GradientPass::OpenFrame> GradientPass::open_kept(const std::vector<Frame>& frames,
+                                                             const std::vector<int32_t>& rows,
+                                                             int64_t ancestors) {
+  std::vector<OpenFrame> all;
   for (const Frame& frame : frames) {
-    if (!result_.finite || !has_rows(frame)) continue;
-    cancel_.check(kWork);
-    const int64_t tokens = frame.end - frame.begin;
-    const std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
-    KeptFrame& kept = all.emplace_back();
-    kept.ancestors = ancestors;
-    kept.first_wanted = first_source(rows, frame);
-    kept.forest = upload_forest(frame.begin, frame.end, ancestors);
-    kept.rows =
-        model_.upload(std::vector<int32_t>(kept_rows.begin() + frame.begin, kept_rows.begin() + frame.end));
-    kept.dx = arena_.take(DType::f32, {tokens, config.hidden_size});
-    kept.children = begin_kept(frame.children, kept_rows, ancestors + tokens);
-    if (!result_.finite) return all;
-
-    const ArenaScope scope(arena_);
-    const Tensor output = arena_.take(DType::f32, {tokens, config.hidden_size});
-    const Tensor rstd = arena_.take(DType::f32, {tokens});
-    const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-    const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-    const auto wanted = [&](const Tensor& x) { return x.rows(kept.first_wanted, tokens); };
-    model_.kept()->restore_output(kept.rows, output);
-    transformer_.final_norm(wanted(output), wanted(hidden), wanted(rstd));
-    if (!add_loss(rows, frame.begin, hidden, dhidden)) return all;
-    transformer_.backward_final_norm(dhidden, output, rstd, kept.first_wanted, kept.dx);
+    if (!has_rows(frame)) continue;
+    OpenFrame& opened = all.emplace_back(open(frame, ancestors));
+    opened.kept_rows =
+        model_.upload(std::vector<int32_t>(rows.begin() + frame.begin, rows.begin() + frame.end));
+    opened.children = open_kept(frame.children, rows, ancestors + opened.tokens);
   }
   return all;
 }
 
 void GradientPass::run_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows) {
   const ArenaScope scope(arena_);
-  const std::vector<KeptFrame> all = begin_kept(frames, rows, 0);
+  const std::vector<OpenFrame> all = open_kept(frames, rows, 0);
+  run_upper_layers(all, nullptr);
   if (!result_.finite) return;
-  for (size_t layer = static_cast<size_t>(model_.config().layers); layer-- > 0;) {
-    for (const KeptFrame& kept : all) run_kept_layer(layer, kept, nullptr, Tensor());
+  for (size_t layer = model_.kept()->layers(); layer-- > 0;) {
+    for (const OpenFrame& frame : all) run_kept_layer(layer, frame, nullptr, Tensor());
     model_.kept()->release(layer);
   }
-  end_kept(all);
+  backward_embeddings(all);
 }
 
-void GradientPass::end_kept(const std::vector<KeptFrame>& frames) {
-  for (const KeptFrame& kept : frames) {
-    end_kept(kept.children);
-    transformer_.backward_embedding(kept.forest, kept.dx);
+void GradientPass::run_upper_layers(const std::vector<OpenFrame>& frames, const Held* above) {
+  for (const OpenFrame& frame : frames) {
+    if (!result_.finite) return;
+    run_layers(frame, above, model_.kept()->layers(),
+               [&](const Held& held) { run_upper_layers(frame.children, &held); });
   }
 }
 
-void GradientPass::run_kept_layer(size_t layer, const KeptFrame& kept, const Activations* above,
+void GradientPass::run_kept_layer(size_t layer, const OpenFrame& frame, const Activations* above,
                                   const Tensor& above_dqkv) {
   const ArenaScope scope(arena_);
-  const int64_t tokens = kept.forest.tokens, ancestors = kept.ancestors;
-  Activations activations = transformer_.make_activations(arena_, tokens, Holds::one_layer, ancestors);
-  activations.first_wanted = kept.first_wanted;
-  const Activations::Layer& own = activations.layers[layer];
-  if (above != nullptr) backend_.copy(own.qkv.rows(0, ancestors), above->layers[layer].qkv);
-  const int64_t unseen = ancestors + activations.first_row(layer);
-  if (unseen > 0) backend_.zero(own.attention_output.rows(0, unseen));
-  model_.kept()->restore(layer, kept.rows, activations);
-  ForestAttention attention(backend_, kept.forest, transformer_.attention_scale());
+  Activations activations =
+      transformer_.make_activations(arena_, frame.tokens, Holds::one_layer, frame.ancestors);
+  activations.first_wanted = frame.first_wanted;
+  take_ancestors(layer, activations, above);
+  model_.kept()->restore(layer, frame.kept_rows, activations);
+  ForestAttention attention(backend_, frame.forest, transformer_.attention_scale());
   transformer_.complete(layer, attention, activations);
   Tensor dqkv;
-  if (!kept.children.empty()) {
-    dqkv = arena_.take(DType::f32, {ancestors + tokens, model_.config().qkv_size()});
+  if (!frame.children.empty()) {
+    dqkv = arena_.take(DType::f32, {frame.ancestors + frame.tokens, model_.config().qkv_size()});
     backend_.zero(dqkv);
-    for (const KeptFrame& child : kept.children) run_kept_layer(layer, child, &activations, dqkv);
+    for (const OpenFrame& child : frame.children) run_kept_layer(layer, child, &activations, dqkv);
   }
-  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, kept.dx, ancestors);
-  transformer_.backward_layer(layer, kept.forest, activations, buffers, dqkv, above_dqkv, cancel_);
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, frame.dx, frame.ancestors);
+  transformer_.backward_layer(layer, frame.forest, activations, buffers, dqkv, above_dqkv, cancel_);
+}
+
+void GradientPass::backward_embeddings(const std::vector<OpenFrame>& frames) {
+  for (const OpenFrame& frame : frames) {
+    backward_embeddings(frame.children);
+    transformer_.backward_embedding(frame.forest, frame.dx);
+  }
 }
 
 bool GradientPass::add_loss(const std::vector<int32_t>& rows, int64_t begin, const Tensor& hidden,

@@ -51,11 +51,11 @@ Tensor lent_to(size_t layer, const std::vector<Tensor>& gradients) {
 
 }  // namespace
 
-KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t rows,
+KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
                          std::vector<Tensor> gradients)
     : backend_(backend), rows_(rows), gradients_(std::move(gradients)) {
   const auto columns = columns_of(config);
-  for (size_t i = 0; i < static_cast<size_t>(config.layers); ++i) {
+  for (size_t i = 0; i < layers; ++i) {
     const Tensor lent = lent_to(i, gradients_);
     const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
     Layer& layer = layers_.emplace_back();
@@ -85,28 +85,18 @@ KeptForward::~KeptForward() {
   }
 }
 
-int64_t KeptForward::rows_within(int64_t bytes, const ModelConfig& config, int64_t rows,
-                                 const std::vector<Tensor>& gradients) {
+size_t KeptForward::layers_within(int64_t bytes, const ModelConfig& config, int64_t rows,
+                                  const std::vector<Tensor>& gradients) {
   const auto columns = columns_of(config);
-  const auto taken = [&](int64_t count) {
-    int64_t own = count * config.hidden_size * static_cast<int64_t>(sizeof(float));
-    for (size_t i = 0; i < static_cast<size_t>(config.layers); ++i) {
-      const Tensor lent = lent_to(i, gradients);
-      const unsigned fits = lent ? best_fit(columns, count, static_cast<int64_t>(lent.bytes())) : 0;
-      for (size_t t = 0; t < kTensors; ++t) own += fits >> t & 1 ? 0 : columns[t].bytes(count);
-    }
-    return own;
-  };
-  int64_t fit = 0, more = rows;
-  while (fit < more) {
-    const int64_t middle = fit + (more - fit + 1) / 2;
-    if (taken(middle) <= bytes) {
-      fit = middle;
-    } else {
-      more = middle - 1;
-    }
+  bytes -= rows * config.hidden_size * static_cast<int64_t>(sizeof(float));
+  const size_t all = static_cast<size_t>(config.layers);
+  for (size_t i = 0; i < all; ++i) {
+    const Tensor lent = lent_to(i, gradients);
+    const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
+    for (size_t t = 0; t < kTensors; ++t) bytes -= fits >> t & 1 ? 0 : columns[t].bytes(rows);
+    if (bytes < 0) return i;
   }
-  return fit;
+  return all;
 }
 
 void KeptForward::clear() {
@@ -126,14 +116,13 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
   const auto window = [&](const Tensor& all) { return all.rows(used_, used_ + rows); };
   Activations a = shared;
   a.tokens = rows;
-  a.layers.resize(layers_.size());
   for (size_t i = 0; i < layers_.size(); ++i) {
     a.layers[i].attention_input = window(layers_[i].attention_input);
     a.layers[i].qkv = window(layers_[i].qkv);
     a.layers[i].mlp_input = window(layers_[i].mlp_input);
     a.layers[i].gate_up = window(layers_[i].gate_up);
   }
-  a.output = window(output_);
+  (layers_.size() < a.layers.size() ? a.layers[layers_.size()].attention_input : a.output) = window(output_);
   used_ += rows;
   return a;
 }
@@ -154,8 +143,8 @@ std::vector<int32_t> KeptForward::find(const std::vector<int32_t>& tokens,
   return rows;
 }
 
-void KeptForward::restore_output(const Tensor& rows, const Tensor& output) const {
-  backend_.gather_rows(output_, rows, output);
+void KeptForward::restore_output(const Tensor& rows, const Tensor& x) const {
+  backend_.gather_rows(output_, rows, x);
 }
 
 void KeptForward::restore(size_t layer, const Tensor& rows, const Activations& activations) const {

@@ -1,5 +1,6 @@
 // What the forward passes of a rollout leave for the backward of the first update: the weights are the same then, so that
-// nothing but attention, which takes no matrix product of weights, has to be computed again.
+// of the first layers, as many as there is memory for, nothing but attention, which takes no matrix product of weights,
+// has to be computed again.
 //
 // Much of it stands in the memory of the gradients, which are 0 from one update to the next forward and backward pass.
 // What is kept of layer i is in that of layer i - 1: the backward comes down from the last layer, so it has gone when
@@ -17,23 +18,24 @@ namespace merf {
 
 class KeptForward {
  public:
-  // Room for `rows` tokens. `gradients`: by layer, the memory of its gradients, which are 0 and are 0 again when this
-  // gives them back; empty where there is none to lend. Throws OUT_OF_MEMORY.
-  KeptForward(Backend& backend, const ModelConfig& config, int64_t rows, std::vector<Tensor> gradients);
+  // Room for `rows` tokens, and the first `layers` layers of them. `gradients`: by layer, the memory of its gradients,
+  // which are 0 and are 0 again when this gives them back; empty where there is none to lend. Throws OUT_OF_MEMORY.
+  KeptForward(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
+              std::vector<Tensor> gradients);
   ~KeptForward();
   KeptForward(const KeptForward&) = delete;
   KeptForward& operator=(const KeptForward&) = delete;
 
-  // The most tokens, up to `rows`, that take no more than `bytes` beside the gradients.
-  static int64_t rows_within(int64_t bytes, const ModelConfig& config, int64_t rows,
-                             const std::vector<Tensor>& gradients);
+  // The most layers of `rows` tokens that take no more than `bytes` beside the gradients.
+  static size_t layers_within(int64_t bytes, const ModelConfig& config, int64_t rows,
+                              const std::vector<Tensor>& gradients);
 
   int64_t rows() const { return rows_; }
-  int64_t room() const { return rows_ - used_; }
+  size_t layers() const { return layers_.size(); }
   bool borrows() const { return !gradients_.empty(); }
   // Forgets what is kept but not the memory, which the next rollout fills again; gives the gradients back.
   void clear();
-  // The buffers of a forward over the next `rows` rows, at most room(). What is not kept is `shared`'s.
+  // The buffers of a forward over the next `rows` rows. What is not kept is `shared`'s.
   Activations next(int64_t rows, const Activations& shared);
   int64_t used() const { return used_; }
   // Row `row` holds `token` behind that of row `parent` (-1: it stands first). Returns the row that stands for all of
@@ -43,12 +45,12 @@ class KeptForward {
   // The row of each token of a packed forest (visible_until as in backend.h); -1 where there is none.
   std::vector<int32_t> find(const std::vector<int32_t>& tokens,
                             const std::vector<int32_t>& visible_until) const;
-  // Rows [N] i32 of what the last layer gave: [N, H] f32.
-  void restore_output(const Tensor& rows, const Tensor& output) const;
+  // Rows [N] i32 of what the last of its layers gave, x [N, H] f32.
+  void restore_output(const Tensor& rows, const Tensor& x) const;
   // Puts rows [N] i32 of a layer into the buffers of a forward over N tokens; Transformer::complete adds the rest.
   void restore(size_t layer, const Tensor& rows, const Activations& activations) const;
-  // Nothing of the layer is restored any more: gives back the gradients that it stands in. From the last layer to the
-  // first.
+  // Nothing of the layer is restored any more: gives back the gradients that it stands in. From the last of its layers
+  // to the first.
   void release(size_t layer);
 
  private:

@@ -312,16 +312,21 @@ int64_t Model::activation_bytes(int64_t tokens, bool trains) const {
   return static_cast<int64_t>(counted.taken());
 }
 
-// The same where the forward is kept and frames go together from layer to layer.
+// The same where the forward is kept and frames go through its layers together.
 int64_t Model::kept_activation_bytes(const std::vector<Frame>& frames) const {
-  Arena counted;
   int64_t tokens = 0;
   for (const Frame& frame : frames) tokens += tokens_of(frame);
-  counted.take(DType::f32, {tokens, config_.hidden_size});  // dx of all
   const int64_t at_once = tokens_at_once(frames);
-  transformer_.make_activations(counted, at_once, Holds::one_layer);
-  transformer_.make_backward_buffers(counted, counted.take(DType::f32, {at_once, config_.hidden_size}));
-  return static_cast<int64_t>(counted.taken());
+  const auto taken = [&](Holds holds, size_t first_layer) {
+    Arena counted;
+    const Tensor dx = counted.take(DType::f32, {at_once, config_.hidden_size});
+    transformer_.make_activations(counted, at_once, holds, 0, first_layer);
+    transformer_.make_backward_buffers(counted, dx);
+    for (int i = 0; i < 2; ++i) counted.take(config_.dtype, {at_once, config_.hidden_size});
+    return static_cast<int64_t>(counted.taken());
+  };
+  return 4 * tokens * config_.hidden_size +
+         std::max(taken(Holds::one_layer, 0), taken(Holds::all_layers, kept_->layers()));
 }
 
 // Gives the memory of activations back, and says what would have fitted.

@@ -43,8 +43,8 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, Parameters
   attention_scale_ = 1.0f / std::sqrt(static_cast<float>(config.head_size));
 }
 
-Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds holds,
-                                          int64_t ancestors) const {
+Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds holds, int64_t ancestors,
+                                          size_t first_layer) const {
   const ModelConfig& c = config_;
   const bool keep = holds != Holds::nothing;
   Activations a;
@@ -53,7 +53,7 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds ho
   a.layers.resize(static_cast<size_t>(c.layers));
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
   const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };
-  for (size_t i = 0; i < a.layers.size(); ++i) {
+  for (size_t i = first_layer; i < a.layers.size(); ++i) {
     if (holds != Holds::all_layers && i > 0) {
       a.layers[i] = a.layers[0];
       continue;
@@ -139,10 +139,11 @@ void Transformer::project_backward(const Projection& projection, const Tensor& d
 }
 
 void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention,
-                          Activations& activations, const Cancel& cancel, const char* work) {
+                          Activations& activations, const Cancel& cancel, const char* work,
+                          size_t first_layer) {
   const float epsilon = config_.rms_norm_epsilon;
   const Tensor none;
-  backend_.embedding(ids, *parameters_.embedding.packed, activations.layers[0].attention_input);
+  if (first_layer == 0) backend_.embedding(ids, *parameters_.embedding.packed, activations.input_of(0));
   // to = from + projection(x) from row `first` on; in place where the two are one buffer.
   const auto add_product = [&](int64_t first, const Tensor& from, const Tensor& x,
                                const Projection& projection, const Tensor& to) {
@@ -150,11 +151,10 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     if (to.data != from.data) backend_.copy(sum, from_row(from, first));
     project(projection, from_row(x, first), from_row(activations.low_rank, first), sum, true);
   };
-  for (size_t i = 0; i < activations.layers.size(); ++i) {
+  for (size_t i = first_layer; i < activations.layers.size(); ++i) {
     cancel.check(work);
     const LayerParameters& p = parameters_.layers[i];
     const Activations::Layer& a = activations.layers[i];
-    const bool last = i + 1 == activations.layers.size();
     const int64_t first = activations.first_row(i);
     backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
                       a.attention_rstd);
@@ -171,8 +171,7 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
                       from_row(a.mlp_rstd, first));
     project(p.gate_up, normed, from_row(activations.low_rank, first), gate_up, false);
     backend_.swiglu(gate_up, from_row(activations.gated, first));
-    add_product(first, a.mlp_input, activations.gated, p.down,
-                last ? activations.output : activations.layers[i + 1].attention_input);
+    add_product(first, a.mlp_input, activations.gated, p.down, activations.input_of(i + 1));
   }
 }
 

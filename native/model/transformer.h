@@ -78,6 +78,10 @@ struct Activations {
   Tensor output;       // [T, H] f32, x after the last layer; empty where one layer is held
   Tensor output_rstd;  // [T] f32, as output
 
+  // Where a layer finds x; behind the last, where that has left it.
+  const Tensor& input_of(size_t layer) const {
+    return layer < layers.size() ? layers[layer].attention_input : output;
+  }
   // The first token that a layer goes through whole for.
   int64_t first_row(size_t layer) const { return layer + 1 == layers.size() ? first_wanted : 0; }
   // Of a buffer with the ancestors' rows those of the tokens themselves.
@@ -107,14 +111,16 @@ class Transformer {
   Transformer(Backend& backend, const ModelConfig& config, Parameters& parameters);
 
   float attention_scale() const { return attention_scale_; }
-  Activations make_activations(Arena& arena, int64_t tokens, Holds holds, int64_t ancestors = 0) const;
+  // Of the layers before `first_layer` there is nothing.
+  Activations make_activations(Arena& arena, int64_t tokens, Holds holds, int64_t ancestors = 0,
+                               size_t first_layer = 0) const;
   // dx [T, H] f32 is the caller's.
   BackwardBuffers make_backward_buffers(Arena& arena, const Tensor& dx, int64_t ancestors = 0) const;
 
-  // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. `cancel` is looked at
-  // between layers, `work` names what is aborted.
+  // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. Or, from `first_layer` on,
+  // what stands in activations.input_of(first_layer). `cancel` is looked at between layers, `work` names what is aborted.
   void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
-               const Cancel& cancel, const char* work);
+               const Cancel& cancel, const char* work, size_t first_layer = 0);
   // What a forward leaves of a layer beside attention_input, qkv, mlp_input and gate_up, from these.
   void complete(size_t layer, AttentionStep& attention, const Activations& activations);
   // hidden [N, H] of the model's dtype = final norm of x [N, H].

@@ -268,29 +268,29 @@ void Sampler::make_kept() {
   for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
   try {
     std::vector<Tensor> gradients = model_.lend_gradients();
-    // Completions mostly end before they must, so it begins even where not all might have room.
-    const auto within = [&](int64_t wanted) {
-      return KeptForward::rows_within(request_.keep_bytes, config_, wanted, gradients);
+    const auto within = [&](int64_t count) {
+      return KeptForward::layers_within(request_.keep_bytes, config_, count, gradients);
     };
-    rows = within(rows);
-    if (rows == 0) return;
+    // The next prompts may be a little longer.
+    rows += rows / 16;
+    const size_t layers = within(rows);
+    if (layers == 0) return;
     kept_prompt_rows_.assign(request_.tokens.size(), -1);
     if (before && before->borrows() == !gradients.empty() && before->rows() >= rows &&
-        within(before->rows()) == before->rows()) {
+        before->layers() >= layers && before->layers() <= within(before->rows())) {
       kept_ = std::move(before);
       kept_->clear();
       return;
     }
     before.reset();
-    kept_ = std::make_unique<KeptForward>(backend_, config_, rows, std::move(gradients));
+    kept_ = std::make_unique<KeptForward>(backend_, config_, rows, layers, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
 }
 
-// Buffers for a forward over `rows` tokens: the next of what is kept, or `shared` once there is no room for more.
+// Buffers for a forward over `rows` tokens, of what is kept the next.
 Activations Sampler::kept_window(int64_t rows, const Activations& shared) {
-  if (kept_ && kept_->room() < rows) kept_.reset();
   return kept_ ? kept_->next(rows, shared) : shared;
 }
 
@@ -587,13 +587,10 @@ void Sampler::step() {
 
   if (kept_) {
     step_activations_ = kept_window(rows, step_activations_);
-    for (int64_t r = 0; kept_ && r < rows; ++r) {
+    for (int64_t r = 0; r < rows; ++r) {
       Sequence& sequence = at(live_[static_cast<size_t>(r)]);
-      const int64_t row = kept_->used() - rows + r;
-      sequence.kept_row = kept_->set(row, sequence.kept_row, sequence.tokens.back());
+      sequence.kept_row = kept_->set(kept_->used() - rows + r, sequence.kept_row, sequence.tokens.back());
     }
-    // Without room for more, the next steps go on in buffers of their own.
-    if (!kept_) buffers_.shrink_to(rows, step_activations_);
   }
   backend_.plan_decode(plan_, rows);
   recorder_->run(rows, [&] { enqueue_step(rows); });

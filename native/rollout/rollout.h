@@ -22,7 +22,7 @@ struct SampleRequest {
   std::vector<int32_t> stop_tokens;  // end a completion and stay in it
   std::vector<std::string> stop_strings;
   int32_t max_live_sequences = 0;  // decoded together at most; 0: kDefaultLiveSequences
-  // Of what the backward of an update needs (Model::keep) at most; 0: nothing is kept. Where it is not enough, neither.
+  // For what the backward of an update needs (Model::keep) at most; of as many layers as fit.
   int64_t keep_bytes = 0;
   int64_t cache_bytes = 0;  // of keys and values at most, if that holds the prompts and one completion;
                             // 0: a quarter of the device's memory, or half of what is left of it

@@ -235,11 +235,23 @@ TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and giv
       const auto expected = gradients();
       f.model.zero_gradients();
 
-      request.keep_bytes = int64_t{1} << 30;
-      // At once, and a frame for the prompt and others under it.
-      for (const int64_t most : {int64_t{0}, int64_t{30}}) {
+      // Bytes for so many layers.
+      const auto bytes_for = [&](size_t layers) {
+        int64_t rows = static_cast<int64_t>(request.tokens.size()) + 10 * 19, bytes = 0;
+        rows += rows / 16;
+        const std::vector<Tensor> lent = f.model.lend_gradients();
+        while (KeptForward::layers_within(bytes, f.model.config(), rows, lent) < layers) bytes += 1024;
+        return bytes;
+      };
+      struct Case {
+        size_t layers;
+        int64_t most;  // tokens: at once, and a frame for the prompt and others under it
+      };
+      for (const auto& [layers, most] : {Case{4, 0}, Case{4, 30}, Case{2, 30}, Case{1, 0}}) {
+        request.keep_bytes = bytes_for(layers);
         CHECK(sample(f.model, {}, request, Cancel(), nullptr).tokens == drawn.tokens);
         REQUIRE(f.model.kept() != nullptr);
+        CHECK(f.model.kept()->layers() == layers);
         CHECK(f.model.kept()->borrows());
         // All but the last token of each completion, which is never fed.
         const std::vector<int32_t> rows = f.model.kept()->find(forest.tokens, forest.visible_until);
