@@ -108,9 +108,11 @@ struct DecodePlan {
 };
 
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
+// Where lower is given, it and weight, a bf16, are the master (halves.h), and master is empty.
 struct AdamWTensor {
   Tensor master;    // f32
   Tensor weight;    // f32|bf16, or empty
+  Tensor lower;     // 16 bits each, stored as bf16, or empty
   Tensor gradient;  // f32
   Tensor m, v;      // f32|bf16; bf16 is rounded by chance (stochastic_rounding.h), lest v stand still
   float weight_decay = 0.0f;  // decoupled
@@ -155,6 +157,9 @@ class Backend {
   virtual void zero(const Tensor& destination) = 0;
   virtual void cast(const Tensor& destination,
                     const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
+  // A f32 master to and from the bf16 weight that products read and its lower half, stored as bf16 (halves.h).
+  virtual void split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) = 0;
+  virtual void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) = 0;
   virtual void synchronize() = 0;
   virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
   // Bytes that could be allocated now, whoever has the others. Any thread may ask.

@@ -116,6 +116,16 @@ void ProfiledBackend::cast(const Tensor& destination, const Tensor& source) {
   timed("cast", {0.0, bytes_of({destination, source})}, [&] { backend_->cast(destination, source); });
 }
 
+void ProfiledBackend::split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) {
+  timed("split_master", {0.0, bytes_of({master, weight, lower})},
+        [&] { backend_->split_master(master, weight, lower); });
+}
+
+void ProfiledBackend::join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) {
+  timed("join_master", {0.0, bytes_of({weight, lower, master})},
+        [&] { backend_->join_master(weight, lower, master); });
+}
+
 // ---- matrix products
 
 std::unique_ptr<PackedWeight> ProfiledBackend::pack_weight(const Tensor& weight, bool for_backward,
@@ -292,7 +302,8 @@ void ProfiledBackend::group_advantages(const Tensor& rewards, const std::vector<
 void ProfiledBackend::adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
   double bytes = 0.0;
   for (const AdamWTensor& t : tensors) {
-    bytes += bytes_of({t.master, t.master, t.weight, t.gradient, t.m, t.m, t.v, t.v});
+    bytes += bytes_of({t.weight, t.gradient, t.m, t.m, t.v, t.v});
+    bytes += t.lower ? bytes_of({t.weight, t.lower, t.lower}) : bytes_of({t.master, t.master});
   }
   timed("adamw", {0.0, bytes}, [&] { backend_->adamw(tensors, options); });
 }

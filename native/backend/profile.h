@@ -41,6 +41,8 @@ class ProfiledBackend final : public Backend {
   void copy(const Tensor& destination, const Tensor& source) override;
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
+  void split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) override;
+  void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) override;
   void synchronize() override { backend_->synchronize(); }
   int64_t memory_free() const override { return backend_->memory_free(); }
   int64_t memory_used() const override { return backend_->memory_used(); }

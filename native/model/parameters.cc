@@ -155,7 +155,11 @@ const Tensor& Parameters::open_value(Parameter& parameter) {
 Tensor Parameters::value_of(const Parameter& parameter) const {
   if (parameter.value) return parameter.value;
   const Tensor value = allocate_like(backend_, parameter.dtype, parameter.shape);
-  if (parameter.packed) {
+  if (parameter.lower) {
+    const Tensor weight = allocate_like(backend_, config_.dtype, parameter.shape);
+    backend_.unpack_weight(*parameter.packed, weight);
+    backend_.join_master(weight, parameter.lower, value);
+  } else if (parameter.packed) {
     backend_.unpack_weight(*parameter.packed, value);
   } else {
     backend_.zero(value);
@@ -256,8 +260,10 @@ void Parameters::refresh(Parameter& parameter) {
   }
   const ArenaScope scope(arena_);
   const Tensor staged = arena_.take(config_.dtype, {parameter.shape[0], parameter.shape[1]});
-  backend_.cast(staged, parameter.value);
+  if (!parameter.lower) parameter.lower = allocate_like(backend_, DType::bf16, parameter.shape);
+  backend_.split_master(parameter.value, staged, parameter.lower);
   make_products(parameter, staged);
+  parameter.value = {};
 }
 
 void Parameters::refresh() {
@@ -340,16 +346,21 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
     return staging.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
   };
   for (Parameter* parameter : trained_) {
-    Tensor master = parameter->value, copy;
-    if (!master) {
-      master = stage(*parameter);
-      backend_.unpack_weight(*parameter->packed, master);
-    } else if (parameter->matrix() && config_.dtype != DType::f32) {
-      copy = stage(*parameter);
+    Tensor staged;
+    if (parameter->matrix()) {
+      staged = stage(*parameter);
+      backend_.unpack_weight(*parameter->packed, staged);
     }
-    updates.push_back({parameter, !parameter->matrix() ? Tensor() : copy ? copy : master});
-    tensors.push_back({master, copy, parameter->gradient, parameter->adam_m, parameter->adam_v,
-                       parameter->matrix() ? weight_decay : 0.0f});
+    AdamWTensor tensor{parameter->value,
+                       Tensor(),
+                       parameter->lower,
+                       parameter->gradient,
+                       parameter->adam_m,
+                       parameter->adam_v,
+                       parameter->matrix() ? weight_decay : 0.0f};
+    if (staged) (parameter->lower ? tensor.weight : tensor.master) = staged;
+    updates.push_back({parameter, staged});
+    tensors.push_back(tensor);
   }
   flush();
 }

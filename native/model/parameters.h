@@ -33,13 +33,14 @@ struct Training {
 };
 
 // One stored parameter. `value` is the float32 master, or of the model's dtype where it is a matrix that is not trained.
-// A matrix whose products read its value in its own type is kept in its packed form alone: `value` is empty then, but
-// for the time between writing and the next use.
+// A matrix is kept in its packed form alone, with the lower half of its master (halves.h) where products read it in
+// bfloat16: `value` is empty then, but for the time between writing and the next use.
 struct Parameter {
   std::vector<int64_t> shape;  // [N, K] of a matrix, [N] of a bias or a norm's weight
   bool trained = false;        // has a gradient and moments
   DType dtype = DType::f32;    // of `value`
   Tensor value;
+  Tensor lower;           // stored as bf16, as `packed` has the upper half; empty where that has all of it
   Tensor gradient;        // f32; made at the first backward
   Tensor adam_m, adam_v;  // f32; made at the first update
   std::unique_ptr<PackedWeight>

@@ -339,8 +339,9 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
         for (options.step = 1; options.step <= 20; ++options.step) {
           const auto gradient = random.normals(n);
           const Tensor tg = upload(backend, DType::f32, {n}, gradient);
-          backend.adamw({{master, weight, tg, tm, tv, weight_decay}, {no_decay, {}, tg, om, ov, 0.0f}},
-                        options);
+          backend.adamw(
+              {{master, weight, {}, tg, tm, tv, weight_decay}, {no_decay, {}, {}, tg, om, ov, 0.0f}},
+              options);
           const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
           const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
           const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
@@ -360,8 +361,85 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
         CHECK(relative_error(download(backend, tv), v) < 2e-6);
         CHECK(same_bits(download(backend, weight), stored(download(backend, master), copy)));
         options.step = 21;
-        backend.adamw({{master, {}, tm, tm, tv, 0.0f}}, options);
+        backend.adamw({{master, {}, {}, tm, tm, tv, 0.0f}}, options);
         backend.adamw({}, options);
+      }
+    }
+  });
+}
+
+TEST_CASE("a master in halves is the same master, and moves in the same way") {
+  for_each_backend([](Backend& backend) {
+    // Every lower half behind signs and exponents of all kinds, and what is no number.
+    std::vector<float> values;
+    for (const uint32_t upper : {0x0000u, 0x3f80u, 0x3f81u, 0xbf81u, 0x007fu, 0x7f7fu, 0xff7fu, 0x8000u}) {
+      for (uint32_t lower = 0; lower < 0x10000u; ++lower)
+        values.push_back(std::bit_cast<float>(upper << 16 | lower));
+    }
+    values.push_back(std::numeric_limits<float>::infinity());
+    values.push_back(-std::numeric_limits<float>::infinity());
+    values.push_back(std::numeric_limits<float>::quiet_NaN());
+    const int64_t n = static_cast<int64_t>(values.size());
+    for (const int64_t first : {0, 1}) {
+      CAPTURE(first);
+      const auto part = [&](DType dtype) { return poisoned(backend, dtype, {n + 2}).rows(first, first + n); };
+      const Tensor master = part(DType::f32), weight = part(DType::bf16), lower = part(DType::bf16),
+                   joined = part(DType::f32);
+      backend.copy(master, upload(backend, DType::f32, {n}, values));
+      backend.split_master(master, weight, lower);
+      CHECK(same_bits(download(backend, weight), stored(values, DType::bf16)));
+      backend.join_master(weight, lower, joined);
+      const std::vector<float> result = download(backend, joined);
+      int64_t wrong = 0, moved = 0;
+      for (int64_t i = 0; i + 1 < n; ++i) {
+        const uint32_t before = std::bit_cast<uint32_t>(values[i]),
+                       after = std::bit_cast<uint32_t>(result[i]);
+        // Exactly between two and rounded up: moved by one unit in the last place.
+        const bool between = (before & 0x1ffffu) == 0x18000u;
+        wrong += after != before + (between ? 1 : 0);
+        moved += between;
+      }
+      CHECK(wrong == 0);
+      CHECK(moved == 5);
+      CHECK(std::isnan(result.back()));
+      // What has come from halves goes there and back as it is.
+      backend.split_master(joined, weight, lower);
+      backend.join_master(weight, lower, master);
+      std::vector<float> again = download(backend, master);
+      again.back() = result.back();
+      CHECK(same_bits(again, result));
+    }
+    for (const int64_t n : {1, 17, 20000}) {
+      for (const DType moments : kTypes) {
+        CAPTURE(n);
+        CAPTURE(name_of(moments));
+        Random random(static_cast<uint64_t>(n) + 11);
+        const std::vector<float> zeros(n, 0.0f);
+        const Tensor master = upload(backend, DType::f32, {n}, random.normals(n));
+        const Tensor weight = backend.allocate(DType::bf16, {n}), half = backend.allocate(DType::bf16, {n}),
+                     lower = backend.allocate(DType::bf16, {n}), joined = backend.allocate(DType::f32, {n});
+        backend.split_master(master, half, lower);
+        backend.join_master(half, lower, master);
+        const auto zero = [&] { return upload(backend, moments, {n}, zeros); };
+        const Tensor m = zero(), v = zero(), half_m = zero(), half_v = zero();
+        AdamWOptions options;
+        options.learning_rate = 1e-2f;
+        for (options.step = 1; options.step <= 5; ++options.step) {
+          const Tensor gradient = upload(backend, DType::f32, {n}, random.normals(n));
+          backend.adamw(
+              {{master, weight, {}, gradient, m, v, 0.1f}, {{}, half, lower, gradient, half_m, half_v, 0.1f}},
+              options);
+          CHECK(same_bits(download(backend, half), download(backend, weight)));
+          backend.join_master(half, lower, joined);
+          // But for masters that were moved.
+          std::vector<float> a = download(backend, joined), b = download(backend, master);
+          for (int64_t i = 0; i < n; ++i) {
+            if (std::bit_cast<uint32_t>(a[i]) - std::bit_cast<uint32_t>(b[i]) <= 2) a[i] = b[i];
+          }
+          CHECK(same_bits(a, b));
+        }
+        CHECK(same_bits(download(backend, half_m), download(backend, m)));
+        CHECK(same_bits(download(backend, half_v), download(backend, v)));
       }
     }
   });
@@ -389,7 +467,7 @@ TEST_CASE("adamw keeps moments in bf16 without bias, wherever its tensors begin"
         options.learning_rate = 1e-2f;
         for (options.step = 1; options.step <= 20; ++options.step) {
           const auto gradient = random.normals(n);
-          backend.adamw({{master, weight, part(DType::f32, gradient), tm, tv, 0.1f}}, options);
+          backend.adamw({{master, weight, {}, part(DType::f32, gradient), tm, tv, 0.1f}}, options);
           const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
           const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
           const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
@@ -422,7 +500,7 @@ TEST_CASE("adamw keeps moments in bf16 without bias, wherever its tensors begin"
                  v = upload(backend, DType::bf16, {n}, std::vector<float>(n, 1.0f));
     AdamWOptions options;
     for (options.step = 1; options.step <= 500; ++options.step)
-      backend.adamw({{master, {}, gradient, m, v, 0.0f}}, options);
+      backend.adamw({{master, {}, {}, gradient, m, v, 0.0f}}, options);
     double mean = 0.0;
     for (const float value : download(backend, v)) mean += value / static_cast<double>(n);
     CHECK(mean == doctest::Approx(std::pow(0.999, 500.0)).epsilon(1e-2));

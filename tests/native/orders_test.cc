@@ -310,10 +310,23 @@ TEST_CASE("orders: the optimiser, sums of squares and advantages") {
       tensors.push_back(t);
     }
     append(results, backend.sum_of_squares(gradients));
+    AdamWTensor in_halves = tensors.back();
+    in_halves.weight = poisoned(backend, DType::bf16, {70000});
+    in_halves.lower = poisoned(backend, DType::bf16, {70000});
+    backend.split_master(in_halves.master, in_halves.weight, in_halves.lower);
+    const Tensor joined = poisoned(backend, DType::f32, {70000});
+    backend.join_master(in_halves.weight, in_halves.lower, joined);
+    append(results, backend, joined);
+    in_halves.master = {};
+    in_halves.m = random_tensor(backend, DType::f32, {70000}, seed++);
+    in_halves.v = upload(backend, DType::f32, {70000}, std::vector<float>(70000, 0.5f));
+    tensors.push_back(in_halves);
     backend.adamw(tensors, AdamWOptions{});
     for (const AdamWTensor& t : tensors) {
-      for (const Tensor& each : {t.master, t.m, t.v}) append(results, backend, each);
-      if (t.weight) append(results, backend, t.weight);
+      if (t.lower) backend.join_master(t.weight, t.lower, joined);
+      for (const Tensor& each : {t.lower ? joined : t.master, t.weight, t.m, t.v}) {
+        if (each) append(results, backend, each);
+      }
     }
     const Tensor rewards = random_tensor(backend, DType::f32, {37}, seed++);
     const Tensor advantages = poisoned(backend, DType::f32, {37});

@@ -1,4 +1,4 @@
-// Conversion between f32 and bf16.
+// Conversion between f32 and bf16, and between a f32 and its halves.
 #include "backend/cpu/simd_targets.h"
 
 #include <cstring>
@@ -35,6 +35,28 @@ void cast(int threads, const Tensor& destination, const Tensor& source) {
   });
 }
 
+void split_master(int threads, const Tensor& master, const Tensor& weight, const Tensor& lower) {
+  parallel_for(threads, master.size(), 1 << 14, [&](int64_t begin, int64_t end) {
+    const F32 d;
+    const float* from = master.as<const float>() + begin;
+    bf16 *upper = weight.as<bf16>() + begin, *below = lower.as<bf16>() + begin;
+    for_vectors(d, end - begin, [&](size_t i, size_t lanes, auto whole) {
+      store_halves_part(d, load_part(d, from + i, lanes, whole), upper + i, below + i, lanes, whole);
+    });
+  });
+}
+
+void join_master(int threads, const Tensor& weight, const Tensor& lower, const Tensor& master) {
+  parallel_for(threads, master.size(), 1 << 14, [&](int64_t begin, int64_t end) {
+    const F32 d;
+    const bf16 *upper = weight.as<const bf16>() + begin, *below = lower.as<const bf16>() + begin;
+    float* to = master.as<float>() + begin;
+    for_vectors(d, end - begin, [&](size_t i, size_t lanes, auto whole) {
+      store_part(d, load_halves_part(d, upper + i, below + i, lanes, whole), to + i, lanes, whole);
+    });
+  });
+}
+
 // NOLINTNEXTLINE(google-readability-namespace-comments)
 }  // namespace HWY_NAMESPACE
 }  // namespace merf
@@ -44,6 +66,8 @@ HWY_AFTER_NAMESPACE();
 namespace merf {
 
 HWY_EXPORT(cast);
+HWY_EXPORT(split_master);
+HWY_EXPORT(join_master);
 
 void CpuBackend::cast(const Tensor& destination, const Tensor& source) {
   if (destination.dtype == source.dtype) {
@@ -51,6 +75,14 @@ void CpuBackend::cast(const Tensor& destination, const Tensor& source) {
   } else {
     HWY_DYNAMIC_DISPATCH(cast)(num_threads(), destination, source);
   }
+}
+
+void CpuBackend::split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) {
+  HWY_DYNAMIC_DISPATCH(split_master)(num_threads(), master, weight, lower);
+}
+
+void CpuBackend::join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) {
+  HWY_DYNAMIC_DISPATCH(join_master)(num_threads(), weight, lower, master);
 }
 
 }  // namespace merf

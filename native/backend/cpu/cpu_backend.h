@@ -31,6 +31,8 @@ class CpuBackend final : public Backend {
   void copy(const Tensor& destination, const Tensor& source) override;
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
+  void split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) override;
+  void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) override;
   void synchronize() override {}
   int64_t memory_free() const override;
   int64_t memory_used() const override;

@@ -1,8 +1,10 @@
-// Conversion between f32 and bf16: bound by memory, so each thread moves 8 elements at a time.
+// Conversion between f32 and bf16, and between a f32 and its halves: bound by memory, so each thread moves 8 elements at
+// a time.
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/convert.h"
 #include "backend/cuda/widths.h"
+#include "backend/halves.h"
 
 namespace merf::cuda {
 
@@ -23,7 +25,63 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const From* from, To* to
   }
 }
 
+// master, weight, lower [size], as cast_kernel.
+template <int N>
+__global__ void __launch_bounds__(kThreads)
+    split_master_kernel(const float* master, bf16* weight, bf16* lower, int64_t size) {
+  const int64_t index = grid_index() * N;
+  if (index + N <= size) {
+    float values[N];
+    load_floats(values, master + index);
+    store_floats(weight + index, values);
+    Vector<bf16, N> below;
+#pragma unroll
+    for (int i = 0; i < N; ++i) below.at[i] = lower_half(values[i]);
+    store_vector<N>(lower + index, below);
+  } else {
+    for (int64_t i = index; i < size; ++i) {
+      weight[i] = to_bf16(master[i]);
+      lower[i] = lower_half(master[i]);
+    }
+  }
+}
+
+template <int N>
+__global__ void __launch_bounds__(kThreads)
+    join_master_kernel(const bf16* weight, const bf16* lower, float* master, int64_t size) {
+  const int64_t index = grid_index() * N;
+  if (index + N <= size) {
+    const Vector<bf16, N> above = load_vector<N>(weight + index), below = load_vector<N>(lower + index);
+    float values[N];
+#pragma unroll
+    for (int i = 0; i < N; ++i) values[i] = join_halves(above.at[i], below.at[i]);
+    store_floats(master + index, values);
+  } else {
+    for (int64_t i = index; i < size; ++i) master[i] = join_halves(weight[i], lower[i]);
+  }
+}
+
 }  // namespace
+
+void CudaBackend::split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) {
+  const int64_t size = master.size();
+  with_width<8>(vectors_fit(8, 8, {master.data, weight.data, lower.data}), [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch(gpu(), "split_master", split_master_kernel<kWidth>,
+           {blocks(divide_up(size, kWidth * kThreads)), kThreads}, master.as<const float>(),
+           weight.as<bf16>(), lower.as<bf16>(), size);
+  });
+}
+
+void CudaBackend::join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) {
+  const int64_t size = master.size();
+  with_width<8>(vectors_fit(8, 8, {master.data, weight.data, lower.data}), [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    launch(gpu(), "join_master", join_master_kernel<kWidth>,
+           {blocks(divide_up(size, kWidth * kThreads)), kThreads}, weight.as<const bf16>(),
+           lower.as<const bf16>(), master.as<float>(), size);
+  });
+}
 
 void CudaBackend::cast(const Tensor& destination, const Tensor& source) {
   if (destination.dtype == source.dtype) {

@@ -41,6 +41,8 @@ class CudaBackend final : public Backend {
   void copy(const Tensor& destination, const Tensor& source) override;
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
+  void split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) override;
+  void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) override;
   void synchronize() override;
   std::unique_ptr<Recorder> make_recorder() override;
   int64_t memory_free() const override;
