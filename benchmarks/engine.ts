@@ -1,6 +1,6 @@
 // merf as the engines in peers.ts are run: a process of its own that reads a workload from the file it is given, says
 // that it is ready, and answers each line of its standard input, {"prompts": [[id, ...], ...]}, with the times of one
-// step on them; with {"keepActivations": bytes} beside them, of one that computes no forward pass for its update.
+// step on them; with {"keepActivations": bytes} beside them, of one whose rollout keeps what its update needs.
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import type { EngineSpec } from './peers.js';

@@ -26,8 +26,8 @@ export interface Steps {
   engines: EngineRuns[];
   /** merf's steps with common tokens in front of all prompts. */
   motivation: StepTimes[];
-  /** merf's steps that compute no forward pass for the update, because the rollout kept what it needs. */
-  keeping?: EngineRuns | undefined;
+  /** merf's whose rollouts keep what the forward pass of the update would compute again. */
+  keeping?: EngineRuns[] | undefined;
 }
 
 export interface Report extends Machine {
@@ -77,7 +77,7 @@ export interface Goal {
 }
 
 /** What merf is meant to reach, of those for which there are measurements. */
-export function goalsOf({ dtype, floor, engines, motivation }: Steps): Goal[] {
+export function goalsOf({ floor, engines, motivation, keeping }: Steps): Goal[] {
   const merf = engines.find(({ name }) => name === 'merf');
   const own = figuresOf(merf?.runs ?? []);
   if (own?.step === undefined) return [];
@@ -86,11 +86,15 @@ export function goalsOf({ dtype, floor, engines, motivation }: Steps): Goal[] {
     if (value !== undefined) goals.push({ what, value, wanted, most, unit });
   };
   add('a step, in floors', floor && own.step / floor.step, 1.3, true);
+  for (const { name, runs } of keeping ?? []) {
+    const step = figuresOf(runs)?.step;
+    add(`a step, ${name.replace(/^merf, /, '')}, in floors`, floor && step && step / floor.step, 1.3, true);
+  }
   add('generation, in its part of the floor', floor && own.generation / floor.generation, 1.5, true);
   const llama = figuresOf(engines.find(({ name }) => name === 'llama.cpp')?.runs ?? []);
   const faster = llama && own.tokensPerSecond / llama.tokensPerSecond;
   add("generated tokens/s, in llama.cpp's", faster, 10, false);
-  if (dtype === 'f32') add('peak memory', merf?.peakBytes && merf.peakBytes / 1e9, 3, true, ' GB');
+  add('peak memory', merf?.peakBytes && merf.peakBytes / 1e9, 3, true, ' GB');
   const motivated = figuresOf(motivation)?.step;
   add(
     `a step with a motivation of ${motivationTokens} tokens, in steps without`,
@@ -187,20 +191,14 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
     const times = [step, generation, training, tokensPerSecond].map(rounded);
     rows.splice(1, 0, [name, ...times, '', '', '', '', steps.motivation.length]);
   }
-  const kept = figuresOf(steps.keeping?.runs ?? []);
-  if (kept !== undefined) {
-    const { step, generation, training, tokensPerSecond } = kept;
-    const memory = steps.keeping?.peakBytes;
-    const cells = [step, generation, training, tokensPerSecond, memory && memory / 1e9].map(rounded);
-    rows.splice(motivated === undefined ? 1 : 2, 0, [
-      'merf, keeping activations',
-      ...cells,
-      '',
-      '',
-      '',
-      steps.keeping?.runs.length,
-    ]);
-  }
+  const kept = (steps.keeping ?? []).flatMap(({ name, runs, peakBytes }): Cell[][] => {
+    const figures = figuresOf(runs);
+    if (figures === undefined) return [];
+    const { step, generation, training, tokensPerSecond } = figures;
+    const cells = [step, generation, training, tokensPerSecond, peakBytes && peakBytes / 1e9].map(rounded);
+    return [[name, ...cells, '', '', '', runs.length]];
+  });
+  rows.splice(motivated === undefined ? 1 : 2, 0, ...kept);
   const rate = peakRate(matrixRate, dtype);
   if (floor !== undefined && rate !== undefined) {
     const times = [floor.step, floor.generation, floor.training].map(rounded);

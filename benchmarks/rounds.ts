@@ -39,8 +39,11 @@ export interface RoundOptions {
   strict: boolean;
 }
 
-/** What a step that keeps the activations of its rollout may take for them, in bytes. */
-const keptBytes = 4 * 2 ** 30;
+/** What steps that keep the activations of their rollouts may take for them, in bytes. */
+const keepings = [
+  { name: 'merf, keeping activations in 512 MiB', bytes: 2 ** 29 },
+  { name: 'merf, keeping all activations', bytes: 4 * 2 ** 30 },
+];
 /** Tokens of the motivation that all prompts begin with in the runs that measure what one costs. */
 export const motivationTokens = 200;
 const maxRounds = 3;
@@ -51,26 +54,33 @@ const maxRounds = 3;
 const warmedSeconds = 30;
 
 /**
- * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: merf's
- * that keep the activations of the rollout for the update.
+ * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: those
+ * of processes of merf that keep activations of the rollout for the update.
  */
 export async function measureSteps(
   options: RoundOptions,
-): Promise<{ engines: EngineRuns[]; motivation: StepTimes[]; keeping: EngineRuns }> {
+): Promise<{ engines: EngineRuns[]; motivation: StepTimes[]; keeping: EngineRuns[] }> {
   const folder = mkdtempSync(join(tmpdir(), 'merf-bench-'));
   const live = new Map<EngineRuns, Engine>();
   try {
     const merf = await load('merf', options, folder, live);
+    const keeping: (EngineRuns & { bytes: number })[] = [];
+    for (const { name, bytes } of keepings) {
+      keeping.push(Object.assign(await load('merf', options, folder, live), { name, bytes }));
+    }
     const peers: EngineRuns[] = [];
     for (const name of options.peers) peers.push(await load(name, options, folder, live));
     const plain = { prompts: promptsOf(options.workload) };
     const motivated = { prompts: promptsOf(options.workload, motivationTokens) };
     const motivation: EngineRuns = { name: 'merf with a motivation', versions: {}, runs: [] };
-    const keeping: EngineRuns = { name: 'merf, keeping activations', versions: {}, runs: [] };
     const turns = [
       { engine: merf, process: live.get(merf), input: plain },
       { engine: motivation, process: live.get(merf), input: motivated },
-      { engine: keeping, process: live.get(merf), input: { ...plain, keepActivations: keptBytes } },
+      ...keeping.map((engine) => ({
+        engine,
+        process: live.get(engine),
+        input: { ...plain, keepActivations: engine.bytes },
+      })),
       ...peers.map((engine) => ({ engine, process: live.get(engine), input: plain })),
     ];
     const lasted = new Map<EngineRuns, number>();
@@ -79,9 +89,9 @@ export async function measureSteps(
     for (let round = 0; round < maxRounds; ++round) {
       for (const { engine, process, input } of turns) {
         if (process === undefined || engine.error !== undefined) continue;
-        const isPeer = process !== live.get(merf);
+        const isPeer = peers.includes(engine);
         // A slow peer must not take the time of merf's own further rounds.
-        const own = [merf, motivation, keeping].reduce((sum, runs) => sum + (lasted.get(runs) ?? 0), 0);
+        const own = [merf, motivation, ...keeping].reduce((sum, runs) => sum + (lasted.get(runs) ?? 0), 0);
         const kept = isPeer ? own * (maxRounds - 1 - round) : 0;
         const left = options.seconds - elapsed();
         if (round > 0 && (lasted.get(engine) ?? 0) + kept > left) continue;
@@ -93,7 +103,11 @@ export async function measureSteps(
         lasted.set(engine, elapsed() - start);
       }
     }
-    return { engines: [merf, ...peers], motivation: motivation.runs, keeping };
+    return {
+      engines: [merf, ...peers],
+      motivation: motivation.runs,
+      keeping: keeping.map(({ bytes, ...runs }) => runs),
+    };
   } finally {
     await Promise.all([...live.values()].map((engine) => engine.close()));
     rmSync(folder, { recursive: true, force: true });

@@ -56,7 +56,7 @@ export function parameterBytes(
   const size = dtype === 'bf16' ? 2 : 4;
   const count = parameterCount(config);
   if (!trainable || lora) return count * size;
-  return count * (16 + (dtype === 'bf16' ? size : 0));
+  return count * 16;
 }
 
 export function gib(bytes: number): string {

@@ -40,9 +40,9 @@ export interface SampleOptions {
    * Bytes that may be taken to keep what a backward pass needs of the forward passes that sampling computes anyway,
    * beside the memory of gradients that are 0, which serves for it too. It is kept of the first layers, of as many as
    * that is enough for if every completion had `maxTokens`. The first `forwardBackward` on these completions, before the
-   * weights change and before the next `sample`, then computes no forward pass through them but attention. Its gradients
-   * are those of the ordinary path, to rounding. The memory stays for the next call that asks for it. Default 0. A
-   * policy that is not trainable keeps nothing.
+   * weights change and before the next `sample`, then computes of their forward pass only attention and the projection of
+   * its output. Its gradients are those of the ordinary path, to rounding. The memory stays for the next call that asks
+   * for it. Default 0. A policy that is not trainable keeps nothing.
    */
   keepActivations?: number | undefined;
   signal?: AbortSignal | undefined;

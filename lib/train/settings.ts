@@ -142,7 +142,7 @@ export const grpoSchema = z.strictObject({
     group: 'Rollout',
     description:
       'GiB that may be taken, beside the memory of gradients, to keep what the first update needs of the rollout, ' +
-      'which then computes no forward pass through as many layers as that holds; 0: off',
+      'of whose forward pass through as many layers as that holds it then computes attention alone; 0: off',
     matters: false,
   }),
   motivation: setting(z.string().default('full'), {

@@ -20,12 +20,11 @@ struct Columns {
     return (bytes + kAlignment - 1) / kAlignment * kAlignment;
   }
 };
-constexpr size_t kTensors = 4;
+constexpr size_t kTensors = 3;
 // In the order of KeptForward::Layer.
 std::array<Columns, kTensors> columns_of(const ModelConfig& config) {
   return {{{DType::f32, config.hidden_size},
            {config.dtype, config.qkv_size()},
-           {DType::f32, config.hidden_size},
            {config.dtype, 2 * config.mlp_size}}};
 }
 
@@ -59,7 +58,7 @@ KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t ro
     const Tensor lent = lent_to(i, gradients_);
     const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
     Layer& layer = layers_.emplace_back();
-    Tensor* const tensors[kTensors] = {&layer.attention_input, &layer.qkv, &layer.mlp_input, &layer.gate_up};
+    Tensor* const tensors[kTensors] = {&layer.attention_input, &layer.qkv, &layer.gate_up};
     int64_t begin = 0;  // floats of `lent` that are taken
     for (size_t t = 0; t < kTensors; ++t) {
       if (!(fits >> t & 1)) {
@@ -119,7 +118,6 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
   for (size_t i = 0; i < layers_.size(); ++i) {
     a.layers[i].attention_input = window(layers_[i].attention_input);
     a.layers[i].qkv = window(layers_[i].qkv);
-    a.layers[i].mlp_input = window(layers_[i].mlp_input);
     a.layers[i].gate_up = window(layers_[i].gate_up);
   }
   (layers_.size() < a.layers.size() ? a.layers[layers_.size()].attention_input : a.output) = window(output_);
@@ -152,7 +150,6 @@ void KeptForward::restore(size_t layer, const Tensor& rows, const Activations& a
   const Activations::Layer& to = activations.layers[layer];
   backend_.gather_rows(from.attention_input, rows, to.attention_input);
   backend_.gather_rows(from.qkv, rows, activations.own(to.qkv));
-  backend_.gather_rows(from.mlp_input, rows, to.mlp_input);
   backend_.gather_rows(from.gate_up, rows, to.gate_up);
 }
 

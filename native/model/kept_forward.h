@@ -1,6 +1,6 @@
 // What the forward passes of a rollout leave for the backward of the first update: the weights are the same then, so that
-// of the first layers, as many as there is memory for, nothing but attention, which takes no matrix product of weights,
-// has to be computed again.
+// of the first layers, as many as there is memory for, only attention and its output's projection have to be computed
+// again.
 //
 // Much of it stands in the memory of the gradients, which are 0 from one update to the next forward and backward pass.
 // What is kept of layer i is in that of layer i - 1: the backward comes down from the last layer, so it has gone when
@@ -55,7 +55,7 @@ class KeptForward {
 
  private:
   struct Layer {
-    Tensor attention_input, qkv, mlp_input, gate_up;
+    Tensor attention_input, qkv, gate_up;
   };
   Backend& backend_;
   int64_t rows_, used_ = 0;

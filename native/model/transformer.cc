@@ -123,6 +123,13 @@ void Transformer::project(const Projection& projection, const Tensor& x, const T
   backend_.linear(low_rank, *projection.adapter.b.packed, Tensor(), y, true);
 }
 
+void Transformer::add_product(const Projection& projection, const Tensor& x, const Tensor& low_rank,
+                              const Tensor& from, const Tensor& to, int64_t first) {
+  const Tensor sum = from_row(to, first);
+  if (to.data != from.data) backend_.copy(sum, from_row(from, first));
+  project(projection, from_row(x, first), from_row(low_rank, first), sum, true);
+}
+
 void Transformer::project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
                                    const BackwardBuffers& buffers, const Tensor& dx) {
   if (projection.weight.trained) {
@@ -144,13 +151,6 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
   const float epsilon = config_.rms_norm_epsilon;
   const Tensor none;
   if (first_layer == 0) backend_.embedding(ids, *parameters_.embedding.packed, activations.input_of(0));
-  // to = from + projection(x) from row `first` on; in place where the two are one buffer.
-  const auto add_product = [&](int64_t first, const Tensor& from, const Tensor& x,
-                               const Projection& projection, const Tensor& to) {
-    const Tensor sum = from_row(to, first);
-    if (to.data != from.data) backend_.copy(sum, from_row(from, first));
-    project(projection, from_row(x, first), from_row(activations.low_rank, first), sum, true);
-  };
   for (size_t i = first_layer; i < activations.layers.size(); ++i) {
     cancel.check(work);
     const LayerParameters& p = parameters_.layers[i];
@@ -164,27 +164,34 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
                   config_.rope_attention_scale);
     attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
                      a.lse, first);
-    add_product(first, a.attention_input, activations.own(a.attention_output), p.output, a.mlp_input);
+    add_product(p.output, activations.own(a.attention_output), activations.low_rank, a.attention_input,
+                a.mlp_input, first);
 
     const Tensor normed = from_row(activations.normed, first), gate_up = from_row(a.gate_up, first);
     backend_.rms_norm(from_row(a.mlp_input, first), none, p.mlp_norm.value, epsilon, normed,
                       from_row(a.mlp_rstd, first));
     project(p.gate_up, normed, from_row(activations.low_rank, first), gate_up, false);
     backend_.swiglu(gate_up, from_row(activations.gated, first));
-    add_product(first, a.mlp_input, activations.gated, p.down, activations.input_of(i + 1));
+    add_product(p.down, activations.gated, activations.low_rank, a.mlp_input, activations.input_of(i + 1),
+                first);
   }
 }
 
 void Transformer::complete(size_t layer, AttentionStep& attention, const Activations& activations) {
+  const LayerParameters& p = parameters_.layers[layer];
   const Activations::Layer& a = activations.layers[layer];
-  const auto norm = [&](const Tensor& x, const Parameter& weight, const Tensor& rstd) {
-    backend_.rms_norm(x, Tensor(), weight.value, config_.rms_norm_epsilon, activations.normed, rstd);
+  const int64_t first = activations.first_row(layer);
+  const auto norm = [&](const Tensor& x, const Parameter& weight, const Tensor& normed, const Tensor& rstd) {
+    backend_.rms_norm(x, Tensor(), weight.value, config_.rms_norm_epsilon, normed, rstd);
   };
-  norm(a.attention_input, parameters_.layers[layer].attention_norm, a.attention_rstd);
+  norm(a.attention_input, p.attention_norm, activations.normed, a.attention_rstd);
   const Heads heads = split(a.qkv);
   attention.attend(static_cast<int64_t>(layer), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                   a.lse, activations.first_row(layer));
-  norm(a.mlp_input, parameters_.layers[layer].mlp_norm, a.mlp_rstd);
+                   a.lse, first);
+  add_product(p.output, activations.own(a.attention_output), activations.low_rank, a.attention_input,
+              a.mlp_input, first);
+  norm(from_row(a.mlp_input, first), p.mlp_norm, from_row(activations.normed, first),
+       from_row(a.mlp_rstd, first));
 }
 
 void Transformer::final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd) {

@@ -121,7 +121,7 @@ class Transformer {
   // what stands in activations.input_of(first_layer). `cancel` is looked at between layers, `work` names what is aborted.
   void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
                const Cancel& cancel, const char* work, size_t first_layer = 0);
-  // What a forward leaves of a layer beside attention_input, qkv, mlp_input and gate_up, from these.
+  // What a forward leaves of a layer beside attention_input, qkv and gate_up, from these.
   void complete(size_t layer, AttentionStep& attention, const Activations& activations);
   // hidden [N, H] of the model's dtype = final norm of x [N, H].
   void final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd);
@@ -152,6 +152,9 @@ class Transformer {
   // Adds the gradients of what is trained of the projection; overwrites dx.
   void project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
                         const BackwardBuffers& buffers, const Tensor& dx);
+  // to = from + projection(x) from row `first` on; in place where the two are one buffer.
+  void add_product(const Projection& projection, const Tensor& x, const Tensor& low_rank, const Tensor& from,
+                   const Tensor& to, int64_t first);
   Heads split(const Tensor& qkv) const;
   HeadsView whole_heads(const Tensor& x) const;
 

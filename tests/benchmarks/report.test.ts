@@ -28,12 +28,10 @@ const steps: Steps = {
     },
   ],
   motivation: [run(11, 31)],
-  keeping: {
-    name: 'merf, keeping activations',
-    versions: {},
-    runs: [{ ...run(11, 20), gap: 0 }],
-    peakBytes: 4e9,
-  },
+  keeping: [
+    { name: 'merf, keeping some', versions: {}, runs: [{ ...run(11, 20), gap: 0 }], peakBytes: 4e9 },
+    { name: 'merf, keeping all', versions: {}, runs: [], error: 'no memory' },
+  ],
 };
 
 const report: Report = {
@@ -75,6 +73,7 @@ describe('goals', () => {
   test('are ratios of medians', () => {
     expect(of()).toEqual({
       'a step, in floors': 1.25,
+      'a step, keeping some, in floors': 31 / 32,
       'generation, in its part of the floor': 1.25,
       "generated tokens/s, in llama.cpp's": 5,
       'peak memory': 2.5,
@@ -85,6 +84,7 @@ describe('goals', () => {
   test('are left out where there is nothing to say', () => {
     expect(of({ engines: [] })).toEqual({});
     expect(Object.keys(of({ dtype: 'bf16', floor: undefined, engines: steps.engines.slice(0, 2) }))).toEqual([
+      'peak memory',
       'a step with a motivation of 200 tokens, in steps without',
     ]);
   });
@@ -102,7 +102,7 @@ describe('the table', () => {
   test('has medians and ratios of every engine, and why one has none', () => {
     expect(text).toContain('| merf | 40 | 10 | 29 | 205 | 2.5 |  |  |  | 3 |');
     expect(text).toContain('| merf, 200 common tokens in front | 42 | 11 | 31 | 186 |  |  |  |  | 1 |');
-    expect(text).toContain('| merf, keeping activations | 31 | 11 | 20 | 186 | 4 |  |  |  | 1 |');
+    expect(text).toContain('| merf, keeping some | 31 | 11 | 20 | 186 | 4 |  |  |  | 1 |\n| trl |');
     expect(text).toContain('where it trained on it, in nats: 0.0000020.');
     expect(text).toContain('| trl | 400 | 100 | 300 | 20.5 | 10 | 10 | 10 | 4 | 1 |');
     expect(text).toContain('| llama.cpp |  | 50 |  | 41 |  |  | 5 |  | 1 |');
