@@ -271,19 +271,20 @@ void Sampler::make_kept() {
     const auto within = [&](int64_t count) {
       return KeptForward::layers_within(request_.keep_bytes, config_, count, gradients);
     };
-    // The next prompts may be a little longer.
-    rows += rows / 16;
-    const size_t layers = within(rows);
+    // New memory costs time, so there is room for the next prompts, which may be a little longer, and what there is serves
+    // where it is not much less than could be.
+    const int64_t roomy = rows + rows / 16;
+    const size_t layers = within(roomy);
     if (layers == 0) return;
     kept_prompt_rows_.assign(request_.tokens.size(), -1);
     if (before && before->borrows() == !gradients.empty() && before->rows() >= rows &&
-        before->layers() >= layers && before->layers() <= within(before->rows())) {
+        8 * before->layers() >= 7 * layers && before->layers() <= within(before->rows())) {
       kept_ = std::move(before);
       kept_->clear();
       return;
     }
     before.reset();
-    kept_ = std::make_unique<KeptForward>(backend_, config_, rows, layers, std::move(gradients));
+    kept_ = std::make_unique<KeptForward>(backend_, config_, roomy, layers, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
