@@ -54,8 +54,8 @@ const maxRounds = 3;
 const warmedSeconds = 30;
 
 /**
- * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: those
- * of processes of merf that keep activations of the rollout for the update.
+ * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: merf's
+ * that keep activations of the rollout for the update.
  */
 export async function measureSteps(
   options: RoundOptions,
@@ -64,22 +64,19 @@ export async function measureSteps(
   const live = new Map<EngineRuns, Engine>();
   try {
     const merf = await load('merf', options, folder, live);
-    const keeping: (EngineRuns & { bytes: number })[] = [];
-    for (const { name, bytes } of keepings) {
-      keeping.push(Object.assign(await load('merf', options, folder, live), { name, bytes }));
-    }
     const peers: EngineRuns[] = [];
     for (const name of options.peers) peers.push(await load(name, options, folder, live));
     const plain = { prompts: promptsOf(options.workload) };
     const motivated = { prompts: promptsOf(options.workload, motivationTokens) };
     const motivation: EngineRuns = { name: 'merf with a motivation', versions: {}, runs: [] };
+    const keeping = keepings.map(({ name }): EngineRuns => ({ name, versions: {}, runs: [] }));
     const turns = [
       { engine: merf, process: live.get(merf), input: plain },
       { engine: motivation, process: live.get(merf), input: motivated },
-      ...keeping.map((engine) => ({
-        engine,
-        process: live.get(engine),
-        input: { ...plain, keepActivations: engine.bytes },
+      ...keepings.map(({ bytes }, i) => ({
+        engine: keeping[i] as EngineRuns,
+        process: live.get(merf),
+        input: { ...plain, keepActivations: bytes },
       })),
       ...peers.map((engine) => ({ engine, process: live.get(engine), input: plain })),
     ];
@@ -99,14 +96,18 @@ export async function measureSteps(
         const patience = options.strict && isPeer ? Math.max(left, 1) : undefined;
         const before = lasted.get(engine);
         const warms = before === undefined || before < 2 * warmedSeconds;
-        await takeTurn(engine, process, input, patience, warms);
+        if (keeping.includes(engine)) {
+          await takeTurnAlone(engine, join(folder, 'merf.json'), input);
+        } else {
+          await takeTurn(engine, process, input, patience, warms);
+        }
         lasted.set(engine, elapsed() - start);
       }
     }
     return {
       engines: [merf, ...peers],
       motivation: motivation.runs,
-      keeping: keeping.map(({ bytes, ...runs }) => runs),
+      keeping,
     };
   } finally {
     await Promise.all([...live.values()].map((engine) => engine.close()));
@@ -130,6 +131,20 @@ async function takeTurn(
     say(`  ${runs.name}: ${parts}${times.tokens} tokens generated in ${times.generation.toFixed(2)} s`);
   } catch (error) {
     fail(runs, error);
+  }
+}
+
+/** A turn of merf's in a process of its own, whose memory is that of such steps, and which is there for the turn only. */
+async function takeTurnAlone(runs: EngineRuns, specPath: string, input: object): Promise<void> {
+  let engine: Engine | undefined;
+  try {
+    engine = await Engine.start('merf', merfCommand(), specPath);
+    await engine.run(input);
+    await takeTurn(runs, engine, input, undefined, true);
+  } catch (error) {
+    fail(runs, error);
+  } finally {
+    await engine?.close();
   }
 }
 
