@@ -107,7 +107,7 @@ void KeptForward::clear() {
 void KeptForward::release(size_t layer) {
   if (layer >= lent_) return;
   lent_ = layer;
-  if (layer > 0) backend_.zero(gradients_[layer - 1]);
+  if (layer > 0 && gradients_[layer - 1]) backend_.zero(gradients_[layer - 1]);
 }
 
 Activations KeptForward::next(int64_t rows, const Activations& shared) {
