@@ -587,14 +587,14 @@ describe('save', () => {
 });
 
 describe('saveState and loadState', () => {
-  test('go on bit for bit', async () => {
-    const policy = await load();
+  test.each(['f32', 'bf16'] as const)('go on bit for bit: %s', async (dtype) => {
+    const policy = await load(model, { dtype });
     await train(policy, 2);
     const path = fresh('state');
     await policy.saveState(path);
     await train(policy, 3);
 
-    const resumed = await load();
+    const resumed = await load(model, { dtype });
     await resumed.loadState(path);
     expect(resumed.optimizerStep).toBe(2);
     await train(resumed, 3);
