@@ -165,19 +165,19 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
   const { dtype, floor, engines } = steps;
   const merf = engines.find(({ name }) => name === 'merf');
   const own = figuresOf(merf?.runs ?? []);
+  const cellsOf = (
+    { step, generation, training, tokensPerSecond }: Figures,
+    bytes: number | undefined,
+  ): Cell[] => [step, generation, training, tokensPerSecond, bytes && bytes / 1e9].map(rounded);
   const rows: Cell[][] = engines.map(({ name, runs, peakBytes, error }) => {
     const figures = figuresOf(runs);
     if (figures === undefined) return [name, ...Array(8).fill(''), error];
-    const { step, generation, training, tokensPerSecond } = figures;
+    const { step, tokensPerSecond } = figures;
     const ratio = (theirs?: number, ours?: number) =>
       name === 'merf' || theirs === undefined || ours === undefined ? '' : rounded(theirs / ours);
     return [
       name,
-      rounded(step),
-      rounded(generation),
-      rounded(training),
-      rounded(tokensPerSecond),
-      rounded(peakBytes && peakBytes / 1e9),
+      ...cellsOf(figures, peakBytes),
       ratio(step, own?.step),
       ratio(own?.tokensPerSecond, tokensPerSecond),
       ratio(peakBytes, merf?.peakBytes),
@@ -186,17 +186,12 @@ function stepLines(steps: Steps, matrixRate: MatrixRates | undefined): string[] 
   });
   const motivated = figuresOf(steps.motivation);
   if (motivated !== undefined) {
-    const { step, generation, training, tokensPerSecond } = motivated;
     const name = `merf, ${motivationTokens} common tokens in front`;
-    const times = [step, generation, training, tokensPerSecond].map(rounded);
-    rows.splice(1, 0, [name, ...times, '', '', '', '', steps.motivation.length]);
+    rows.splice(1, 0, [name, ...cellsOf(motivated, undefined), '', '', '', steps.motivation.length]);
   }
   const kept = (steps.keeping ?? []).flatMap(({ name, runs, peakBytes }): Cell[][] => {
     const figures = figuresOf(runs);
-    if (figures === undefined) return [];
-    const { step, generation, training, tokensPerSecond } = figures;
-    const cells = [step, generation, training, tokensPerSecond, peakBytes && peakBytes / 1e9].map(rounded);
-    return [[name, ...cells, '', '', '', runs.length]];
+    return figures === undefined ? [] : [[name, ...cellsOf(figures, peakBytes), '', '', '', runs.length]];
   });
   rows.splice(motivated === undefined ? 1 : 2, 0, ...kept);
   const rate = peakRate(matrixRate, dtype);
