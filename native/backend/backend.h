@@ -108,11 +108,9 @@ struct DecodePlan {
 };
 
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
-// Where lower is given, it and weight, a bf16, are the master (halves.h), and master is empty.
 struct AdamWTensor {
-  Tensor master;    // f32
+  Tensor master;    // f32; or its lower halves (halves.h), stored as bf16, beside a weight of bf16
   Tensor weight;    // f32|bf16, or empty
-  Tensor lower;     // 16 bits each, stored as bf16, or empty
   Tensor gradient;  // f32
   Tensor m, v;      // f32|bf16; bf16 is rounded by chance (stochastic_rounding.h), lest v stand still
   float weight_decay = 0.0f;  // decoupled

@@ -13,13 +13,18 @@ namespace merf {
 
 constexpr uint32_t kBetween = 0x8000u;  // the lower half of a number exactly between two of bfloat16
 
-// The lower half, in the storage of a bfloat16; the upper one is to_bf16(value).
-MERF_HOST_DEVICE inline bf16 lower_half(float value) {
+// As stored, in tensors of bf16.
+struct LowerHalf {
+  uint16_t bits;
+};
+
+// The upper one is to_bf16(value).
+MERF_HOST_DEVICE inline LowerHalf lower_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), lower = bits & 0xffffu, odd = bits >> 16 & 1u;
   return {static_cast<uint16_t>(lower == kBetween ? lower | odd : lower)};
 }
 
-MERF_HOST_DEVICE inline float join_halves(bf16 weight, bf16 lower) {
+MERF_HOST_DEVICE inline float join_halves(bf16 weight, LowerHalf lower) {
   const uint32_t rounded_up = lower.bits > kBetween ? 0x10000u : 0u;
   return std::bit_cast<float>((static_cast<uint32_t>(weight.bits) << 16) + lower.bits - rounded_up);
 }

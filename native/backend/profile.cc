@@ -302,8 +302,8 @@ void ProfiledBackend::group_advantages(const Tensor& rewards, const std::vector<
 void ProfiledBackend::adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
   double bytes = 0.0;
   for (const AdamWTensor& t : tensors) {
-    bytes += bytes_of({t.weight, t.gradient, t.m, t.m, t.v, t.v});
-    bytes += t.lower ? bytes_of({t.weight, t.lower, t.lower}) : bytes_of({t.master, t.master});
+    bytes += bytes_of({t.master, t.master, t.weight, t.gradient, t.m, t.m, t.v, t.v});
+    if (t.master.dtype == DType::bf16) bytes += bytes_of({t.weight});
   }
   timed("adamw", {0.0, bytes}, [&] { backend_->adamw(tensors, options); });
 }

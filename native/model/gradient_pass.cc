@@ -41,12 +41,11 @@ struct GradientPass::Held {
 
 // What a frame has beside its layers.
 struct GradientPass::OpenFrame {
-  int64_t begin, tokens, ancestors;
+  const Frame* frame;
   std::vector<int32_t> loss_rows;
   int64_t first_wanted;
   Forest forest;
   Tensor dx;  // [tokens, H] f32
-  bool has_children;
   // Where Model::kept() is used: [tokens] i32, its rows, and the frames under this.
   Tensor kept_rows;
   std::vector<OpenFrame> children;
@@ -122,17 +121,13 @@ Forest GradientPass::upload_forest(int64_t begin, int64_t end, int64_t ancestors
 }
 
 GradientPass::OpenFrame GradientPass::open(const Frame& frame, int64_t ancestors) {
-  const int64_t tokens = frame.end - frame.begin;
   std::vector<int32_t> rows = rows_of(frame.begin, frame.end);
   const int64_t first_wanted = first_source(rows, frame);
-  return {frame.begin,
-          tokens,
-          ancestors,
+  return {&frame,
           std::move(rows),
           first_wanted,
           upload_forest(frame.begin, frame.end, ancestors),
-          arena_.take(DType::f32, {tokens, model_.config().hidden_size}),
-          !frame.children.empty(),
+          arena_.take(DType::f32, {frame.end - frame.begin, model_.config().hidden_size}),
           Tensor(),
           {}};
 }
@@ -143,7 +138,8 @@ void GradientPass::run_layers(const OpenFrame& frame, const Held* above, size_t 
   cancel_.check(kWork);
   const ArenaScope scope(arena_);
   const ModelConfig& config = model_.config();
-  const int64_t tokens = frame.tokens, ancestors = frame.ancestors;
+  const Forest& forest = frame.forest;
+  const int64_t tokens = forest.tokens, ancestors = forest.ancestors;
   const Tensor hidden = arena_.take(config.dtype, {tokens, config.hidden_size});
   Activations activations =
       transformer_.make_activations(arena_, tokens, Holds::all_layers, ancestors, first_layer);
@@ -152,17 +148,15 @@ void GradientPass::run_layers(const OpenFrame& frame, const Held* above, size_t 
     take_ancestors(layer, activations, above ? &above->activations : nullptr);
   }
   if (frame.kept_rows) model_.kept()->restore_output(frame.kept_rows, activations.input_of(first_layer));
-  ForestAttention attention(backend_, frame.forest, transformer_.attention_scale());
-  transformer_.forward(frame.forest.ids, frame.forest.positions, attention, activations, cancel_, kWork,
-                       first_layer);
+  ForestAttention attention(backend_, forest, transformer_.attention_scale());
+  transformer_.forward(forest.ids, forest.positions, attention, activations, cancel_, kWork, first_layer);
   const auto wanted = [&](const Tensor& x) { return x.rows(activations.first_wanted, tokens); };
   transformer_.final_norm(wanted(activations.output), wanted(hidden), wanted(activations.output_rstd));
 
   Held held{ancestors + tokens, activations, std::vector<Tensor>(activations.layers.size())};
-  if (frame.has_children) {
+  if (!frame.frame->children.empty()) {
     for (size_t layer = first_layer; layer < activations.layers.size(); ++layer) {
-      held.dqkv[layer] = arena_.take(DType::f32, {held.tokens, config.qkv_size()});
-      backend_.zero(held.dqkv[layer]);
+      held.dqkv[layer] = take_dqkv(held.tokens);
     }
     run_children(held);
     if (!result_.finite) return;
@@ -170,14 +164,21 @@ void GradientPass::run_layers(const OpenFrame& frame, const Held* above, size_t 
 
   cancel_.check(kWork);
   const Tensor dhidden = arena_.take(config.dtype, {tokens, config.hidden_size});
-  if (!add_loss(frame.loss_rows, frame.begin, hidden, dhidden)) return;
+  if (!add_loss(frame.loss_rows, frame.frame->begin, hidden, dhidden)) return;
   const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, frame.dx, ancestors);
   transformer_.backward_final_norm(dhidden, activations.output, activations.output_rstd,
                                    activations.first_wanted, frame.dx);
   for (size_t layer = activations.layers.size(); layer-- > first_layer;) {
-    transformer_.backward_layer(layer, frame.forest, activations, buffers, held.dqkv[layer],
+    transformer_.backward_layer(layer, forest, activations, buffers, held.dqkv[layer],
                                 above ? above->dqkv[layer] : Tensor(), cancel_);
   }
+}
+
+// For the gradients of keys and values that come from tokens behind these: 0.
+Tensor GradientPass::take_dqkv(int64_t tokens) {
+  const Tensor dqkv = arena_.take(DType::f32, {tokens, model_.config().qkv_size()});
+  backend_.zero(dqkv);
+  return dqkv;
 }
 
 // Outputs that no query of these tokens has are 0.
@@ -197,7 +198,7 @@ std::vector<GradientPass::OpenFrame> GradientPass::open_kept(const std::vector<F
     OpenFrame& opened = all.emplace_back(open(frame, ancestors));
     opened.kept_rows =
         model_.upload(std::vector<int32_t>(rows.begin() + frame.begin, rows.begin() + frame.end));
-    opened.children = open_kept(frame.children, rows, ancestors + opened.tokens);
+    opened.children = open_kept(frame.children, rows, ancestors + opened.forest.tokens);
   }
   return all;
 }
@@ -225,21 +226,21 @@ void GradientPass::run_upper_layers(const std::vector<OpenFrame>& frames, const 
 void GradientPass::run_kept_layer(size_t layer, const OpenFrame& frame, const Activations* above,
                                   const Tensor& above_dqkv) {
   const ArenaScope scope(arena_);
+  const Forest& forest = frame.forest;
   Activations activations =
-      transformer_.make_activations(arena_, frame.tokens, Holds::one_layer, frame.ancestors);
+      transformer_.make_activations(arena_, forest.tokens, Holds::one_layer, forest.ancestors);
   activations.first_wanted = frame.first_wanted;
   take_ancestors(layer, activations, above);
   model_.kept()->restore(layer, frame.kept_rows, activations);
-  ForestAttention attention(backend_, frame.forest, transformer_.attention_scale());
+  ForestAttention attention(backend_, forest, transformer_.attention_scale());
   transformer_.complete(layer, attention, activations);
   Tensor dqkv;
   if (!frame.children.empty()) {
-    dqkv = arena_.take(DType::f32, {frame.ancestors + frame.tokens, model_.config().qkv_size()});
-    backend_.zero(dqkv);
+    dqkv = take_dqkv(forest.ancestors + forest.tokens);
     for (const OpenFrame& child : frame.children) run_kept_layer(layer, child, &activations, dqkv);
   }
-  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, frame.dx, frame.ancestors);
-  transformer_.backward_layer(layer, frame.forest, activations, buffers, dqkv, above_dqkv, cancel_);
+  const BackwardBuffers buffers = transformer_.make_backward_buffers(arena_, frame.dx, forest.ancestors);
+  transformer_.backward_layer(layer, forest, activations, buffers, dqkv, above_dqkv, cancel_);
 }
 
 void GradientPass::backward_embeddings(const std::vector<OpenFrame>& frames) {

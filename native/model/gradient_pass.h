@@ -32,6 +32,7 @@ class GradientPass {
   template <class Children>
   void run_layers(const OpenFrame& frame, const Held* above, size_t first_layer,
                   const Children& run_children);
+  Tensor take_dqkv(int64_t tokens);
   // Before a layer's forward: the keys and values of the frames above.
   void take_ancestors(size_t layer, const Activations& activations, const Activations* above);
   void run_upper_layers(const std::vector<OpenFrame>& frames, const Held* above);

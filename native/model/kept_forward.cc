@@ -28,24 +28,25 @@ std::array<Columns, kTensors> columns_of(const ModelConfig& config) {
            {config.dtype, 2 * config.mlp_size}}};
 }
 
-// Those of a layer's tensors, a bit each, that fill `lent` bytes best.
-unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, int64_t lent) {
+// The gradients that what is kept of a layer stands in: none of the first's.
+Tensor lent_to(size_t layer, const std::vector<Tensor>& gradients) {
+  return gradients.empty() || layer == 0 ? Tensor() : gradients[layer - 1];
+}
+
+// Those of a layer's tensors, a bit each, that fill what is lent best.
+unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, const Tensor& lent) {
+  if (!lent) return 0;
   unsigned best = 0;
   int64_t most = 0;
   for (unsigned chosen = 1; chosen < 1u << kTensors; ++chosen) {
     int64_t bytes = 0;
     for (size_t i = 0; i < kTensors; ++i) bytes += chosen >> i & 1 ? columns[i].bytes(rows) : 0;
-    if (bytes <= lent && bytes > most) {
+    if (bytes <= static_cast<int64_t>(lent.bytes()) && bytes > most) {
       most = bytes;
       best = chosen;
     }
   }
   return best;
-}
-
-// The gradients that what is kept of a layer stands in: none of the first's.
-Tensor lent_to(size_t layer, const std::vector<Tensor>& gradients) {
-  return gradients.empty() || layer == 0 ? Tensor() : gradients[layer - 1];
 }
 
 }  // namespace
@@ -56,7 +57,7 @@ KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t ro
   const auto columns = columns_of(config);
   for (size_t i = 0; i < layers; ++i) {
     const Tensor lent = lent_to(i, gradients_);
-    const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
+    const unsigned fits = best_fit(columns, rows, lent);
     Layer& layer = layers_.emplace_back();
     Tensor* const tensors[kTensors] = {&layer.attention_input, &layer.qkv, &layer.gate_up};
     int64_t begin = 0;  // floats of `lent` that are taken
@@ -90,8 +91,7 @@ size_t KeptForward::layers_within(int64_t bytes, const ModelConfig& config, int6
   bytes -= rows * config.hidden_size * static_cast<int64_t>(sizeof(float));
   const size_t all = static_cast<size_t>(config.layers);
   for (size_t i = 0; i < all; ++i) {
-    const Tensor lent = lent_to(i, gradients);
-    const unsigned fits = lent ? best_fit(columns, rows, static_cast<int64_t>(lent.bytes())) : 0;
+    const unsigned fits = best_fit(columns, rows, lent_to(i, gradients));
     for (size_t t = 0; t < kTensors; ++t) bytes -= fits >> t & 1 ? 0 : columns[t].bytes(rows);
     if (bytes < 0) return i;
   }
@@ -107,7 +107,7 @@ void KeptForward::clear() {
 void KeptForward::release(size_t layer) {
   if (layer >= lent_) return;
   lent_ = layer;
-  if (layer > 0 && gradients_[layer - 1]) backend_.zero(gradients_[layer - 1]);
+  if (const Tensor lent = lent_to(layer, gradients_)) backend_.zero(lent);
 }
 
 Activations KeptForward::next(int64_t rows, const Activations& shared) {
@@ -120,7 +120,7 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
     a.layers[i].qkv = window(layers_[i].qkv);
     a.layers[i].gate_up = window(layers_[i].gate_up);
   }
-  (layers_.size() < a.layers.size() ? a.layers[layers_.size()].attention_input : a.output) = window(output_);
+  a.input_of(layers_.size()) = window(output_);
   used_ += rows;
   return a;
 }

@@ -74,13 +74,13 @@ Batch without_idle_tokens(const Batch& batch) {
   return out;
 }
 
-// Whether a kept forward has every token of a frame and of those under it in a row.
-bool has_rows(const std::vector<int32_t>& rows, const Frame& frame) {
-  return !rows.empty() && std::none_of(rows.begin() + frame.begin, rows.begin() + frame.end, [](int32_t row) {
-    return row < 0;
-  }) && std::all_of(frame.children.begin(), frame.children.end(), [&](const Frame& child) {
-    return has_rows(rows, child);
-  });
+// Whether a kept forward has every token of a frame and of those under it, whose rows in it these are; none: it has not.
+bool is_kept(const std::vector<int32_t>& rows, const Frame& frame) {
+  if (rows.empty()) return false;
+  const auto missing = [](int32_t row) { return row < 0; };
+  if (std::any_of(rows.begin() + frame.begin, rows.begin() + frame.end, missing)) return false;
+  return std::all_of(frame.children.begin(), frame.children.end(),
+                     [&](const Frame& child) { return is_kept(rows, child); });
 }
 
 }  // namespace
@@ -302,38 +302,32 @@ auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work
 }
 
 // Of the arena, in a pass over so many tokens at once.
-int64_t Model::activation_bytes(int64_t tokens, bool trains) const {
+int64_t Model::activation_bytes(int64_t tokens, Holds holds, size_t first_layer) const {
   Arena counted;
-  transformer_.make_activations(counted, tokens, trains ? Holds::all_layers : Holds::nothing);
-  if (trains) {
+  counted.take(config_.dtype, {tokens, config_.hidden_size});  // hidden
+  transformer_.make_activations(counted, tokens, holds, 0, first_layer);
+  if (holds != Holds::nothing) {
+    counted.take(config_.dtype, {tokens, config_.hidden_size});  // dhidden
     transformer_.make_backward_buffers(counted, counted.take(DType::f32, {tokens, config_.hidden_size}));
   }
-  for (int i = 0; i < (trains ? 2 : 1); ++i) counted.take(config_.dtype, {tokens, config_.hidden_size});
   return static_cast<int64_t>(counted.taken());
 }
 
-// The same where the forward is kept and frames go through its layers together.
+// The same where the forward is kept and frames go through its layers together, each with its own dx.
 int64_t Model::kept_activation_bytes(const std::vector<Frame>& frames) const {
   int64_t tokens = 0;
   for (const Frame& frame : frames) tokens += tokens_of(frame);
   const int64_t at_once = tokens_at_once(frames);
-  const auto taken = [&](Holds holds, size_t first_layer) {
-    Arena counted;
-    const Tensor dx = counted.take(DType::f32, {at_once, config_.hidden_size});
-    transformer_.make_activations(counted, at_once, holds, 0, first_layer);
-    transformer_.make_backward_buffers(counted, dx);
-    for (int i = 0; i < 2; ++i) counted.take(config_.dtype, {at_once, config_.hidden_size});
-    return static_cast<int64_t>(counted.taken());
-  };
   return 4 * tokens * config_.hidden_size +
-         std::max(taken(Holds::one_layer, 0), taken(Holds::all_layers, kept_->layers()));
+         std::max(activation_bytes(at_once, Holds::one_layer),
+                  activation_bytes(at_once, Holds::all_layers, kept_->layers()));
 }
 
 // Gives the memory of activations back, and says what would have fitted.
 Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
   arena_.free();
   backend_.synchronize();
-  const int64_t needed = activation_bytes(tokens, trains);
+  const int64_t needed = activation_bytes(tokens, trains ? Holds::all_layers : Holds::nothing);
   int64_t beside = 0;  // what does not depend on the tokens
   if (trains && !parameters_.has_gradients()) beside += 4 * parameters_.trained_size();
   const int64_t fit = count_that_fits(tokens, needed, backend_.memory_free() - beside);
@@ -346,14 +340,14 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
   prepare();
   const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
-  return within_memory(tokens, false, activation_bytes(tokens, false),
+  return within_memory(tokens, false, activation_bytes(tokens, Holds::nothing),
                        [&] { return compute_logits(batch, cancel); });
 }
 
 Scores Model::score(const Batch& batch, const Cancel& cancel) {
   prepare();
   const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
-  return within_memory(tokens, false, activation_bytes(tokens, false),
+  return within_memory(tokens, false, activation_bytes(tokens, Holds::nothing),
                        [&] { return compute_scores(batch, cancel); });
 }
 
@@ -368,11 +362,12 @@ LossResult Model::forward_backward(const Batch& given, const BatchLoss& loss, in
   if (kept_ && kept_->used() > 0) rows = kept_->find(batch.tokens, batch.visible_until);
   const std::vector<Frame> frames = make_frames(batch.visible_until, max_tokens, joined);
   std::vector<Frame> kept, others;
-  for (const Frame& frame : frames) (has_rows(rows, frame) ? kept : others).push_back(frame);
+  for (const Frame& frame : frames) (is_kept(rows, frame) ? kept : others).push_back(frame);
   // Else the gradients are free for these.
   if (kept.empty()) give_back_gradients();
-  const int64_t bytes = std::max(kept.empty() ? 0 : kept_activation_bytes(kept),
-                                 others.empty() ? 0 : activation_bytes(tokens_at_once(others), true));
+  const int64_t bytes =
+      std::max(kept.empty() ? 0 : kept_activation_bytes(kept),
+               others.empty() ? 0 : activation_bytes(tokens_at_once(others), Holds::all_layers));
   return within_memory(tokens_at_once(frames), true, bytes, [&] {
     GradientPass pass(*this, batch, loss, cancel);
     try {

@@ -117,7 +117,7 @@ class Model {
   template <class Work>
   auto within_memory(int64_t tokens, bool trains, int64_t bytes, const Work& work);
   void give_back_gradients();
-  int64_t activation_bytes(int64_t tokens, bool trains) const;
+  int64_t activation_bytes(int64_t tokens, Holds holds, size_t first_layer = 0) const;
   int64_t kept_activation_bytes(const std::vector<Frame>& frames) const;
   Error out_of_memory(const Error& error, int64_t tokens, bool trains);
   std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);

@@ -18,8 +18,9 @@ void visit_parameters(const ModelConfig& c, int64_t lora_rank, Parameters* p, Vi
   using Shape = std::vector<int64_t>;
   using Slices = std::vector<Slice>;
   const int64_t h = c.hidden_size, q = c.attention_size(), kv = c.kv_heads * c.head_size, f = c.mlp_size;
+  int64_t layer = -1;
   const auto add = [&](Parameter* parameter, const Shape& shape, const Slices& slices) {
-    visit(parameter, shape, slices, nullptr, false);
+    visit(parameter, shape, slices, nullptr, false, layer);
   };
   // A projection of `inputs` whose outputs are those of `parts` (module names) one after another.
   const auto add_projection = [&](Projection* projection, const std::string& fused_name, int64_t inputs,
@@ -35,18 +36,18 @@ void visit_parameters(const ModelConfig& c, int64_t lora_rank, Parameters* p, Vi
       return projection ? &(projection->*member) : nullptr;
     };
     Adapter* adapter = projection && lora_rank > 0 ? &projection->adapter : nullptr;
-    visit(of(&Projection::weight), Shape{outputs, inputs}, weights, adapter, false);
+    visit(of(&Projection::weight), Shape{outputs, inputs}, weights, adapter, false, layer);
     if (bias) add(of(&Projection::bias), {outputs}, biases);
     if (lora_rank == 0) return;
     visit(adapter ? &adapter->a : nullptr, Shape{lora_rank, inputs},
-          Slices{{fused_name + ".lora_A.weight", lora_rank}}, nullptr, true);
+          Slices{{fused_name + ".lora_A.weight", lora_rank}}, nullptr, true, layer);
     visit(adapter ? &adapter->b : nullptr, Shape{outputs, lora_rank},
-          Slices{{fused_name + ".lora_B.weight", outputs}}, nullptr, true);
+          Slices{{fused_name + ".lora_B.weight", outputs}}, nullptr, true, layer);
   };
   add(p ? &p->embedding : nullptr, {c.vocab_size, h}, {{"model.embed_tokens.weight", c.vocab_size}});
-  for (int64_t i = 0; i < c.layers; ++i) {
-    LayerParameters* l = p ? &p->layers[static_cast<size_t>(i)] : nullptr;
-    const std::string base = "model.layers." + std::to_string(i) + ".";
+  for (layer = 0; layer < c.layers; ++layer) {
+    LayerParameters* l = p ? &p->layers[static_cast<size_t>(layer)] : nullptr;
+    const std::string base = "model.layers." + std::to_string(layer) + ".";
     const std::string attention = base + "self_attn.", mlp = base + "mlp.";
     add(l ? &l->attention_norm : nullptr, {h}, {{base + "input_layernorm.weight", h}});
     add_projection(l ? &l->qkv : nullptr, attention + "qkv_proj", h, c.attention_bias,
@@ -58,6 +59,7 @@ void visit_parameters(const ModelConfig& c, int64_t lora_rank, Parameters* p, Vi
                    {{mlp + "gate_proj", f}, {mlp + "up_proj", f}});
     add_projection(l ? &l->down : nullptr, mlp + "down_proj", f, c.mlp_bias, {{mlp + "down_proj", h}});
   }
+  layer = -1;
   add(p ? &p->final_norm : nullptr, {h}, {{"model.norm.weight", h}});
   if (!c.tied_head) {
     add(p ? &p->untied_head : nullptr, {c.vocab_size, h}, {{"lm_head.weight", c.vocab_size}});
@@ -88,22 +90,6 @@ Tensor shaped_like(const Tensor& flat, const std::vector<int64_t>& shape) {
 // So that every gradient of a layer's begins at a multiple of 256 bytes.
 int64_t round_up(int64_t elements) { return (elements + 63) / 64 * 64; }
 
-std::vector<Parameter*> trained_of(LayerParameters& layer) {
-  std::vector<Parameter*> trained;
-  const auto add = [&](Parameter& parameter) {
-    if (parameter.trained) trained.push_back(&parameter);
-  };
-  add(layer.attention_norm);
-  add(layer.mlp_norm);
-  for (Projection* projection : {&layer.qkv, &layer.output, &layer.gate_up, &layer.down}) {
-    add(projection->weight);
-    add(projection->bias);
-    add(projection->adapter.a);
-    add(projection->adapter.b);
-  }
-  return trained;
-}
-
 // Elements [begin, begin + count) of a tensor as a flat one.
 Tensor flat(const Tensor& tensor, int64_t begin, int64_t count) {
   return tensor.view({tensor.size()}).rows(begin, begin + count);
@@ -116,7 +102,7 @@ std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t l
   visit_parameters(
       config, lora_rank, nullptr,
       [&](Parameter*, const std::vector<int64_t>& shape, const std::vector<Slice>& slices, const Adapter*,
-          bool adapter) { append_named(named, nullptr, shape, slices, nullptr, adapter); });
+          bool adapter, int64_t) { append_named(named, nullptr, shape, slices, nullptr, adapter); });
   return named;
 }
 
@@ -128,19 +114,21 @@ Parameters::Parameters(Backend& backend, Arena& arena, const ModelConfig& config
       tied_(config.tied_head),
       arena_(arena),
       layer_gradients_(layers.size()) {
-  visit_parameters(config, training.lora_rank, this,
-                   [&](Parameter* parameter, const std::vector<int64_t>& shape,
-                       const std::vector<Slice>& slices, const Adapter* adapted, bool adapter) {
-                     parameter->shape = shape;
-                     parameter->trained = training.trainable && (training.lora_rank == 0 || adapter);
-                     const bool f32 = parameter->trained || !parameter->matrix();
-                     parameter->dtype = f32 ? DType::f32 : config.dtype;
-                     all_.push_back(parameter);
-                     if (parameter->trained) trained_.push_back(parameter);
-                     if (parameter->trained && parameter->matrix())
-                       staged_size_ = std::max(staged_size_, parameter->size());
-                     append_named(named_, parameter, shape, slices, adapted, adapter);
-                   });
+  visit_parameters(
+      config, training.lora_rank, this,
+      [&](Parameter* parameter, const std::vector<int64_t>& shape, const std::vector<Slice>& slices,
+          const Adapter* adapted, bool adapter, int64_t layer) {
+        parameter->shape = shape;
+        parameter->layer = layer;
+        parameter->trained = training.trainable && (training.lora_rank == 0 || adapter);
+        const bool f32 = parameter->trained || !parameter->matrix();
+        parameter->dtype = f32 ? DType::f32 : config.dtype;
+        all_.push_back(parameter);
+        if (parameter->trained) trained_.push_back(parameter);
+        if (parameter->trained && parameter->matrix())
+          staged_size_ = std::max(staged_size_, parameter->size());
+        append_named(named_, parameter, shape, slices, adapted, adapter);
+      });
   // What is not written before it is used is 0.
   for (Parameter* parameter : all_) {
     if (!parameter->matrix()) open_value(*parameter);
@@ -178,23 +166,19 @@ const NamedParameter& Parameters::find(const std::string& name) const {
 bool Parameters::make_gradients() {
   if (has_gradients() || trained_.empty()) return false;
   try {
-    for (size_t i = 0; i < layers.size(); ++i) {
-      const std::vector<Parameter*> parts = trained_of(layers[i]);
+    // Those of one layer follow each other.
+    for (auto first = trained_.begin(), last = first; first != trained_.end(); first = last) {
+      const int64_t layer = (*first)->layer;
       int64_t elements = 0;
-      for (const Parameter* part : parts) elements += round_up(part->size());
-      if (elements == 0) continue;
-      const Tensor& block = layer_gradients_[i] = backend_.allocate(DType::f32, {elements});
+      for (; last != trained_.end() && (*last)->layer == layer; ++last) elements += round_up((*last)->size());
+      const Tensor block = backend_.allocate(DType::f32, {elements});
       backend_.zero(block);
+      if (layer >= 0) layer_gradients_[static_cast<size_t>(layer)] = block;
       int64_t begin = 0;
-      for (Parameter* part : parts) {
-        part->gradient = shaped_like(block.rows(begin, begin + part->size()), part->shape);
-        begin += round_up(part->size());
+      for (auto part = first; part != last; ++part) {
+        (*part)->gradient = shaped_like(block.rows(begin, begin + (*part)->size()), (*part)->shape);
+        begin += round_up((*part)->size());
       }
-    }
-    for (Parameter* parameter : trained_) {
-      if (parameter->gradient) continue;
-      parameter->gradient = allocate_like(backend_, DType::f32, parameter->shape);
-      backend_.zero(parameter->gradient);
     }
   } catch (...) {
     drop_gradients();
@@ -351,16 +335,10 @@ void Parameters::update(const AdamWOptions& options, float weight_decay) {
       staged = stage(*parameter);
       backend_.unpack_weight(*parameter->packed, staged);
     }
-    AdamWTensor tensor{parameter->value,
-                       Tensor(),
-                       parameter->lower,
-                       parameter->gradient,
-                       parameter->adam_m,
-                       parameter->adam_v,
-                       parameter->matrix() ? weight_decay : 0.0f};
-    if (staged) (parameter->lower ? tensor.weight : tensor.master) = staged;
     updates.push_back({parameter, staged});
-    tensors.push_back(tensor);
+    const Tensor master = parameter->lower ? parameter->lower : staged ? staged : parameter->value;
+    tensors.push_back({master, parameter->lower ? staged : Tensor(), parameter->gradient, parameter->adam_m,
+                       parameter->adam_v, parameter->matrix() ? weight_decay : 0.0f});
   }
   flush();
 }

@@ -37,6 +37,7 @@ struct Training {
 // bfloat16: `value` is empty then, but for the time between writing and the next use.
 struct Parameter {
   std::vector<int64_t> shape;  // [N, K] of a matrix, [N] of a bias or a norm's weight
+  int64_t layer = -1;          // that it is a part of; -1: of none
   bool trained = false;        // has a gradient and moments
   DType dtype = DType::f32;    // of `value`
   Tensor value;

@@ -79,9 +79,7 @@ struct Activations {
   Tensor output_rstd;  // [T] f32, as output
 
   // Where a layer finds x; behind the last, where that has left it.
-  const Tensor& input_of(size_t layer) const {
-    return layer < layers.size() ? layers[layer].attention_input : output;
-  }
+  Tensor& input_of(size_t layer) { return layer < layers.size() ? layers[layer].attention_input : output; }
   // The first token that a layer goes through whole for.
   int64_t first_row(size_t layer) const { return layer + 1 == layers.size() ? first_wanted : 0; }
   // Of a buffer with the ancestors' rows those of the tokens themselves.

@@ -126,7 +126,6 @@ class Sampler {
   void make_sequences();
   void make_buffers();
   void make_kept();
-  Activations kept_window(int64_t rows, const Activations& shared);
   bool prefill();
   void prefill_pass(const PrefillPass& pass);
   void draw_first_tokens(const Tensor& x, const PrefillPass& pass);
@@ -290,11 +289,6 @@ void Sampler::make_kept() {
   }
 }
 
-// Buffers for a forward over `rows` tokens, of what is kept the next.
-Activations Sampler::kept_window(int64_t rows, const Activations& shared) {
-  return kept_ ? kept_->next(rows, shared) : shared;
-}
-
 bool Sampler::prefill() {
   for (size_t s = 0; s < tree_.segments.size(); ++s) {
     for (int32_t page = KvCache::pages_for(tree_.segments[s].tokens); page > 0; --page) {
@@ -339,9 +333,9 @@ void Sampler::prefill_pass(const PrefillPass& pass) {
   const Forest forest = model_.upload_forest(tokens, positions, visible_until);
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
-  Activations activations =
-      kept_window(forest.tokens, transformer.make_activations(arena_, forest.tokens, Holds::nothing));
+  Activations activations = transformer.make_activations(arena_, forest.tokens, Holds::nothing);
   if (kept_) {
+    activations = kept_->next(forest.tokens, activations);
     const int64_t first = kept_->used() - (pass.end - pass.begin);
     for (int32_t i = pass.begin; i < pass.end; ++i) {
       kept_prompt_rows_[static_cast<size_t>(i)] = static_cast<int32_t>(first + i - pass.begin);
@@ -587,7 +581,7 @@ void Sampler::step() {
   backend_.upload(device_inputs_.rows(0, 6 * rows), inputs_.data(), inputs_.size() * sizeof(int32_t));
 
   if (kept_) {
-    step_activations_ = kept_window(rows, step_activations_);
+    step_activations_ = kept_->next(rows, step_activations_);
     for (int64_t r = 0; r < rows; ++r) {
       Sequence& sequence = at(live_[static_cast<size_t>(r)]);
       sequence.kept_row = kept_->set(kept_->used() - rows + r, sequence.kept_row, sequence.tokens.back());

@@ -339,9 +339,8 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
         for (options.step = 1; options.step <= 20; ++options.step) {
           const auto gradient = random.normals(n);
           const Tensor tg = upload(backend, DType::f32, {n}, gradient);
-          backend.adamw(
-              {{master, weight, {}, tg, tm, tv, weight_decay}, {no_decay, {}, {}, tg, om, ov, 0.0f}},
-              options);
+          backend.adamw({{master, weight, tg, tm, tv, weight_decay}, {no_decay, {}, tg, om, ov, 0.0f}},
+                        options);
           const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
           const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
           const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
@@ -361,7 +360,7 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
         CHECK(relative_error(download(backend, tv), v) < 2e-6);
         CHECK(same_bits(download(backend, weight), stored(download(backend, master), copy)));
         options.step = 21;
-        backend.adamw({{master, {}, {}, tm, tm, tv, 0.0f}}, options);
+        backend.adamw({{master, {}, tm, tm, tv, 0.0f}}, options);
         backend.adamw({}, options);
       }
     }
@@ -427,7 +426,7 @@ TEST_CASE("a master in halves is the same master, and moves in the same way") {
         for (options.step = 1; options.step <= 5; ++options.step) {
           const Tensor gradient = upload(backend, DType::f32, {n}, random.normals(n));
           backend.adamw(
-              {{master, weight, {}, gradient, m, v, 0.1f}, {{}, half, lower, gradient, half_m, half_v, 0.1f}},
+              {{master, weight, gradient, m, v, 0.1f}, {lower, half, gradient, half_m, half_v, 0.1f}},
               options);
           CHECK(same_bits(download(backend, half), download(backend, weight)));
           backend.join_master(half, lower, joined);
@@ -467,7 +466,7 @@ TEST_CASE("adamw keeps moments in bf16 without bias, wherever its tensors begin"
         options.learning_rate = 1e-2f;
         for (options.step = 1; options.step <= 20; ++options.step) {
           const auto gradient = random.normals(n);
-          backend.adamw({{master, weight, {}, part(DType::f32, gradient), tm, tv, 0.1f}}, options);
+          backend.adamw({{master, weight, part(DType::f32, gradient), tm, tv, 0.1f}}, options);
           const double b1 = options.beta1, b2 = options.beta2, lr = options.learning_rate;
           const double c1 = 1.0 - std::pow(b1, static_cast<double>(options.step));
           const double c2 = 1.0 - std::pow(b2, static_cast<double>(options.step));
@@ -500,7 +499,7 @@ TEST_CASE("adamw keeps moments in bf16 without bias, wherever its tensors begin"
                  v = upload(backend, DType::bf16, {n}, std::vector<float>(n, 1.0f));
     AdamWOptions options;
     for (options.step = 1; options.step <= 500; ++options.step)
-      backend.adamw({{master, {}, {}, gradient, m, v, 0.0f}}, options);
+      backend.adamw({{master, {}, gradient, m, v, 0.0f}}, options);
     double mean = 0.0;
     for (const float value : download(backend, v)) mean += value / static_cast<double>(n);
     CHECK(mean == doctest::Approx(std::pow(0.999, 500.0)).epsilon(1e-2));

@@ -46,16 +46,12 @@ HWY_INLINE VF32 round_by_chance(VF32 value, VU32 noise) {
 //   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = v * beta2 + (1 - beta2) * g^2
 //   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 // on elements [first, first + n) of the arrays.
-// A master that is null is in halves, `weight` and `lower`.
-template <bool kHalves, typename W, typename M>
-void adamw_range(int64_t first, int64_t n, float* master, W* weight, bf16* lower, const float* gradient, M* m,
-                 M* v, float weight_decay, const AdamWOptions& options) {
+// Where `master` is lower halves, `weight` is the upper ones.
+template <typename Master, typename W, typename M>
+void adamw_range(int64_t first, int64_t n, Master* master, W* weight, const float* gradient, M* m, M* v,
+                 float weight_decay, const AdamWOptions& options) {
   const F32 d;
-  if constexpr (kHalves) {
-    lower += first;
-  } else {
-    master += first;
-  }
+  master += first;
   gradient += first;
   m += first;
   v += first;
@@ -78,11 +74,9 @@ void adamw_range(int64_t first, int64_t n, float* master, W* weight, bf16* lower
     const VF32 m1 = hn::MulAdd(hn::Sub(g, m0), take1, m0);
     const VF32 v1 = hn::MulAdd(hn::Mul(g, g), take2, hn::Mul(load_part(d, v + i, lanes, whole), keep2));
     const VF32 denominator = hn::Add(hn::Div(hn::Sqrt(v1), root2), epsilon);
-    VF32 p;
-    if constexpr (kHalves) {
-      p = load_halves_part(d, weight + i, lower + i, lanes, whole);
-    } else {
-      p = load_part(d, master + i, lanes, whole);
+    VF32 p = load_part(d, master + i, lanes, whole);
+    if constexpr (std::is_same_v<Master, LowerHalf>) {
+      p = join_halves(d, load_part(d, weight + i, lanes, whole), p);
     }
     const VF32 p0 = hn::Mul(p, keep);
     const VF32 p1 = hn::MulAdd(step, hn::Div(m1, denominator), p0);
@@ -95,27 +89,23 @@ void adamw_range(int64_t first, int64_t n, float* master, W* weight, bf16* lower
       store_part(d, m1, m + i, lanes, whole);
       store_part(d, v1, v + i, lanes, whole);
     }
-    if constexpr (kHalves) {
-      store_halves_part(d, p1, weight + i, lower + i, lanes, whole);
-    } else {
-      store_part(d, p1, master + i, lanes, whole);
-      if (weight) store_part(d, p1, weight + i, lanes, whole);
-    }
+    store_part(d, p1, master + i, lanes, whole);
+    if (weight) store_part(d, p1, weight + i, lanes, whole);
   });
 }
 
 void adamw(int threads, const AdamWTensor& tensor, const AdamWOptions& options) {
   const auto run = [&](auto* weight, auto* m, auto* v) {
-    parallel_for(threads, tensor.gradient.size(), 1 << 13, [&](int64_t begin, int64_t end) {
-      const auto update = [&](auto halves) {
-        adamw_range<decltype(halves)::value>(begin, end - begin, tensor.master.as<float>(), weight,
-                                             tensor.lower.as<bf16>(), tensor.gradient.as<const float>(), m, v,
-                                             tensor.weight_decay, options);
+    parallel_for(threads, tensor.master.size(), 1 << 13, [&](int64_t begin, int64_t end) {
+      const auto update = [&](auto* master) {
+        adamw_range(begin, end - begin, master, weight, tensor.gradient.as<const float>(), m, v,
+                    tensor.weight_decay, options);
       };
-      if constexpr (sizeof(*weight) == sizeof(bf16)) {
-        if (tensor.lower) return update(std::true_type());
+      if (tensor.master.dtype == DType::bf16) {
+        update(tensor.master.as<LowerHalf>());
+      } else {
+        update(tensor.master.as<float>());
       }
-      update(std::false_type());
     });
   };
   const auto with_weight = [&](auto* weight) {

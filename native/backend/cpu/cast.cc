@@ -39,9 +39,12 @@ void split_master(int threads, const Tensor& master, const Tensor& weight, const
   parallel_for(threads, master.size(), 1 << 14, [&](int64_t begin, int64_t end) {
     const F32 d;
     const float* from = master.as<const float>() + begin;
-    bf16 *upper = weight.as<bf16>() + begin, *below = lower.as<bf16>() + begin;
+    bf16* upper = weight.as<bf16>() + begin;
+    LowerHalf* below = lower.as<LowerHalf>() + begin;
     for_vectors(d, end - begin, [&](size_t i, size_t lanes, auto whole) {
-      store_halves_part(d, load_part(d, from + i, lanes, whole), upper + i, below + i, lanes, whole);
+      const VF32 value = load_part(d, from + i, lanes, whole);
+      store_part(d, value, upper + i, lanes, whole);
+      store_part(d, value, below + i, lanes, whole);
     });
   });
 }
@@ -49,10 +52,13 @@ void split_master(int threads, const Tensor& master, const Tensor& weight, const
 void join_master(int threads, const Tensor& weight, const Tensor& lower, const Tensor& master) {
   parallel_for(threads, master.size(), 1 << 14, [&](int64_t begin, int64_t end) {
     const F32 d;
-    const bf16 *upper = weight.as<const bf16>() + begin, *below = lower.as<const bf16>() + begin;
+    const bf16* upper = weight.as<const bf16>() + begin;
+    const LowerHalf* below = lower.as<const LowerHalf>() + begin;
     float* to = master.as<float>() + begin;
     for_vectors(d, end - begin, [&](size_t i, size_t lanes, auto whole) {
-      store_part(d, load_halves_part(d, upper + i, below + i, lanes, whole), to + i, lanes, whole);
+      const VF32 value =
+          join_halves(d, load_part(d, upper + i, lanes, whole), load_part(d, below + i, lanes, whole));
+      store_part(d, value, to + i, lanes, whole);
     });
   });
 }

@@ -42,6 +42,30 @@ HWY_INLINE void store(F32, VF32 v, bf16* p) {
   hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di32, upper)), du16, reinterpret_cast<uint16_t*>(p));
 }
 
+// The lower half of a master (halves.h): read as the number whose lower bits they are, and that of what is stored.
+HWY_INLINE VF32 load(F32 d, const LowerHalf* p) {
+  const hn::RebindToUnsigned<F32> du32;
+  const hn::Rebind<uint16_t, F32> du16;
+  return hn::BitCast(d, hn::PromoteTo(du32, hn::LoadU(du16, reinterpret_cast<const uint16_t*>(p))));
+}
+HWY_INLINE void store(F32, VF32 v, LowerHalf* p) {
+  const hn::RebindToUnsigned<F32> du32;
+  const hn::RebindToSigned<F32> di32;
+  const hn::Rebind<uint16_t, F32> du16;
+  const auto bits = hn::BitCast(du32, v);
+  const auto lower = hn::And(bits, hn::Set(du32, 0xffffu));
+  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1u));
+  const auto kept = hn::IfThenElse(hn::Eq(lower, hn::Set(du32, kBetween)), hn::Or(lower, odd), lower);
+  hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di32, kept)), du16, reinterpret_cast<uint16_t*>(p));
+}
+HWY_INLINE VF32 join_halves(F32 d, VF32 weight, VF32 lower) {
+  const hn::RebindToUnsigned<F32> du32;
+  const hn::RebindToSigned<F32> di32;
+  const auto rounded_up = hn::Gt(hn::BitCast(di32, lower), hn::Set(di32, static_cast<int32_t>(kBetween)));
+  const auto carry = hn::IfThenElseZero(hn::RebindMask(du32, rounded_up), hn::Set(du32, 0x10000u));
+  return hn::BitCast(d, hn::Sub(hn::Add(hn::BitCast(du32, weight), hn::BitCast(du32, lower)), carry));
+}
+
 // The first n lanes; the rest read as 0.
 template <typename T>
 HWY_INLINE VF32 load_n(F32 d, const T* p, size_t n) {
@@ -54,26 +78,6 @@ HWY_INLINE void store_n(F32 d, VF32 v, T* p, size_t n) {
   T lanes[HWY_MAX_BYTES / sizeof(float)];
   store(d, v, lanes);
   std::memcpy(p, lanes, n * sizeof(T));
-}
-
-// A master in halves (halves.h). The upper of the two is stored as any bf16.
-HWY_INLINE VF32 load_halves(F32 d, const bf16* weight, const bf16* lower) {
-  const hn::RebindToUnsigned<F32> du32;
-  const hn::RebindToSigned<F32> di32;
-  const auto below = hn::ShiftRight<16>(hn::BitCast(du32, load(d, lower)));
-  const auto rounded_up = hn::Gt(hn::BitCast(di32, below), hn::Set(di32, static_cast<int32_t>(kBetween)));
-  const auto carry = hn::IfThenElseZero(hn::RebindMask(du32, rounded_up), hn::Set(du32, 0x10000u));
-  return hn::BitCast(d, hn::Sub(hn::Add(hn::BitCast(du32, load(d, weight)), below), carry));
-}
-HWY_INLINE void store_lower(F32, VF32 v, bf16* lower) {
-  const hn::RebindToUnsigned<F32> du32;
-  const hn::RebindToSigned<F32> di32;
-  const hn::Rebind<uint16_t, F32> du16;
-  const auto bits = hn::BitCast(du32, v);
-  const auto below = hn::And(bits, hn::Set(du32, 0xffffu));
-  const auto odd = hn::And(hn::ShiftRight<16>(bits), hn::Set(du32, 1u));
-  const auto kept = hn::IfThenElse(hn::Eq(below, hn::Set(du32, kBetween)), hn::Or(below, odd), below);
-  hn::StoreU(hn::DemoteTo(du16, hn::BitCast(di32, kept)), du16, reinterpret_cast<uint16_t*>(lower));
 }
 
 // Calls body(index, lanes, whole) over [0, n), vector by vector; `whole` is std::true_type except for the rest, of
@@ -99,29 +103,6 @@ HWY_INLINE void store_part(F32 d, VF32 v, T* p, size_t n, Whole) {
     store(d, v, p);
   } else {
     store_n(d, v, p, n);
-  }
-}
-
-template <class Whole>
-HWY_INLINE VF32 load_halves_part(F32 d, const bf16* weight, const bf16* lower, size_t n, Whole) {
-  if constexpr (Whole::value) {
-    return load_halves(d, weight, lower);
-  } else {
-    bf16 upper_lanes[HWY_MAX_BYTES / sizeof(float)] = {}, lower_lanes[HWY_MAX_BYTES / sizeof(float)] = {};
-    std::memcpy(upper_lanes, weight, n * sizeof(bf16));
-    std::memcpy(lower_lanes, lower, n * sizeof(bf16));
-    return load_halves(d, upper_lanes, lower_lanes);
-  }
-}
-template <class Whole>
-HWY_INLINE void store_halves_part(F32 d, VF32 v, bf16* weight, bf16* lower, size_t n, Whole whole) {
-  store_part(d, v, weight, n, whole);
-  if constexpr (Whole::value) {
-    store_lower(d, v, lower);
-  } else {
-    bf16 lanes[HWY_MAX_BYTES / sizeof(float)];
-    store_lower(d, v, lanes);
-    std::memcpy(lower, lanes, n * sizeof(bf16));
   }
 }
 

@@ -24,14 +24,13 @@ constexpr int64_t kChunk = 16384;  // elements of a block
 struct Update {
   int64_t first_chunk;
   int64_t size;
-  float* master;  // null where it is in halves, weight and lower
-  void* weight;   // float or bf16, or null
-  bf16* lower;
+  void* master;  // float, or LowerHalf beside a weight of bf16
+  void* weight;  // float or bf16, or null
   const float* gradient;
   void* m;  // float or bf16, as v
   void* v;
   float keep;  // 1 - learning rate * weight decay
-  bool weight_bf16, moments_bf16;
+  bool halves, weight_bf16, moments_bf16;
   bool wide;  // 4 elements at a time
 };
 
@@ -62,16 +61,17 @@ __device__ inline void update_range(const Update& of, const UpdateConstants& wit
   M* const m_of = static_cast<M*>(of.m);
   M* const v_of = static_cast<M*>(of.v);
   W* const weight = static_cast<W*>(of.weight);
-  constexpr bool kHalves = sizeof(W) == 2;
+  float* const master = static_cast<float*>(of.master);
+  LowerHalf* const lower = static_cast<LowerHalf*>(of.master);
   for (int64_t i = begin + thread_index() * N; i < end; i += thread_count() * N) {
     float p[N], g[N], m[N], v[N];
-    if (kHalves && of.lower != nullptr) {
-      const Vector<bf16, N> above = load_vector<N>(reinterpret_cast<const bf16*>(weight) + i);
-      const Vector<bf16, N> below = load_vector<N>(of.lower + i);
+    if (of.halves) {
+      const Vector<bf16, N> above = load_vector<N>(static_cast<const bf16*>(of.weight) + i);
+      const Vector<LowerHalf, N> below = load_vector<N>(lower + i);
 #pragma unroll
       for (int j = 0; j < N; ++j) p[j] = join_halves(above.at[j], below.at[j]);
     } else {
-      load_floats(p, of.master + i);
+      load_floats(p, master + i);
     }
     load_floats(g, of.gradient + i);
     load_floats(m, m_of + i);
@@ -91,13 +91,13 @@ __device__ inline void update_range(const Update& of, const UpdateConstants& wit
     }
     store_floats(m_of + i, m);
     store_floats(v_of + i, v);
-    if (kHalves && of.lower != nullptr) {
-      Vector<bf16, N> below;
+    if (of.halves) {
+      Vector<LowerHalf, N> below;
 #pragma unroll
       for (int j = 0; j < N; ++j) below.at[j] = lower_half(p[j]);
-      store_vector<N>(of.lower + i, below);
+      store_vector<N>(lower + i, below);
     } else {
-      store_floats(of.master + i, p);
+      store_floats(master + i, p);
     }
     if (weight != nullptr) store_floats(weight + i, p);
   }
@@ -188,17 +188,17 @@ void CudaBackend::adamw(const std::vector<AdamWTensor>& tensors, const AdamWOpti
   std::vector<Update> updates;
   int64_t chunks = 0;
   for (const AdamWTensor& tensor : tensors) {
-    const int64_t size = tensor.gradient.size();
+    const int64_t size = tensor.master.size();
     if (size == 0) continue;
     const double decay =
         static_cast<double>(options.learning_rate) * static_cast<double>(tensor.weight_decay);
-    updates.push_back({chunks, size, tensor.master.as<float>(), tensor.weight.data, tensor.lower.as<bf16>(),
-                       tensor.gradient.as<const float>(), tensor.m.data, tensor.v.data,
-                       static_cast<float>(1.0 - decay), tensor.weight.dtype == DType::bf16,
-                       tensor.m.dtype == DType::bf16,
-                       vectors_fit(0, 4,
-                                   {tensor.master.data, tensor.weight.data, tensor.lower.data,
-                                    tensor.gradient.data, tensor.m.data, tensor.v.data})});
+    updates.push_back(
+        {chunks, size, tensor.master.data, tensor.weight.data, tensor.gradient.as<const float>(),
+         tensor.m.data, tensor.v.data, static_cast<float>(1.0 - decay), tensor.master.dtype == DType::bf16,
+         tensor.weight.dtype == DType::bf16, tensor.m.dtype == DType::bf16,
+         vectors_fit(
+             0, 4,
+             {tensor.master.data, tensor.weight.data, tensor.gradient.data, tensor.m.data, tensor.v.data})});
     chunks += divide_up(size, kChunk);
   }
   if (updates.empty()) return;

@@ -28,13 +28,13 @@ __global__ void __launch_bounds__(kThreads) cast_kernel(const From* from, To* to
 // master, weight, lower [size], as cast_kernel.
 template <int N>
 __global__ void __launch_bounds__(kThreads)
-    split_master_kernel(const float* master, bf16* weight, bf16* lower, int64_t size) {
+    split_master_kernel(const float* master, bf16* weight, LowerHalf* lower, int64_t size) {
   const int64_t index = grid_index() * N;
   if (index + N <= size) {
     float values[N];
     load_floats(values, master + index);
     store_floats(weight + index, values);
-    Vector<bf16, N> below;
+    Vector<LowerHalf, N> below;
 #pragma unroll
     for (int i = 0; i < N; ++i) below.at[i] = lower_half(values[i]);
     store_vector<N>(lower + index, below);
@@ -48,10 +48,11 @@ __global__ void __launch_bounds__(kThreads)
 
 template <int N>
 __global__ void __launch_bounds__(kThreads)
-    join_master_kernel(const bf16* weight, const bf16* lower, float* master, int64_t size) {
+    join_master_kernel(const bf16* weight, const LowerHalf* lower, float* master, int64_t size) {
   const int64_t index = grid_index() * N;
   if (index + N <= size) {
-    const Vector<bf16, N> above = load_vector<N>(weight + index), below = load_vector<N>(lower + index);
+    const Vector<bf16, N> above = load_vector<N>(weight + index);
+    const Vector<LowerHalf, N> below = load_vector<N>(lower + index);
     float values[N];
 #pragma unroll
     for (int i = 0; i < N; ++i) values[i] = join_halves(above.at[i], below.at[i]);
@@ -61,25 +62,27 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// Calls body(elements a thread, launch shape) with as many as the addresses allow.
+template <typename Body>
+void by_width(int64_t size, std::initializer_list<const void*> addresses, Body&& body) {
+  with_width<8>(vectors_fit(8, 8, addresses), [&](auto width) {
+    body(width, LaunchShape{blocks(divide_up(size, decltype(width)::value * kThreads)), kThreads});
+  });
+}
+
 }  // namespace
 
 void CudaBackend::split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) {
-  const int64_t size = master.size();
-  with_width<8>(vectors_fit(8, 8, {master.data, weight.data, lower.data}), [&](auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    launch(gpu(), "split_master", split_master_kernel<kWidth>,
-           {blocks(divide_up(size, kWidth * kThreads)), kThreads}, master.as<const float>(),
-           weight.as<bf16>(), lower.as<bf16>(), size);
+  by_width(master.size(), {master.data, weight.data, lower.data}, [&](auto width, const LaunchShape& shape) {
+    launch(gpu(), "split_master", split_master_kernel<decltype(width)::value>, shape,
+           master.as<const float>(), weight.as<bf16>(), lower.as<LowerHalf>(), master.size());
   });
 }
 
 void CudaBackend::join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) {
-  const int64_t size = master.size();
-  with_width<8>(vectors_fit(8, 8, {master.data, weight.data, lower.data}), [&](auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    launch(gpu(), "join_master", join_master_kernel<kWidth>,
-           {blocks(divide_up(size, kWidth * kThreads)), kThreads}, weight.as<const bf16>(),
-           lower.as<const bf16>(), master.as<float>(), size);
+  by_width(master.size(), {master.data, weight.data, lower.data}, [&](auto width, const LaunchShape& shape) {
+    launch(gpu(), "join_master", join_master_kernel<decltype(width)::value>, shape, weight.as<const bf16>(),
+           lower.as<const LowerHalf>(), master.as<float>(), master.size());
   });
 }
 
@@ -89,9 +92,8 @@ void CudaBackend::cast(const Tensor& destination, const Tensor& source) {
     return;
   }
   const int64_t size = source.size();
-  with_width<8>(vectors_fit(8, 8, {destination.data, source.data}), [&](auto width) {
+  by_width(size, {destination.data, source.data}, [&](auto width, const LaunchShape& shape) {
     constexpr int kWidth = decltype(width)::value;
-    const LaunchShape shape{blocks(divide_up(size, kWidth * kThreads)), kThreads};
     if (source.dtype == DType::bf16) {
       launch(gpu(), "cast", cast_kernel<bf16, float, kWidth>, shape, source.as<const bf16>(),
              destination.as<float>(), size);
