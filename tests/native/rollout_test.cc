@@ -152,7 +152,9 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
         }
       }
       CAPTURE(worst);
-      CHECK(worst < (dtype == DType::f32 ? 2e-5 : 0.1));
+      // cuBLASLt sums in another order for another batch: 2.4e-5 was seen on an H100.
+      const double order_of_sums = backend.info().name == "cuda" ? 5e-5 : 2e-5;
+      CHECK(worst < (dtype == DType::f32 ? order_of_sums : 0.1));
     }
   });
 }
