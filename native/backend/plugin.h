@@ -12,6 +12,10 @@ constexpr int kPluginInterface = 3;
 
 using PluginInterface = int();
 using OpenPlugin = void(int threads, std::shared_ptr<Backend>& backend);  // may throw Error
+// The CUDA version that the NVIDIA driver must be for, at least, as cuDriverGetVersion counts; 0 for a device that needs
+// none. Asked before the plugin is opened.
+using PluginDriver = int();
+constexpr const char* kPluginDriverSymbol = "merf_plugin_driver";
 constexpr const char* kPluginInterfaceSymbol = "merf_plugin_interface";
 constexpr const char* kOpenPluginSymbol = "merf_open_plugin";
 
