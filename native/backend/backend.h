@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -166,6 +167,9 @@ class Backend {
   virtual int64_t memory_used() const = 0;
   virtual int64_t memory_peak() const = 0;
   virtual void reset_peak_memory() = 0;
+  // How often work went on only after the device's pool had given back memory that it held unused, since the process
+  // began; none where the device has no such pool. Any thread may ask.
+  virtual std::optional<int64_t> memory_retries() const { return std::nullopt; }
 
   // ---- matrix products (a library's work: libxsmm, oneDNN, cuBLASLt)
   // weight [N, K] f32|bf16. for_backward also prepares it for linear_backward_input, for_lookup for embedding.

@@ -48,6 +48,7 @@ class ProfiledBackend final : public Backend {
   int64_t memory_used() const override { return backend_->memory_used(); }
   int64_t memory_peak() const override { return backend_->memory_peak(); }
   void reset_peak_memory() override { backend_->reset_peak_memory(); }
+  std::optional<int64_t> memory_retries() const override { return backend_->memory_retries(); }
 
   std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
                                             bool for_lookup) override;

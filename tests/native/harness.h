@@ -66,6 +66,13 @@ void for_each_backend(Body&& body, int threads = 0) {
   }
 }
 
+// Whether a row of a product has the same bits whatever the rows beside it.
+inline bool sums_in_one_order(const Backend& backend) {
+  const auto& libraries = backend.info().libraries;
+  return std::none_of(libraries.begin(), libraries.end(),
+                      [](const auto& library) { return library.first == "cuBLASLt"; });
+}
+
 // Numbers by seed, the same on every machine.
 class Random {
  public:

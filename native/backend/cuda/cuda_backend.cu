@@ -5,6 +5,7 @@
 namespace merf::cuda {
 
 CudaBackend::CudaBackend(int threads) : device_(std::make_shared<Device>(threads)) {
+  const DeviceScope scope;  // libraries open on the device that is current
   const GpuProperties& gpu_properties = gpu().properties();
 #if defined(MERF_CUDA_EMULATION)
   info_.name = "cuda-emulated";

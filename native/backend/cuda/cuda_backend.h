@@ -49,6 +49,7 @@ class CudaBackend final : public Backend {
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
   void reset_peak_memory() override;
+  std::optional<int64_t> memory_retries() const override { return device_->gpu.memory_retries(); }
 
   // A tensor with these values, for what an operator lays out on the host.
   Tensor make(const std::vector<int32_t>& values);

@@ -1,6 +1,8 @@
 // Starting kernels.
 #pragma once
 
+#include <initializer_list>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -15,7 +17,14 @@ struct LaunchShape {
   size_t shared = 0;  // bytes of shared memory a block, as shared_bytes counts them
 };
 
+// Throws where a dimension is no number that a launch can be given, rather than lose its upper bits.
 inline dim3 blocks(int64_t x, int64_t y = 1, int64_t z = 1) {
+  for (const int64_t count : {x, y, z}) {
+    if (count < 0 || count > 0x7fffffff) {
+      throw Error("INTERNAL",
+                  "Expected a grid of at most 2147483647 blocks but received " + std::to_string(count));
+    }
+  }
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
 }
 
@@ -26,10 +35,11 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
   static_assert(sizeof...(Parameters) == sizeof...(Arguments));
   if (shape.grid.x == 0 || shape.grid.y == 0 || shape.grid.z == 0) return;
 #if defined(MERF_CUDA_EMULATION)
+  gpu.begin_launch(name);
   // Parameters are copied, as a launch does.
-  gpu.enqueue([&emulator = gpu.emulator(), name, kernel, shape,
-               ... parameters = Parameters(std::forward<Arguments>(arguments))] {
-    emulator.run(name, shape.grid, shape.threads, shape.shared, [&] { kernel(parameters...); });
+  gpu.enqueue([&gpu, name, kernel, shape, ... parameters = Parameters(std::forward<Arguments>(arguments))] {
+    if (!gpu.begin_kernel(name)) return;
+    gpu.emulator().run(name, shape.grid, shape.threads, shape.shared, [&] { kernel(parameters...); });
   });
 #else
   const void* function = reinterpret_cast<const void*>(kernel);
@@ -38,9 +48,7 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
   std::apply(
       [&](auto&... each) {
         void* addresses[] = {static_cast<void*>(&each)..., nullptr};
-        gpu.check_launch(name,
-                         cudaLaunchKernel(function, shape.grid, dim3(static_cast<unsigned>(shape.threads)),
-                                          addresses, shape.shared, gpu.stream()));
+        gpu.launch(name, function, shape.grid, shape.threads, shape.shared, addresses);
       },
       parameters);
 #endif

@@ -474,6 +474,8 @@ TEST_CASE("emulation: launches that no GPU accepts are refused") {
   check_refused({"The kernel tall", "grid is too large"}, [&](Gpu& gpu) {
     launch(gpu, "tall", nothing, {blocks(1, 65536), kWarp});
   });
+  CHECK(says(error_of([] { blocks((int64_t{1} << 32) + 1); }), {"4294967297"}));
+  CHECK(says(error_of([] { blocks(1, -1); }), {"-1"}));
   // No blocks are no launch.
   CHECK(error_of([&] { launch(*gpu_of(0), "empty", nothing, {blocks(0), kWarp}); }).empty());
 }
