@@ -174,6 +174,12 @@ class Backend {
   virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;
   // weight [N, K] of the type it was packed from = the very values it was packed from.
   virtual void unpack_weight(const PackedWeight& packed, const Tensor& weight) = 0;
+  // The values themselves, [N, K], where the weight is kept as it was given: what is written to them is packed. Empty
+  // where it is kept in another layout.
+  virtual Tensor packed_values(PackedWeight& packed) {
+    (void)packed;
+    return {};
+  }
   // y[M, N] = x[M, K] * W^T + bias (+ y where accumulate). x and W share a type; y is that type or f32;
   // bias [N] f32 or empty.
   virtual void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
