@@ -23,6 +23,9 @@ struct DeviceInfo {
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
   int64_t memory_bytes = 0;  // total memory of the device
+  // What logits to draw from may take at once. Every block of rows goes through the head's weight anew, so a device
+  // with memory to spare takes all rows of a step in one; the default is what a processor's caches make good use of.
+  int64_t logits_bytes = int64_t{64} << 20;
   bool fast_bf16 = false;    // bfloat16 products in hardware
   // Whether a token's activations and log-probability have the same bits whatever is computed beside it, and whether
   // it is decoded against the cache or scored in a forest.
