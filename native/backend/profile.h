@@ -54,6 +54,7 @@ class ProfiledBackend final : public Backend {
                                             bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
+  Tensor packed_values(PackedWeight& packed) override { return backend_->packed_values(packed); }
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,

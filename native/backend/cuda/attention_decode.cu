@@ -83,11 +83,12 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     cache_write_kernel(const T* k, int64_t k_stride, const T* v, int64_t v_stride, const int32_t* slots,
                        T* keys, T* values, int64_t tokens, int heads, int size) {
-  const int64_t width = int64_t{heads} * size;
-  const int64_t index = grid_index() * kVector<T>;
-  if (index >= tokens * width) return;
-  const int64_t token = index / width;
-  const int column = static_cast<int>(index % width), head = column / size;
+  // Accesses are counted in 32 bits, which divide faster: more of them than that would be of 64 GiB.
+  const uint32_t accesses = static_cast<uint32_t>(heads * size / kVector<T>);
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t token = index / accesses;
+  if (token >= tokens) return;
+  const int column = static_cast<int>(index % accesses) * kVector<T>, head = column / size;
   const int slot = slots[token];
   if (slot < 0) return;
   const int64_t to = ((int64_t{slot / kPage} * heads + head) * kPage + slot % kPage) * size + column % size;

@@ -462,6 +462,8 @@ void CudaBackend::unpack_weight(const PackedWeight& packed, const Tensor& weight
   copy(weight, values_of(packed));
 }
 
+Tensor CudaBackend::packed_values(PackedWeight& packed) { return values_of(packed); }
+
 void CudaBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
                          bool accumulate) {
   const int64_t n = weight.outputs, k = weight.inputs;
