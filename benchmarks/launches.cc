@@ -2,11 +2,12 @@
 // read and write, transfers and waits, counted by the device that is emulated for it
 // (native/backend/cuda/emulation/counts.h). Nothing is timed, and products of matrices are counted but not computed.
 //
-//   launches [--tiny] [--list] [CASE...]
+//   launches [--tiny] [--list] [CASE... | shape:ARCHITECTURE,HIDDEN,LAYERS,HEADS,KV_HEADS,HEAD,MLP,VOCABULARY,TIED,BIAS]
 //
-// Each line is one step of one model's shape. Layers are alike, so that a few of them tell the rest; --tiny counts all four
-// layers of small shapes, too, and fails where that gives another number.
-#include <memory>
+// Each line is one step of one model's shape. Layers are alike, so that one or two of them tell the bytes of the rest;
+// --tiny runs all three layers of small shapes, too, and fails where that gives another number. Of two large shapes it
+// counts launches and transfers alone, which takes no time.
+#include <algorithm>
 #include <optional>
 #include <sstream>
 
@@ -69,7 +70,7 @@ Training training_of(const StepCase& each) {
 }
 
 // Of the step that draws completions' tokens number kDecodedTokens.
-Counts count_decode(const StepCase& each) {
+Counts count_decode(const StepCase& each, bool runs) {
   cuda::CudaBackend backend(kThreads);
   Arena arena(backend);
   Model model(backend, arena, each.config, training_of(each));
@@ -82,7 +83,7 @@ Counts count_decode(const StepCase& each) {
          [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>&, const std::vector<float>&) {
            if (sequences.size() != live) return;
            ++drawn;
-           cuda::emulation::pass_over_kernels(drawn != kDecodedTokens - 1);
+           cuda::emulation::pass_over_kernels(!runs || drawn != kDecodedTokens - 1);
            if (drawn == kDecodedTokens - 1) before = cuda::emulation::counts();
            if (drawn == kDecodedTokens) after = cuda::emulation::counts();
          });
@@ -91,7 +92,7 @@ Counts count_decode(const StepCase& each) {
 }
 
 // Of the second step, since the first one makes what stays.
-Counts count_training(const StepCase& each) {
+Counts count_training(const StepCase& each, bool runs) {
   cuda::CudaBackend backend(kThreads);
   Arena arena(backend);
   Model model(backend, arena, each.config, training_of(each));
@@ -108,7 +109,7 @@ Counts count_training(const StepCase& each) {
   optimizer.max_gradient_norm = 1.0f;
   Counts before;
   for (int step = 1; step <= 2; ++step) {
-    cuda::emulation::pass_over_kernels(step == 1);
+    cuda::emulation::pass_over_kernels(!runs || step == 1);
     before = cuda::emulation::counts();
     const LossResult result = model.forward_backward(batch, loss, 0, Cancel());
     const OptimizerResult update = model.optim_step(optimizer, step);
@@ -117,24 +118,36 @@ Counts count_training(const StepCase& each) {
   return difference(cuda::emulation::counts(), before);
 }
 
-using Count = Counts(const StepCase&);
+using Count = Counts(const StepCase&, bool runs);
 
-// Of all the model's layers: two, and what a third adds times the rest. What it adds does not depend on the vocabulary.
+// Launches and transfers are those of the whole model, whose kernels are not run. The bytes of kernels are of one layer,
+// and what a second adds times the rest, which does not depend on the vocabulary.
 Counts count_layers(Count& count, const StepCase& each, const ForestShape& forest) {
   constexpr int64_t kFewTokens = 256;
   StepCase small = each;
   small.config.vocab_size = std::min(small.config.vocab_size, kFewTokens);
-  const Counts layer = difference(count(with(small, 3, forest)), count(with(small, 2, forest)));
-  return sum(count(with(each, 2, forest)), layer, each.config.layers - 2);
+  const Counts layer = difference(count(with(small, 2, forest), true), count(with(small, 1, forest), true));
+  const Counts bytes = sum(count(with(each, 1, forest), true), layer, each.config.layers - 1);
+  Counts counts = count(with(each, each.config.layers, forest), false);
+  for (auto& [name, of] : counts.kernels) {
+    const auto found = bytes.kernels.find(name);
+    if (found == bytes.kernels.end()) throw Error("INTERNAL", "one layer alone launches no " + name);
+    // Those of copies and products are known.
+    if (of.read > 0 || of.written > 0) continue;
+    of.read = found->second.read;
+    of.written = found->second.written;
+  }
+  return counts;
 }
 
-std::string text_of(const Counts& counts) {
+std::string text_of(const Counts& counts, bool bytes = true) {
   std::ostringstream out;
   out << ", \"kernels\": [";
   const char* separator = "";
   for (const auto& [name, of] : counts.kernels) {
-    out << separator << "{\"name\": " << quoted(name) << ", \"launches\": " << of.launches
-        << ", \"read\": " << of.read << ", \"written\": " << of.written << "}";
+    out << separator << "{\"name\": " << quoted(name) << ", \"launches\": " << of.launches;
+    if (bytes) out << ", \"read\": " << of.read << ", \"written\": " << of.written;
+    out << "}";
     separator = ", ";
   }
   const Transfers& t = counts.transfers;
@@ -144,42 +157,84 @@ std::string text_of(const Counts& counts) {
   return out.str();
 }
 
-std::vector<StepCase> launch_cases(bool tiny) {
-  if (!tiny) return step_cases(false);
-  return {{"tiny-qwen2", config_of("qwen2", 64, 4, 4, 2, 64, 96, 301, true, 1e4), 0, {}},
-          {"tiny-qwen2-lora", config_of("qwen2", 64, 4, 4, 1, 128, 96, 301, false, 1e4), 8, {}}};
+// What a launch case counts: bytes, too, and whether fewer layers tell those of all.
+enum class Counted : uint8_t { launches, bytes, every_layer };
+
+struct LaunchCase {
+  StepCase of;
+  Counted counted;
+};
+
+StepCase shape_named(const std::string& text) {
+  std::vector<std::string> parts;
+  std::istringstream in(text.substr(text.find(':') + 1));
+  for (std::string part; std::getline(in, part, ',');) parts.push_back(part);
+  std::vector<int64_t> n;
+  for (size_t i = 1; i < parts.size(); ++i) n.push_back(std::atoll(parts[i].c_str()));
+  if (n.size() != 9 || *std::min_element(n.begin(), n.end() - 2) < 1) {
+    throw std::invalid_argument("Expected an architecture and nine numbers but received " + text);
+  }
+  StepCase each{
+      "model", config_of(parts[0], n[0], n[1], n[2], n[3], n[4], n[5], n[6], n[7] != 0, 1e4), 0, {}};
+  each.config.attention_bias = n[8] != 0;
+  return each;
+}
+
+std::vector<LaunchCase> launch_cases(const Arguments& arguments) {
+  std::vector<LaunchCase> cases;
+  for (const std::string& word : arguments.only) {
+    if (word.starts_with("shape:")) cases.push_back({shape_named(word), Counted::bytes});
+  }
+  if (!cases.empty()) return cases;
+  if (arguments.tiny) {
+    cases.push_back({{"tiny-qwen2", config_of("qwen2", 64, 3, 4, 2, 64, 96, 301, true, 1e4), 0, {}},
+                     Counted::every_layer});
+    cases.push_back({{"tiny-qwen2-lora", config_of("qwen2", 64, 3, 4, 1, 128, 96, 301, false, 1e4), 8, {}},
+                     Counted::every_layer});
+  }
+  for (const StepCase& each : step_cases(false)) {
+    if (!arguments.tiny) {
+      cases.push_back({each, Counted::bytes});
+    } else if (each.name == "qwen2.5-0.5b" || each.name == "qwen2.5-7b-lora") {
+      cases.push_back({each, Counted::launches});
+    }
+  }
+  return cases;
+}
+
+struct Step {
+  const char* name;
+  Count* count;
+  ForestShape forest;
+};
+
+std::string text_of(const Step& step, const LaunchCase& each) {
+  const StepCase whole = with(each.of, each.of.config.layers, step.forest);
+  if (each.counted == Counted::launches) return text_of(step.count(whole, false), false);
+  const std::string counted = text_of(count_layers(*step.count, each.of, step.forest));
+  if (each.counted == Counted::every_layer) {
+    const std::string every = text_of(step.count(whole, true));
+    if (every != counted) {
+      throw Error("INTERNAL",
+                  "layers are not alike: counted" + every + " where fewer of them give" + counted);
+    }
+  }
+  return counted;
 }
 
 int run(const Arguments& arguments) {
-  struct Step {
-    const char* name;
-    Count* count;
-    ForestShape forest;
-  };
   const Step steps[] = {{"decode", count_decode, kDecodeForest},
                         {"training", count_training, kTrainingForest}};
   bool passed = true;
-  for (const StepCase& each : launch_cases(arguments.tiny)) {
+  for (const LaunchCase& each : launch_cases(arguments)) {
     for (const Step& step : steps) {
-      const std::string name = std::string(step.name) + "/" + each.name;
-      if (!wanted(arguments, name)) continue;
+      const std::string name = std::string(step.name) + "/" + each.of.name;
+      if (each.of.name != "model" && !wanted(arguments, name)) continue;
       Shape shape = step.forest.shape();
-      shape.emplace_back("layers", each.config.layers);
-      shape.emplace_back("lora_rank", each.lora_rank);
-      if (arguments.list) {
-        print_line(name, shape, "");
-        continue;
-      }
+      shape.emplace_back("layers", each.of.config.layers);
+      shape.emplace_back("lora_rank", each.of.lora_rank);
       try {
-        const Counts counts = count_layers(*step.count, each, step.forest);
-        if (arguments.tiny) {
-          const Counts whole = step.count(with(each, each.config.layers, step.forest));
-          if (text_of(whole) != text_of(counts)) {
-            throw Error("INTERNAL", "layers are not alike: counted" + text_of(whole) +
-                                        " where a few of them give" + text_of(counts));
-          }
-        }
-        print_line(name, shape, text_of(counts));
+        print_line(name, shape, arguments.list ? "" : text_of(step, each));
       } catch (const std::exception& error) {
         print_error(name, shape, error.what());
         passed = false;

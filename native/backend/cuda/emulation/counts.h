@@ -36,7 +36,8 @@ struct Counts {
 // Since the process began.
 Counts& counts();
 
-// Kernels are passed over instead of run and counted, for what leads to the step that is looked at.
+// Kernels are counted but not run, for what leads to the step that is looked at, and where launches are all that is asked
+// for: their bytes are not known then.
 void pass_over_kernels(bool yes);
 
 #if defined(MERF_EMULATION_COUNTS)
