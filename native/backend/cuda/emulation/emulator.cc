@@ -17,6 +17,7 @@
 #include <string>
 
 #include "backend/bf16.h"
+#include "backend/cuda/emulation/counts.h"
 #include "backend/cuda/emulation/memory.h"
 #include "backend/tensor.h"
 
@@ -522,6 +523,10 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
   if (shared_bytes > kMaxShared)
     fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("its grid is too large");
+  if (kernels_passed_over()) {
+    count_launch(kernel);
+    return;
+  }
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   const uint64_t launch_seed = seed_ == 0 ? 0 : (seed_ * 0x9e3779b97f4a7c15u + ++launches_) | 1;
 
@@ -563,6 +568,7 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
     if (!overrun.empty()) broken = "it wrote " + overrun;
   }
   if (!broken.empty()) fail(broken);
+  count_launch(kernel);
 }
 
 // ---- what kernels call
@@ -610,9 +616,13 @@ uint32_t ballot(bool condition, std::source_location at) {
 }
 
 uint32_t atomic_add(uint32_t* to, uint32_t value) {
+  count_read(to, sizeof(*to));
+  count_written(to, sizeof(*to));
   return std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 uint64_t atomic_add(uint64_t* to, uint64_t value) {
+  count_read(to, sizeof(*to));
+  count_written(to, sizeof(*to));
   return std::atomic_ref<uint64_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 void fence_memory() { std::atomic_thread_fence(std::memory_order_seq_cst); }
@@ -628,7 +638,10 @@ void refuse_address(const char* operation, size_t bytes) {
 void copy_async(void* to_shared, const void* from, bool valid, std::source_location at) {
   BlockRunner& runner = *BlockRunner::active;
   runner.check_shared(to_shared, "copy_async", at);
-  if (valid) runner.check_global(from, "copy_async", at);
+  if (valid) {
+    runner.check_global(from, "copy_async", at);
+    count_read(from, 16);
+  }
   Fiber& fiber = *runner.current;
   fiber.copies.push_back({to_shared, from, valid, fiber.open_group});
 }

@@ -16,13 +16,16 @@
 #include <unordered_map>
 #include <vector>
 
+#include "backend/cuda/emulation/counts.h"
 #include "backend/cuda/emulation/memory.h"
 #include "backend/cuda/health.h"
 
 namespace merf::cuda {
 namespace {
 
-constexpr size_t kMemory = size_t{4} << 30;
+// Where launches are counted they are an H100's, which has more of both: how work is cut depends on them.
+constexpr size_t kMemory = size_t{emulation::kCounts ? 80 : 4} << 30;
+constexpr int kMultiprocessors = emulation::kCounts ? 132 : 2;
 
 uint64_t number_from(const char* variable, uint64_t otherwise) {
   const char* text = std::getenv(variable);
@@ -99,7 +102,7 @@ Gpu::Gpu(int threads) {
   state_ = std::make_unique<State>(properties_.host_threads);
   properties_.name = "emulated on the host";
   properties_.major = 9;
-  properties_.multiprocessors = 2;
+  properties_.multiprocessors = kMultiprocessors;
   properties_.shared_bytes = 227 << 10;
   properties_.total_bytes = state_->memory;
   state_->enqueue = [this](std::function<void()> work) { enqueue(std::move(work)); };
@@ -187,23 +190,38 @@ void Gpu::upload(void* device, const void* host, size_t bytes) {
   state_->enter("an upload");
   if (state_->recording) throw Error("INTERNAL", "Expected no upload while work is recorded");
   std::memcpy(device, host, bytes);
+  if constexpr (emulation::kCounts) {
+    ++emulation::counts().transfers.uploads;
+    emulation::counts().transfers.uploaded += static_cast<int64_t>(bytes);
+  }
 }
 void Gpu::download(void* host, const void* device, size_t bytes) {
   state_->enter("a download");
   if (state_->recording) throw Error("INTERNAL", "Expected no download while work is recorded");
   std::memcpy(host, device, bytes);
+  if constexpr (emulation::kCounts) {
+    ++emulation::counts().transfers.downloads;
+    emulation::counts().transfers.downloaded += static_cast<int64_t>(bytes);
+  }
 }
 void Gpu::copy(void* to, const void* from, size_t bytes) {
   state_->enter("a copy");
-  enqueue([=] { std::memmove(to, from, bytes); });
+  enqueue([=] {
+    if (!emulation::kernels_passed_over()) std::memmove(to, from, bytes);
+    if (bytes > 0) emulation::count_launch("copy", bytes, bytes);
+  });
 }
 void Gpu::fill(void* to, int byte, size_t bytes) {
   state_->enter("clearing memory");
-  enqueue([=] { std::memset(to, byte, bytes); });
+  enqueue([=] {
+    if (!emulation::kernels_passed_over()) std::memset(to, byte, bytes);
+    if (bytes > 0) emulation::count_launch("fill", 0, bytes);
+  });
 }
 void Gpu::synchronize() {
   state_->enter("waiting for it");
   if (state_->recording) throw Error("INTERNAL", "Expected no synchronisation while work is recorded");
+  if constexpr (emulation::kCounts) ++emulation::counts().transfers.synchronizations;
 }
 
 void Gpu::begin_recording() {
@@ -230,6 +248,7 @@ std::unique_ptr<Recording> Gpu::end_recording() {
 
 void Gpu::play(Recording& recording) {
   state_->enter("playing a recording");
+  if constexpr (emulation::kCounts) ++emulation::counts().transfers.plays;
   for (const auto& work : static_cast<EmulatedRecording&>(recording).work) work();
 }
 
