@@ -1,7 +1,7 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
 // MERF_EMULATION_SEED chooses the order in which a block's threads run, MERF_EMULATION_MEMORY how many bytes the
-// emulated GPU has; both are for tests.
+// emulated GPU has, MERF_EMULATION_CAPABILITY its compute capability (such as 80); all are for tests.
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -62,13 +62,22 @@ Gpu::Gpu(int threads) {
   properties_.host_threads = threads > 0 ? threads : std::max(1, omp_get_num_procs());
   state_ = std::make_unique<State>(properties_.host_threads);
   properties_.name = "emulated on the host";
-  properties_.major = 9;
+  const auto capability = static_cast<int>(number_from("MERF_EMULATION_CAPABILITY", 90));
+  properties_.major = capability / 10;
+  properties_.minor = capability % 10;
   properties_.multiprocessors = 2;
   properties_.shared_bytes = 227 << 10;
   properties_.total_bytes = state_->memory;
 }
 
 Gpu::~Gpu() = default;
+
+std::optional<TensorMap> Gpu::tensor_map(const HeadsView& view, int rows) {
+  return TensorMap{static_cast<const char*>(view.data),
+                   {view.head_size, view.heads, view.tokens},
+                   {2, 2 * view.head_size, 2 * view.row_stride},
+                   rows};
+}
 
 emulation::Emulator& Gpu::emulator() { return state_->emulator; }
 
