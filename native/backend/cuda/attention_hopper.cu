@@ -8,10 +8,8 @@
 #include <algorithm>
 #include <cfloat>
 
-#include "backend/cuda/attention_tiles.h"
+#include "backend/cuda/attention_panels.h"
 #include "backend/cuda/launch.h"
-#include "backend/cuda/primitives/tensor_copy.h"
-#include "backend/cuda/primitives/wgmma.h"
 
 namespace merf::cuda {
 
@@ -52,7 +50,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
 #if MERF_HAS_WGMMA
   using C = Cut<kHead>;
   constexpr int kQueries = C::kQueries, kKeys = C::kKeys, kStages = C::kStages, kGroups = C::kGroups;
-  constexpr int kPanels = kHead / kPanelColumns, kStage = kKeys * kHead;
+  constexpr int kStage = kKeys * kHead;
   SharedMemory shared;
   bf16* tiles = shared.take<bf16>((kQueries + 2 * kStages * kKeys) * kHead);
   float* poisons = shared.take<float>(2 * kGroups * kKeys);  // [warpgroup][2][key]
@@ -88,35 +86,26 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
   if (warp_index() < 4) {
     fewer_registers<C::kCopyRegisters>();
     if (thread_index() == 0) {
-      const auto copy = [&](bf16* tile, const TensorMap& map, int rows, int of_head, int first,
-                            uint64_t* full) {
-        barrier_expect(full, static_cast<uint32_t>(rows * kHead * 2));
-#pragma unroll
-        for (int panel = 0; panel < kPanels; ++panel) {
-          copy_tensor(tile + panel * rows * kPanelColumns, map, panel * kPanelColumns, of_head, first, full);
-        }
-      };
-      copy(queries, p.q, kQueries, head, first_query, queries_full);
-      int stage = 0, phase = 0;
+      barrier_expect(queries_full, panel_bytes<kHead>(kQueries));
+      copy_panels<kHead, kQueries>(queries, p.q, head, first_query, queries_full);
+      Ring<kStages> ring;
 #pragma unroll 1
-      for (int n = 0; n < piece.entries; ++n) {
-        const int first_key = entry_tile(entries[n]) * kKeys;
-        barrier_wait(keys_free + stage, 1 - phase);
-        copy(keys + stage * kStage, p.k, kKeys, kv_head, first_key, keys_full + stage);
-        barrier_wait(values_free + stage, 1 - phase);
-        copy(values + stage * kStage, p.v, kKeys, kv_head, first_key, values_full + stage);
-        if (++stage == kStages) {
-          stage = 0;
-          phase = 1 - phase;
-        }
+      for (int n = 0; n < piece.entries; ++n, ring.advance()) {
+        const int stage = ring.stage, first_key = entry_tile(entries[n]) * kKeys;
+        barrier_wait(keys_free + stage, 1 - ring.phase);
+        barrier_expect(keys_full + stage, panel_bytes<kHead>(kKeys));
+        copy_panels<kHead, kKeys>(keys + stage * kStage, p.k, kv_head, first_key, keys_full + stage);
+        barrier_wait(values_free + stage, 1 - ring.phase);
+        barrier_expect(values_full + stage, panel_bytes<kHead>(kKeys));
+        copy_panels<kHead, kKeys>(values + stage * kStage, p.v, kv_head, first_key, values_full + stage);
       }
     }
   } else {
     more_registers<C::kRegisters>();
     const int group = warp_index() / 4 - 1;
     const int thread = thread_index() % kWarpgroup;
-    const int own_row = 64 * group + warp_index() % 4 * kBand + accumulator_row(0);
-    const int own_query = first_query + own_row;
+    const int first_row = 64 * group + warp_index() % 4 * kBand;  // this warp's
+    const int own_query = first_query + first_row + accumulator_row(0);
     bf16* own_queries = queries + 64 * group * kPanelColumns;
 
     barrier_wait(queries_full, 0);
@@ -140,10 +129,6 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
     int partials = 0;
     // Scores of -infinity alone, which have no maximum to be relative to, stay 0.
     const auto exponent_of = [&](float maximum) { return maximum == -kInfinity ? 0.0f : maximum * p.scale; };
-    const auto release = [&](uint64_t* barrier) {
-      sync_warp();
-      if (lane_index() == 0) barrier_arrive(barrier);
-    };
 
     // Hides scores of a tile's hidden pairs. A hidden value has weight 0, but 0 times infinity is NaN: rows of values
     // that are not finite become 0 and `poison` of their keys NaN (else 0), which is for the weights of those who see
@@ -163,7 +148,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
       barrier_wait(full, phase);
       bool found = false;
 #pragma unroll
-      for (int panel = 0; panel < kPanels; ++panel) {
+      for (int panel = 0; panel < kHead / kPanelColumns; ++panel) {
 #pragma unroll 4
         for (int i = 0; i < 8; ++i) {
           const auto part =
@@ -298,8 +283,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
     wgmma_wait<0>();
     wgmma_done(out);
 
-    // By way of the queries' place, which no warp of this warpgroup reads any more.
-    sync_threads(kOwnBarrier + group, kWarpgroup);
+    float scales[2];
 #pragma unroll
     for (int second = 0; second < 2; ++second) {
       const float total = warp_sum(sum[second], 4);
@@ -307,26 +291,11 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
       if (lane_index() % 4 == 0 && query < p.tokens) {
         p.lse[int64_t{head} * p.tokens + query] = exponent_of(most[second]) * kLn2 + logf(total);
       }
-      const float scale = 1.0f / total;
-#pragma unroll
-      for (int block = 0; block < kHead / 8; ++block) {
-        store_pair(queries + panel_offset(kQueries, own_row + 8 * second, 8 * block) + accumulator_column(),
-                   out[block].at[2 * second] * scale, out[block].at[2 * second + 1] * scale);
-      }
+      scales[second] = 1.0f / total;
     }
-    sync_warp();
-    constexpr int kVectors = kHead / 8;
-    const int first_row = 64 * group + warp_index() % 4 * kBand;
-    bf16* rows = p.out.head(head);
-#pragma unroll 4
-    for (int at = lane_index(); at < kBand * kVectors; at += kWarp) {
-      const int row = first_row + at / kVectors, column = at % kVectors * 8;
-      const int query = first_query + row;
-      if (query < p.tokens && column < p.out.head_size) {
-        store_vector<8>(rows + query * p.out.stride + column,
-                        load_vector<8>(queries + panel_offset(kQueries, row, column)));
-      }
-    }
+    // In the queries' place, which no warp of this warpgroup reads any more.
+    sync_threads(kOwnBarrier + group, kWarpgroup);
+    store_panels<kHead, kQueries>(out, scales, queries, first_row, p.out, head, first_query, p.tokens);
   }
 #else
   static_cast<void>(p);
@@ -354,8 +323,7 @@ bool run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const He
 
 bool attention_on_hopper(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const HeadsView& k,
                          const HeadsView& v, float scale, const HeadsView& out, const Tensor& lse) {
-  const GpuProperties& gpu = backend.gpu().properties();
-  if (q.dtype != DType::bf16 || q.head_size > 128 || gpu.major != 9 || gpu.minor != 0) return false;
+  if (!attention_fits_hopper(backend, q)) return false;
   return q.head_size <= 64 ? run<64>(backend, plan, q, k, v, scale, out, lse)
                            : run<128>(backend, plan, q, k, v, scale, out, lse);
 }

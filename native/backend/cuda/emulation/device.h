@@ -119,6 +119,9 @@ struct TensorMap {
 void copy_tensor(void* to_shared, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
                  std::source_location at = std::source_location::current());
 
+void copy_bulk(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier,
+               std::source_location at = std::source_location::current());
+
 // ---- wgmma: d[64, columns] of the four warps of a warpgroup, which all meet here, = (add ? d : 0) plus the products of
 // `steps` steps of depth 16. A stands in shared memory as a_descriptors[steps] say (K-major), or where these are null in
 // each lane's registers a[steps][4]; B as b_descriptors[steps] say, MN-major or K-major. Shared memory is read at once

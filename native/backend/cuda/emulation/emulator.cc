@@ -75,10 +75,12 @@ struct PendingCopy {
 
 constexpr int kWarpgroup = 128;
 
-struct TensorCopy {
+struct BulkCopy {
   char* to;
-  TensorMap map;
+  TensorMap map;  // without data: `bytes` from `from`
   int column, middle, row;
+  const char* from;
+  uint32_t bytes;
 };
 
 // An mbarrier; the word in shared memory is only its name.
@@ -87,7 +89,7 @@ struct MemoryBarrier {
   int64_t bytes = 0;  // announced and not copied yet
   int phase = 0;
   std::vector<int> waiting;
-  std::vector<TensorCopy> copies;  // that have not begun
+  std::vector<BulkCopy> copies;  // that have not begun
 };
 
 // A product of a warpgroup that was begun and not waited for.
@@ -213,6 +215,8 @@ class BlockRunner {
   void wait_memory_barrier(uint64_t* barrier, int parity, const std::source_location& at);
   void copy_tensor(void* to, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
                    const std::source_location& at);
+  void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                 const std::source_location& at);
   void begin_product(float* d, int columns, int steps, const uint32_t* a, const uint64_t* a_descriptors,
                      const uint64_t* b_descriptors, bool b_mn_major, bool add,
                      const std::source_location& at);
@@ -637,12 +641,29 @@ void BlockRunner::copy_tensor(void* to, const TensorMap& map, int column, int mi
          "copy_tensor", at);
   }
   shared_at(address, static_cast<size_t>(map.rows) * 128, "copy_tensor", at);
-  b.copies.push_back({static_cast<char*>(to), map, column, middle, row});
+  b.copies.push_back({static_cast<char*>(to), map, column, middle, row, nullptr, 0});
+  if (!b.waiting.empty() || drawn_now()) run_copies(b, at);
+}
+
+void BlockRunner::copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                            const std::source_location& at) {
+  MemoryBarrier& b = memory_barrier(barrier, "copy_bulk", at);
+  const uint32_t address = shared_address(to);
+  if (address % 16 != 0 || bytes % 16 != 0) {
+    stop("copy_bulk (" + where(at) + ") got an address or size that is no multiple of 16", "copy_bulk", at);
+  }
+  shared_at(address, bytes, "copy_bulk", at);
+  b.copies.push_back({static_cast<char*>(to), {}, 0, 0, 0, static_cast<const char*>(from), bytes});
   if (!b.waiting.empty() || drawn_now()) run_copies(b, at);
 }
 
 void BlockRunner::run_copies(MemoryBarrier& barrier, const std::source_location& at) {
-  for (const TensorCopy& copy : barrier.copies) {
+  for (const BulkCopy& copy : barrier.copies) {
+    for (uint32_t i = 0; i < copy.bytes; i += 16) {
+      check_global(copy.from + i, "copy_bulk", at);
+      std::memcpy(copy.to + i, copy.from + i, 16);
+    }
+    barrier.bytes -= copy.bytes;
     const TensorMap& map = copy.map;
     const uint32_t begin = shared_address(copy.to);
     for (int i = 0; i < map.rows; ++i) {
@@ -990,6 +1011,11 @@ void barrier_wait(uint64_t* barrier, int parity, std::source_location at) {
 void copy_tensor(void* to_shared, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
                  std::source_location at) {
   BlockRunner::active->copy_tensor(to_shared, map, column, middle, row, barrier, at);
+}
+
+void copy_bulk(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier,
+               std::source_location at) {
+  BlockRunner::active->copy_bulk(to_shared, from, bytes, barrier, at);
 }
 
 void wgmma(float* d, int columns, int steps, const uint32_t* a, const uint64_t* a_descriptors,

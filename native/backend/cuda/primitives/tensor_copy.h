@@ -15,6 +15,7 @@ using emulation::barrier_arrive;
 using emulation::barrier_expect;
 using emulation::barrier_init;
 using emulation::barrier_wait;
+using emulation::copy_bulk;
 using emulation::copy_tensor;
 using emulation::shared_address;
 using emulation::TensorMap;
@@ -63,6 +64,14 @@ __device__ inline void copy_tensor(void* to_shared, const TensorMap& map, int co
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, "
       "%4}], [%5];" ::"r"(shared_address(to_shared)),
       "l"(&map), "r"(column), "r"(middle), "r"(row), "r"(shared_address(barrier))
+      : "memory");
+}
+// Copies a multiple of 16 bytes, from and to multiples of 16 bytes.
+__device__ inline void copy_bulk(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to_shared)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
       : "memory");
 }
 #endif
