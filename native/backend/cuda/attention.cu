@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "backend/cuda/attention_hopper.h"
 #include "backend/cuda/attention_tiles.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
@@ -272,6 +273,7 @@ void CudaBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsV
                             const Tensor& lse, int64_t first_query) {
   if (q.tokens == 0) return;
   AttentionPlan& plan = plan_attention(visible_until_host, first_query);
+  if (attention_on_hopper(*this, plan, q, k, v, scale, out, lse)) return;
   with_type(q.dtype, [&](auto type) {
     with_head_size(q.head_size, [&](auto head_size) {
       run<decltype(type), decltype(head_size)::value>(*this, plan, q, k, v, scale, out, lse);

@@ -7,6 +7,7 @@
 //
 // Hidden pairs have P = 0 and dS = 0, but their products with what is not finite are NaN: such gradients may spread
 // within a tile. They are of no use anyway, since no update is made with any gradient that is not finite.
+#include "backend/cuda/attention_hopper.h"
 #include "backend/cuda/attention_tiles.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
@@ -257,6 +258,16 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+template <int kHead, typename T>
+void add_pieces(CudaBackend& backend, const AttentionSchedule& schedule, const float* partial,
+                const HeadRows<T>& dk, const HeadRows<T>& dv, int tokens) {
+  constexpr int kThreads = 256;
+  launch(backend.gpu(), "attention_sum", attention_sum_kernel<T, kHead>,
+         {blocks(2 * schedule.kv_heads, schedule.sums, divide_up(schedule.key_tokens, kThreads / kWarp)),
+          kThreads},
+         partial, schedule.sum_table.as<const AttentionSum>(), dk, dv, schedule.key_tokens, tokens);
+}
+
 // ---- dQ
 
 template <typename T, int kHead>
@@ -393,11 +404,7 @@ void run_keys(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T> p
     launch(backend.gpu(), "attention_backward_values", attention_backward_keys_kernel<T, kHead, Sums::values>,
            shape, parameters);
   }
-  constexpr int kThreads = 256;
-  launch(backend.gpu(), "attention_sum", attention_sum_kernel<T, kHead>,
-         {blocks(2 * kv_heads, schedule.sums, divide_up(C::kKeys, kThreads / kWarp)), kThreads},
-         parameters.partial, schedule.sum_table.as<const AttentionSum>(), parameters.dk, parameters.dv,
-         C::kKeys, parameters.tokens);
+  add_pieces<kHead>(backend, schedule, parameters.partial, parameters.dk, parameters.dv, parameters.tokens);
 }
 
 template <typename T, int kHead>
@@ -411,6 +418,19 @@ void run_queries(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T
 }
 
 }  // namespace
+
+void add_attention_pieces(CudaBackend& backend, const AttentionSchedule& schedule, const Tensor& partial,
+                          const HeadsView& dk, const HeadsView& dv) {
+  const auto add = [&](auto head_size) {
+    add_pieces<decltype(head_size)::value>(backend, schedule, partial.as<const float>(), HeadRows<bf16>(dk),
+                                           HeadRows<bf16>(dv), static_cast<int>(dk.tokens));
+  };
+  if (dk.head_size <= 64) {
+    add(std::integral_constant<int, 64>{});
+  } else {
+    add(std::integral_constant<int, 128>{});
+  }
+}
 
 void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
                                      const HeadsView& v, const HeadsView& out, const Tensor& lse,
@@ -431,6 +451,10 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
            {blocks(divide_up(padded * q.heads * kRowLanes, kThreads)), kThreads}, HeadRows<const T>(dout),
            HeadRows<const T>(out), lse.as<const float>(), lse2, delta, static_cast<int>(first_query), tokens,
            static_cast<int>(padded), static_cast<int>(q.heads));
+    if (std::is_same_v<T, bf16> &&
+        attention_backward_on_hopper(*this, plan, {q, k, v, dout, dq, dk, dv}, lse2, delta, scale)) {
+      return;
+    }
     const BackwardParameters<T> parameters{HeadRows<const T>(q),
                                            HeadRows<const T>(k),
                                            HeadRows<const T>(v),

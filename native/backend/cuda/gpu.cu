@@ -1,6 +1,8 @@
 // The real GPU behind gpu.h.
 #include "backend/cuda/gpu.h"
 
+#include <cuda.h>
+
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -57,6 +59,23 @@ void use_device() {
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// The driver's function, by way of the runtime: the plugin is not linked with the driver.
+using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
+EncodeTensorMap find_encode_tensor_map() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+  const cudaError_t status =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+  const cudaError_t status =
+      cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+  if (status != cudaSuccess) cudaGetLastError();
+  const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
+  return usable ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
 }
 
 struct Block {
@@ -303,6 +322,31 @@ void Gpu::free(void* data) noexcept {
   }
   s.recording->memory->idle.push_back({data, found->second});
   s.recorded_memory.erase(found);
+}
+
+std::optional<TensorMap> Gpu::tensor_map(const HeadsView& view, int rows) {
+#if defined(MERF_SM90A)
+  if (properties_.major != 9 || properties_.minor != 0) return std::nullopt;
+  static const EncodeTensorMap encode = find_encode_tensor_map();
+  if (encode == nullptr) return std::nullopt;
+  static_assert(sizeof(TensorMap) == sizeof(CUtensorMap) && alignof(TensorMap) >= alignof(CUtensorMap));
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(view.head_size), static_cast<cuuint64_t>(view.heads),
+                              static_cast<cuuint64_t>(view.tokens)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(2 * view.head_size),
+                                static_cast<cuuint64_t>(2 * view.row_stride)};
+  const cuuint32_t box[] = {64, 1, static_cast<cuuint32_t>(rows)}, steps[] = {1, 1, 1};
+  TensorMap map;
+  const CUresult status =
+      encode(reinterpret_cast<CUtensorMap*>(&map), CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, view.data, sizes,
+             strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) return std::nullopt;
+  return map;
+#else
+  static_cast<void>(view);
+  static_cast<void>(rows);
+  return std::nullopt;
+#endif
 }
 
 void Gpu::upload(void* device, const void* host, size_t bytes) {

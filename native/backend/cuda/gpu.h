@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "backend/cuda/primitives/tensor_copy.h"
 #include "backend/tensor.h"
 
 #if defined(MERF_CUDA_EMULATION)
@@ -84,6 +86,11 @@ class Gpu {
   void copy(void* to, const void* from, size_t bytes);
   void fill(void* to, int byte, size_t bytes);
   void synchronize();
+
+  // What copy_tensor needs to copy `rows` rows at a time of a view of bfloat16, whose columns are those of a head; nothing
+  // where the driver has no such copies or this GPU none of the machine code sm_90a that the kernels which use them are
+  // compiled to.
+  std::optional<TensorMap> tensor_map(const HeadsView& view, int rows);
 
   // What is enqueued between the two is recorded instead of run. Neither upload, download nor synchronize between, and
   // what is allocated between is freed between; what was allocated before and is freed between is freed at the end.

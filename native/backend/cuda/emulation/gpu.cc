@@ -6,6 +6,7 @@
 //   MERF_EMULATION_SHORT    what finds no memory at its first try, each time: "an allocation", "a recording", or the
 //                           name of a kernel
 //   MERF_EMULATION_FAIL_AT  "rms_norm:3": the third run of the kernel rms_norm ends the GPU, as an illegal address does
+//   MERF_EMULATION_CAPABILITY  its compute capability, such as 80
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -101,7 +102,9 @@ Gpu::Gpu(int threads) {
   properties_.host_threads = threads > 0 ? threads : std::max(1, omp_get_num_procs());
   state_ = std::make_unique<State>(properties_.host_threads);
   properties_.name = "emulated on the host";
-  properties_.major = 9;
+  const auto capability = static_cast<int>(number_from("MERF_EMULATION_CAPABILITY", 90));
+  properties_.major = capability / 10;
+  properties_.minor = capability % 10;
   properties_.multiprocessors = kMultiprocessors;
   properties_.shared_bytes = 227 << 10;
   properties_.total_bytes = state_->memory;
@@ -109,6 +112,13 @@ Gpu::Gpu(int threads) {
 }
 
 Gpu::~Gpu() = default;
+
+std::optional<TensorMap> Gpu::tensor_map(const HeadsView& view, int rows) {
+  return TensorMap{static_cast<const char*>(view.data),
+                   {view.head_size, view.heads, view.tokens},
+                   {2, 2 * view.head_size, 2 * view.row_stride},
+                   rows};
+}
 
 emulation::Emulator& Gpu::emulator() { return state_->emulator; }
 
