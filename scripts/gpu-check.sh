@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `npm run gpu:check`: whether the device cuda is right on this machine's GPU, and how fast it is.
 #
-#   scripts/gpu-check.sh [--call right|speed] [--seconds N] [--kit FOLDER] [--out FOLDER] [--rehearse]
+#   scripts/gpu-check.sh [--call right|speed] [--seconds N] [--kit FOLDER] [--out FOLDER] [--work FOLDER] [--rehearse]
 #     --call right   right or wrong, planned for 200 seconds: every test case of the conformance suite in a process of
 #                    its own, with cuBLASLt and without; a training run of 20 steps through Node; compute-sanitizer on
 #                    every kernel with tiny shapes and on the test cases that failed
@@ -14,6 +14,7 @@
 #     --out FOLDER   where results go, build/gpu-check/results by default: for each call <card>-<call>.md with the
 #                    tables, .json with all that was measured, -logs.tgz, and -failures.txt or -kernels.csv; never more
 #                    than 8 files for both calls, each below 16 MiB
+#     --work FOLDER  for what is made on the way, build/gpu-check by default
 #     --rehearse     the same on the device cuda-emulated with tiny shapes, for machines without a GPU: checks this
 #                    script, the kit and the benchmark programs
 #
@@ -40,10 +41,11 @@ calls=(right speed)
 seconds=
 kit=$root/build/gpu-kit
 out=
+work=
 rehearse=
 while [ $# -gt 0 ]; do
   case $1 in
-    --call | --seconds | --kit | --out) [ $# -gt 1 ] || stop "Expected a value after $1" ;;
+    --call | --seconds | --kit | --out | --work) [ $# -gt 1 ] || stop "Expected a value after $1" ;;
   esac
   case $1 in
     --call)
@@ -60,26 +62,25 @@ while [ $# -gt 0 ]; do
       ;;
     --kit) kit=$(realpath -m "$2"); shift ;;
     --out) out=$(realpath -m "$2"); shift ;;
+    --work) work=$(realpath -m "$2"); shift ;;
     --rehearse) rehearse=1 ;;
     --help | -h)
       sed -n '2,/^set -u/{/^#/s/^# \{0,1\}//p}' "$script"
       exit 0
       ;;
-    *) stop "Expected --call, --seconds, --kit, --out or --rehearse but received $1; --help says more" ;;
+    *) stop "Expected --call, --seconds, --kit, --out, --work or --rehearse but received $1; --help says more" ;;
   esac
   shift
 done
 cd "$root" || exit 2
 
-work=build/gpu-check
 device=cuda
 tiny=()
 if [ -n "$rehearse" ]; then
-  work=build/gpu-check-rehearsal
   device=cuda-emulated
   tiny=(--tiny)
 fi
-work=$root/$work
+work=${work:-$root/build/gpu-check${rehearse:+-rehearsal}}
 out=${out:-$work/results}
 declare -A planned=([right]=200 [speed]=420)
 if [ -z "$seconds" ]; then
@@ -90,6 +91,7 @@ mkdir -p "$work" "$out" || exit 2
 rm -rf "${work:?}"/{right,speed,bin,runtime}
 failed=0
 cores=$(nproc)
+began_call=0
 deadline=$seconds # of the call in hand
 
 say() { printf '[%3d s] %s\n' "$SECONDS" "$*"; }
@@ -100,6 +102,8 @@ left() {
   [ "$remaining" -lt 0 ] && remaining=0
   echo "$remaining"
 }
+# Seconds that are that many percent of the call in hand.
+percent() { echo $(((deadline - began_call) * $1 / 100)); }
 # As JSON has text.
 quoted() {
   local text=${1//\\/\\\\}
@@ -349,6 +353,19 @@ test_case() {
     $(((${EPOCHREALTIME/./} - began) / 10000 % 100)) >>"$results/cases.jsonl"
 }
 
+# A rehearsal under emulation takes those of a second or so, some of every kind.
+rehearsal=('*advantages*' 'add and cast*' 'attention survives*' "a token's attention*" 'cached tokens*' 'entropy and*'
+  'greedy*' 'linear_backward_weight*' 'memory is counted*' 'rms_norm takes*' 'rope *' 'rows in no run*' 'seed, key*'
+  'sum_of_squares*' 'swiglu*' 'what decoding repeats*')
+rehearsed() {
+  local pattern
+  for pattern in "${rehearsal[@]}"; do
+    # shellcheck disable=SC2053
+    [[ $1 == $pattern ]] && return 0
+  done
+  return 1
+}
+
 # The lines of a log that say what went wrong.
 excerpt() {
   local first
@@ -369,7 +386,7 @@ conformance() {
     for number in "${!names[@]}"; do
       name=${names[number]}
       [[ $name == *"$alone"* ]] && continue
-      if [ -n "$rehearse" ] && ! rehearsed "$mode" "$number" "$name"; then continue; fi
+      if [ -n "$rehearse" ] && ! rehearsed "$name"; then continue; fi
       room "$workers"
       test_case "$mode" "$number" "$name" &
     done
@@ -655,16 +672,16 @@ if [ -n "$rehearse" ]; then
 fi
 
 right() {
-  conformance 60
+  conformance "$(percent 30)"
   write_failures >"$results/failures.txt"
-  kept=10
+  kept=$(percent 5)
   local began=$SECONDS
   if [ -n "$node" ]; then
     # Beside the sanitizer, since neither is timed.
     train "$device" "$steps" "${small[@]}" &
     train cpu "$steps" "${small[@]}" &
   fi
-  sanitize_all 10
+  sanitize_all "$(percent 5)"
   if [ -n "$node" ]; then
     trained "$device" "$steps" $((SECONDS - began))
     trained cpu "$steps" $((SECONDS - began))
@@ -674,10 +691,10 @@ right() {
 }
 
 speed() {
-  measure_operators 220
-  measure_steps 130
-  collect_kernels 25
-  kept=8
+  measure_operators "$(percent 52)"
+  measure_steps "$(percent 30)"
+  collect_kernels "$(percent 8)"
+  kept=$(percent 2)
   local began=$SECONDS
   if [ -n "$node" ]; then
     train "$device" "$steps" "${small[@]}"
@@ -690,6 +707,7 @@ speed() {
 for call in "${calls[@]}"; do
   results=$work/$call
   mkdir -p "$results/logs"
+  began_call=$SECONDS
   deadline=$seconds
   # Of both, right or wrong gets its planned share.
   if [ "$call" = right ] && [ "${#calls[@]}" -gt 1 ]; then
