@@ -355,7 +355,7 @@ test_case() {
 
 # A rehearsal under emulation takes those of a second or so, some of every kind.
 rehearsal=('*advantages*' 'add and cast*' 'attention survives*' "a token's attention*" 'cached tokens*' 'entropy and*'
-  'greedy*' 'linear_backward_weight*' 'memory is counted*' 'rms_norm takes*' 'rope *' 'rows in no run*' 'seed, key*'
+  'every device draws the golden*' 'greedy*' 'linear_backward_weight*' 'memory is counted*' 'rms_norm takes*' 'rope *' 'rows in no run*' 'seed, key*'
   'sum_of_squares*' 'swiglu*' 'what decoding repeats*')
 rehearsed() {
   local pattern
@@ -422,14 +422,17 @@ write_failures() {
 
 # ---- merf train, through Node
 
+# What the addon needs of libraries lies in the kit.
+with_libraries() { LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$runtime/lib" "$@"; }
+
 # device, steps, arguments...
 train() {
   local name=$1 steps=$2 folder=$results/train-$1 code
   shift 2
   rm -rf "$folder"
-  LD_LIBRARY_PATH="${LD_LIBRARY_PATH:+$LD_LIBRARY_PATH:}$runtime/lib" limited "$(left 120 "$kept")" "$node" \
-    "$runtime/bin/merf.js" train --task knights-and-knaves --people 2 --steps "$steps" --device "$name" \
-    --save-every 0 --out "$folder" "$@" >"$results/logs/train-$name.log" 2>&1
+  with_libraries limited "$(left 120 "$kept")" "$node" "$runtime/bin/merf.js" train --task knights-and-knaves \
+    --people 2 --steps "$steps" --device "$name" --save-every 0 --out "$folder" "$@" \
+    >"$results/logs/train-$name.log" 2>&1
   code=$?
   cp "$folder/metrics.jsonl" "$results/train-$name.jsonl" 2>/dev/null
   echo "$code" >"$results/train-$name.code"
@@ -463,6 +466,8 @@ sanitize() {
     --error-exitcode 86 --report-api-errors no --kernel-regex kns=merf "$@" >"$log" 2>&1
   echo $? >"$log.code"
 }
+
+summary_of() { { grep SUMMARY "$1" || cat "$1"; } | tail -n 1 | sed 's/^=* *//'; }
 
 sanitize_all() {
   local began=$SECONDS tool program mode number name log code status detail checked
@@ -503,13 +508,13 @@ sanitize_all() {
         break
       elif [[ $name == *-case-* ]]; then
         # That the case fails has been said; the sanitizer may say why.
-        [ "$code" -eq 86 ] && detail+="$name: $(grep 'SUMMARY' "$log" | tail -n 1 | sed 's/^=* *//'); "
+        [ "$code" -eq 86 ] && detail+="$name: $(summary_of "$log"); "
       elif [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
         status=failed
         detail+="$name did not come to its end; "
       elif [ "$code" -ne 0 ]; then
         status=failed
-        detail+="$name: $(grep 'SUMMARY' "$log" | tail -n 1 | sed 's/^=* *//') (exit code $code); "
+        detail+="$name: $(summary_of "$log") (exit code $code); "
       fi
       if [ "$code" -ne 0 ]; then
         printf '== %s\n' "$name" >>"$results/failures.txt"
@@ -610,13 +615,17 @@ collect_kernels() {
   # One pass over each launch of a rollout's decode steps.
   metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
   local once=("$programs/operators" --device "$device" --once)
+  collect attention-28x128-causal 6 20 "${sections[@]}" -k regex:attention -- "${once[@]}" \
+    attention/28q-4kv-128/causal-2048
+  collect attention-9x64-forest 6 20 "${sections[@]}" -k regex:attention -- "${once[@]}" attention/9q-3kv-64/forest
+  collect attention-28x128-forest 6 20 "${sections[@]}" -k regex:attention -- "${once[@]}" \
+    attention/28q-4kv-128/forest
+  collect decoding-28x128 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/28q-4kv-128/shared
   collect decode-step 1600 45 --metrics "$metrics" -- "$programs/gpu_step" --device "$device" --once qwen2.5-0.5b
-  collect attention 16 25 "${sections[@]}" -k 'regex:attention|backward|forward|dot' -- "${once[@]}" \
-    attention/9q-3kv-64 attention/28q-4kv-128
-  collect decoding 8 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/
-  collect sampling 6 15 "${sections[@]}" -k 'regex:sampl' -- "${once[@]}" sampling/
-  collect loss 12 25 "${sections[@]}" -- "${once[@]}" loss/2048x896
+  collect sampling-64x152064 4 15 "${sections[@]}" -k regex:sampl -- "${once[@]}" sampling/64x152064
+  collect loss 14 25 "${sections[@]}" -- "${once[@]}" loss/2048x896x152064
   collect adamw 4 25 "${sections[@]}" -k 'regex:adamw|squares' -- "$programs/gpu_step" --device "$device" --once smollm2
+  collect decoding-9x64 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/9q-3kv-64/shared
   collect products 4 15 "${sections[@]}" -- "${once[@]}" matrix/
   if [ "${#collected[@]}" -gt 0 ]; then
     part ncu passed $((SECONDS - began)) "${collected[*]}${uncollected:+; not: $uncollected}"
@@ -678,6 +687,7 @@ right() {
   local began=$SECONDS
   if [ -n "$node" ]; then
     # Beside the sanitizer, since neither is timed.
+    with_libraries limited "$(left 30 "$kept")" "$node" "$runtime/bin/merf.js" doctor >"$results/logs/doctor.log" 2>&1 &
     train "$device" "$steps" "${small[@]}" &
     train cpu "$steps" "${small[@]}" &
   fi

@@ -2,7 +2,7 @@
 // backward over the forest of all that was sampled, update. Times are medians of three, after one to warm up.
 //
 //   gpu_step [--device NAME] [--tiny | --once] [--list] [CASE...]
-//     --once  for a profiler: a rollout of four tokens each, so of three decode steps, and one update, without warm-up
+//     --once  for a profiler: a rollout of three tokens each, so of two decode steps, and one update, without warm-up
 #include <numeric>
 
 #include "measure.h"
@@ -224,7 +224,7 @@ Metrics run_step(Backend& backend, bool once, const StepCase& each, double matri
 int run(const Arguments& arguments) {
   std::vector<StepCase> cases = step_cases(arguments.tiny);
   if (arguments.once && !arguments.tiny) {
-    for (StepCase& each : cases) each.forest.completion = 4;
+    for (StepCase& each : cases) each.forest.completion = 3;
   }
   const auto shape_of = [](const StepCase& each) {
     Shape shape = each.forest.shape();
