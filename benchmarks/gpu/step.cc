@@ -1,7 +1,8 @@
 // A whole GRPO step on random weights of known models' shapes: rollout of a group for every prompt, forward and
 // backward over the forest of all that was sampled, update. Times are medians of three, after one to warm up.
 //
-//   gpu_step [--device NAME] [--tiny] [--list] [CASE...]
+//   gpu_step [--device NAME] [--tiny | --once] [--list] [CASE...]
+//     --once  for a profiler: a rollout of three tokens each, so of two decode steps, and one update, without warm-up
 #include <numeric>
 
 #include "measure.h"
@@ -25,7 +26,7 @@ double forward_operations(const StepCase& each, const Batch& batch) {
          2.0 * h * static_cast<double>(c.vocab_size) * rows;
 }
 
-Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matrix_tflops) {
+Metrics run_step(Backend& backend, bool once, const StepCase& each, double matrix_tflops) {
   Arena arena(backend);
   Model model(backend, arena, each.config,
               each.lora_rank > 0 ? Training::lora(each.lora_rank, 1) : Training(true));
@@ -34,7 +35,7 @@ Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matri
   const double weights_gib = static_cast<double>(backend.memory_used()) / 0x1p30;
 
   // Number 0 warms up.
-  const int first = tiny ? 1 : 0, repeats = tiny ? 1 : kRepeats;
+  const int first = once ? 1 : 0, repeats = once ? 1 : kRepeats;
   SampleRequest request;
   SampleResult sampled;
   std::vector<double> rollout_ms, prefill_ms, decode_ms;
@@ -101,7 +102,10 @@ Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matri
 }
 
 int run(const Arguments& arguments) {
-  const std::vector<StepCase> cases = step_cases(arguments.tiny);
+  std::vector<StepCase> cases = step_cases(arguments.tiny);
+  if (arguments.once && !arguments.tiny) {
+    for (StepCase& each : cases) each.forest.completion = 3;
+  }
   const auto shape_of = [](const StepCase& each) {
     Shape shape = each.forest.shape();
     shape.emplace_back("lora_rank", each.lora_rank);
@@ -117,12 +121,12 @@ int run(const Arguments& arguments) {
   const auto backend = open_backend(arguments.device, 0);
   print_device(*backend);
   const int64_t n = arguments.tiny ? 72 : 4096;
-  const double rate = matrix_tflops(n, matrix_ms(*backend, DType::bf16, arguments.tiny, n));
+  const double rate = matrix_tflops(n, matrix_ms(*backend, DType::bf16, arguments.once, n));
   bool passed = true;
   for (const StepCase& each : cases) {
     if (!wanted(arguments, name_of(each))) continue;
     try {
-      print_metrics(name_of(each), shape_of(each), run_step(*backend, arguments.tiny, each, rate));
+      print_metrics(name_of(each), shape_of(each), run_step(*backend, arguments.once, each, rate));
     } catch (const std::exception& error) {
       print_error(name_of(each), shape_of(each), error.what());
       passed = false;
