@@ -1,7 +1,7 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
 // MERF_EMULATION_SEED chooses the order in which a block's threads run, MERF_EMULATION_MEMORY how many bytes the
-// emulated GPU has; both are for tests.
+// emulated GPU has and MERF_EMULATION_SHARED how many of shared memory its blocks can have; all are for tests.
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -49,8 +49,10 @@ class EmulatedRecording final : public Recording {
 struct Gpu::State {
   explicit State(int threads)
       : memory(number_from("MERF_EMULATION_MEMORY", kMemory)),
-        emulator(threads, number_from("MERF_EMULATION_SEED", 0)) {}
-  const size_t memory;
+        shared(std::min<size_t>(number_from("MERF_EMULATION_SHARED", emulation::kMostShared),
+                                emulation::kMostShared)),
+        emulator(threads, number_from("MERF_EMULATION_SEED", 0), shared) {}
+  const size_t memory, shared;
   emulation::Emulator emulator;
   std::unique_ptr<EmulatedRecording> recording;
   std::weak_ptr<RecordingMemory> recording_memory;
@@ -64,7 +66,7 @@ Gpu::Gpu(int threads) {
   properties_.name = "emulated on the host";
   properties_.major = 9;
   properties_.multiprocessors = 2;
-  properties_.shared_bytes = 227 << 10;
+  properties_.shared_bytes = state_->shared;
   properties_.total_bytes = state_->memory;
 }
 
