@@ -1,6 +1,7 @@
 // Starting kernels.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <string>
 #include <tuple>
@@ -26,6 +27,17 @@ inline dim3 blocks(int64_t x, int64_t y = 1, int64_t z = 1) {
     }
   }
   return dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z));
+}
+
+// Shared memory that a block can have on every GPU: compute capability 8.6, 8.9 and 12.0 have no more.
+constexpr size_t kLeastShared = size_t{99} << 10;
+
+// Blocks with `shared` bytes that a multiprocessor of this GPU holds at once, if registers allow `most`. Each block
+// takes 1 KiB more than it asks for, and a multiprocessor has what the largest block takes.
+inline int resident_blocks(const Gpu& gpu, size_t shared, int most) {
+  constexpr size_t kReserve = 1024;
+  const size_t blocks = (gpu.properties().shared_bytes + kReserve) / (shared + kReserve);
+  return static_cast<int>(std::min<size_t>(blocks, static_cast<size_t>(most)));
 }
 
 // Enqueues the kernel on the GPU's stream. `name` is what errors call it.

@@ -311,9 +311,11 @@ void launch_product(Gpu& gpu, const Product& product, C* c, int64_t parts, int64
                                          vectors_fit(product.b, TransposeB ? k : n, product.in),
                                          n % 2 == 0 && reinterpret_cast<uintptr_t>(c) % (2 * sizeof(C)) == 0,
                                          accumulate};
+  constexpr size_t kShared =
+      shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize);
+  static_assert(kShared <= kLeastShared);
   launch(gpu, "product", product_kernel<T, C, TransposeA, TransposeB, Shape>,
-         {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads,
-          shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize)},
+         {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads, kShared},
          arguments);
 }
 

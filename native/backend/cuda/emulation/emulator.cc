@@ -30,8 +30,7 @@ namespace context = boost::context;
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // of a block on sm_90
-constexpr int kScheduler = -1;            // in place of a fiber's number
+constexpr int kScheduler = -1;  // in place of a fiber's number
 
 // Stacks for the threads of one block, each with a page below it that may not be touched.
 class Stacks {
@@ -519,7 +518,7 @@ void* BlockRunner::take_shared(size_t piece, size_t bytes) {
   }
   // Room for the pieces with a guard zone between any two; a block takes no more than 64.
   constexpr size_t kAlignment = 1024;
-  if (shared_.empty()) shared_.resize(kMaxShared + 65 * (kGuardBytes + kAlignment));
+  if (shared_.empty()) shared_.resize(kMostShared + 65 * (kGuardBytes + kAlignment));
   if (pieces_.empty()) {
     shared_end_ = kAlignment - reinterpret_cast<uintptr_t>(shared_.data()) % kAlignment;
   }
@@ -874,8 +873,10 @@ void BlockRunner::end_products(int pending) {
 // Each runner has a mapping for every stack and its guard page, and a process may have some 65,000.
 constexpr int kMostRunners = 16;
 
-Emulator::Emulator(int threads, uint64_t seed)
-    : seed_(seed), runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
+Emulator::Emulator(int threads, uint64_t seed, size_t most_shared)
+    : seed_(seed),
+      most_shared_(std::min(most_shared, kMostShared)),
+      runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
 
 Emulator::~Emulator() = default;
 
@@ -887,8 +888,10 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0) {
     fail("its blocks have " + std::to_string(threads) + " threads");
   }
-  if (shared_bytes > kMaxShared)
-    fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > most_shared_) {
+    fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory and a block can have " +
+         std::to_string(most_shared_));
+  }
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("its grid is too large");
   if (kernels_passed_over()) {
     count_launch(kernel);

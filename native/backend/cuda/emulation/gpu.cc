@@ -7,6 +7,7 @@
 //                           name of a kernel
 //   MERF_EMULATION_FAIL_AT  "rms_norm:3": the third run of the kernel rms_norm ends the GPU, as an illegal address does
 //   MERF_EMULATION_CAPABILITY  its compute capability, such as 80
+//   MERF_EMULATION_SHARED   how many bytes of shared memory its blocks can have
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -63,7 +64,9 @@ class EmulatedRecording final : public Recording {
 struct Gpu::State {
   explicit State(int threads)
       : memory(number_from("MERF_EMULATION_MEMORY", kMemory)),
-        emulator(threads, number_from("MERF_EMULATION_SEED", 0)),
+        shared(std::min<size_t>(number_from("MERF_EMULATION_SHARED", emulation::kMostShared),
+                                emulation::kMostShared)),
+        emulator(threads, number_from("MERF_EMULATION_SEED", 0), shared),
         short_at(text_from("MERF_EMULATION_SHORT")),
         failing_kernel(text_from("MERF_EMULATION_FAIL_AT")) {
     const size_t colon = failing_kernel.find(':');
@@ -84,7 +87,7 @@ struct Gpu::State {
     return true;
   }
 
-  const size_t memory;
+  const size_t memory, shared;
   emulation::Emulator emulator;
   Enqueue enqueue;
   Health health;
@@ -106,7 +109,7 @@ Gpu::Gpu(int threads) {
   properties_.major = capability / 10;
   properties_.minor = capability % 10;
   properties_.multiprocessors = kMultiprocessors;
-  properties_.shared_bytes = 227 << 10;
+  properties_.shared_bytes = state_->shared;
   properties_.total_bytes = state_->memory;
   state_->enqueue = [this](std::function<void()> work) { enqueue(std::move(work)); };
 }
