@@ -7,10 +7,11 @@
 
 namespace merf::cuda {
 
-// Whether the GPU and the heads are such.
+// Whether the GPU and the heads are such. An emulated one may have been given less shared memory than 9.0 has.
 inline bool attention_fits_hopper(CudaBackend& backend, const HeadsView& q) {
   const GpuProperties& gpu = backend.gpu().properties();
-  return gpu.major == 9 && gpu.minor == 0 && q.dtype == DType::bf16 && q.head_size <= 128;
+  return gpu.major == 9 && gpu.minor == 0 && gpu.shared_bytes >= size_t{227} << 10 &&
+         q.dtype == DType::bf16 && q.head_size <= 128;
 }
 
 // What CudaBackend::attention does.
