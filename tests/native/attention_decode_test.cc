@@ -171,7 +171,7 @@ TEST_CASE("decoding agrees with float64 over every row's tokens") {
 
 TEST_CASE("decoding agrees with float64 on a GPU of little shared memory" *
           doctest::skip(!tests_small_gpu())) {
-  const std::shared_ptr<Backend> backend = open_small_gpu();
+  const std::shared_ptr<Backend> backend = open_small_gpu(99);
   uint32_t seed = 401;
   for (const Shape& shape : {Shape{1, 3, 64}, Shape{1, 2, 96}, Shape{1, 7, 128}, Shape{1, 3, 256}}) {
     for (const DType dtype : {DType::f32, DType::bf16}) {

@@ -14,8 +14,8 @@ namespace merf::cuda {
 
 namespace {
 
-// A warp with two bands of queries reads keys and values from shared memory half as often for the same products;
-// registers allow it up to head size 128.
+// A warp with two bands of queries reads keys and values from shared memory half as often for the same
+// products; registers allow it up to head size 128.
 template <typename T, int kHead, bool kSmall>
 struct Cut {
   static constexpr bool kHalf = sizeof(T) == 2;
@@ -56,8 +56,9 @@ __device__ inline bool any_not_finite(const Vector<float, 4>& values) {
   return found;
 }
 
-// A hidden value has weight 0, but 0 times infinity is NaN. Rows of `values` that are not finite become 0, and in the
-// tile's margin [key] stands NaN (else 0), which is for the weights of those who see the key. Followed by a barrier.
+// A hidden value has weight 0, but 0 times infinity is NaN. Rows of `values` that are not finite become 0,
+// and in the tile's margin [key] stands NaN (else 0), which is for the weights of those who see the key.
+// Followed by a barrier.
 template <int kHead, int kKeys, int kThreads, typename T>
 __device__ inline void take_poison(T* values) {
   constexpr int kShare = kThreads / kKeys;  // threads for a row

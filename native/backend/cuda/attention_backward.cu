@@ -5,12 +5,13 @@
 // dS = P * (dP - rowsum(dO * O)); dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. The first pass computes the transposed
 // P^T and dS^T, which then are the left operands of its products as they stand in registers.
 //
-// That is 7 products where 5 would do, if the pass over keys made dQ as well. Registers allow it: ptxas needs 255 for
-// sm_90a in bfloat16, head sizes 64 and 128, and spills none. But dQ sums over tiles of keys, so its float32 sums would
-// go through memory once a tile, each block waiting for its turn: with tiles of 128 keys, 8 bytes for every 512
-// operations saved, whatever the head size and the mask. At the 316 TFLOP/s that an H100 makes here (8192 tokens, 28
-// heads of 128, 5.3 ms) the two products take 1.5 ms, and the 7.5 GB of sums 1.4 ms of all that its second-level cache
-// can move (5.5 TB/s), with dS still to be handed round in shared memory. Nothing is left to be won.
+// That is 7 products where 5 would do, if the pass over keys made dQ as well. Registers allow it: in
+// bfloat16, at head sizes 64 and 128, ptxas needs 255 for sm_90a and spills none. But dQ sums over tiles of
+// keys, so its float32 sums would go through memory once a tile, each block waiting for its turn: with
+// tiles of 128 keys, 8 bytes for every 512 operations saved, whatever the head size and the mask. At the
+// 316 TFLOP/s that an H100 makes here (8192 tokens, 28 heads of 128: 5.3 ms) the two products take 1.5 ms,
+// and the 7.5 GB of sums 1.4 ms of all that its second-level cache can move (5.5 TB/s), with dS still to be
+// handed round in shared memory. Nothing is left to be won.
 //
 // Hidden pairs have P = 0 and dS = 0, but their products with what is not finite are NaN: such gradients may spread
 // within a tile. They are of no use anyway, since no update is made with any gradient that is not finite.

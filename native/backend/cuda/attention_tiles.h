@@ -59,8 +59,8 @@ constexpr size_t tile_bytes(int rows) {
   return shared_bytes<T>(int64_t{rows} * kRow<T, kHead>);
 }
 
-// The 16 bytes behind each row of a tile, which no product reads, as one array of floats, four a row: what stands
-// beside a tile takes no memory of its own. Floats from a multiple of 4 to the next lie side by side.
+// The 16 bytes behind each row of a tile, which no product reads, as one array of floats, four a row: what
+// stands beside a tile takes no memory of its own. Floats from a multiple of 4 to the next lie side by side.
 template <int kHead, typename T>
 __device__ inline float* margin(T* tile, int index) {
   const auto at = static_cast<unsigned>(index);
@@ -179,9 +179,9 @@ __device__ inline void store_rows(const Accumulator (&d)[kBands][kHead / 8], con
   }
 }
 
-// ---- Cuts: how a kernel divides its work, as Cut<T, kHead, kSmall>. The small ones are for GPUs whose multiprocessors
-// have less shared memory than the 228 KiB of compute capability 9.0: 164 at 8.0, and 100 at 8.6, 8.9 and 12.0, of which
-// a block can have 99. So they exist only where the large one asks for more than that.
+// ---- Cuts: how a kernel divides its work, as Cut<T, kHead, kSmall>. The small ones are for GPUs whose
+// multiprocessors have less shared memory than the 228 KiB of compute capability 9.0: 164 at 8.0, and 100 at
+// 8.6, 8.9 and 12.0, of which a block can have 99. So they exist only where the large one asks for more.
 
 // Threads of Cut's that a multiprocessor of this GPU holds at once.
 template <class Cut>
@@ -189,7 +189,8 @@ int resident_threads(const Gpu& gpu) {
   return Cut::kThreads * resident_blocks(gpu, Cut::kShared, Cut::kBlocks);
 }
 
-// Calls body(kSmall) with that of the two cuts of which this GPU holds more threads, the large one where equally many.
+// Calls body(kSmall) with that of the two cuts of which this GPU holds more threads, the large one where
+// equally many.
 template <template <typename, int, bool> class Cut, typename T, int kHead, typename Body>
 void with_cut(const Gpu& gpu, Body&& body) {
   using Large = Cut<T, kHead, false>;

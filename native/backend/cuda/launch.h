@@ -32,8 +32,8 @@ inline dim3 blocks(int64_t x, int64_t y = 1, int64_t z = 1) {
 // Shared memory that a block can have on every GPU: compute capability 8.6, 8.9 and 12.0 have no more.
 constexpr size_t kLeastShared = size_t{99} << 10;
 
-// Blocks with `shared` bytes that a multiprocessor of this GPU holds at once, if registers allow `most`. Each block
-// takes 1 KiB more than it asks for, and a multiprocessor has what the largest block takes.
+// Blocks with `shared` bytes that a multiprocessor of this GPU holds at once, if registers allow `most`. Each
+// block takes 1 KiB more than it asks for, and a multiprocessor has what the largest block takes.
 inline int resident_blocks(const Gpu& gpu, size_t shared, int most) {
   constexpr size_t kReserve = 1024;
   const size_t blocks = (gpu.properties().shared_bytes + kReserve) / (shared + kReserve);
