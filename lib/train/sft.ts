@@ -50,6 +50,8 @@ export interface SftMetrics {
   /** Completion tokens that the loss was taken over. */
   tokens: number;
   trainingTokensPerSecond: number;
+  /** As in GrpoMetrics. */
+  memoryRetries?: number;
   seconds: number;
   evaluation?: Record<string, Evaluation>;
 }

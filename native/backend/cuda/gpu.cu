@@ -53,8 +53,8 @@ bool ends_context(cudaError_t status, cudaStream_t idle) {
 
 // Calls of the CUDA runtime go to the thread's device, which others in the process may have chosen on this thread.
 void use_device() {
-  static thread_local bool chosen = false;
-  if (!chosen) chosen = cudaSetDevice(kDevice) == cudaSuccess;
+  int current = kDevice;
+  if (cudaGetDevice(&current) == cudaSuccess && current != kDevice) cudaSetDevice(kDevice);
 }
 
 std::string version_text(int version) {
