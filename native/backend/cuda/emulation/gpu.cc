@@ -1,7 +1,7 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
 // MERF_EMULATION_SEED chooses the order in which a block's threads run, MERF_EMULATION_MEMORY how many bytes the
-// emulated GPU has; both are for tests.
+// emulated GPU has, MERF_EMULATION_CACHE how many of them its second-level cache keeps; all are for tests.
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -18,6 +18,7 @@ namespace merf::cuda {
 namespace {
 
 constexpr size_t kMemory = size_t{4} << 30;
+constexpr size_t kCache = size_t{50} << 20;
 
 uint64_t number_from(const char* variable, uint64_t otherwise) {
   const char* text = std::getenv(variable);
@@ -65,6 +66,7 @@ Gpu::Gpu(int threads) {
   properties_.major = 9;
   properties_.multiprocessors = 2;
   properties_.shared_bytes = 227 << 10;
+  properties_.cache_bytes = number_from("MERF_EMULATION_CACHE", kCache);
   properties_.total_bytes = state_->memory;
 }
 
