@@ -205,6 +205,7 @@ Gpu::Gpu(int) : state_(std::make_unique<State>()) {
   properties_.minor = properties.minor;
   properties_.multiprocessors = properties.multiProcessorCount;
   properties_.shared_bytes = properties.sharedMemPerBlockOptin;
+  properties_.cache_bytes = static_cast<size_t>(properties.l2CacheSize);
   properties_.total_bytes = properties.totalGlobalMem;
   int version = 0;
   s.check(cudaDriverGetVersion(&version), "reading the driver's version");

@@ -33,6 +33,7 @@ struct GpuProperties {
   int multiprocessors = 0;
   int host_threads = 1;     // of the emulation
   size_t shared_bytes = 0;  // shared memory that a block can have
+  size_t cache_bytes = 0;   // of the second-level cache, which all multiprocessors share
   size_t total_bytes = 0;
   std::string driver;   // the CUDA version that the driver knows, such as "13.0"
   std::string runtime;  // that of the runtime linked in

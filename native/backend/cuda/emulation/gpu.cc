@@ -8,6 +8,7 @@
 //   MERF_EMULATION_FAIL_AT  "rms_norm:3": the third run of the kernel rms_norm ends the GPU, as an illegal address does
 //   MERF_EMULATION_CAPABILITY  its compute capability, such as 80
 //   MERF_EMULATION_SHARED   how many bytes of shared memory its blocks can have
+//   MERF_EMULATION_CACHE    how many bytes its second-level cache keeps
 #include "backend/cuda/gpu.h"
 
 #include <omp.h>
@@ -28,6 +29,7 @@ namespace {
 // Where launches are counted they are an H100's, which has more of both: how work is cut depends on them.
 constexpr size_t kMemory = size_t{emulation::kCounts ? 80 : 4} << 30;
 constexpr int kMultiprocessors = emulation::kCounts ? 132 : 2;
+constexpr size_t kCache = size_t{50} << 20;
 
 uint64_t number_from(const char* variable, uint64_t otherwise) {
   const char* text = std::getenv(variable);
@@ -110,6 +112,7 @@ Gpu::Gpu(int threads) {
   properties_.minor = capability % 10;
   properties_.multiprocessors = kMultiprocessors;
   properties_.shared_bytes = state_->shared;
+  properties_.cache_bytes = number_from("MERF_EMULATION_CACHE", kCache);
   properties_.total_bytes = state_->memory;
   state_->enqueue = [this](std::function<void()> work) { enqueue(std::move(work)); };
 }
