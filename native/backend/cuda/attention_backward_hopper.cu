@@ -116,7 +116,6 @@ __global__ void __launch_bounds__(kThreads, 1)
     barrier_wait(keys_full, 0);
     int entry = piece.begin % piece.entries;
     Ring<kStages> ring;
-    uint64_t* used = nullptr;  // the stage that the last product reads
 #pragma unroll 1
     for (int unit = piece.begin; unit < piece.end; ++unit, ring.advance()) {
       const int stage = ring.stage;
@@ -133,8 +132,6 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_commit();
       wgmma_wait<1>();
       wgmma_done(scores);
-      if (used != nullptr) release(used);
-      used = free + stage;
 
 #pragma unroll
       for (int block = 0; block < kQueries / 8; ++block) {
@@ -175,10 +172,11 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
       wgmma_add<kQueries>(dkeys, dscore, stage_queries, kQueries, true);
       wgmma_commit();
+      wgmma_wait<0>();
+      wgmma_done(dkeys);
+      wgmma_done(dvalues);
+      release(free + stage);
     }
-    wgmma_wait<0>();
-    wgmma_done(dkeys);
-    wgmma_done(dvalues);
 
     const auto finish = [&](const Accumulator(&sums)[kHead / 8], float scale, int which, bf16* tile,
                             const HeadRows<bf16>& to) {
@@ -213,6 +211,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kHead>
 struct QueryCut {
   static constexpr int kKeys = 128, kStages = 2;
+  // Whether registers hold dP beside dS of the tile before.
+  static constexpr bool kAtOnce = kHead <= 64;
   static constexpr int kBarriers = 1 + 4 * kStages;
   static constexpr size_t kShared =
       shared_bytes<bf16>(2 * (kRows + kStages * kKeys) * kHead) + shared_bytes<uint64_t>(kBarriers);
@@ -291,25 +291,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
     const float scale2 = p.scale * kLog2e;
 
-    barrier_wait(queries_full, 0);
-    Ring<kStages> ring;
-    uint64_t* used = nullptr;  // the keys that the last product reads
-#pragma unroll 1
-    for (int n = 0; n < piece.entries; ++n, ring.advance()) {
-      const int stage = ring.stage;
-      const int32_t entry = entries[n];
-      const bf16* stage_keys = keys + stage * kStage;
-      barrier_wait(keys_full + stage, ring.phase);
-      wgmma_fence();
-      wgmma_transposed<kHead>(scores, own_queries, kRows, stage_keys, kKeys);
-      wgmma_commit();
-      barrier_wait(values_full + stage, ring.phase);
-      wgmma_transposed<kHead>(dscores, own_douts, kRows, values + stage * kStage, kKeys);
-      wgmma_commit();
-      wgmma_wait<1>();
-      wgmma_done(scores);
-      if (used != nullptr) release(used);
-      used = keys_free + stage;
+    // Scores become probabilities.
+    const auto soften = [&](int32_t entry) {
 #pragma unroll
       for (int block = 0; block < kKeys / 8; ++block) {
 #pragma unroll
@@ -318,21 +301,19 @@ __global__ void __launch_bounds__(kThreads, 1)
           score = fast_exp2(fmaf(score, scale2, -lse2[i / 2]));
         }
       }
-      if (entry_partial(entry)) {
-        const int first_key = entry_tile(entry) * kKeys;
+      if (!entry_partial(entry)) return;
+      const int first_key = entry_tile(entry) * kKeys;
 #pragma unroll
-        for (int block = 0; block < kKeys / 8; ++block) {
-          const int key = first_key + 8 * block + accumulator_column();
-          const auto until = load_vector<2>(p.visible_until + key);
+      for (int block = 0; block < kKeys / 8; ++block) {
+        const int key = first_key + 8 * block + accumulator_column();
+        const auto until = load_vector<2>(p.visible_until + key);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (!visible(key + i % 2, own_query + i / 2 * 8, until.at[i % 2])) scores[block].at[i] = 0.0f;
-          }
+        for (int i = 0; i < 4; ++i) {
+          if (!visible(key + i % 2, own_query + i / 2 * 8, until.at[i % 2])) scores[block].at[i] = 0.0f;
         }
       }
-      wgmma_wait<0>();
-      wgmma_done(dscores);
-      release(values_free + stage);
+    };
+    const auto differentiate = [&] {
 #pragma unroll
       for (int block = 0; block < kKeys / 8; ++block) {
 #pragma unroll
@@ -341,10 +322,52 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
       to_fragments(dscore, dscores);
+    };
+    const auto multiply = [&](Accumulator(&d)[kKeys / 8], const bf16* rows, const bf16* tiles, uint64_t* full,
+                              const Ring<kStages>& at) {
+      barrier_wait(full + at.stage, at.phase);
       wgmma_fence();
-      wgmma_add<kKeys>(dqueries, dscore, stage_keys, kKeys, true);
+      wgmma_transposed<kHead>(d, rows, kRows, tiles + at.stage * kStage, kKeys);
       wgmma_commit();
+    };
+
+    barrier_wait(queries_full, 0);
+    Ring<kStages> ring;
+    multiply(scores, own_queries, keys, keys_full, ring);
+    multiply(dscores, own_douts, values, values_full, ring);
+    wgmma_wait<1>();
+    wgmma_done(scores);
+    soften(entries[0]);
+    wgmma_wait<0>();
+    wgmma_done(dscores);
+    release(values_free);
+    differentiate();
+#pragma unroll 1
+    for (int n = 1; n < piece.entries; ++n) {
+      const int32_t entry = entries[n];
+      const int before = ring.stage;
+      ring.advance();
+      multiply(scores, own_queries, keys, keys_full, ring);
+      wgmma_add<kKeys>(dqueries, dscore, keys + before * kStage, kKeys, true);
+      wgmma_commit();
+      if constexpr (C::kAtOnce) multiply(dscores, own_douts, values, values_full, ring);
+      wgmma_wait<C::kAtOnce ? 2 : 1>();
+      wgmma_done(scores);
+      soften(entry);
+      wgmma_wait<0>();
+      wgmma_done(dqueries);
+      release(keys_free + before);
+      if constexpr (!C::kAtOnce) {
+        multiply(dscores, own_douts, values, values_full, ring);
+        wgmma_wait<0>();
+      }
+      wgmma_done(dscores);
+      release(values_free + ring.stage);
+      differentiate();
     }
+    wgmma_fence();
+    wgmma_add<kKeys>(dqueries, dscore, keys + ring.stage * kStage, kKeys, true);
+    wgmma_commit();
     wgmma_wait<0>();
     wgmma_done(dqueries);
     const float scales[2] = {p.scale, p.scale};

@@ -128,6 +128,33 @@ __device__ inline void wgmma_step(Accumulator (&d)[16], const FragmentA<bf16>& a
         MERF_WGMMA_D(11), MERF_WGMMA_D(12), MERF_WGMMA_D(13), MERF_WGMMA_D(14), MERF_WGMMA_D(15)
       : "r"(a.at[0]), "r"(a.at[1]), "r"(a.at[2]), "r"(a.at[3]), "l"(b), "r"(static_cast<int>(add)));
 }
+#define MERF_WGMMA_SET(n) "=f"(d[n].at[0]), "=f"(d[n].at[1]), "=f"(d[n].at[2]), "=f"(d[n].at[3])
+// A first step, which sets d: what d was before need not be ready.
+__device__ inline void wgmma_first(Accumulator (&d)[8], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+      "%32, %33, 0, 1, 1, 0, 0;\n"
+      : MERF_WGMMA_SET(0), MERF_WGMMA_SET(1), MERF_WGMMA_SET(2), MERF_WGMMA_SET(3), MERF_WGMMA_SET(4),
+        MERF_WGMMA_SET(5), MERF_WGMMA_SET(6), MERF_WGMMA_SET(7)
+      : "l"(a), "l"(b));
+}
+__device__ inline void wgmma_first(Accumulator (&d)[16], uint64_t a, uint64_t b) {
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {"
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, 0, 1, 1, 0, 0;\n"
+      : MERF_WGMMA_SET(0), MERF_WGMMA_SET(1), MERF_WGMMA_SET(2), MERF_WGMMA_SET(3), MERF_WGMMA_SET(4),
+        MERF_WGMMA_SET(5), MERF_WGMMA_SET(6), MERF_WGMMA_SET(7), MERF_WGMMA_SET(8), MERF_WGMMA_SET(9),
+        MERF_WGMMA_SET(10), MERF_WGMMA_SET(11), MERF_WGMMA_SET(12), MERF_WGMMA_SET(13), MERF_WGMMA_SET(14),
+        MERF_WGMMA_SET(15)
+      : "l"(a), "l"(b));
+}
+#undef MERF_WGMMA_SET
 #undef MERF_WGMMA_D
 #endif
 
@@ -162,7 +189,11 @@ __device__ inline void wgmma_transposed(Accumulator (&d)[Blocks], const bf16* a,
 #else
 #pragma unroll
   for (int step = 0; step < Depth / 16; ++step) {
-    wgmma_step<false>(d, at(left, a_rows, step), at(right, b_rows, step), step > 0);
+    if (step == 0) {
+      wgmma_first(d, left, right);
+    } else {
+      wgmma_step<false>(d, at(left, a_rows, step), at(right, b_rows, step), true);
+    }
   }
 #endif
 }
