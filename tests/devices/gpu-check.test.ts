@@ -208,7 +208,7 @@ describe('gpu-check.sh', () => {
     const out = join(folder, 'short');
     const started = Date.now();
     const options = ['--kit', hanging, '--out', out, '--work', join(folder, 'work')];
-    const { status } = check([...options, '--call', 'right', '--seconds', '12']);
+    const { status } = check([...options, '--call', 'right', '--seconds', '8']);
     expect(status).toBe(1);
     expect(Date.now() - started).toBeLessThan(30_000);
     const { cases } = JSON.parse(readFileSync(join(out, 'nvidia-test-80gb-right.json'), 'utf8'));
