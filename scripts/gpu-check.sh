@@ -227,7 +227,7 @@ find_doctest() {
 
 # The programs with the plugin of this run's device, into $work/build/Release.
 build_programs() {
-  local doctest tool architecture=90a-real began=$SECONDS options=()
+  local doctest tool architecture=90a-real began=$SECONDS options=() most=300
   doctest=$(find_doctest) || {
     # A Debian machine with a network brings it.
     if command -v node >/dev/null && command -v apt-get >/dev/null; then
@@ -244,12 +244,13 @@ build/include/doctest/, or name the folder that holds doctest/ with MERF_DOCTEST
   options=(-DMERF_CPU=OFF -DMERF_BUILD_TESTS=ON -DMERF_BUILD_GPU_BENCHMARKS=ON "-DMERF_DOCTEST=$doctest")
   if [ -n "$rehearse" ]; then
     options+=(-DCMAKE_CUDA_COMPILER= -DMERF_CUDA_EMULATION=ON)
+    most=600
   else
     [ -n "$nvcc" ] || stop "CUDA's compiler nvcc was not found: name it with CUDACXX, or bring a kit (npm run gpu:kit)"
     options+=(-DMERF_CUDA_EMULATION=OFF "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=$architecture")
   fi
   if cmake -S . -B "$work/build" -G Ninja "${options[@]}" >"$work/build.log" 2>&1 &&
-    timeout -k 5 "$(left 300 60)" cmake --build "$work/build" "$@" >>"$work/build.log" 2>&1; then
+    timeout -k 5 "$(left "$most" 60)" cmake --build "$work/build" "$@" >>"$work/build.log" 2>&1; then
     say "built in $((SECONDS - began)) s"
   else
     tail -n 40 "$work/build.log"
