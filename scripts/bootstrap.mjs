@@ -203,7 +203,7 @@ export function configuredCudaCompiler() {
 
 function buildNative({ tests, cuda }, stamp) {
   const lock = readFileSync(join(root, 'package-lock.json'));
-  const benchmarks = ['CMakeLists.txt', 'matrix_rate.cc', 'operators', 'gpu'].map(
+  const benchmarks = ['CMakeLists.txt', 'matrix_rate.cc', 'launches.cc', 'operators', 'gpu'].map(
     (name) => `benchmarks/${name}`,
   );
   const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', ...benchmarks], lock);

@@ -287,6 +287,35 @@ TEST_CASE("a draw does not depend on the batch, the row or the threads") {
   }
 }
 
+TEST_CASE("a long row gives the same alone, over several blocks of a GPU, and among many, in one") {
+  const int64_t vocabulary = 20011, n = 24;
+  Rows rows{Random(9).normals(n * vocabulary, 3.0), vocabulary, {}, {}};
+  for (int32_t i = 0; i < n; ++i) {
+    rows.keys.insert(rows.keys.end(), {i, 3});
+    rows.positions.push_back(i);
+  }
+  for_each_backend([&](Backend& backend) {
+    for (const SamplingOptions& options :
+         {SamplingOptions{0.0f, 0, 1.0f, 0.0f, 1}, SamplingOptions{1.0f, 0, 1.0f, 0.0f, 2},
+          SamplingOptions{0.8f, 0, 0.9f, 0.0f, 3}, SamplingOptions{1.2f, 50, 0.95f, 0.01f, 4},
+          SamplingOptions{1.0f, 15000, 0.999f, 0.0f, 5}}) {
+      CAPTURE(options.seed);
+      const Draws all = draw(backend, rows, options);
+      for (const int64_t i : {0, 17}) {
+        const Rows alone{{rows.logits.begin() + i * vocabulary, rows.logits.begin() + (i + 1) * vocabulary},
+                         vocabulary,
+                         {rows.keys[2 * i], rows.keys[2 * i + 1]},
+                         {rows.positions[i]}};
+        const Draws single = draw(backend, alone, options);
+        CHECK(single.tokens[0] == all.tokens[i]);
+        CHECK(single.logprobs[0] == all.logprobs[i]);
+        CHECK(single.raw[0] == all.raw[i]);
+        CHECK(single.entropies[0] == all.entropies[i]);
+      }
+    }
+  });
+}
+
 TEST_CASE("seed, key and position each change the draw") {
   for_each_backend([](Backend& backend) {
     const std::vector<float> flat(4096, 0.0f);
