@@ -625,7 +625,7 @@ collect_kernels() {
     attention/28q-4kv-128/forest
   collect decoding-28x128 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/28q-4kv-128/shared
   collect decode-step 1600 45 --metrics "$metrics" -- "$programs/gpu_step" --device "$device" --once qwen2.5-0.5b
-  collect sampling-64x152064 4 15 "${sections[@]}" -k regex:sampl -- "${once[@]}" sampling/64x152064
+  collect sampling-64x152064 9 15 "${sections[@]}" -- "${once[@]}" sampling/64x152064
   collect loss 14 25 "${sections[@]}" -- "${once[@]}" loss/2048x896x152064
   collect adamw 4 25 "${sections[@]}" -k 'regex:adamw|squares' -- "$programs/gpu_step" --device "$device" --once smollm2
   collect decoding-9x64 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/9q-3kv-64/shared
