@@ -83,6 +83,8 @@ fi
 work=${work:-$root/build/gpu-check${rehearse:+-rehearsal}}
 out=${out:-$work/results}
 declare -A planned=([right]=200 [speed]=420)
+# Two busy cores take their time for what a GPU does at once.
+[ -n "$rehearse" ] && planned=([right]=400 [speed]=450)
 if [ -z "$seconds" ]; then
   seconds=0
   for call in "${calls[@]}"; do seconds=$((seconds + planned[$call])); done
@@ -225,7 +227,7 @@ find_doctest() {
 
 # The programs with the plugin of this run's device, into $work/build/Release.
 build_programs() {
-  local doctest tool architecture=90a-real began=$SECONDS options=()
+  local doctest tool architecture=90a-real began=$SECONDS options=() most=300
   doctest=$(find_doctest) || {
     # A Debian machine with a network brings it.
     if command -v node >/dev/null && command -v apt-get >/dev/null; then
@@ -242,12 +244,13 @@ build/include/doctest/, or name the folder that holds doctest/ with MERF_DOCTEST
   options=(-DMERF_CPU=OFF -DMERF_BUILD_TESTS=ON -DMERF_BUILD_GPU_BENCHMARKS=ON "-DMERF_DOCTEST=$doctest")
   if [ -n "$rehearse" ]; then
     options+=(-DCMAKE_CUDA_COMPILER= -DMERF_CUDA_EMULATION=ON)
+    most=600
   else
     [ -n "$nvcc" ] || stop "CUDA's compiler nvcc was not found: name it with CUDACXX, or bring a kit (npm run gpu:kit)"
     options+=(-DMERF_CUDA_EMULATION=OFF "-DCMAKE_CUDA_COMPILER=$nvcc" "-DCMAKE_CUDA_ARCHITECTURES=$architecture")
   fi
   if cmake -S . -B "$work/build" -G Ninja "${options[@]}" >"$work/build.log" 2>&1 &&
-    timeout -k 5 "$(left 300 60)" cmake --build "$work/build" "$@" >>"$work/build.log" 2>&1; then
+    timeout -k 5 "$(left "$most" 60)" cmake --build "$work/build" "$@" >>"$work/build.log" 2>&1; then
     say "built in $((SECONDS - began)) s"
   else
     tail -n 40 "$work/build.log"
@@ -430,7 +433,7 @@ train() {
   local name=$1 steps=$2 folder=$results/train-$1 code
   shift 2
   rm -rf "$folder"
-  with_libraries limited "$(left 120 "$kept")" "$node" "$runtime/bin/merf.js" train --task knights-and-knaves \
+  with_libraries limited "$(left "$train_seconds" "$kept")" "$node" "$runtime/bin/merf.js" train --task knights-and-knaves \
     --people 2 --steps "$steps" --device "$name" --save-every 0 --out "$folder" "$@" \
     >"$results/logs/train-$name.log" 2>&1
   code=$?
@@ -622,7 +625,7 @@ collect_kernels() {
     attention/28q-4kv-128/forest
   collect decoding-28x128 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/28q-4kv-128/shared
   collect decode-step 1600 45 --metrics "$metrics" -- "$programs/gpu_step" --device "$device" --once qwen2.5-0.5b
-  collect sampling-64x152064 4 15 "${sections[@]}" -k regex:sampl -- "${once[@]}" sampling/64x152064
+  collect sampling-64x152064 9 15 "${sections[@]}" -- "${once[@]}" sampling/64x152064
   collect loss 14 25 "${sections[@]}" -- "${once[@]}" loss/2048x896x152064
   collect adamw 4 25 "${sections[@]}" -k 'regex:adamw|squares' -- "$programs/gpu_step" --device "$device" --once smollm2
   collect decoding-9x64 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/9q-3kv-64/shared
@@ -675,9 +678,11 @@ report() {
 # What a rehearsal's training takes, on two cores under emulation.
 small=()
 steps=20
+train_seconds=120
 if [ -n "$rehearse" ]; then
   small=(--prompts-per-step 2 --group-size 2 --max-tokens 8)
-  steps=2
+  steps=1
+  train_seconds=300
 fi
 
 right() {

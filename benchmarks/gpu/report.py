@@ -238,10 +238,10 @@ def kernel_rows(launches):
 
 
 def decode_rows(launches):
-    """The launches of the last decode step, from one draw of tokens to the next, by kernel."""
-    draws = [i for i, each in enumerate(launches) if "sample" in each.name]
-    starts = [i for i in draws if i + 1 not in draws]  # a draw may take more than one launch
-    step = launches[starts[-2] + 1:starts[-1] + 1] if len(starts) > 1 else launches
+    """The launches of the last decode step, from one draw of tokens up to the next, by kernel."""
+    draws = [i for i, each in enumerate(launches) if re.search("sample|maximum_kernel", each.name)]
+    starts = [i for i in draws if i - 1 not in draws]  # a draw may take more than one launch
+    step = launches[starts[-2]:starts[-1]] if len(starts) > 1 else launches
     kernels = {}
     for each in step:
         kernels.setdefault(each.name, []).append(
