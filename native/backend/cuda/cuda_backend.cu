@@ -16,6 +16,7 @@ CudaBackend::CudaBackend(int threads) : device_(std::make_shared<Device>(threads
   info_.threads = gpu_properties.host_threads;
   info_.memory_bytes = static_cast<int64_t>(gpu_properties.total_bytes);
   info_.fast_bf16 = true;
+  info_.asynchronous = true;
   if (!gpu_properties.driver.empty()) info_.libraries.emplace_back("CUDA driver", gpu_properties.driver);
   if (!gpu_properties.runtime.empty()) info_.libraries.emplace_back("CUDA runtime", gpu_properties.runtime);
   products_ = MatrixLibrary::open(gpu());

@@ -52,6 +52,58 @@ class GraphRecording final : public Recording {
   const cudaStream_t stream_;
 };
 
+// Pinned memory that a download goes to, and what is reached when it has.
+struct Landing {
+  char* data = nullptr;
+  size_t bytes = 0;
+  cudaEvent_t arrived = nullptr;
+};
+constexpr size_t kSmallestLanding = size_t{64} << 10;
+
+class PinnedDownload final : public GpuDownload {
+ public:
+  // `idle`: where the memory comes from and goes back to, for making some takes as long as a step.
+  PinnedDownload(cudaStream_t stream, const std::unique_ptr<GraphRecording>& recording,
+                 std::vector<Landing>& idle, size_t bytes)
+      : stream_(stream), recording_(recording), idle_(idle) {
+    const auto fits = [&](const Landing& landing) { return landing.bytes >= bytes; };
+    const auto found = std::find_if(idle.begin(), idle.end(), fits);
+    if (found != idle.end()) {
+      landing_ = *found;
+      idle.erase(found);
+      return;
+    }
+    landing_.bytes = std::max(bytes, kSmallestLanding);
+    check(cudaEventCreateWithFlags(&landing_.arrived, cudaEventDisableTiming), "making an event");
+    const cudaError_t status = cudaMallocHost(reinterpret_cast<void**>(&landing_.data), landing_.bytes);
+    if (status != cudaSuccess) cudaEventDestroy(landing_.arrived);
+    check(status, "pinned memory");
+  }
+  ~PinnedDownload() override {
+    // Whoever has the memory next must not find this download still on its way.
+    if (started_) cudaEventSynchronize(landing_.arrived);
+    idle_.push_back(landing_);
+  }
+  void start(const void* device, size_t bytes) override {
+    if (recording_) throw Error("INTERNAL", "Expected no download while work is recorded");
+    check(cudaMemcpyAsync(landing_.data, device, bytes, cudaMemcpyDeviceToHost, stream_), "a download");
+    check(cudaEventRecord(landing_.arrived, stream_), "an event");
+    started_ = true;
+  }
+  const void* wait() override {
+    if (started_) check(cudaEventSynchronize(landing_.arrived), "a download");
+    started_ = false;
+    return landing_.data;
+  }
+
+ private:
+  const cudaStream_t stream_;
+  const std::unique_ptr<GraphRecording>& recording_;
+  std::vector<Landing>& idle_;
+  Landing landing_;
+  bool started_ = false;
+};
+
 // Pinned host memory that transfers go through, in a ring: a part is written again once its last transfer is done.
 constexpr size_t kPartBytes = size_t{8} << 20;
 constexpr size_t kParts = 4;
@@ -64,6 +116,7 @@ struct Gpu::State {
   char* pinned = nullptr;              // [kParts, kPartBytes]
   std::array<cudaEvent_t, kParts> part_free{};
   size_t part = 0, used = 0;
+  std::vector<Landing> idle_landings;
   std::unordered_map<const void*, size_t> shared_allowed;
 
   std::unique_ptr<GraphRecording> recording;
@@ -119,6 +172,10 @@ Gpu::~Gpu() {
   cudaStreamSynchronize(state_->stream);
   for (cudaEvent_t event : state_->part_free) cudaEventDestroy(event);
   cudaFreeHost(state_->pinned);
+  for (const Landing& landing : state_->idle_landings) {
+    cudaEventDestroy(landing.arrived);
+    cudaFreeHost(landing.data);
+  }
   cudaStreamDestroy(state_->side_stream);
   cudaStreamDestroy(state_->stream);
 }
@@ -228,6 +285,10 @@ void Gpu::download(void* host, const void* device, size_t bytes) {
   }
 }
 
+std::unique_ptr<GpuDownload> Gpu::make_download(size_t bytes) {
+  return std::make_unique<PinnedDownload>(state_->stream, state_->recording, state_->idle_landings, bytes);
+}
+
 void Gpu::copy(void* to, const void* from, size_t bytes) {
   if (bytes > 0) check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, state_->stream), "a copy");
 }
@@ -241,17 +302,20 @@ void Gpu::synchronize() {
 
 void Gpu::begin_recording() {
   State& s = *state_;
-  // What was freed before is free for the side stream too.
-  check(cudaStreamSynchronize(s.stream), "waiting for it");
   std::shared_ptr<RecordingMemory> memory = s.recording_memory.lock();
-  if (!memory) s.recording_memory = memory = std::make_shared<RecordingMemory>(s.stream);
+  if (!memory) {
+    // What was freed before is free for the side stream too. Later recordings find most of their memory here already,
+    // and get the rest in any case once the stream is so far.
+    check(cudaStreamSynchronize(s.stream), "waiting for it");
+    s.recording_memory = memory = std::make_shared<RecordingMemory>(s.stream);
+  }
   auto recording = std::make_unique<GraphRecording>(s.stream, std::move(memory));
   // Relaxed: memory is allocated meanwhile, and other threads may use CUDA.
   check(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed), "beginning a recording");
   s.recording = std::move(recording);
 }
 
-std::unique_ptr<Recording> Gpu::end_recording() {
+std::unique_ptr<Recording> Gpu::end_recording(std::unique_ptr<Recording> before) {
   State& s = *state_;
   std::unique_ptr<GraphRecording> recording = std::move(s.recording);
   const bool held = !s.recorded_memory.empty();
@@ -261,6 +325,14 @@ std::unique_ptr<Recording> Gpu::end_recording() {
   for (void* data : s.freed_while_recording) cudaFreeAsync(data, s.stream);
   s.freed_while_recording.clear();
   check(ended, "ending a recording");
+  if (before && !held) {
+    cudaGraphExecUpdateResultInfo info{};
+    if (cudaGraphExecUpdate(static_cast<GraphRecording&>(*before).graph, graph, &info) == cudaSuccess) {
+      cudaGraphDestroy(graph);
+      return before;
+    }
+    cudaGetLastError();  // other kernels than before, or in another order
+  }
   const cudaError_t made = held ? cudaSuccess : cudaGraphInstantiate(&recording->graph, graph, 0);
   cudaGraphDestroy(graph);
   if (held)
