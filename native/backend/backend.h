@@ -28,6 +28,8 @@ struct DeviceInfo {
   // with memory to spare takes all rows of a step in one; the default is what a processor's caches make good use of.
   int64_t logits_bytes = int64_t{64} << 20;
   bool fast_bf16 = false;    // bfloat16 products in hardware
+  // Whether operators run behind the caller's back, so that enqueueing ahead keeps the device busy.
+  bool asynchronous = false;
   // Whether a token's activations and log-probability have the same bits whatever is computed beside it, and whether
   // it is decoded against the cache or scored in a forest.
   bool exact = false;
@@ -129,20 +131,47 @@ struct AdamWOptions {
   float gradient_scale = 1.0f;  // multiplies gradients first: the factor of global-norm clipping
 };
 
+// The rows that Backend::store_rows copies: `from` and `to` [any, N] share N and the type.
+struct RowsCopy {
+  Tensor from;
+  Tensor to;
+};
+
+// A place on the host that one download after another goes to without anybody waiting for it.
+class Download {
+ public:
+  virtual ~Download() = default;
+  // Enqueues the download of what `source` holds by then in the order of the stream. What an earlier one left is gone.
+  virtual void start(const Tensor& source, size_t bytes) = 0;
+  // Waits for the download that was started last. The bytes stay until the next start.
+  virtual const void* wait() = 0;
+};
+
 // Runs work that repeats, such as the steps of a rollout. A device that can record what is enqueued does so and plays
-// the recording from then on, which saves the host's work for each operator. The tensors of a recording must live as
-// long as the recorder.
+// the recording from then on, which saves the host's work for each operator.
 class Recorder {
  public:
+  struct Counts {
+    int64_t made = 0;     // recordings made playable
+    int64_t updated = 0;  // recordings that took other tensors or parameters over, which costs much less
+    int64_t played = 0;
+  };
+
   virtual ~Recorder() = default;
-  // Runs `body`, which enqueues operators and neither uploads nor downloads. Calls with one key enqueue the same
-  // operators over the same tensors; only what was planned (Backend::plan_decode) may differ between them.
+  // Runs `body`, which enqueues operators and neither uploads nor downloads. Until the next renew, calls with one key
+  // enqueue the same operators over the same tensors, which live that long; only what was planned
+  // (Backend::plan_decode) may differ between them.
   virtual void run(int64_t key, const std::function<void()>& body) {
     (void)key;
     body();
   }
+  // What the bodies of all keys enqueue from now on may be over other tensors and with other parameters than before.
+  virtual void renew() {}
+  // Whether bodies are recorded, so that their tensors may not change from call to call.
+  virtual bool records() const { return false; }
   // How many rows a step for `rows` sequences should have, so that few recordings serve for all numbers of them.
   virtual int64_t step_rows(int64_t rows) const { return rows; }
+  virtual Counts counts() const { return {}; }
 };
 
 class Backend {
@@ -155,7 +184,9 @@ class Backend {
   virtual Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) = 0;
   virtual void upload(const Tensor& destination, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const Tensor& source, size_t bytes) = 0;  // synchronises
-  virtual void copy(const Tensor& destination, const Tensor& source) = 0;     // equal sizes and types
+  // For downloads of up to `bytes` bytes. It must not outlive the backend.
+  virtual std::unique_ptr<Download> make_download(size_t bytes) = 0;
+  virtual void copy(const Tensor& destination, const Tensor& source) = 0;  // equal sizes and types
   virtual void zero(const Tensor& destination) = 0;
   virtual void cast(const Tensor& destination,
                     const Tensor& source) = 0;  // between f32 and bf16 (nearest even)
@@ -163,7 +194,10 @@ class Backend {
   virtual void split_master(const Tensor& master, const Tensor& weight, const Tensor& lower) = 0;
   virtual void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) = 0;
   virtual void synchronize() = 0;
+  // A recorder must not outlive its backend.
   virtual std::unique_ptr<Recorder> make_recorder() { return std::make_unique<Recorder>(); }
+  // All recorders forget their recordings, whose memory goes back to the device.
+  virtual void release_recordings() {}
   // Bytes that could be allocated now, whoever has the others. Any thread may ask.
   virtual int64_t memory_free() const = 0;
   // Bytes now allocated through this backend, and the most there ever were since reset_peak_memory.
@@ -205,6 +239,9 @@ class Backend {
   virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
   virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
+  // For every copy: rows 0 to place[1] of `from` become those of `to` from row place[0] on; place [2] i32. At most all
+  // rows of `from`. Rows are of an even number of bytes.
+  virtual void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) = 0;
 
   // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)
   // Where `delta` [T, H] is given, x += delta first (the residual stream, in place). x f32|bf16; delta and y share a
@@ -250,8 +287,11 @@ class Backend {
   // slots [N] i32: page * kPageTokens + offset in the page; tokens with a slot below 0 are not kept.
   virtual void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                            const PagedLayer& cache) = 0;
-  // What the following calls of attention_decode, over `batch` rows, attend to.
-  virtual void plan_decode(const DecodePlan& plan, int64_t batch) = 0;
+  // What the following calls of attention_decode, over `batch` rows, attend to. Returns `inputs` on the device [their
+  // number] i32, which come with the plan in one transfer. They lie where those of the last call were if they are as
+  // many and no recording has to be made again, and until the next call.
+  virtual Tensor plan_decode(const DecodePlan& plan, int64_t batch,
+                             const std::vector<int32_t>& inputs = {}) = 0;
   // q, out [B, q_heads, head_size]. Every row in the plan attends to the union of its runs; rows of `out` that are in
   // no run are left as they are.
   virtual void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
@@ -285,6 +325,10 @@ class Backend {
   virtual void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
                              const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
                              const Tensor& raw_logprobs, const Tensor& entropies) = 0;
+
+  // ids[b] = sources[b] < 0 ? -1 - sources[b] : drawn[sources[b]]: the tokens that a step is fed, given by the host or
+  // drawn by the step before, whose rows were others. sources, ids [B], drawn [any] i32.
+  virtual void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) = 0;
 
   // ---- advantages: rewards [N] f32, group_offsets (host) rising from 0 to N
   //   group:          (r - mean) / (std + epsilon) within the group, or r - mean where !scale   (GRPO, Dr. GRPO)

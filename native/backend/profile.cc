@@ -178,6 +178,12 @@ void ProfiledBackend::gather_rows(const Tensor& x, const Tensor& rows, const Ten
   timed("gather_rows", {0.0, 2.0 * bytes_of({y})}, [&] { backend_->gather_rows(x, rows, y); });
 }
 
+void ProfiledBackend::store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) {
+  double bytes = 0.0;  // at most
+  for (const RowsCopy& copy : copies) bytes += 2.0 * bytes_of({copy.from});
+  timed("store_rows", {0.0, bytes}, [&] { backend_->store_rows(copies, place); });
+}
+
 void ProfiledBackend::rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
                                const Tensor& y, const Tensor& rstd) {
   timed("rms_norm", {0.0, bytes_of({x, delta, y})},
@@ -238,11 +244,12 @@ void ProfiledBackend::cache_write(const HeadsView& k, const HeadsView& v, const 
         [&] { backend_->cache_write(k, v, slots, cache); });
 }
 
-void ProfiledBackend::plan_decode(const DecodePlan& plan, int64_t batch) {
+Tensor ProfiledBackend::plan_decode(const DecodePlan& plan, int64_t batch,
+                                    const std::vector<int32_t>& inputs) {
   decode_pairs_ = 0.0;
   for (const DecodeRun& run : plan.runs)
     decode_pairs_ += static_cast<double>(run.tokens) * static_cast<double>(run.row_count);
-  timed("plan_decode", Work(), [&] { backend_->plan_decode(plan, batch); });
+  return timed("plan_decode", Work(), [&] { return backend_->plan_decode(plan, batch, inputs); });
 }
 
 void ProfiledBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
@@ -279,6 +286,11 @@ double ProfiledBackend::policy_loss(const Tensor& logprobs, const Tensor& entrop
                                     const Tensor& coefficients) {
   return timed("policy_loss", {0.0, bytes_of({logprobs, coefficients})},
                [&] { return backend_->policy_loss(logprobs, entropies, loss_rows, options, coefficients); });
+}
+
+void ProfiledBackend::next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) {
+  timed("next_tokens", {0.0, bytes_of({sources, ids, ids})},
+        [&] { backend_->next_tokens(drawn, sources, ids); });
 }
 
 void ProfiledBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,

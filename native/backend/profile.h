@@ -38,6 +38,7 @@ class ProfiledBackend final : public Backend {
   }
   void upload(const Tensor& destination, const void* host, size_t bytes) override;
   void download(void* host, const Tensor& source, size_t bytes) override;
+  std::unique_ptr<Download> make_download(size_t bytes) override { return backend_->make_download(bytes); }
   void copy(const Tensor& destination, const Tensor& source) override;
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
@@ -65,6 +66,7 @@ class ProfiledBackend final : public Backend {
   void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
   void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
+  void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) override;
   void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
                 const Tensor& rstd) override;
   void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
@@ -84,7 +86,7 @@ class ProfiledBackend final : public Backend {
                           const HeadsView& dk, const HeadsView& dv, int64_t first_query) override;
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                    const PagedLayer& cache) override;
-  void plan_decode(const DecodePlan& plan, int64_t batch) override;
+  Tensor plan_decode(const DecodePlan& plan, int64_t batch, const std::vector<int32_t>& inputs) override;
   void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
                         const HeadsView& out) override;
 
@@ -100,6 +102,7 @@ class ProfiledBackend final : public Backend {
   void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
                      const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
                      const Tensor& raw_logprobs, const Tensor& entropies) override;
+  void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) override;
   void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
                         bool scale, float epsilon, const Tensor& advantages) override;
   void adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) override;

@@ -62,6 +62,8 @@ void Arena::free() {
   release({});
   blocks_.clear();
   most_ = 0;
+  // What they were made over has gone, and where memory is wanted theirs is too.
+  if (backend_ != nullptr) backend_->release_recordings();
 }
 
 int64_t count_that_fits(int64_t count, int64_t needed, int64_t available) {

@@ -32,7 +32,7 @@ class Arena {
   // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only after the
   // first reset() that follows, and then in memory that has not been touched before.
   void reserve(size_t bytes);
-  // As reset, and returns the memory to the device.
+  // As reset, and returns the memory to the device, with that of recordings.
   void free();
 
  private:

@@ -111,8 +111,8 @@ void KeptForward::release(size_t layer) {
 }
 
 Activations KeptForward::next(int64_t rows, const Activations& shared) {
-  if (borrows()) lent_ = layers_.size();
-  const auto window = [&](const Tensor& all) { return all.rows(used_, used_ + rows); };
+  const int64_t first = advance(rows);
+  const auto window = [&](const Tensor& all) { return all.rows(first, first + rows); };
   Activations a = shared;
   a.tokens = rows;
   for (size_t i = 0; i < layers_.size(); ++i) {
@@ -121,8 +121,40 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
     a.layers[i].gate_up = window(layers_[i].gate_up);
   }
   a.input_of(layers_.size()) = window(output_);
-  used_ += rows;
   return a;
+}
+
+int64_t KeptForward::advance(int64_t rows) {
+  if (used_ + rows > rows_) {
+    throw Error("INTERNAL", "Expected " + std::to_string(rows_) + " rows at most to be kept but received " +
+                                std::to_string(used_ + rows));
+  }
+  if (borrows()) lent_ = layers_.size();
+  used_ += rows;
+  return used_ - rows;
+}
+
+void KeptForward::stage(Arena& arena, int64_t rows, Activations& activations) const {
+  const auto like = [&](const Tensor& all) { return arena.take(all.dtype, {rows, all.shape[1]}); };
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    activations.layers[i].attention_input = like(layers_[i].attention_input);
+    activations.layers[i].qkv = like(layers_[i].qkv);
+    activations.layers[i].gate_up = like(layers_[i].gate_up);
+  }
+  activations.input_of(layers_.size()) = like(output_);
+}
+
+std::vector<RowsCopy> KeptForward::copies(const Activations& staged) const {
+  std::vector<RowsCopy> all;
+  for (size_t i = 0; i < layers_.size(); ++i) {
+    all.push_back({staged.layers[i].attention_input, layers_[i].attention_input});
+    all.push_back({staged.layers[i].qkv, layers_[i].qkv});
+    all.push_back({staged.layers[i].gate_up, layers_[i].gate_up});
+  }
+  all.push_back(
+      {layers_.size() < staged.layers.size() ? staged.layers[layers_.size()].attention_input : staged.output,
+       output_});
+  return all;
 }
 
 int32_t KeptForward::set(int64_t row, int32_t parent, int32_t token) {

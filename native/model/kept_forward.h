@@ -11,6 +11,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "model/arena.h"
 #include "model/config.h"
 #include "model/transformer.h"
 
@@ -37,6 +38,12 @@ class KeptForward {
   void clear();
   // The buffers of a forward over the next `rows` rows. What is not kept is `shared`'s.
   Activations next(int64_t rows, const Activations& shared);
+  // The other way, for steps that run over the same memory every time: stage gives `activations`, which hold nothing,
+  // buffers of `rows` rows for what is kept, copies says what store_rows then has to put where, and advance takes the
+  // next rows for it and returns the first.
+  void stage(Arena& arena, int64_t rows, Activations& activations) const;
+  std::vector<RowsCopy> copies(const Activations& staged) const;
+  int64_t advance(int64_t rows);
   int64_t used() const { return used_; }
   // Row `row` holds `token` behind that of row `parent` (-1: it stands first). Returns the row that stands for all of
   // this token behind that one, as where completions begin alike.

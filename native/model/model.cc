@@ -133,6 +133,11 @@ void Model::give_back_gradients() {
   if (kept_ && kept_->borrows()) kept_->clear();
 }
 
+Recorder& Model::recorder() {
+  if (!recorder_) recorder_ = backend_.make_recorder();
+  return *recorder_;
+}
+
 void Model::prepare() {
   if (!stale_) return;
   arena_.reset();

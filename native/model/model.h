@@ -70,6 +70,8 @@ class Model {
   Transformer& transformer() { return transformer_; }
   Backend& backend() { return backend_; }
   Arena& arena() { return arena_; }
+  // What runs the steps of this model's rollouts; its recordings outlive them.
+  Recorder& recorder();
 
   // Where memory runs out, every method gives back what it took and throws OUT_OF_MEMORY; those that take a batch say
   // how many tokens would have fitted.
@@ -134,6 +136,7 @@ class Model {
   Transformer transformer_;
   bool accumulates_ = false;  // the gradients are not 0
   std::unique_ptr<KeptForward> kept_;
+  std::unique_ptr<Recorder> recorder_;
   bool stale_ = true;  // the packed weights do not hold `value`
 };
 

@@ -1,6 +1,7 @@
 #include "rollout/rollout.h"
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <numeric>
 
@@ -78,12 +79,23 @@ struct Sequence {
   std::vector<int32_t> tokens;
   std::vector<float> logprobs, raw_logprobs, entropies;
   std::vector<int32_t> pages;  // of its own tokens
+  int32_t promised = 0;        // pages that it may still acquire
+  bool left = false;           // what it had has been given back
+  int32_t pending = 0;         // draws that have been enqueued and not looked at
+  int32_t last_row = 0;        // where it stood in the step that was enqueued last
   int32_t kept_row = -1;  // of its last token that was fed, or its prompt's last, where the forward is kept
   StopStringMatcher stop_strings;
 
   // The last token drawn is never fed back.
   int32_t pages_at_most() const { return KvCache::pages_for(max_tokens - 1); }
+  bool finished() const { return reason != FinishReason::aborted; }
 };
+
+// What tells the kernels of one set of options from those of another.
+int64_t kinds_of(const SamplingOptions& options) {
+  return (options.temperature == 0.0f ? 1 : 0) | (options.top_k > 0 ? 2 : 0) |
+         (options.top_p < 1.0f ? 4 : 0) | (options.min_p > 0.0f ? 8 : 0);
+}
 
 class Sampler {
  public:
@@ -98,8 +110,9 @@ class Sampler {
         cancel_(cancel),
         on_tokens_(on_tokens),
         tree_(make_prompt_tree(request.visible_until, request.prompt_rows)),
-        // What is kept goes to another place at every step, which no recording can.
-        recorder_(request.keep_bytes > 0 ? std::make_unique<Recorder>() : model.backend().make_recorder()) {
+        recorder_(model.recorder()),
+        ahead_(request.ahead.value_or(model.backend().info().asynchronous)) {
+    recorder_.renew();
     make_sequences();
   }
 
@@ -131,10 +144,12 @@ class Sampler {
   void decode();
   void admit();
   void plan_prompts();
-  void step();
-  void enqueue_step(int64_t rows);
-  void draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of);
-  void take_draws(const std::vector<int32_t>& sequences, int64_t of);
+  void let_go_of_last();
+  struct Step;
+  void enqueue(Step& step);
+  void enqueue_operators(int64_t rows, const Tensor& inputs);
+  void draw(const Tensor& logits, const Tensor& keys, const Tensor& counters, int64_t first, int64_t of);
+  void take_draws(const Step& step);
   bool push(Sequence& sequence, int32_t token, float logprob, float raw_logprob, float entropy);
   void leave(Sequence& sequence);
   void release_unused_segments();
@@ -160,12 +175,23 @@ class Sampler {
   std::vector<int32_t> segment_users_;  // unfinished completions under each segment
   std::unique_ptr<KvCache> cache_;
 
-  // One step's inputs and outputs, each one transfer: [6, rows] and [4, rows].
+  // A step whose draws have not been looked at yet.
+  struct Step {
+    int64_t rows = 0;
+    std::vector<int32_t> sequences;  // of its first rows
+    int64_t kept_first = 0;          // row of what is kept of the first
+    std::unique_ptr<Download> draws;
+  };
+  // A step's inputs, which reach the device with the plan: sources, positions, slots, counters (each [rows]), keys
+  // [rows, 2], and where what is kept goes [2]. Its outputs: [4, rows].
   std::vector<int32_t> inputs_;
-  std::vector<float> outputs_;
-  Tensor device_inputs_, device_outputs_, logits_, repeated_logits_, hidden_;
+  Tensor outputs_, ids_, logits_, hidden_;
   int64_t logits_rows_ = 0;
-  const std::unique_ptr<Recorder> recorder_;
+  Recorder& recorder_;
+  // Whether a step is enqueued before the draws of the last one are looked at. The host knows all of it but the tokens
+  // that it is fed, which the device has, and which sequences those end. Such a sequence runs in it in vain.
+  const bool ahead_;
+  std::array<Step, 2> steps_;
 
   std::vector<int32_t> waiting_;  // last first
   std::vector<int32_t> live_;
@@ -175,6 +201,7 @@ class Sampler {
   size_t prompt_runs_ = 0, prompt_pages_ = 0;  // of plan_, which change only with live_
   bool live_changed_ = true;
   Activations buffers_, step_activations_;
+  bool staged_ = false;  // what is kept is put into its place at the end of a step
   std::unique_ptr<KeptForward> kept_;
   std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
@@ -249,11 +276,10 @@ void Sampler::make_buffers() {
   logits_rows_ = std::clamp<int64_t>(backend_.info().logits_bytes / (4 * config_.vocab_size), 8,
                                      std::max<int64_t>(rows, 8));
   logits_ = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
-  const int64_t step_rows = std::max(recorder_->step_rows(rows), logits_rows_);
-  inputs_.reserve(static_cast<size_t>(6 * step_rows));
-  outputs_.resize(static_cast<size_t>(4 * step_rows));
-  device_inputs_ = arena_.take(DType::i32, {6 * step_rows});
-  device_outputs_ = arena_.take(DType::f32, {4 * step_rows});
+  const int64_t step_rows = std::max(recorder_.step_rows(rows), logits_rows_);
+  outputs_ = arena_.take(DType::f32, {4 * step_rows});
+  ids_ = arena_.take(DType::i32, {step_rows});
+  for (Step& step : steps_) step.draws = backend_.make_download(outputs_.bytes());
   live_.reserve(static_cast<size_t>(rows));
 }
 
@@ -390,54 +416,75 @@ void Sampler::draw_first_tokens(const Tensor& x, const PrefillPass& pass) {
       ArenaScope block(arena_);
       const size_t last = std::min(sequences.size(), first + static_cast<size_t>(logits_rows_));
       const int64_t draws = static_cast<int64_t>(last - first);
-      drawn_sequences_.assign(sequences.begin() + static_cast<std::ptrdiff_t>(first),
-                              sequences.begin() + static_cast<std::ptrdiff_t>(last));
+      Step& step = steps_[0];
+      step.rows = draws;
+      std::vector<int32_t>& drawn = step.sequences;
+      drawn.assign(sequences.begin() + static_cast<std::ptrdiff_t>(first),
+                   sequences.begin() + static_cast<std::ptrdiff_t>(last));
       const std::vector<int32_t> repeats(logits_row.begin() + static_cast<std::ptrdiff_t>(first),
                                          logits_row.begin() + static_cast<std::ptrdiff_t>(last));
       const Tensor block_logits = repeated.rows(0, draws);
       backend_.gather_rows(logits, model_.upload(repeats), block_logits);
 
-      inputs_.assign(static_cast<size_t>(6 * draws), 0);
-      for (int64_t i = 0; i < draws; ++i) {
-        const size_t key = 2 * static_cast<size_t>(drawn_sequences_[static_cast<size_t>(i)]);
-        inputs_[static_cast<size_t>(4 * draws + 2 * i)] = static_cast<int32_t>(request_.keys[key]);
-        inputs_[static_cast<size_t>(4 * draws + 2 * i + 1)] = static_cast<int32_t>(request_.keys[key + 1]);
+      std::vector<int32_t> keys;
+      for (const int32_t index : drawn) {
+        const size_t key = 2 * static_cast<size_t>(index);
+        keys.push_back(static_cast<int32_t>(request_.keys[key]));
+        keys.push_back(static_cast<int32_t>(request_.keys[key + 1]));
       }
-      backend_.upload(device_inputs_.rows(0, 6 * draws), inputs_.data(), inputs_.size() * sizeof(int32_t));
-      draw(block_logits, 0, draws, draws);
-      take_draws(drawn_sequences_, draws);
+      const Tensor counters = model_.upload(std::vector<int32_t>(drawn.size(), 0));
+      draw(block_logits, model_.upload(keys), counters, 0, draws);
+      step.draws->start(outputs_.rows(0, 4 * draws), 4 * static_cast<size_t>(draws) * sizeof(float));
+      take_draws(step);
     }
   }
 }
 
-// Draws for rows [first, first + rows) of a step of `of` rows, whose inputs are on the device as
-// ids, positions, slots, counters (each [of]) and keys [of, 2].
-void Sampler::draw(const Tensor& logits, int64_t first, int64_t rows, int64_t of) {
-  const Tensor counters = device_inputs_.rows(3 * of + first, 3 * of + first + rows);
-  const Tensor keys = device_inputs_.rows(4 * of + 2 * first, 4 * of + 2 * (first + rows)).view({rows, 2});
-  const auto output = [&](int64_t i) { return device_outputs_.rows(i * of + first, i * of + first + rows); };
+// Draws for the rows of `logits`, which are those from `first` on of a step of `of` rows, as are keys [of, 2] and
+// counters [of].
+void Sampler::draw(const Tensor& logits, const Tensor& keys, const Tensor& counters, int64_t first,
+                   int64_t of) {
+  const int64_t end = first + logits.shape[0];
+  const auto output = [&](int64_t i) { return outputs_.rows(i * of + first, i * of + end); };
   Tensor tokens = output(0);
   tokens.dtype = DType::i32;
-  backend_.sample_tokens(logits, keys, counters, request_.options, tokens, output(1), output(2), output(3));
+  backend_.sample_tokens(logits, keys.view({of, 2}).rows(first, end), counters.rows(first, end),
+                         request_.options, tokens, output(1), output(2), output(3));
 }
 
-// Downloads the draws of a step of `of` rows and appends them; `sequences` are its first rows.
-void Sampler::take_draws(const std::vector<int32_t>& sequences, int64_t of) {
-  const size_t rows = static_cast<size_t>(of);
-  backend_.download(outputs_.data(), device_outputs_.rows(0, 4 * of), 4 * rows * sizeof(float));
+// Waits for a step's draws and appends them.
+void Sampler::take_draws(const Step& step) {
+  const size_t rows = static_cast<size_t>(step.rows);
+  const float* const outputs = static_cast<const float*>(step.draws->wait());
+  const int32_t* const tokens = reinterpret_cast<const int32_t*>(outputs);
+  drawn_sequences_.clear();
   drawn_tokens_.clear();
   drawn_logprobs_.clear();
-  const int32_t* tokens = reinterpret_cast<const int32_t*>(outputs_.data());
-  for (size_t r = 0; r < sequences.size(); ++r) {
-    Sequence& sequence = at(sequences[r]);
+  bool finished = false;
+  for (size_t r = 0; r < step.sequences.size(); ++r) {
+    Sequence& sequence = at(step.sequences[r]);
+    // The draw before was its last.
+    if (sequence.finished()) continue;
+    sequence.pending = std::max(sequence.pending - 1, 0);
+    if (kept_ && !sequence.tokens.empty()) {
+      sequence.kept_row =
+          kept_->set(step.kept_first + static_cast<int64_t>(r), sequence.kept_row, sequence.tokens.back());
+    }
+    drawn_sequences_.push_back(step.sequences[r]);
     drawn_tokens_.push_back(tokens[r]);
-    drawn_logprobs_.push_back(outputs_[rows + r]);
-    if (push(sequence, tokens[r], outputs_[rows + r], outputs_[2 * rows + r], outputs_[3 * rows + r])) {
+    drawn_logprobs_.push_back(outputs[rows + r]);
+    if (push(sequence, tokens[r], outputs[rows + r], outputs[2 * rows + r], outputs[3 * rows + r])) {
       leave(sequence);
-      live_changed_ = true;
+      finished = true;
     }
   }
-  if (on_tokens_) on_tokens_(sequences, drawn_tokens_, drawn_logprobs_);
+  if (finished) {
+    const auto end =
+        std::remove_if(live_.begin(), live_.end(), [&](int32_t index) { return at(index).finished(); });
+    live_changed_ = live_changed_ || end != live_.end();
+    live_.erase(end, live_.end());
+  }
+  if (on_tokens_ && !drawn_sequences_.empty()) on_tokens_(drawn_sequences_, drawn_tokens_, drawn_logprobs_);
 }
 
 // Appends a token; whether it was the last.
@@ -459,10 +506,14 @@ bool Sampler::push(Sequence& sequence, int32_t token, float logprob, float raw_l
   return true;
 }
 
-// Gives back a completion's pages, and those of the segments that nobody is under any more.
+// Gives back a completion's pages and what it was promised; release_unused_segments then does those of the segments that
+// nobody is under any more. What is enqueued already may still use them: whoever has them next comes behind it.
 void Sampler::leave(Sequence& sequence) {
+  if (sequence.left) return;
+  sequence.left = true;
   for (int32_t page : sequence.pages) cache_->pages.release(page);
   sequence.pages.clear();
+  promised_pages_ -= sequence.promised;
   for (int32_t s = sequence.segment; s >= 0; s = tree_.segments[static_cast<size_t>(s)].parent) {
     --segment_users_[static_cast<size_t>(s)];
   }
@@ -491,23 +542,58 @@ void Sampler::decode() {
     }
   }
   for (auto index = order_.rbegin(); index != order_.rend(); ++index) {
-    if (at(*index).reason == FinishReason::aborted) waiting_.push_back(*index);
+    if (!at(*index).finished()) waiting_.push_back(*index);
   }
   if (waiting_.empty()) return;
   max_live_ = std::min(live_.capacity(), waiting_.size());
-  const int64_t rows = recorder_->step_rows(static_cast<int64_t>(max_live_));
+  const int64_t rows = recorder_.step_rows(static_cast<int64_t>(max_live_));
   buffers_ = model_.transformer().make_activations(arena_, rows, Holds::nothing);
+  staged_ = kept_ && recorder_.records();
+  if (staged_) kept_->stage(arena_, rows, buffers_);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
+  Step* before = nullptr;
+  Step* step = &steps_[0];
   while (!cancel_.requested()) {
+    if (before) let_go_of_last();
     admit();
-    if (live_.empty()) return;
-    try {
-      step();
-    } catch (const Error& error) {
-      if (error.code == "ABORTED") return;
-      throw;
+    const bool stepping = !live_.empty();
+    bool aborted = false;
+    if (stepping) {
+      try {
+        enqueue(*step);
+      } catch (const Error& error) {
+        if (error.code != "ABORTED") throw;
+        aborted = true;
+      }
     }
+    const auto finish = [&](const Step& done) {
+      take_draws(done);
+      if (!drawn_sequences_.empty()) ++result_.decode_steps;
+      release_unused_segments();
+    };
+    if (before) finish(*before);
+    if (aborted || (!stepping && !before)) return;
+    before = stepping ? step : nullptr;
+    if (before && !ahead_) {
+      finish(*before);
+      before = nullptr;
+    }
+    if (before) step = &steps_[before == &steps_[0] ? 1 : 0];
   }
+}
+
+// The completions whose draw on its way is known to be their last.
+void Sampler::let_go_of_last() {
+  const auto end = std::remove_if(live_.begin(), live_.end(), [&](int32_t index) {
+    Sequence& sequence = at(index);
+    if (static_cast<int32_t>(sequence.tokens.size()) + sequence.pending < sequence.max_tokens) return false;
+    leave(sequence);
+    return true;
+  });
+  if (end == live_.end()) return;
+  live_.erase(end, live_.end());
+  live_changed_ = true;
+  release_unused_segments();
 }
 
 // Lets waiting completions in, in their order, as long as the pages they may come to need can be promised.
@@ -517,6 +603,7 @@ void Sampler::admit() {
     const int32_t pages = at(index).pages_at_most();
     if (pages > cache_->pages.available() - promised_pages_) break;
     promised_pages_ += pages;
+    at(index).promised = pages;
     live_.push_back(index);
     waiting_.pop_back();
     live_changed_ = true;
@@ -547,28 +634,34 @@ void Sampler::plan_prompts() {
   prompt_pages_ = plan_.pages.size();
 }
 
-void Sampler::step() {
+// A step of all live completions. Where they have draws on their way, those are of the step before.
+void Sampler::enqueue(Step& step) {
   // Rows behind those of live completions draw what nobody looks at.
-  const int64_t rows = recorder_->step_rows(static_cast<int64_t>(live_.size()));
+  const int64_t live = static_cast<int64_t>(live_.size()), rows = recorder_.step_rows(live);
   if (live_changed_) {
     plan_prompts();
     buffers_.shrink_to(rows, step_activations_);
     live_changed_ = false;
   }
+  step.rows = rows;
+  step.sequences = live_;
   plan_.runs.resize(prompt_runs_);
   plan_.pages.resize(prompt_pages_);
-  inputs_.assign(static_cast<size_t>(6 * rows), 0);
-  std::fill(inputs_.begin() + 2 * rows, inputs_.begin() + 3 * rows, -1);  // no slot
-  for (int64_t r = 0; r < static_cast<int64_t>(live_.size()); ++r) {
+  const size_t count = static_cast<size_t>(rows);
+  inputs_.assign(6 * count + 2, 0);
+  std::fill_n(inputs_.begin(), count, -1);             // token 0
+  std::fill_n(inputs_.begin() + 2 * rows, count, -1);  // no slot
+  for (int64_t r = 0; r < live; ++r) {
     Sequence& sequence = at(live_[static_cast<size_t>(r)]);
-    const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) - 1;  // of the token that is fed
+    // Of the token that is fed.
+    const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) + sequence.pending - 1;
     if (offset % kPageTokens == 0) {
       sequence.pages.push_back(cache_->pages.acquire());
+      --sequence.promised;
       --promised_pages_;
     }
-    const size_t row = static_cast<size_t>(r), count = static_cast<size_t>(rows);
-    const size_t key = 2 * static_cast<size_t>(sequence.index);
-    inputs_[row] = sequence.tokens.back();
+    const size_t row = static_cast<size_t>(r), key = 2 * static_cast<size_t>(sequence.index);
+    inputs_[row] = sequence.pending > 0 ? sequence.last_row : -1 - sequence.tokens.back();
     inputs_[count + row] = sequence.prompt_tokens + offset;
     inputs_[2 * count + row] = sequence.pages.back() * static_cast<int32_t>(kPageTokens) +
                                offset % static_cast<int32_t>(kPageTokens);
@@ -577,52 +670,48 @@ void Sampler::step() {
     inputs_[4 * count + 2 * row + 1] = static_cast<int32_t>(request_.keys[key + 1]);
     plan_.runs.push_back({static_cast<int32_t>(plan_.pages.size()), offset + 1, static_cast<int32_t>(r), 1});
     plan_.pages.insert(plan_.pages.end(), sequence.pages.begin(), sequence.pages.end());
+    ++sequence.pending;
+    sequence.last_row = static_cast<int32_t>(r);
   }
-  backend_.upload(device_inputs_.rows(0, 6 * rows), inputs_.data(), inputs_.size() * sizeof(int32_t));
-
-  if (kept_) {
+  if (staged_) {
+    step.kept_first = kept_->advance(live);
+    inputs_[6 * count] = static_cast<int32_t>(step.kept_first);
+    inputs_[6 * count + 1] = static_cast<int32_t>(live);
+  } else if (kept_) {
     step_activations_ = kept_->next(rows, step_activations_);
-    for (int64_t r = 0; r < rows; ++r) {
-      Sequence& sequence = at(live_[static_cast<size_t>(r)]);
-      sequence.kept_row = kept_->set(kept_->used() - rows + r, sequence.kept_row, sequence.tokens.back());
-    }
+    step.kept_first = kept_->used() - rows;
   }
-  backend_.plan_decode(plan_, rows);
-  recorder_->run(rows, [&] { enqueue_step(rows); });
-  ++result_.decode_steps;
-  take_draws(live_, rows);
-  if (!live_changed_) return;
-  std::erase_if(live_, [&](int32_t index) {
-    const Sequence& sequence = at(index);
-    if (sequence.reason == FinishReason::aborted) return false;
-    // Its pages are back already; what it was promised and did not use is free to promise again.
-    promised_pages_ -=
-        sequence.pages_at_most() - KvCache::pages_for(static_cast<int64_t>(sequence.tokens.size()) - 1);
-    return true;
-  });
-  release_unused_segments();
+  const Tensor inputs = backend_.plan_decode(plan_, rows, inputs_);
+  // What other kernels run for has another recording.
+  const int64_t key = 32 * rows + 2 * kinds_of(request_.options) + (staged_ ? 1 : 0);
+  recorder_.run(key, [&] { enqueue_operators(rows, inputs); });
+  step.draws->start(outputs_.rows(0, 4 * rows), 4 * count * sizeof(float));
 }
 
-// The operators of a step of `rows` rows, from device_inputs_ to device_outputs_.
-void Sampler::enqueue_step(int64_t rows) {
+// The operators of a step of `rows` rows, from its inputs and the draws of the step before to its own.
+void Sampler::enqueue_operators(int64_t rows, const Tensor& inputs) {
   Transformer& transformer = model_.transformer();
+  const Tensor ids = ids_.rows(0, rows);
+  Tensor drawn = outputs_;
+  drawn.dtype = DType::i32;
+  backend_.next_tokens(drawn, inputs.rows(0, rows), ids);
   DecodeAttention attention(backend_, transformer.attention_scale(), *cache_,
-                            device_inputs_.rows(2 * rows, 3 * rows));
-  transformer.forward(device_inputs_.rows(0, rows), device_inputs_.rows(rows, 2 * rows), attention,
-                      step_activations_, cancel_, "sampling");
+                            inputs.rows(2 * rows, 3 * rows));
+  transformer.forward(ids, inputs.rows(rows, 2 * rows), attention, step_activations_, cancel_, "sampling");
   const Tensor hidden = hidden_.rows(0, rows);
   transformer.final_norm(step_activations_.output, hidden, Tensor());
   for (int64_t first = 0; first < rows; first += logits_rows_) {
     const int64_t count = std::min(logits_rows_, rows - first);
     const Tensor logits = logits_.rows(0, count);
     transformer.head(hidden.rows(first, first + count), logits);
-    draw(logits, first, count, rows);
+    draw(logits, inputs.rows(4 * rows, 6 * rows), inputs.rows(3 * rows, 4 * rows), first, rows);
   }
+  if (staged_) backend_.store_rows(kept_->copies(step_activations_), inputs.rows(6 * rows, 6 * rows + 2));
 }
 
 void Sampler::finish_aborted() {
   for (Sequence& sequence : sequences_) {
-    if (sequence.reason == FinishReason::aborted) leave(sequence);
+    if (!sequence.finished()) leave(sequence);
   }
   release_unused_segments();
   result_.pages_left_in_use = cache_->pages.total() - cache_->pages.available();

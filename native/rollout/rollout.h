@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -26,6 +27,9 @@ struct SampleRequest {
   int64_t keep_bytes = 0;
   int64_t cache_bytes = 0;  // of keys and values at most, if that holds the prompts and one completion;
                             // 0: a quarter of the device's memory, or half of what is left of it
+  // Whether a step is enqueued before the draws of the last one are looked at; else, as suits the device. What is drawn
+  // does not depend on it.
+  std::optional<bool> ahead;
 };
 
 constexpr int32_t kDefaultLiveSequences = 256;

@@ -134,6 +134,7 @@ TEST_CASE("operators on no tokens do nothing") {
       backend.cast(none, backend.allocate(DType::f32, {0, width}));
       backend.embedding(ids, *backend.pack_weight(table, false, true), none);
       backend.gather_rows(table, ids, none);
+      backend.next_tokens(ids, ids, ids);
       backend.embedding_backward(ids, none, table);
       backend.rope({none.data, dtype, 0, 1, width, width}, ids, weight, false);
       CHECK(download(backend, weight) == ones);
@@ -213,6 +214,60 @@ TEST_CASE("embedding gathers rows and its backward sums them in the order of the
         CHECK(same_bits(download(backend, gathered), ends));
       }
     }
+  });
+}
+
+TEST_CASE("the tokens of a step are those given and those drawn") {
+  for_each_backend([](Backend& backend) {
+    for (const int64_t rows : {1, 8, 129, 1000}) {
+      Random random(static_cast<uint64_t>(rows));
+      std::vector<int32_t> drawn(static_cast<size_t>(rows)), sources(drawn.size()), expected;
+      for (int32_t& token : drawn) token = static_cast<int32_t>(random.below(150000));
+      for (int32_t& source : sources) {
+        const int32_t row = static_cast<int32_t>(random.below(rows));
+        const int32_t token = static_cast<int32_t>(random.below(2) * 149999);
+        const bool given = random.below(2) == 0;
+        source = given ? -1 - token : row;
+        expected.push_back(given ? token : drawn[static_cast<size_t>(row)]);
+      }
+      const Tensor ids = poisoned(backend, DType::i32, {rows});
+      backend.next_tokens(upload(backend, {rows}, drawn), upload(backend, {rows}, sources), ids);
+      CHECK(download_ints(backend, ids) == expected);
+    }
+  });
+}
+
+TEST_CASE("rows are stored where the device is told, and nowhere else") {
+  for_each_backend([](Backend& backend) {
+    const int64_t most = 9, room = 23;
+    struct Place {
+      int32_t first, rows;
+    };
+    // Two widths of rows at which everything is moved by 16 bytes, and one at which nothing is. More copies than a launch
+    // takes, long ones and short ones.
+    for (const std::vector<int64_t>& widths :
+         {std::vector<int64_t>{8, 40000, 264}, std::vector<int64_t>{8, 7, 264, 40001}}) {
+      for (const Place place : {Place{0, 9}, Place{14, 9}, Place{5, 1}, Place{7, 0}, Place{22, 1}}) {
+        std::vector<RowsCopy> copies;
+        std::vector<std::vector<float>> expected;
+        for (size_t i = 0; i < 150; ++i) {
+          const int64_t width = i < 2 * widths.size() ? widths[i / 2] : 8;
+          const DType dtype = kTypes[i % 2];
+          const auto from = stored(Random(i).normals(most * width), dtype);
+          auto to = stored(Random(i + 1000).normals(room * width), dtype);
+          copies.push_back(
+              {upload(backend, dtype, {most, width}, from), upload(backend, dtype, {room, width}, to)});
+          std::copy(from.begin(), from.begin() + place.rows * width, to.begin() + place.first * width);
+          expected.push_back(std::move(to));
+        }
+        backend.store_rows(copies, upload(backend, {2}, std::vector<int32_t>{place.first, place.rows}));
+        for (size_t i = 0; i < copies.size(); ++i) {
+          CAPTURE(i);
+          CHECK(same_bits(download(backend, copies[i].to), expected[i]));
+        }
+      }
+    }
+    backend.store_rows({}, upload(backend, {2}, std::vector<int32_t>{0, 0}));
   });
 }
 

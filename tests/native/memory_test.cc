@@ -1,5 +1,6 @@
 #include <cstdlib>
 #include <functional>
+#include <tuple>
 
 #include "harness.h"
 
@@ -110,6 +111,78 @@ TEST_CASE("a recorder runs its bodies, temporaries and failures included") {
       }
     }
     CHECK(backend.memory_used() == before);
+  });
+}
+
+TEST_CASE("what is recorded is taken over by what there is when tensors and parameters change") {
+  for_each_backend([](Backend& backend) {
+    const std::unique_ptr<Recorder> recorder = backend.make_recorder();
+    const int64_t count = 100;
+    // Once more than recorded: what runs first makes no recording.
+    const auto run = [&](int64_t key, int copies, uint64_t seed) {
+      const std::vector<float> values = Random(seed).normals(count);
+      const Tensor x = upload(backend, DType::f32, {count}, values);
+      const Tensor y = backend.allocate(DType::f32, {count});
+      recorder->renew();
+      for (int turn = 0; turn < 2; ++turn) {
+        backend.zero(y);
+        recorder->run(key, [&] {
+          const Tensor between = backend.allocate(DType::f32, {count});
+          for (int i = 0; i < copies; ++i) backend.copy(between, x);
+          backend.copy(y, between);
+        });
+        CHECK(same_bits(download(backend, y), values));
+      }
+    };
+    const int64_t before = backend.memory_used();
+    for (uint64_t seed = 1; seed <= 3; ++seed) run(7, 1, seed);
+    Recorder::Counts counts = recorder->counts();
+    const bool records = recorder->records();
+    CHECK(records == (backend.info().name != "cpu"));
+    CHECK(counts.made == (records ? 1 : 0));
+    CHECK(counts.updated == (records ? 2 : 0));
+    CHECK(counts.played == (records ? 5 : 0));
+    // Other work is another recording.
+    run(7, 3, 4);
+    CHECK(recorder->counts().made == (records ? 2 : 0));
+    // Forgotten, everything begins anew.
+    backend.release_recordings();
+    run(7, 3, 5);
+    counts = recorder->counts();
+    CHECK(counts.made == (records ? 3 : 0));
+    CHECK(counts.updated == (records ? 2 : 0));
+    CHECK(backend.memory_used() == before);
+  });
+}
+
+TEST_CASE("a download brings what was there when it was enqueued") {
+  for_each_backend([](Backend& backend) {
+    const int64_t most = 1000;
+    const Tensor x = backend.allocate(DType::f32, {most});
+    const std::unique_ptr<Download> first = backend.make_download(x.bytes());
+    {
+      const std::unique_ptr<Download> second = backend.make_download(x.bytes());
+      std::vector<float> before;
+      for (uint64_t turn = 1; turn <= 5; ++turn) {
+        const std::vector<float> values = Random(turn).normals(most);
+        backend.upload(x, values.data(), x.bytes());
+        // The one of the turn before is looked at when the next is on its way.
+        const auto& [now, last] = turn % 2 == 1 ? std::tie(first, second) : std::tie(second, first);
+        now->start(x.rows(0, most - static_cast<int64_t>(turn)), (most - turn) * sizeof(float));
+        backend.zero(x);
+        if (turn > 1) {
+          const float* const at = static_cast<const float*>(last->wait());
+          CHECK(same_bits({at, at + before.size()}, before));
+        }
+        before.assign(values.begin(), values.end() - static_cast<std::ptrdiff_t>(turn));
+      }
+      CHECK_THROWS_AS(second->start(x.rows(0, 10), 41), Error);
+    }
+    const float* const at = static_cast<const float*>(first->wait());
+    CHECK(same_bits({at, at + most - 5}, stored(Random(5).normals(most - 5), DType::f32)));
+    // Given back while it is under way.
+    backend.make_download(16)->start(x, 16);
+    backend.make_download(1 << 20)->start(x, 16);
   });
 }
 

@@ -2,7 +2,9 @@
 #include "rollout/rollout.h"
 
 #include <cstdio>
+#include <map>
 
+#include "backend/profile.h"
 #include "harness.h"
 #include "model/model.h"
 #include "rollout/kv_cache.h"
@@ -378,37 +380,210 @@ TEST_CASE("completions end with a stop token, at a stop string, or at the end of
   });
 }
 
-TEST_CASE("a cancelled call returns what was drawn") {
+TEST_CASE("steps that are enqueued before the last one's draws are seen draw the same") {
   for_each_backend([](Backend& backend) {
     Fixture f(backend);
-    const SampleRequest request = make_request(2, 60);
-    const SampleResult whole = sample(f.model, {}, request, Cancel(), nullptr);
-    Cancel cancel;
-    int steps = 0;
-    size_t heard = 0;
-    const SampleResult result =
-        sample(f.model, {}, request, cancel,
-               [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-                   const std::vector<float>& logprobs) {
-                 CHECK(sequences.size() == tokens.size());
-                 CHECK(logprobs.size() == tokens.size());
-                 heard += tokens.size();
-                 if (++steps == 10) cancel.request();
-               });
-    CHECK(heard == result.tokens.size());
-    CHECK(result.pages_left_in_use == 0);
-    for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
-      CHECK(result.finish_reasons[s] == FinishReason::aborted);
-      auto expected = completion(whole, s);
-      expected.resize(10);
-      CHECK(completion(result, s) == expected);
+    // Token t is the letters 'a' + t % 5 and 'A' + t % 3.
+    TokenBytes bytes;
+    bytes.offsets.push_back(0);
+    for (int t = 0; t < 37; ++t) {
+      bytes.bytes += static_cast<char>('a' + t % 5);
+      bytes.bytes += static_cast<char>('A' + t % 3);
+      bytes.offsets.push_back(static_cast<int32_t>(bytes.bytes.size()));
     }
-    Cancel before;
-    before.request();
-    const SampleResult none = sample(f.model, {}, request, before, nullptr);
-    CHECK(none.tokens.empty());
-    CHECK(none.finish_reasons.size() == 7);
-    CHECK(none.pages_left_in_use == 0);
+    // Ends by length, by tokens and by strings, at different steps; everybody at once, a few at a time, and in a cache
+    // that holds hardly more than one.
+    SampleRequest mixed = make_request(3, 36);
+    mixed.max_tokens = {36, 1, 2, 20};
+    mixed.stop_tokens = {8};
+    mixed.stop_strings = {"AbB", "Cd"};
+    mixed.options.top_k = 20;
+    SampleRequest by_length = make_request(2, 35);
+    by_length.max_tokens = {9, 35, 3, 10};
+    by_length.options.temperature = 0.0f;
+    SampleRequest first_ends = make_request(3, 1);
+    const auto narrow = [](SampleRequest request, int32_t live) {
+      request.max_live_sequences = live;
+      return request;
+    };
+    const auto tight = [&](SampleRequest request) {
+      request.cache_bytes = 8 * KvCache::page_bytes(f.model.config());
+      return request;
+    };
+    for (const SampleRequest& request :
+         {mixed, narrow(mixed, 3), tight(mixed), by_length, narrow(by_length, 2), narrow(first_ends, 2)}) {
+      SampleResult results[2];
+      for (const bool ahead : {false, true}) {
+        SampleRequest asked = request;
+        asked.ahead = ahead;
+        std::vector<std::vector<int32_t>> heard(13);
+        results[ahead] = sample(f.model, bytes, asked, Cancel(),
+                                [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
+                                    const std::vector<float>& logprobs) {
+                                  CHECK(!sequences.empty());
+                                  CHECK(sequences.size() == tokens.size());
+                                  CHECK(logprobs.size() == tokens.size());
+                                  for (size_t i = 0; i < tokens.size(); ++i) {
+                                    heard[static_cast<size_t>(sequences[i])].push_back(tokens[i]);
+                                  }
+                                });
+        const SampleResult& result = results[ahead];
+        for (size_t s = 0; s + 1 < result.offsets.size(); ++s) CHECK(heard[s] == completion(result, s));
+        CHECK(result.pages_left_in_use == 0);
+      }
+      const auto& [expected, result] = results;
+      CHECK(result.tokens == expected.tokens);
+      CHECK(result.offsets == expected.offsets);
+      CHECK(result.finish_reasons == expected.finish_reasons);
+      CHECK(result.cache_pages == expected.cache_pages);
+      // cuBLASLt sums in another order for another batch.
+      if (backend.info().name != "cuda") {
+        CHECK(same_bits(result.logprobs, expected.logprobs));
+        CHECK(same_bits(result.raw_logprobs, expected.raw_logprobs));
+      }
+      // Where a row stands in the batch shows in the last bits of a sum over it.
+      CHECK(relative_error(result.entropies, expected.entropies) < 1e-5);
+      // A length is known beforehand. What waits for the place of a sequence that ends otherwise comes a step later.
+      CHECK(result.decode_steps >= expected.decode_steps);
+      if (request.stop_tokens.empty()) CHECK(result.decode_steps == expected.decode_steps);
+    }
+  });
+}
+
+TEST_CASE("recordings outlive a rollout, an update of the weights and what is kept") {
+  for_each_backend([](Backend& backend) {
+    ModelConfig config = config_of(DType::bf16);
+    config.layers = 4;
+    Fixture f(backend, config);
+    f.model.initialize(7, 0.1f);
+    SampleRequest request = make_request(3, 12);
+    SampleRequest other = request;
+    other.options.seed = 12;
+    // Without recordings.
+    ProfiledBackend profiled(std::shared_ptr<Backend>(&backend, [](Backend*) {}));
+    Fixture plain(profiled, config);
+    plain.model.initialize(7, 0.1f);
+
+    const auto check = [&](const SampleRequest& asked) {
+      const SampleResult result = sample(f.model, {}, asked, Cancel(), nullptr);
+      const SampleResult expected = sample(plain.model, {}, asked, Cancel(), nullptr);
+      CHECK(result.tokens == expected.tokens);
+      if (backend.info().name != "cuda") CHECK(same_bits(result.logprobs, expected.logprobs));
+      return result;
+    };
+    check(request);
+    Recorder::Counts counts = f.model.recorder().counts();
+    const bool records = f.model.recorder().records();
+    CHECK(counts.made == (records ? 1 : 0));
+    // The step that runs first makes no recording.
+    CHECK(counts.played == (records ? 10 : 0));
+    check(other);
+    counts = f.model.recorder().counts();
+    CHECK(counts.made == (records ? 1 : 0));
+    CHECK(counts.updated == (records ? 1 : 0));
+    CHECK(counts.played == (records ? 21 : 0));
+
+    const auto gradients = [](Model& model) {
+      std::vector<std::vector<float>> all;
+      for (const NamedParameter& named : model.parameters().named())
+        all.push_back(model.read(named.name, ParameterKind::gradient));
+      return all;
+    };
+    // Everything, half of it, and all of it again, with updates between.
+    int64_t step = 0;
+    for (const int64_t keep_bytes : {int64_t{1} << 30, int64_t{150} << 10, int64_t{1} << 30}) {
+      request.keep_bytes = keep_bytes;
+      const SampleResult drawn = check(request);
+      const Batch forest = first_prompt_with_completions(request, drawn, 3);
+      BatchLoss loss;
+      loss.options.kind = LossKind::cross_entropy;
+      loss.weights.assign(forest.targets.size(), 0.01f);
+      REQUIRE(f.model.kept() != nullptr);
+      REQUIRE(plain.model.kept() != nullptr);
+      CHECK(f.model.kept()->layers() == plain.model.kept()->layers());
+      CHECK(f.model.kept()->used() == plain.model.kept()->used());
+      const std::vector<int32_t> rows = f.model.kept()->find(forest.tokens, forest.visible_until);
+      CHECK(std::count(rows.begin(), rows.end(), -1) == 3);
+      ++step;
+      std::vector<std::vector<float>> sums[2];
+      Model* const models[] = {&f.model, &plain.model};
+      for (int i = 0; i < 2; ++i) {
+        models[i]->forward_backward(forest, loss, 0, Cancel());
+        sums[i] = gradients(*models[i]);
+        CHECK(models[i]->optim_step({1e-2f}, step).applied);
+      }
+      for (size_t i = 0; i < sums[0].size(); ++i) {
+        CAPTURE(f.model.parameters().named()[i].name);
+        if (backend.info().name != "cuda") CHECK(same_bits(sums[0][i], sums[1][i]));
+      }
+    }
+    // Steps that keep something have recordings of their own.
+    const int64_t made = f.model.recorder().counts().made;
+    CHECK(made <= 3);
+    request.keep_bytes = 0;
+    check(request);
+    CHECK(f.model.recorder().counts().made == made);
+    // With the memory of activations goes theirs.
+    f.model.arena().free();
+    check(request);
+    CHECK(f.model.recorder().counts().made == (records ? made + 1 : 0));
+  });
+}
+
+TEST_CASE("a decoding step is one transfer there and one back") {
+  for_each_backend([](Backend& backend) {
+    const auto profiled =
+        std::make_shared<ProfiledBackend>(std::shared_ptr<Backend>(&backend, [](Backend*) {}));
+    Fixture f(*profiled);
+    const auto calls_of = [&](int32_t max_tokens) {
+      profiled->take();
+      sample(f.model, {}, make_request(2, max_tokens), Cancel(), nullptr);
+      std::map<std::string, int64_t> calls;
+      for (const OperatorTime& time : profiled->take()) calls[time.name] = time.calls;
+      return calls;
+    };
+    auto few = calls_of(10), many = calls_of(30);
+    CHECK(many["plan_decode"] == few["plan_decode"] + 20);
+    CHECK(many["next_tokens"] == few["next_tokens"] + 20);
+    CHECK(many["upload"] == few["upload"]);
+    CHECK(many["download"] == few["download"]);
+  });
+}
+
+TEST_CASE("a cancelled call returns what was drawn") {
+  for_each_backend([](Backend& backend) {
+    for (const bool ahead : {false, true}) {
+      Fixture f(backend);
+      SampleRequest request = make_request(2, 60);
+      request.ahead = ahead;
+      const SampleResult whole = sample(f.model, {}, request, Cancel(), nullptr);
+      Cancel cancel;
+      int steps = 0;
+      size_t heard = 0;
+      const SampleResult result =
+          sample(f.model, {}, request, cancel,
+                 [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
+                     const std::vector<float>& logprobs) {
+                   CHECK(sequences.size() == tokens.size());
+                   CHECK(logprobs.size() == tokens.size());
+                   heard += tokens.size();
+                   if (++steps == 10) cancel.request();
+                 });
+      CHECK(heard == result.tokens.size());
+      CHECK(result.pages_left_in_use == 0);
+      for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
+        CHECK(result.finish_reasons[s] == FinishReason::aborted);
+        auto expected = completion(whole, s);
+        expected.resize(10);
+        CHECK(completion(result, s) == expected);
+      }
+      Cancel before;
+      before.request();
+      const SampleResult none = sample(f.model, {}, request, before, nullptr);
+      CHECK(none.tokens.empty());
+      CHECK(none.finish_reasons.size() == 7);
+      CHECK(none.pages_left_in_use == 0);
+    }
   });
 }
 

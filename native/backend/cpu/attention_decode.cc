@@ -44,6 +44,7 @@ struct DecodeTask {
 struct DecodeWork {
   DecodePlan plan;
   int64_t batch = 0;
+  Tensor inputs;  // that came with the plan
   // Laid out by the first call of attention_decode for its shape.
   int64_t task_rows = 0;
   std::vector<DecodeTask> tasks;
@@ -412,10 +413,16 @@ void CpuBackend::cache_write(const HeadsView& k, const HeadsView& v, const Tenso
   }
 }
 
-void CpuBackend::plan_decode(const DecodePlan& plan, int64_t batch) {
+Tensor CpuBackend::plan_decode(const DecodePlan& plan, int64_t batch, const std::vector<int32_t>& inputs) {
+  const int64_t count = static_cast<int64_t>(inputs.size());
+  Tensor on_device = decode_ ? std::move(decode_->inputs) : Tensor();
+  if (!on_device || on_device.size() < count) on_device = allocate(DType::i32, {count});
+  upload(on_device, inputs.data(), inputs.size() * sizeof(int32_t));
   decode_ = std::make_shared<DecodeWork>();
   decode_->plan = plan;
   decode_->batch = batch;
+  decode_->inputs = on_device;
+  return on_device.rows(0, count);
 }
 
 void CpuBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,

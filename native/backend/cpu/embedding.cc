@@ -70,6 +70,14 @@ void CpuBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& 
                });
 }
 
+void CpuBackend::store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) {
+  const int64_t first = place.as<const int32_t>()[0], rows = place.as<const int32_t>()[1];
+  for (const RowsCopy& copy : copies) {
+    const Tensor to = copy.to.rows(first, first + rows);
+    std::memcpy(to.data, copy.from.data, to.bytes());
+  }
+}
+
 void CpuBackend::embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) {
   const auto& packed = static_cast<const CpuPackedWeight&>(table);
   // Where products are computed in float32, so are the panels.

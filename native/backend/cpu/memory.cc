@@ -242,6 +242,29 @@ void CpuBackend::download(void* host, const Tensor& source, size_t bytes) {
   copy_bytes(num_threads(), host, source.data, bytes);
 }
 
+namespace {
+
+// Operators have run when they return, so there is nothing to wait for.
+class CpuDownload final : public Download {
+ public:
+  CpuDownload(CpuBackend& backend, size_t bytes) : backend_(backend), bytes_(bytes) {}
+  void start(const Tensor& source, size_t bytes) override {
+    bytes_.resize(bytes);
+    backend_.download(bytes_.data(), source, bytes);
+  }
+  const void* wait() override { return bytes_.data(); }
+
+ private:
+  CpuBackend& backend_;
+  std::vector<char> bytes_;
+};
+
+}  // namespace
+
+std::unique_ptr<Download> CpuBackend::make_download(size_t bytes) {
+  return std::make_unique<CpuDownload>(*this, bytes);
+}
+
 void CpuBackend::copy(const Tensor& destination, const Tensor& source) {
   copy_bytes(num_threads(), destination.data, source.data, source.bytes());
 }

@@ -387,5 +387,13 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
   }
 }
 
+void CpuBackend::next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) {
+  const int32_t* token = drawn.as<const int32_t>();
+  for (int64_t b = 0; b < sources.size(); ++b) {
+    const int32_t source = sources.as<const int32_t>()[b];
+    ids.as<int32_t>()[b] = source < 0 ? -1 - source : token[source];
+  }
+}
+
 }  // namespace merf
 #endif

@@ -491,13 +491,15 @@ void check_view(const char* name, const HeadsView& x) {
 }  // namespace
 
 struct DecodeWork {
-  Tensor plan;      // [its capacity] i32
+  Tensor transfer;  // [its capacity] i32: inputs of the step, then the plan
   Tensor partials;  // [partial_capacity, the width they were made for] f32
   int64_t partial_capacity = 0;
-  std::vector<int32_t> host;      // the plan as it was uploaded last
+  int64_t begin = 0;              // the plan's position
+  std::vector<int32_t> host;      // what was uploaded last
   std::vector<int32_t> position;  // [batch] while it is laid out
 
-  // Lays out the plan in `host`; the number of partial softmaxes of a head.
+  int32_t* plan() const { return transfer.as<int32_t>() + begin; }
+  // Lays out the plan in `host` from `begin` on; the number of partial softmaxes of a head.
   int64_t lay_out(const DecodePlan& plan, int64_t batch);
 };
 
@@ -532,7 +534,8 @@ int64_t DecodeWork::lay_out(const DecodePlan& from, int64_t batch) {
 
   const int32_t begins = kTasks + tasks * kTaskInts, lists = begins + static_cast<int32_t>(batch) + 1;
   const int32_t rows_at = lists + partials, pages_at = rows_at + static_cast<int32_t>(from.rows.size());
-  host.resize(static_cast<size_t>(pages_at) + from.pages.size());
+  this->host.resize(static_cast<size_t>(begin + pages_at) + from.pages.size());
+  int32_t* const host = this->host.data() + begin;
   host[kClaimed] = 0;
   host[kBatch] = static_cast<int32_t>(batch);
   host[kBegins] = begins;
@@ -548,8 +551,8 @@ int64_t DecodeWork::lay_out(const DecodePlan& from, int64_t batch) {
     position[at] = host[static_cast<size_t>(begins) + at];
   }
   host[static_cast<size_t>(begins + batch)] = next;
-  std::copy(from.rows.begin(), from.rows.end(), host.begin() + rows_at);
-  std::copy(from.pages.begin(), from.pages.end(), host.begin() + pages_at);
+  std::copy(from.rows.begin(), from.rows.end(), host + rows_at);
+  std::copy(from.pages.begin(), from.pages.end(), host + pages_at);
 
   int32_t partial = 0;
   for (const DecodeRun& run : from.runs) {
@@ -557,7 +560,7 @@ int64_t DecodeWork::lay_out(const DecodePlan& from, int64_t batch) {
       const std::array<int32_t, kTaskInts> task{pages_at + run.first_page + token / kPage, tokens,
                                                 rows_at + run.first_row + row, rows, partial};
       const int32_t index = task_position[bucket(rows, tokens)]++;
-      std::copy(task.begin(), task.end(), host.begin() + kTasks + index * kTaskInts);
+      std::copy(task.begin(), task.end(), host + kTasks + index * kTaskInts);
       for (int32_t r = 0; r < rows; ++r) {
         const int32_t owner = from.rows[static_cast<size_t>(run.first_row + row + r)];
         host[static_cast<size_t>(position[static_cast<size_t>(owner)]++)] = partial++;
@@ -581,18 +584,21 @@ void CudaBackend::cache_write(const HeadsView& k, const HeadsView& v, const Tens
   });
 }
 
-void CudaBackend::plan_decode(const DecodePlan& plan, int64_t batch) {
+Tensor CudaBackend::plan_decode(const DecodePlan& plan, int64_t batch, const std::vector<int32_t>& inputs) {
   if (!decode_) decode_ = std::make_shared<DecodeWork>();
   DecodeWork& work = *decode_;
+  const int64_t count = static_cast<int64_t>(inputs.size());
+  work.begin = round_up(count, 64);
+  work.host.assign(inputs.begin(), inputs.end());
   const int64_t partials = work.lay_out(plan, batch);
   const auto grown = [](int64_t needed) {
     return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(std::max<int64_t>(needed, 1024))));
   };
   const int64_t ints = static_cast<int64_t>(work.host.size());
-  if (!work.plan || ints > work.plan.size()) {
+  if (!work.transfer || ints > work.transfer.size()) {
     ++recording_generation_;
-    work.plan = Tensor();
-    work.plan = allocate(DType::i32, {grown(2 * ints)});
+    work.transfer = Tensor();
+    work.transfer = allocate(DType::i32, {grown(2 * ints)});
   }
   if (partials > work.partial_capacity || work.partial_capacity == 0) {
     ++recording_generation_;
@@ -601,13 +607,14 @@ void CudaBackend::plan_decode(const DecodePlan& plan, int64_t batch) {
     work.partial_capacity = grown(partials);
     if (width > 0) work.partials = allocate(DType::f32, {work.partial_capacity, width});
   }
-  upload(work.plan, work.host.data(), work.host.size() * sizeof(int32_t));
+  upload(work.transfer, work.host.data(), work.host.size() * sizeof(int32_t));
+  return work.transfer.rows(0, count);
 }
 
 void CudaBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
                                    const HeadsView& out) {
   // Nothing here may depend on what was planned but where it lies: the launches are played again under other plans.
-  if (!decode_ || !decode_->plan || q.tokens == 0) return;
+  if (!decode_ || !decode_->transfer || q.tokens == 0) return;
   check_view("q", q);
   check_view("out", out);
   DecodeWork& work = *decode_;
@@ -621,7 +628,7 @@ void CudaBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, 
   float* const statistics = outputs + work.partial_capacity * q.heads * q.head_size;
   const int kv_heads = static_cast<int>(cache.keys.shape[1]), heads = static_cast<int>(q.heads);
   const int size = static_cast<int>(q.head_size);
-  int32_t* const plan = work.plan.as<int32_t>();
+  int32_t* const plan = work.plan();
   with_type(q.dtype, [&](auto type) {
     using T = decltype(type);
     with_head(size, [&](auto head) {

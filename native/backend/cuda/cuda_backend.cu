@@ -21,6 +21,7 @@ CudaBackend::CudaBackend(int threads) : device_(std::make_shared<Device>(threads
   // 1 GiB of 80: 512 rows of a vocabulary of 152k take 0.3.
   info_.logits_bytes = std::max(info_.logits_bytes, info_.memory_bytes / 80);
   info_.fast_bf16 = true;
+  info_.asynchronous = true;
   if (!gpu_properties.driver.empty()) info_.libraries.emplace_back("CUDA driver", gpu_properties.driver);
   if (!gpu_properties.runtime.empty()) info_.libraries.emplace_back("CUDA runtime", gpu_properties.runtime);
   products_ = MatrixLibrary::open(gpu());

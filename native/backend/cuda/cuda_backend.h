@@ -14,6 +14,7 @@ namespace merf::cuda {
 
 class MatrixLibrary;
 class AttentionPlan;
+class GpuRecorder;
 struct DecodeWork;
 
 // The GPU with the count of what is allocated on it: outlives the backend while tensors do. Tensors may be given back
@@ -38,6 +39,7 @@ class CudaBackend final : public Backend {
   Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) override;
   void upload(const Tensor& destination, const void* host, size_t bytes) override;
   void download(void* host, const Tensor& source, size_t bytes) override;
+  std::unique_ptr<Download> make_download(size_t bytes) override;
   void copy(const Tensor& destination, const Tensor& source) override;
   void zero(const Tensor& destination) override;
   void cast(const Tensor& destination, const Tensor& source) override;
@@ -45,6 +47,7 @@ class CudaBackend final : public Backend {
   void join_master(const Tensor& weight, const Tensor& lower, const Tensor& master) override;
   void synchronize() override;
   std::unique_ptr<Recorder> make_recorder() override;
+  void release_recordings() override;
   int64_t memory_free() const override;
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
@@ -99,7 +102,7 @@ class CudaBackend final : public Backend {
   // attention_decode.cu
   void cache_write(const HeadsView& k, const HeadsView& v, const Tensor& slots,
                    const PagedLayer& cache) override;
-  void plan_decode(const DecodePlan& plan, int64_t batch) override;
+  Tensor plan_decode(const DecodePlan& plan, int64_t batch, const std::vector<int32_t>& inputs) override;
   void attention_decode(const HeadsView& q, const PagedLayer& cache, float scale,
                         const HeadsView& out) override;
 
@@ -120,6 +123,10 @@ class CudaBackend final : public Backend {
   void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
                      const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
                      const Tensor& raw_logprobs, const Tensor& entropies) override;
+
+  // decode_step.cu
+  void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) override;
+  void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) override;
 
   // group_advantages.cu
   void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
@@ -142,6 +149,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<DecodeWork> decode_;             // of the last plan_decode
   // Changes whenever a recording made before would no longer be right, such as when decode_ moved.
   int64_t recording_generation_ = 0;
+  std::vector<GpuRecorder*> recorders_;
 };
 
 }  // namespace merf::cuda

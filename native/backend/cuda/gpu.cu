@@ -110,6 +110,14 @@ class GraphRecording final : public Recording {
   const cudaStream_t stream_;
 };
 
+// Pinned memory that a download goes to, and what is reached when it has.
+struct Landing {
+  char* data = nullptr;
+  size_t bytes = 0;
+  cudaEvent_t arrived = nullptr;
+};
+constexpr size_t kSmallestLanding = size_t{64} << 10;
+
 // Pinned host memory that transfers go through, in a ring: a part is written again once its last transfer is done.
 constexpr size_t kPartBytes = size_t{8} << 20;
 constexpr size_t kParts = 4;
@@ -117,6 +125,8 @@ constexpr size_t kParts = 4;
 }  // namespace
 
 struct Gpu::State {
+  class PinnedDownload;
+
   ~State() {
     // On a GPU that is lost these fail and do nothing else.
     if (stream != nullptr) cudaStreamSynchronize(stream);
@@ -125,6 +135,10 @@ struct Gpu::State {
       if (event != nullptr) cudaEventDestroy(event);
     }
     if (pinned != nullptr) cudaFreeHost(pinned);
+    for (const Landing& landing : idle_landings) {
+      cudaEventDestroy(landing.arrived);
+      cudaFreeHost(landing.data);
+    }
     if (side_stream != nullptr) cudaStreamDestroy(side_stream);
     if (stream != nullptr) cudaStreamDestroy(stream);
     cudaGetLastError();
@@ -136,6 +150,7 @@ struct Gpu::State {
   char* pinned = nullptr;              // [kParts, kPartBytes]
   std::array<cudaEvent_t, kParts> part_free{};
   size_t part = 0, used = 0;
+  std::vector<Landing> idle_landings;
   std::unordered_map<const void*, size_t> shared_allowed;
 
   std::unique_ptr<GraphRecording> recording;
@@ -192,6 +207,63 @@ struct Gpu::State {
     return at;
   }
 };
+
+// A download into pinned memory that comes from the idle landings and goes back to them: making some takes as long as a
+// step.
+class Gpu::State::PinnedDownload final : public GpuDownload {
+ public:
+  PinnedDownload(Gpu::State& state, size_t bytes);
+  ~PinnedDownload() override;
+  void start(const void* device, size_t bytes) override;
+  const void* wait() override;
+
+ private:
+  Gpu::State& state_;
+  Landing landing_;
+  bool started_ = false;
+};
+
+Gpu::State::PinnedDownload::PinnedDownload(Gpu::State& state, size_t bytes) : state_(state) {
+  auto& idle = state.idle_landings;
+  const auto fits = [&](const Landing& landing) { return landing.bytes >= bytes; };
+  const auto found = std::find_if(idle.begin(), idle.end(), fits);
+  if (found != idle.end()) {
+    landing_ = *found;
+    idle.erase(found);
+    return;
+  }
+  state.enter();
+  landing_.bytes = std::max(bytes, kSmallestLanding);
+  state.check(cudaEventCreateWithFlags(&landing_.arrived, cudaEventDisableTiming), "making an event");
+  const auto pin = [&] { return cudaMallocHost(reinterpret_cast<void**>(&landing_.data), landing_.bytes); };
+  const cudaError_t status = state.with_room("pinned memory", pin);
+  if (status != cudaSuccess) cudaEventDestroy(landing_.arrived);
+  state.check(status, "pinned memory");
+}
+
+Gpu::State::PinnedDownload::~PinnedDownload() {
+  // Whoever has the memory next must not find this download still on its way.
+  if (started_) cudaEventSynchronize(landing_.arrived);
+  state_.idle_landings.push_back(landing_);
+}
+
+void Gpu::State::PinnedDownload::start(const void* device, size_t bytes) {
+  state_.enter();
+  if (state_.recording) throw Error("INTERNAL", "Expected no download while work is recorded");
+  state_.check(cudaMemcpyAsync(landing_.data, device, bytes, cudaMemcpyDeviceToHost, state_.stream),
+               "a download");
+  state_.check(cudaEventRecord(landing_.arrived, state_.stream), "an event");
+  started_ = true;
+}
+
+const void* Gpu::State::PinnedDownload::wait() {
+  if (started_) {
+    state_.enter();
+    state_.check(cudaEventSynchronize(landing_.arrived), "a download");
+  }
+  started_ = false;
+  return landing_.data;
+}
 
 Gpu::Gpu(int) : state_(std::make_unique<State>()) {
   State& s = *state_;
@@ -379,6 +451,10 @@ void Gpu::download(void* host, const void* device, size_t bytes) {
   }
 }
 
+std::unique_ptr<GpuDownload> Gpu::make_download(size_t bytes) {
+  return std::make_unique<State::PinnedDownload>(*state_, bytes);
+}
+
 void Gpu::copy(void* to, const void* from, size_t bytes) {
   state_->enter();
   if (bytes > 0)
@@ -397,17 +473,20 @@ void Gpu::synchronize() {
 void Gpu::begin_recording() {
   State& s = *state_;
   s.enter();
-  // What was freed before is free for the side stream too.
-  s.check(cudaStreamSynchronize(s.stream), "waiting for it");
   std::shared_ptr<RecordingMemory> memory = s.recording_memory.lock();
-  if (!memory) s.recording_memory = memory = std::make_shared<RecordingMemory>(s.stream);
+  if (!memory) {
+    // What was freed before is free for the side stream too. Later recordings find most of their memory here already,
+    // and get the rest in any case once the stream is so far.
+    s.check(cudaStreamSynchronize(s.stream), "waiting for it");
+    s.recording_memory = memory = std::make_shared<RecordingMemory>(s.stream);
+  }
   auto recording = std::make_unique<GraphRecording>(s.stream, std::move(memory));
   // Relaxed: memory is allocated meanwhile, and other threads may use CUDA.
   s.check(cudaStreamBeginCapture(s.stream, cudaStreamCaptureModeRelaxed), "beginning a recording");
   s.recording = std::move(recording);
 }
 
-std::unique_ptr<Recording> Gpu::end_recording() {
+std::unique_ptr<Recording> Gpu::end_recording(std::unique_ptr<Recording> before) {
   State& s = *state_;
   std::unique_ptr<GraphRecording> recording = std::move(s.recording);
   const bool held = !s.recorded_memory.empty();
@@ -417,6 +496,14 @@ std::unique_ptr<Recording> Gpu::end_recording() {
   for (void* data : s.freed_while_recording) cudaFreeAsync(data, s.stream);
   s.freed_while_recording.clear();
   s.check(ended, "ending a recording");
+  if (before && !held) {
+    cudaGraphExecUpdateResultInfo info{};
+    if (cudaGraphExecUpdate(static_cast<GraphRecording&>(*before).graph, graph, &info) == cudaSuccess) {
+      cudaGraphDestroy(graph);
+      return before;
+    }
+    cudaGetLastError();  // other kernels than before, or in another order
+  }
   const auto make = [&] { return cudaGraphInstantiate(&recording->graph, graph, 0); };
   const cudaError_t made = held ? cudaSuccess : s.with_room("a recording", make);
   cudaGraphDestroy(graph);

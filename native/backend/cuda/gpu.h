@@ -26,6 +26,14 @@ class Recording {
   virtual ~Recording() = default;
 };
 
+// Pinned memory of the host that one download after another goes to while the host goes on.
+class GpuDownload {
+ public:
+  virtual ~GpuDownload() = default;
+  virtual void start(const void* device, size_t bytes) = 0;
+  virtual const void* wait() = 0;
+};
+
 struct GpuProperties {
   std::string name;  // as its maker names it
   int major = 0;     // compute capability
@@ -84,6 +92,8 @@ class Gpu {
   // `host` may change as soon as upload returns. download waits for everything enqueued before.
   void upload(void* device, const void* host, size_t bytes);
   void download(void* host, const void* device, size_t bytes);
+  // For downloads of up to `bytes` bytes, one at a time. It must not outlive this.
+  std::unique_ptr<GpuDownload> make_download(size_t bytes);
   void copy(void* to, const void* from, size_t bytes);
   void fill(void* to, int byte, size_t bytes);
   void synchronize();
@@ -95,8 +105,10 @@ class Gpu {
 
   // What is enqueued between the two is recorded instead of run. Neither upload, download nor synchronize between, and
   // what is allocated between is freed between; what was allocated before and is freed between is freed at the end.
+  // Returns `before` where it could take over what was recorded, which it can if that is the same kernels in the same
+  // order over whatever memory, else a new one. Plays of `before` that are enqueued stay as they were.
   void begin_recording();
-  std::unique_ptr<Recording> end_recording();
+  std::unique_ptr<Recording> end_recording(std::unique_ptr<Recording> before = nullptr);
   void play(Recording& recording);
 
 #if defined(MERF_CUDA_EMULATION)

@@ -1,6 +1,7 @@
 // Tensors on the GPU, transfers, and recordings of steps.
 #include <algorithm>
 #include <map>
+#include <vector>
 
 #include "backend/cuda/cuda_backend.h"
 #include "backend/in_words.h"
@@ -92,46 +93,85 @@ void CudaBackend::reset_peak_memory() {
   device_->peak = device_->used;
 }
 
+// ---- downloads that nobody waits for
+
+namespace {
+
+class CudaDownload final : public Download {
+ public:
+  CudaDownload(std::shared_ptr<Device> device, size_t bytes)
+      : device_(std::move(device)), bytes_(bytes), download_(device_->gpu.make_download(bytes)) {}
+  void start(const Tensor& source, size_t bytes) override {
+    check_size("download", bytes, source);
+    if (bytes > bytes_) {
+      throw Error("INTERNAL", "Expected a download of " + std::to_string(bytes_) +
+                                  " bytes at most but received " + std::to_string(bytes));
+    }
+    download_->start(source.data, bytes);
+  }
+  const void* wait() override { return download_->wait(); }
+
+ private:
+  std::shared_ptr<Device> device_;
+  size_t bytes_;
+  std::unique_ptr<GpuDownload> download_;
+};
+
+}  // namespace
+
+std::unique_ptr<Download> CudaBackend::make_download(size_t bytes) {
+  return std::make_unique<CudaDownload>(device_, bytes);
+}
+
 // ---- recordings
 
 class GpuRecorder final : public Recorder {
  public:
-  explicit GpuRecorder(CudaBackend& backend) : backend_(backend) {}
+  explicit GpuRecorder(CudaBackend& backend) : backend_(backend) { backend.recorders_.push_back(this); }
+  ~GpuRecorder() override { std::erase(backend_.recorders_, this); }
 
   // The first call with a key runs as it is, so that whatever is made once (library handles, attributes, growing
-  // buffers) is made outside of a recording; the second one records.
+  // buffers) is made outside of a recording; the second one records. What was recorded before the last renew, or
+  // before buffers of the backend moved, is recorded again: one pass over the operators and an update of what there is.
   void run(int64_t key, const std::function<void()>& body) override {
-    // What was made wrong meanwhile, by a plan or by the body itself, starts anew.
-    if (generation_ != backend_.recording_generation_) entries_.clear();
-    generation_ = backend_.recording_generation_;
     Entry& entry = entries_[key];
     if (!entry.warm) {
       body();
       entry.warm = true;
       return;
     }
-    if (!entry.recording) entry.recording = record(body);
+    if (!entry.recording || entry.renewals != renewals_ ||
+        entry.generation != backend_.recording_generation_) {
+      record(entry.recording, body);
+      entry.renewals = renewals_;
+      entry.generation = backend_.recording_generation_;
+    }
     backend_.gpu().play(*entry.recording);
+    ++counts_.played;
   }
+
+  void renew() override { ++renewals_; }
+  bool records() const override { return true; }
+  Counts counts() const override { return counts_; }
 
   int64_t step_rows(int64_t rows) const override {
     const int64_t step = rows <= 64 ? 8 : rows <= 256 ? 32 : 64;
     return (rows + step - 1) / step * step;
   }
 
+  void clear() { entries_.clear(); }
+
  private:
   struct Entry {
     bool warm = false;
+    int64_t renewals = 0, generation = 0;  // when it was recorded last
     std::unique_ptr<Recording> recording;
   };
 
-  std::unique_ptr<Recording> record(const std::function<void()>& body) {
+  // `recording` becomes what the body enqueues.
+  void record(std::unique_ptr<Recording>& recording, const std::function<void()>& body) {
     // Tensors that are given back on other threads meanwhile must find a recording that has begun or ended.
     Device& device = *backend_.device_;
-    const auto end = [&] {
-      std::lock_guard<std::mutex> lock(device.mutex);
-      return device.gpu.end_recording();
-    };
     {
       std::lock_guard<std::mutex> lock(device.mutex);
       device.gpu.begin_recording();
@@ -141,19 +181,28 @@ class GpuRecorder final : public Recorder {
     } catch (...) {
       // Throws itself where the failure left the recording unusable; what failed first is what to say.
       try {
-        end();
+        std::lock_guard<std::mutex> lock(device.mutex);
+        device.gpu.end_recording();
       } catch (const Error&) {
       }
       throw;
     }
-    return end();
+    std::lock_guard<std::mutex> lock(device.mutex);
+    Recording* const before = recording.get();
+    recording = device.gpu.end_recording(std::move(recording));
+    ++(recording.get() == before ? counts_.updated : counts_.made);
   }
 
   CudaBackend& backend_;
-  int64_t generation_ = 0;
+  int64_t renewals_ = 0;
   std::map<int64_t, Entry> entries_;
+  Counts counts_;
 };
 
 std::unique_ptr<Recorder> CudaBackend::make_recorder() { return std::make_unique<GpuRecorder>(*this); }
+
+void CudaBackend::release_recordings() {
+  for (GpuRecorder* recorder : recorders_) recorder->clear();
+}
 
 }  // namespace merf::cuda

@@ -60,6 +60,60 @@ TEST_CASE("emulation: memory taken and freed while recording stays with the reco
   CHECK(gpu->free_bytes() == before);
 }
 
+TEST_CASE("emulation: a recording takes over what is recorded of as many kernels") {
+  const auto gpu = gpu_of(0);
+  const size_t before = gpu->free_bytes();
+  {
+    Array<float> x(*gpu, std::vector<float>(32, 1.0f)), y(*gpu, 32), z(*gpu, 32);
+    std::unique_ptr<Recording> recording;
+    const auto record = [&](float* to, float factor, int kernels) {
+      gpu->begin_recording();
+      const Array<float> between(*gpu, 32);  // given back before the recording ends
+      for (int i = 0; i < kernels; ++i) {
+        launch(*gpu, "scale", scale, {1, kWarp}, x.data(), between.data(), factor);
+      }
+      launch(*gpu, "scale", scale, {1, kWarp}, between.data(), to, factor);
+    };
+    record(y.data(), 2.0f, 1);
+    recording = gpu->end_recording(std::move(recording));
+    const Recording* const first = recording.get();
+    gpu->play(*recording);
+    CHECK(y.read()[7] == 4.0f);
+    record(z.data(), 3.0f, 1);
+    recording = gpu->end_recording(std::move(recording));
+    CHECK(recording.get() == first);
+    gpu->play(*recording);
+    CHECK(y.read()[7] == 4.0f);
+    CHECK(z.read()[7] == 9.0f);
+    record(y.data(), 5.0f, 2);
+    recording = gpu->end_recording(std::move(recording));
+    CHECK(recording.get() != first);
+    gpu->play(*recording);
+    CHECK(y.read()[7] == 25.0f);
+    // What they allocate they have between them.
+    CHECK(gpu->free_bytes() == before - 4 * 128);
+  }
+  CHECK(gpu->free_bytes() == before);
+}
+
+TEST_CASE("emulation: a download that nobody has waited for brings nothing") {
+  const auto gpu = gpu_of(0);
+  Array<float> x(*gpu, std::vector<float>(32, 1.0f));
+  const auto download = gpu->make_download(32 * sizeof(float));
+  download->start(x.data(), 32 * sizeof(float));
+  const float* const at = static_cast<const float*>(download->wait());
+  CHECK(at[31] == 1.0f);
+  download->start(x.data(), 32 * sizeof(float));
+  CHECK(std::isnan(at[0]));
+  CHECK(std::isnan(at[31]));
+  gpu->fill(x.data(), 0, 32 * sizeof(float));
+  CHECK(download->wait() == at);
+  CHECK(at[31] == 1.0f);
+  gpu->begin_recording();
+  CHECK_THROWS_AS(download->start(x.data(), 16), Error);
+  gpu->end_recording();
+}
+
 TEST_CASE("emulation: memory from before that is freed while recording is there until its end") {
   const auto gpu = gpu_of(0);
   const size_t before = gpu->free_bytes();

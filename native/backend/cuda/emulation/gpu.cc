@@ -61,6 +61,37 @@ class EmulatedRecording final : public Recording {
   const std::shared_ptr<RecordingMemory> memory;
 };
 
+// As on a real one the bytes are there when somebody has waited for them, and not before.
+class EmulatedDownload final : public GpuDownload {
+ public:
+  // `enter` throws where the GPU is lost.
+  EmulatedDownload(const std::unique_ptr<EmulatedRecording>& recording, std::function<void()> enter,
+                   size_t bytes)
+      : recording_(recording), enter_(std::move(enter)), host_(bytes), on_their_way_(bytes) {}
+  void start(const void* device, size_t bytes) override {
+    enter_();
+    if (recording_) throw Error("INTERNAL", "Expected no download while work is recorded");
+    std::memcpy(on_their_way_.data(), device, bytes);
+    std::memset(host_.data(), emulation::kPoison, host_.size());
+    started_ = bytes;
+    if constexpr (emulation::kCounts) {
+      ++emulation::counts().transfers.downloads;
+      emulation::counts().transfers.downloaded += static_cast<int64_t>(bytes);
+    }
+  }
+  const void* wait() override {
+    enter_();
+    std::memcpy(host_.data(), on_their_way_.data(), started_);
+    return host_.data();
+  }
+
+ private:
+  const std::unique_ptr<EmulatedRecording>& recording_;
+  const std::function<void()> enter_;
+  std::vector<char> host_, on_their_way_;
+  size_t started_ = 0;
+};
+
 }  // namespace
 
 struct Gpu::State {
@@ -220,6 +251,10 @@ void Gpu::download(void* host, const void* device, size_t bytes) {
     emulation::counts().transfers.downloaded += static_cast<int64_t>(bytes);
   }
 }
+std::unique_ptr<GpuDownload> Gpu::make_download(size_t bytes) {
+  return std::make_unique<EmulatedDownload>(
+      state_->recording, [state = state_.get()] { state->enter("a download"); }, bytes);
+}
 void Gpu::copy(void* to, const void* from, size_t bytes) {
   state_->enter("a copy");
   enqueue([=] {
@@ -248,9 +283,9 @@ void Gpu::begin_recording() {
   s.recording = std::make_unique<EmulatedRecording>(std::move(memory));
 }
 
-std::unique_ptr<Recording> Gpu::end_recording() {
+std::unique_ptr<Recording> Gpu::end_recording(std::unique_ptr<Recording> before) {
   State& s = *state_;
-  std::unique_ptr<Recording> recording = std::move(s.recording);
+  std::unique_ptr<EmulatedRecording> recording = std::move(s.recording);
   const bool held = !s.recorded_memory.empty();
   s.recorded_memory.clear();
   for (void* data : s.freed_while_recording) emulation::free(data);
@@ -259,6 +294,13 @@ std::unique_ptr<Recording> Gpu::end_recording() {
     throw Error("INTERNAL",
                 "Expected memory that is allocated while work is recorded to be freed before its end");
   s.with_room("a recording", [] { return true; });
+  if (before) {
+    auto& work = static_cast<EmulatedRecording&>(*before).work;
+    if (work.size() == recording->work.size()) {
+      work = std::move(recording->work);
+      return before;
+    }
+  }
   return recording;
 }
 
