@@ -517,9 +517,9 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
         if (backend.info().name != "cuda") CHECK(same_bits(sums[0][i], sums[1][i]));
       }
     }
-    // Steps that keep something have recordings of their own.
+    // Steps that keep something have recordings of their own, and so many layers make other kernels than so many others.
     const int64_t made = f.model.recorder().counts().made;
-    CHECK(made <= 3);
+    CHECK(made == (records ? 4 : 0));
     request.keep_bytes = 0;
     check(request);
     CHECK(f.model.recorder().counts().made == made);
