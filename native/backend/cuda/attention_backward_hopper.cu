@@ -13,7 +13,7 @@ constexpr int kGroups = 2;  // warpgroups that multiply
 constexpr int kRows = 64 * kGroups;
 constexpr int kThreads = kWarpgroup * (1 + kGroups);
 // 64 Ki registers in all.
-constexpr int kRegisters = 240, kCopyRegisters = 24;
+[[maybe_unused]] constexpr int kRegisters = 240, kCopyRegisters = 24;
 
 struct Parameters {
   TensorMap q, k, v, dout;
@@ -45,6 +45,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if MERF_HAS_WGMMA
   using C = KeyCut<kHead>;
   constexpr int kQueries = C::kQueries, kStages = C::kStages, kStage = kQueries * kHead;
+  // Whether registers hold a tile's dS beside the next one's dP and P, so that its last product need not be waited for.
+  constexpr bool kCarried = kHead <= 64;
   SharedMemory shared;
   bf16* keys = shared.take<bf16>(2 * (kRows + kStages * kQueries) * kHead);
   bf16* values = keys + kRows * kHead;
@@ -114,7 +116,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     const float scale2 = p.scale * kLog2e;
 
     barrier_wait(keys_full, 0);
-    int entry = piece.begin % piece.entries;
+    int entry = piece.begin % piece.entries, before = 0;
     Ring<kStages> ring;
 #pragma unroll 1
     for (int unit = piece.begin; unit < piece.end; ++unit, ring.advance()) {
@@ -132,6 +134,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_commit();
       wgmma_wait<1>();
       wgmma_done(scores);
+      if (kCarried && unit > piece.begin) release(free + before);
 
 #pragma unroll
       for (int block = 0; block < kQueries / 8; ++block) {
@@ -172,11 +175,17 @@ __global__ void __launch_bounds__(kThreads, 1)
       wgmma_fence();
       wgmma_add<kQueries>(dkeys, dscore, stage_queries, kQueries, true);
       wgmma_commit();
-      wgmma_wait<0>();
-      wgmma_done(dkeys);
-      wgmma_done(dvalues);
-      release(free + stage);
+      if constexpr (!kCarried) {
+        wgmma_wait<0>();
+        wgmma_done(dkeys);
+        wgmma_done(dvalues);
+        release(free + stage);
+      }
+      before = stage;
     }
+    wgmma_wait<0>();
+    wgmma_done(dkeys);
+    wgmma_done(dvalues);
 
     const auto finish = [&](const Accumulator(&sums)[kHead / 8], float scale, int which, bf16* tile,
                             const HeadRows<bf16>& to) {
@@ -211,8 +220,6 @@ __global__ void __launch_bounds__(kThreads, 1)
 template <int kHead>
 struct QueryCut {
   static constexpr int kKeys = 128, kStages = 2;
-  // Whether registers hold dP beside dS of the tile before.
-  static constexpr bool kAtOnce = kHead <= 64;
   static constexpr int kBarriers = 1 + 4 * kStages;
   static constexpr size_t kShared =
       shared_bytes<bf16>(2 * (kRows + kStages * kKeys) * kHead) + shared_bytes<uint64_t>(kBarriers);
@@ -224,6 +231,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 #if MERF_HAS_WGMMA
   using C = QueryCut<kHead>;
   constexpr int kKeys = C::kKeys, kStages = C::kStages, kStage = kKeys * kHead;
+  // Whether registers hold dP beside dS of the tile before.
+  constexpr bool kAtOnce = kHead <= 64;
   SharedMemory shared;
   bf16* queries = shared.take<bf16>(2 * (kRows + kStages * kKeys) * kHead);
   bf16* douts = queries + kRows * kHead;
@@ -350,14 +359,14 @@ __global__ void __launch_bounds__(kThreads, 1)
       multiply(scores, own_queries, keys, keys_full, ring);
       wgmma_add<kKeys>(dqueries, dscore, keys + before * kStage, kKeys, true);
       wgmma_commit();
-      if constexpr (C::kAtOnce) multiply(dscores, own_douts, values, values_full, ring);
-      wgmma_wait<C::kAtOnce ? 2 : 1>();
+      if constexpr (kAtOnce) multiply(dscores, own_douts, values, values_full, ring);
+      wgmma_wait<kAtOnce ? 2 : 1>();
       wgmma_done(scores);
       soften(entry);
       wgmma_wait<0>();
       wgmma_done(dqueries);
       release(keys_free + before);
-      if constexpr (!C::kAtOnce) {
+      if constexpr (!kAtOnce) {
         multiply(dscores, own_douts, values, values_full, ring);
         wgmma_wait<0>();
       }
@@ -387,9 +396,13 @@ bool run(CudaBackend& backend, AttentionPlan& plan, const AttentionGradients& vi
   const int64_t kv_heads = views.k.heads, group = views.q.heads / kv_heads;
   constexpr int kQueries = KeyCut<kHead>::kQueries, kKeys = QueryCut<kHead>::kKeys;
   static_assert(kKeys == kRows);
-  const auto k_map = gpu.tensor_map(views.k, kRows), v_map = gpu.tensor_map(views.v, kRows);
-  const auto q_map = gpu.tensor_map(views.q, kQueries), dout_map = gpu.tensor_map(views.dout, kQueries);
-  const auto q_rows_map = gpu.tensor_map(views.q, kRows), dout_rows_map = gpu.tensor_map(views.dout, kRows);
+  const auto map = [&](HeadsView view, int rows) {
+    view.tokens = views.q.tokens;
+    return gpu.tensor_map(view, rows);
+  };
+  const auto k_map = map(views.k, kRows), v_map = map(views.v, kRows);
+  const auto q_map = map(views.q, kQueries), dout_map = map(views.dout, kQueries);
+  const auto q_rows_map = map(views.q, kRows), dout_rows_map = map(views.dout, kRows);
   if (!k_map || !v_map || !q_map || !dout_map || !q_rows_map || !dout_rows_map) return false;
   Parameters parameters{*q_map,
                         *k_map,

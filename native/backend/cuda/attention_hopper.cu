@@ -19,8 +19,6 @@ template <int kHead>
 struct Cut {
   static constexpr int kGroups = kHead <= 64 ? 3 : 2;  // warpgroups with queries
   static constexpr int kThreads = kWarpgroup * (1 + kGroups);
-  // 64 Ki registers in all.
-  static constexpr int kRegisters = kGroups == 3 ? 160 : 240, kCopyRegisters = kGroups == 3 ? 32 : 24;
   static constexpr int kQueries = 64 * kGroups, kKeys = 128, kStages = 2;
   static constexpr int kBarriers = 1 + 4 * kStages;
   static constexpr size_t kShared = shared_bytes<bf16>((kQueries + 2 * kStages * kKeys) * kHead) +
@@ -40,9 +38,9 @@ struct Parameters {
 };
 
 // Barriers of the block but 0.
-constexpr int kOwnBarrier = 1;   // + warpgroup
-constexpr int kAllBarrier = 4;   // of all warpgroups with queries
-constexpr int kTurnBarrier = 5;  // + warpgroup
+[[maybe_unused]] constexpr int kOwnBarrier = 1;   // + warpgroup
+[[maybe_unused]] constexpr int kAllBarrier = 4;   // of all warpgroups with queries
+[[maybe_unused]] constexpr int kTurnBarrier = 5;  // + warpgroup
 
 template <int kHead>
 __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
@@ -51,6 +49,8 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
   using C = Cut<kHead>;
   constexpr int kQueries = C::kQueries, kKeys = C::kKeys, kStages = C::kStages, kGroups = C::kGroups;
   constexpr int kStage = kKeys * kHead;
+  // 64 Ki in all.
+  constexpr int kRegisters = kGroups == 3 ? 160 : 240, kCopyRegisters = kGroups == 3 ? 32 : 24;
   SharedMemory shared;
   bf16* tiles = shared.take<bf16>((kQueries + 2 * kStages * kKeys) * kHead);
   float* poisons = shared.take<float>(2 * kGroups * kKeys);  // [warpgroup][2][key]
@@ -84,7 +84,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
   const int first_query = piece.tile * kQueries;
 
   if (warp_index() < 4) {
-    fewer_registers<C::kCopyRegisters>();
+    fewer_registers<kCopyRegisters>();
     if (thread_index() == 0) {
       barrier_expect(queries_full, panel_bytes<kHead>(kQueries));
       copy_panels<kHead, kQueries>(queries, p.q, head, first_query, queries_full);
@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
       }
     }
   } else {
-    more_registers<C::kRegisters>();
+    more_registers<kRegisters>();
     const int group = warp_index() / 4 - 1;
     const int thread = thread_index() % kWarpgroup;
     const int first_row = 64 * group + warp_index() % 4 * kBand;  // this warp's
@@ -306,8 +306,11 @@ template <int kHead>
 bool run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const HeadsView& k,
          const HeadsView& v, float scale, const HeadsView& out, const Tensor& lse) {
   using C = Cut<kHead>;
-  const auto q_map = backend.gpu().tensor_map(q, C::kQueries);
-  const auto k_map = backend.gpu().tensor_map(k, C::kKeys), v_map = backend.gpu().tensor_map(v, C::kKeys);
+  const auto map = [&](HeadsView view, int rows) {
+    view.tokens = q.tokens;
+    return backend.gpu().tensor_map(view, rows);
+  };
+  const auto q_map = map(q, C::kQueries), k_map = map(k, C::kKeys), v_map = map(v, C::kKeys);
   if (!q_map || !k_map || !v_map) return false;
   const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
   const Parameters parameters{*q_map, *k_map, *v_map, HeadRows<bf16>(out), lse.as<float>(), plan.padded(),

@@ -61,6 +61,7 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+#if defined(MERF_SM90A)
 // The driver's function, by way of the runtime: the plugin is not linked with the driver.
 using EncodeTensorMap = decltype(&cuTensorMapEncodeTiled);
 EncodeTensorMap find_encode_tensor_map() {
@@ -77,6 +78,7 @@ EncodeTensorMap find_encode_tensor_map() {
   const bool usable = status == cudaSuccess && found == cudaDriverEntryPointSuccess;
   return usable ? reinterpret_cast<EncodeTensorMap>(function) : nullptr;
 }
+#endif
 
 struct Block {
   void* data;
