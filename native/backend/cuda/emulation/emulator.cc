@@ -13,6 +13,7 @@
 #include <deque>
 #include <exception>
 #include <iterator>
+#include <list>
 #include <map>
 #include <mutex>
 #include <string>
@@ -103,12 +104,21 @@ struct Product {
   std::source_location location;
 };
 
+// The sums of products that have ended, which each thread gets when it waits for them.
+struct Sums {
+  int group, columns;
+  float* d[kWarpgroup];       // null where the thread has got its own
+  std::vector<float> values;  // [64][columns]
+  int left = kWarpgroup;
+};
+
 struct Warpgroup {
   int arrived = 0;
   uint32_t line = 0;
   int waiting[kWarpgroup];
   Product next;
   std::deque<Product> products;
+  std::list<Sums> ended;
   std::map<float*, std::vector<float>> sums;  // [64][columns] of products under way, by the first thread's d
 };
 
@@ -858,13 +868,24 @@ void BlockRunner::end_products(int pending) {
     const bool more = std::any_of(warpgroup.products.begin(), warpgroup.products.end(),
                                   [&](const Product& p) { return p.d[0] == product.d[0]; });
     if (more) continue;
-    for (size_t t = 0; t < kWarpgroup; ++t) {
-      for (size_t i = 0; i < columns / 2; ++i) {
-        const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
-        product.d[t][i] = sums[row * columns + column];
-      }
-    }
+    Sums& ended = warpgroup.ended.emplace_back();
+    ended.group = product.group;
+    ended.columns = product.columns;
+    std::copy(std::begin(product.d), std::end(product.d), ended.d);
+    ended.values = std::move(sums);
     warpgroup.sums.erase(product.d[0]);
+  }
+  const int t = fiber.thread % kWarpgroup;
+  for (auto sums = warpgroup.ended.begin(); sums != warpgroup.ended.end();) {
+    const auto at = sums++;
+    float* d = at->d[t];
+    if (d == nullptr || at->group >= fiber.open_product_group - pending) continue;
+    at->d[t] = nullptr;
+    for (int i = 0; i < at->columns / 2; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      d[i] = at->values[static_cast<size_t>(row * at->columns + column)];
+    }
+    if (--at->left == 0) warpgroup.ended.erase(at);
   }
 }
 
