@@ -18,6 +18,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/atomic.h"
 #include "backend/cuda/primitives/mma.h"
+#include "backend/cuda/primitives/overlap.h"
 #include "backend/cuda/primitives/shared.h"
 
 namespace merf::cuda {
@@ -225,6 +226,8 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
   Item& item = *shared.take<Item>(1);
   const int warp = warp_index(), lane = lane_index();
 
+  wait_for_previous();
+  let_next_begin();
   if (thread_index() == 0) item = find_item(plan, static_cast<int>(blockIdx.x), kv_heads, group);
   sync_block();
   while (item.count > 0) {
@@ -409,6 +412,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(int32_t* plan, const float* outputs, const float* statistics, T* out, int64_t out_stride,
                  int64_t rows, int heads, int size) {
+  wait_for_previous();
+  let_next_begin();
   if (grid_index() == 0) plan[kClaimed] = 0;
   const int64_t index = grid_index() / kWarp;
   const int64_t row = index / heads;
@@ -622,13 +627,13 @@ void CudaBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, 
     with_head(size, [&](auto head) {
       using Sizes = Tiling<T, decltype(head)::value>;
       launch(gpu(), "attention_decode", decode_kernel<T, decltype(head)::value>,
-             {blocks(gpu().properties().multiprocessors * Sizes::kBlocks), kThreads, Sizes::kShared},
+             {blocks(gpu().properties().multiprocessors * Sizes::kBlocks), kThreads, Sizes::kShared, true},
              static_cast<const T*>(q.data), q.row_stride, cache.keys.as<const T>(),
              cache.values.as<const T>(), plan, outputs, statistics, kv_heads, heads / kv_heads, size,
              scale * kLog2e);
     });
     launch(gpu(), "attention_decode_merge", merge_kernel<T>,
-           {blocks(divide_up(q.tokens * heads, kWarps)), kThreads}, plan, outputs, statistics,
+           {blocks(divide_up(q.tokens * heads, kWarps)), kThreads, 0, true}, plan, outputs, statistics,
            static_cast<T*>(out.data), out.row_stride, q.tokens, heads, size);
   });
 }

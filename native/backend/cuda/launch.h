@@ -13,6 +13,8 @@ struct LaunchShape {
   dim3 grid;          // blocks; a grid of none is no launch
   int threads = 128;  // in a block, a multiple of 32
   size_t shared = 0;  // bytes of shared memory a block, as shared_bytes counts them
+  // The kernel calls wait_for_previous (primitives/overlap.h), so it may begin before the one ahead of it has ended.
+  bool overlaps = false;
 };
 
 inline dim3 blocks(int64_t x, int64_t y = 1, int64_t z = 1) {
@@ -38,9 +40,17 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
   std::apply(
       [&](auto&... each) {
         void* addresses[] = {static_cast<void*>(&each)..., nullptr};
-        gpu.check_launch(name,
-                         cudaLaunchKernel(function, shape.grid, dim3(static_cast<unsigned>(shape.threads)),
-                                          addresses, shape.shared, gpu.stream()));
+        cudaLaunchAttribute overlap{};
+        overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        overlap.val.programmaticStreamSerializationAllowed = 1;
+        cudaLaunchConfig_t config{};
+        config.gridDim = shape.grid;
+        config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+        config.dynamicSmemBytes = shape.shared;
+        config.stream = gpu.stream();
+        config.attrs = &overlap;
+        config.numAttrs = shape.overlaps && gpu.properties().major >= 9 ? 1 : 0;
+        gpu.check_launch(name, cudaLaunchKernelExC(&config, function, addresses));
       },
       parameters);
 #endif

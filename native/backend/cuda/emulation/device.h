@@ -54,6 +54,7 @@ inline bool any(bool condition, std::source_location at = std::source_location::
 
 uint32_t atomic_add(uint32_t* to, uint32_t value);
 uint64_t atomic_add(uint64_t* to, uint64_t value);
+void fence_memory();
 
 float fast_exp2(float x);
 

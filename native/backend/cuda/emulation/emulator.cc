@@ -616,6 +616,8 @@ uint64_t atomic_add(uint64_t* to, uint64_t value) {
   return std::atomic_ref<uint64_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 
+void fence_memory() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+
 float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
 
 void refuse_address(const char* operation, size_t bytes) {
