@@ -4,6 +4,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from 'merf';
 import { bestRates, measureMatrixRates, operationsOf, peakRate, secondsOf } from './floor.js';
+import { launchesText } from './launches.js';
 import { measureOperators } from './operators.js';
 import { root, say } from './paths.js';
 import { checkPeers, findPeer, type PeerName, peerNames } from './peers.js';
@@ -42,11 +43,24 @@ export interface BenchOptions {
   out?: string;
   profile?: boolean;
   scaling?: boolean;
+  /** Counts launches instead; with `device: 'cuda-emulated'` alone. */
+  launches?: boolean;
+  device?: string;
 }
 
 /** Returns whether everything that was asked for was measured. */
 export async function bench(options: BenchOptions): Promise<boolean> {
   const start = performance.now();
+  if ((options.device !== undefined) !== (options.launches === true)) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected --device cuda-emulated and --launches together but received ${options.launches ? '--launches' : '--device'} alone`,
+    );
+  }
+  if (options.launches) {
+    process.stdout.write(await launchesText(options.model));
+    return true;
+  }
   const { fastBf16, threads } = options.processor;
   if (options.profile && options.scaling) {
     throw new MerfError('INVALID_ARGUMENT', 'Expected one of --profile and --scaling but received both');

@@ -21,6 +21,9 @@ Napi::Object describe(Napi::Env env, const std::string& name) {
   try {
     const Backend& backend = Engine::open(name, 0).backend();
     free_bytes = backend.memory_free();
+    if (const auto retries = backend.memory_retries()) {
+      object.Set("memoryRetries", static_cast<double>(*retries));
+    }
     device = backend.info();
   } catch (const std::exception& error) {
     reason = error.what();

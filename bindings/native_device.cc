@@ -178,13 +178,13 @@ int64_t TensorState::size() const {
 }
 
 const Tensor& TensorState::open() {
-  if (!failure.empty()) throw Error("OUT_OF_MEMORY", failure);
+  if (failure) throw *failure;
   if (!tensor) {
     try {
       tensor = allocate(engine->backend(), dtype, shape);
       engine->backend().zero(tensor);
     } catch (const Error& error) {
-      failure = error.what();
+      failure = error;
       throw;
     }
   }
@@ -356,7 +356,7 @@ Napi::Value NativeDevice::tensor(const Napi::CallbackInfo& info) {
                                       backend.cast(tensor, staged);
                                     }
                                   } catch (const Error& error) {
-                                    state->failure = error.what();
+                                    state->failure = error;
                                   }
                                 });
     }

@@ -4,6 +4,7 @@
 #include <napi.h>
 
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -16,11 +17,12 @@ struct TensorState {
   Engine* engine = nullptr;
   DType dtype = DType::f32;
   std::vector<int64_t> shape;
-  Tensor tensor;        // engine thread only
-  std::string failure;  // engine thread only: why there is no tensor
+  // For the engine thread only: the tensor, or why there is none.
+  Tensor tensor;
+  std::optional<Error> failure;
 
   int64_t size() const;
-  // On the engine thread. Throws OUT_OF_MEMORY.
+  // On the engine thread. Throws the failure, such as OUT_OF_MEMORY.
   const Tensor& open();
 };
 

@@ -591,6 +591,7 @@ Napi::Value NativeModel::memory(const Napi::CallbackInfo& info) {
     const Napi::Object object = Napi::Object::New(info.Env());
     object.Set("used", static_cast<double>(backend.memory_used()));
     object.Set("peak", static_cast<double>(backend.memory_peak()));
+    if (const auto retries = backend.memory_retries()) object.Set("retries", static_cast<double>(*retries));
     return object;
   });
 }

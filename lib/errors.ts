@@ -14,8 +14,13 @@ export type MerfErrorCode =
   | 'EMPTY_DATASET'
   /** The device cannot be used here; the message says what it lacks. */
   | 'DEVICE_UNAVAILABLE'
-  /** A GPU failed while it worked; what it holds is lost. */
+  /** A GPU refused a call or failed at it; others go on. */
   | 'DEVICE_FAILED'
+  /**
+   * A GPU failed for good (an illegal address, an uncorrectable memory error, ...). The message names the first
+   * failure, however many calls have failed since. What the GPU held is lost, and this process cannot use it again.
+   */
+  | 'DEVICE_LOST'
   /** The device lacks memory. What the call took was given back, and the message says what would have fitted. */
   | 'OUT_OF_MEMORY'
   | 'RESUME_MISMATCH'
@@ -38,6 +43,7 @@ const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
   'EMPTY_DATASET',
   'DEVICE_UNAVAILABLE',
   'DEVICE_FAILED',
+  'DEVICE_LOST',
   'OUT_OF_MEMORY',
   'RESUME_MISMATCH',
   'BUSY',
@@ -58,6 +64,11 @@ export class MerfError extends Error {
     super(message, options);
     this.code = code;
   }
+}
+
+/** Whether the device that the work ran on is lost, and all that was on it. */
+export function isDeviceLost(error: unknown): error is MerfError {
+  return error instanceof MerfError && error.code === 'DEVICE_LOST';
 }
 
 /** `value` as an error message shows it: short, with its type where the value alone does not say it. */

@@ -237,8 +237,11 @@ export interface NativeModel {
     cancel: CancelToken,
     onTokens?: (sequences: Int32Array, tokens: Int32Array, logprobs: Float32Array) => void,
   ): Promise<NativeSampleResult>;
-  /** Bytes of the device's memory in use by all models on it, and the most since `resetPeakMemory`. */
-  memory(): { used: number; peak: number };
+  /**
+   * Bytes of the device's memory in use by all models on it, and the most since `resetPeakMemory`. `retries`: as
+   * `memoryRetries` of a NativeBackend.
+   */
+  memory(): { used: number; peak: number; retries?: number };
   resetPeakMemory(): void;
   /** The times of operators since the last call, the longest first. Needs a device that was chosen with `profile`. */
   takeProfile(): OperatorTime[];
@@ -329,6 +332,11 @@ export interface NativeBackend {
   memoryBytes: number;
   /** What could be allocated now. */
   freeBytes: number;
+  /**
+   * How often work went on only after the memory pool had given back what it held unused, since the process began; a
+   * device without such a pool has none.
+   */
+  memoryRetries?: number;
   /** bfloat16 products in hardware. */
   fastBf16: boolean;
   /** A token's log-probability has the same bits whatever is beside it, drawn or scored. */

@@ -88,7 +88,7 @@ function writeStamp(stamp) {
   writeFileSync(stampFile, JSON.stringify(stamp));
 }
 
-function installSystemPackages(packages) {
+export function installSystemPackages(packages) {
   if (!existsSync('/usr/bin/dpkg')) {
     say(`not a Debian system; the build needs what Debian calls ${packages.join(', ')}`);
     return;
@@ -201,14 +201,14 @@ export function configuredCudaCompiler() {
   return compiler?.endsWith('NOTFOUND') ? undefined : compiler;
 }
 
-function buildNative(tests, stamp) {
+function buildNative({ tests, cuda }, stamp) {
   const lock = readFileSync(join(root, 'package-lock.json'));
-  const benchmarks = ['CMakeLists.txt', 'matrix_rate.cc', 'operators', 'gpu'].map(
+  const benchmarks = ['CMakeLists.txt', 'matrix_rate.cc', 'launches.cc', 'operators', 'gpu'].map(
     (name) => `benchmarks/${name}`,
   );
   const state = fingerprint(['CMakeLists.txt', 'native', 'bindings', ...benchmarks], lock);
   const testState = tests ? fingerprint(['tests/native'], state) : undefined;
-  const compiler = cudaCompiler(tests, stamp);
+  const compiler = cudaCompiler(tests || cuda, stamp);
   if (
     existsSync(addon) &&
     stamp.native === state &&
@@ -281,15 +281,15 @@ export function orExit(work) {
 }
 
 /**
- * Brings everything up to date, or prints what is in the way and ends the process with exit code 1. Returns whether the
- * CUDA kernels were compiled by nvcc, too.
+ * Brings everything up to date, or prints what is in the way and ends the process with exit code 1. `cuda` and `tests`
+ * bring nvcc where there is none. Returns whether the CUDA kernels were compiled by it, too.
  */
-export function bootstrap({ tests = false, ci = false } = {}) {
+export function bootstrap({ tests = false, ci = false, cuda = false } = {}) {
   return orExit(() => {
     checkNode();
     installNpmPackages();
     const stamp = readStamp();
-    buildNative(tests, stamp);
+    buildNative({ tests, cuda }, stamp);
     buildTypeScript(stamp);
     if (ci) installSystemPackages(['clang-format']);
     return { cuda: stamp.cudaCompiler !== undefined };

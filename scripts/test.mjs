@@ -9,6 +9,7 @@ import { once } from 'node:events';
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
 import { join, relative } from 'node:path';
 import { bootstrap, root } from './bootstrap.mjs';
+import { checkLaunches } from './launches-table.mjs';
 import { checkPtxas } from './ptxas-table.mjs';
 
 const strict = process.argv.includes('--strict');
@@ -66,6 +67,13 @@ function checkKernels({ cuda }) {
   if (note) process.stderr.write(`${note}\n`);
 }
 
+function countLaunches() {
+  const { passed, failures } = checkLaunches();
+  total.passed += passed;
+  total.failed += failures.length;
+  for (const failure of failures) process.stderr.write(`${failure}\n`);
+}
+
 const mayBeAbsent = {
   '../shared': !existsSync(join(root, '..', 'shared')),
   python: !process.env.MERF_PYTHON,
@@ -110,6 +118,7 @@ function runJest() {
 
 const built = bootstrap({ tests: true });
 checkKernels(built);
+countLaunches();
 await runNativeTests();
 runJest();
 const skipped = total.skipped > 0 ? `, ${total.skipped} skipped` : '';

@@ -1,136 +1,17 @@
 // A whole GRPO step on random weights of known models' shapes: rollout of a group for every prompt, forward and
 // backward over the forest of all that was sampled, update. Times are medians of three, after one to warm up.
 //
-//   gpu_step [--device NAME] [--tiny] [--list] [CASE...]
+//   gpu_step [--device NAME] [--tiny | --once] [--list] [CASE...]
+//     --once  for a profiler: a rollout of three tokens each, so of two decode steps, and one update, without warm-up
 #include <numeric>
 
 #include "measure.h"
-#include "model/model.h"
-#include "rollout/rollout.h"
+#include "step_cases.h"
 
 namespace merf::bench {
 namespace {
 
 constexpr int kRepeats = 3;
-
-struct StepCase {
-  std::string name;
-  ModelConfig config;
-  int64_t lora_rank;  // 0: every parameter is trained
-  ForestShape forest;
-};
-
-ModelConfig config_of(const std::string& architecture, int64_t hidden, int64_t layers, int64_t heads,
-                      int64_t kv_heads, int64_t head_size, int64_t mlp, int64_t vocabulary, bool tied,
-                      double rope_theta) {
-  ModelConfig config;
-  config.architecture = architecture;
-  config.hidden_size = hidden;
-  config.layers = layers;
-  config.heads = heads;
-  config.kv_heads = kv_heads;
-  config.head_size = head_size;
-  config.mlp_size = mlp;
-  config.vocab_size = vocabulary;
-  config.max_positions = 8192;
-  config.tied_head = tied;
-  config.attention_bias = architecture == "qwen2";
-  config.dtype = DType::bf16;
-  for (int64_t i = 0; i < head_size / 2; ++i) {
-    config.inverse_frequencies.push_back(static_cast<float>(
-        std::pow(rope_theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_size))));
-  }
-  return config;
-}
-
-std::vector<StepCase> step_cases(bool tiny) {
-  if (tiny) {
-    const ForestShape forest{35, 2, 5, 2, 9};
-    return {{"tiny-llama", config_of("llama", 64, 2, 4, 2, 64, 96, 301, true, 1e4), 0, forest},
-            {"tiny-qwen2", config_of("qwen2", 64, 1, 4, 1, 128, 96, 301, false, 1e4), 0, forest},
-            {"tiny-qwen2-lora", config_of("qwen2", 64, 1, 4, 1, 128, 96, 301, false, 1e4), 8, forest}};
-  }
-  return {{"smollm2-135m",
-           config_of("llama", 576, 30, 9, 3, 64, 1536, 49152, true, 1e5),
-           0,
-           {512, 16, 128, 8, 256}},
-          {"qwen2.5-0.5b",
-           config_of("qwen2", 896, 24, 14, 2, 64, 4864, 151936, true, 1e6),
-           0,
-           {512, 8, 128, 8, 256}},
-          {"qwen2.5-1.5b",
-           config_of("qwen2", 1536, 28, 12, 2, 128, 8960, 151936, true, 1e6),
-           0,
-           {512, 4, 128, 8, 256}},
-          {"qwen2.5-7b-lora",
-           config_of("qwen2", 3584, 28, 28, 4, 128, 18944, 152064, false, 1e6),
-           32,
-           {512, 4, 128, 8, 256}}};
-}
-
-int32_t token_of(int64_t i, const ModelConfig& config) {
-  return static_cast<int32_t>(3 + i * 7919 % (config.vocab_size - 3));
-}
-
-SampleRequest request_of(const StepCase& each, uint64_t seed) {
-  ForestShape prompts = each.forest;
-  prompts.group = 0;
-  SampleRequest request;
-  request.visible_until = visible_until_of(prompts);
-  for (int64_t i = 0; i < static_cast<int64_t>(request.visible_until.size()); ++i) {
-    request.tokens.push_back(token_of(i, each.config));
-    const int64_t below = i - prompts.motivation;
-    request.positions.push_back(
-        static_cast<int32_t>(below < 0 ? i : prompts.motivation + below % prompts.prompt));
-  }
-  for (int64_t p = 0; p < prompts.prompts; ++p) {
-    request.prompt_rows.push_back(static_cast<int32_t>(prompts.motivation + (p + 1) * prompts.prompt - 1));
-    request.counts.push_back(static_cast<int32_t>(each.forest.group));
-    request.max_tokens.push_back(static_cast<int32_t>(each.forest.completion));
-  }
-  request.keys.resize(static_cast<size_t>(2 * each.forest.rows()), 0);
-  for (size_t s = 0; s < request.keys.size(); s += 2) request.keys[s] = static_cast<uint32_t>(s + 1);
-  request.options.seed = seed;
-  return request;
-}
-
-// The forest of the prompts and what was sampled; every completion has all its tokens, since nothing ends one early.
-std::pair<Batch, BatchLoss> batch_of(const StepCase& each, const SampleRequest& request,
-                                     const SampleResult& sampled) {
-  const ForestShape& f = each.forest;
-  if (static_cast<int64_t>(sampled.tokens.size()) != f.rows() * f.completion) {
-    throw Error("INTERNAL", "a completion ended early");
-  }
-  Batch batch;
-  BatchLoss loss;
-  batch.visible_until = visible_until_of(f);
-  const auto add = [&](int64_t first, int64_t count) {
-    for (int64_t i = first; i < first + count; ++i) {
-      batch.tokens.push_back(request.tokens[static_cast<size_t>(i)]);
-      batch.positions.push_back(request.positions[static_cast<size_t>(i)]);
-    }
-  };
-  add(0, f.motivation);
-  for (int64_t p = 0; p < f.prompts; ++p) {
-    add(f.motivation + p * f.prompt, f.prompt);
-    const int32_t prompt_end = static_cast<int32_t>(batch.tokens.size()) - 1;
-    for (int64_t c = 0; c < f.group; ++c) {
-      int32_t source = prompt_end;
-      for (int64_t i = 0; i < f.completion; ++i) {
-        const size_t at = static_cast<size_t>((p * f.group + c) * f.completion + i);
-        batch.source_rows.push_back(source);
-        batch.targets.push_back(sampled.tokens[at]);
-        source = static_cast<int32_t>(batch.tokens.size());
-        batch.positions.push_back(static_cast<int32_t>(f.motivation + f.prompt + i));
-        batch.tokens.push_back(sampled.tokens[at]);
-        loss.weights.push_back(1.0f / static_cast<float>(sampled.tokens.size()));
-        loss.advantages.push_back(c % 2 == 0 ? 1.0f : -1.0f);
-        loss.old_logprobs.push_back(sampled.logprobs[at]);
-      }
-    }
-  }
-  return {batch, loss};
-}
 
 // Operations of the products and of attention in one forward over the forest, every distinct token once.
 double forward_operations(const StepCase& each, const Batch& batch) {
@@ -145,7 +26,7 @@ double forward_operations(const StepCase& each, const Batch& batch) {
          2.0 * h * static_cast<double>(c.vocab_size) * rows;
 }
 
-Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matrix_tflops) {
+Metrics run_step(Backend& backend, bool once, const StepCase& each, double matrix_tflops) {
   Arena arena(backend);
   Model model(backend, arena, each.config,
               each.lora_rank > 0 ? Training::lora(each.lora_rank, 1) : Training(true));
@@ -154,7 +35,7 @@ Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matri
   const double weights_gib = static_cast<double>(backend.memory_used()) / 0x1p30;
 
   // Number 0 warms up.
-  const int first = tiny ? 1 : 0, repeats = tiny ? 1 : kRepeats;
+  const int first = once ? 1 : 0, repeats = once ? 1 : kRepeats;
   SampleRequest request;
   SampleResult sampled;
   std::vector<double> rollout_ms, prefill_ms, decode_ms;
@@ -221,7 +102,10 @@ Metrics run_step(Backend& backend, bool tiny, const StepCase& each, double matri
 }
 
 int run(const Arguments& arguments) {
-  const std::vector<StepCase> cases = step_cases(arguments.tiny);
+  std::vector<StepCase> cases = step_cases(arguments.tiny);
+  if (arguments.once && !arguments.tiny) {
+    for (StepCase& each : cases) each.forest.completion = 3;
+  }
   const auto shape_of = [](const StepCase& each) {
     Shape shape = each.forest.shape();
     shape.emplace_back("lora_rank", each.lora_rank);
@@ -237,12 +121,12 @@ int run(const Arguments& arguments) {
   const auto backend = open_backend(arguments.device, 0);
   print_device(*backend);
   const int64_t n = arguments.tiny ? 72 : 4096;
-  const double rate = matrix_tflops(n, matrix_ms(*backend, DType::bf16, arguments.tiny, n));
+  const double rate = matrix_tflops(n, matrix_ms(*backend, DType::bf16, arguments.once, n));
   bool passed = true;
   for (const StepCase& each : cases) {
     if (!wanted(arguments, name_of(each))) continue;
     try {
-      print_metrics(name_of(each), shape_of(each), run_step(*backend, arguments.tiny, each, rate));
+      print_metrics(name_of(each), shape_of(each), run_step(*backend, arguments.once, each, rate));
     } catch (const std::exception& error) {
       print_error(name_of(each), shape_of(each), error.what());
       passed = false;

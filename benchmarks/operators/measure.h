@@ -29,6 +29,7 @@ struct Arguments {
   DType dtype = DType::bf16;
   int threads = 0;     // of the processor; 0: all
   bool tiny = false;   // small shapes, once: for the emulation and for compute-sanitizer
+  bool once = false;   // each case's work no more often than it takes to see it: for a profiler
   bool list = false;   // the cases, not their results
   bool serve = false;  // runs the case named by each line of the standard input
   std::vector<std::string> only;
@@ -46,7 +47,9 @@ inline Arguments parse(int argc, char** argv) {
   for (int i = 1; i < argc; ++i) {
     const std::string word = argv[i];
     if (word == "--tiny") {
-      arguments.tiny = true;
+      arguments.tiny = arguments.once = true;
+    } else if (word == "--once") {
+      arguments.once = true;
     } else if (word == "--list") {
       arguments.list = true;
     } else if (word == "--serve") {
@@ -61,8 +64,8 @@ inline Arguments parse(int argc, char** argv) {
       arguments.only.push_back(word);
     } else {
       throw std::invalid_argument(
-          "Expected [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny] [--list | --serve] [CASE...] "
-          "but received " +
+          "Expected [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny | --once] [--list | --serve] "
+          "[CASE...] but received " +
           word);
     }
   }
@@ -145,7 +148,7 @@ inline double median(std::vector<double> values) {
 // Milliseconds of one call: the median of 11 samples after a warm-up. A sample is as many calls one after another as
 // take a few milliseconds, so that waiting for the device at its end does not count. Of calls that take long there are
 // fewer samples, at least three.
-inline double median_ms(Backend& backend, bool tiny, const std::function<void()>& enqueue) {
+inline double median_ms(Backend& backend, bool once, const std::function<void()>& enqueue) {
   const auto sample = [&](int calls) {
     const auto start = Clock::now();
     for (int i = 0; i < calls; ++i) enqueue();
@@ -154,7 +157,7 @@ inline double median_ms(Backend& backend, bool tiny, const std::function<void()>
   };
   backend.synchronize();
   const double first = sample(1);
-  if (tiny) return first;
+  if (once) return first;
   const double estimate = first > 1000.0 ? first : std::min(sample(2), sample(2));
   const int calls = static_cast<int>(std::clamp(5.0 / estimate, 1.0, 200.0));
   const int count = static_cast<int>(std::clamp(4000.0 / (estimate * calls), 3.0, 11.0));
@@ -219,11 +222,11 @@ inline void require_finite(Backend& backend, const Tensor& tensor, const char* w
 // ---- matrix products
 
 // Milliseconds of a product of two [n, n] matrices, as the engine itself multiplies.
-inline double matrix_ms(Backend& backend, DType dtype, bool tiny, int64_t n) {
+inline double matrix_ms(Backend& backend, DType dtype, bool once, int64_t n) {
   const Tensor x = normals(backend, dtype, {n, n}, 1.0f, 11);
   const auto weight = backend.pack_weight(normals(backend, dtype, {n, n}, 0.05f, 12), false);
   const Tensor y = backend.allocate(dtype, {n, n});
-  const double ms = median_ms(backend, tiny, [&] { backend.linear(x, *weight, Tensor(), y); });
+  const double ms = median_ms(backend, once, [&] { backend.linear(x, *weight, Tensor(), y); });
   require_finite(backend, y, "the product");
   return ms;
 }

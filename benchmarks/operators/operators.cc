@@ -1,7 +1,7 @@
 // The operators that decide how fast a device rolls out and trains, one by one: times, rates and memory. peers.py runs
 // the same shapes in PyTorch. Whether results are right is the conformance suite's business; here they are finite.
 //
-//   operators [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny] [--list | --serve] [CASE...]
+//   operators [--device NAME] [--dtype f32|bf16] [--threads N] [--tiny | --once] [--list | --serve] [CASE...]
 #include <iostream>
 #include <numeric>
 
@@ -69,9 +69,9 @@ Metrics attention(Backend& backend, const Arguments& a, const Heads& heads,
     backend.attention_backward(rows(dout), x.q, x.k, x.v, rows(out), lse, visible_until, until, scale, dx.q,
                                dx.k, dx.v);
   };
-  const double forward_ms = median_ms(backend, a.tiny, forward);
-  const double backward_ms = median_ms(backend, a.tiny, backward);
-  const double both_ms = median_ms(backend, a.tiny, [&] {
+  const double forward_ms = median_ms(backend, a.once, forward);
+  const double backward_ms = median_ms(backend, a.once, backward);
+  const double both_ms = median_ms(backend, a.once, [&] {
     forward();
     backward();
   });
@@ -139,9 +139,9 @@ Metrics decode(Backend& backend, const Arguments& a, const Heads& heads, const D
     return HeadsView{t.data, t.dtype, shape.rows, heads.queries, heads.size, t.row_size()};
   };
   const float scale = 1.0f / std::sqrt(static_cast<float>(heads.size));
-  const double plan_ms = median_ms(backend, a.tiny, [&] { backend.plan_decode(plan, shape.rows); });
+  const double plan_ms = median_ms(backend, a.once, [&] { backend.plan_decode(plan, shape.rows); });
   const double decode_ms =
-      median_ms(backend, a.tiny, [&] { backend.attention_decode(view(q), cache, scale, view(out)); });
+      median_ms(backend, a.once, [&] { backend.attention_decode(view(q), cache, scale, view(out)); });
   require_finite(backend, out, "decoding's output");
   const double bytes =
       2.0 * static_cast<double>(size_of(a.dtype)) * static_cast<double>(cached * heads.keys * heads.size);
@@ -182,7 +182,7 @@ Metrics sampling(Backend& backend, const Arguments& a, int64_t rows, int64_t voc
   SamplingOptions options;
   options.top_k = truncation.top_k;
   options.top_p = static_cast<float>(truncation.top_p_percent) / 100.0f;
-  const double ms = median_ms(backend, a.tiny, [&] {
+  const double ms = median_ms(backend, a.once, [&] {
     backend.sample_tokens(logits, keys, positions, options, tokens, logprobs, raw, Tensor());
   });
   require_finite(backend, logprobs, "sampling's log-probabilities");
@@ -259,7 +259,7 @@ Metrics policy_loss(Backend& backend, const Arguments& a, int64_t rows, int64_t 
   run();
   backend.synchronize();
   const int64_t extra = backend.memory_peak() - before;
-  const double ms = median_ms(backend, a.tiny, run);
+  const double ms = median_ms(backend, a.once, run);
   if (!std::isfinite(loss)) throw Error("INTERNAL", "the loss is " + std::to_string(loss));
   require_finite(backend, dhidden, "the loss's gradient");
   require_finite(backend, dhead, "the head's gradient");
@@ -287,7 +287,7 @@ void add_loss(std::vector<Case>& cases, const Arguments& a) {
 // ---- matrix products
 
 Metrics matrix(Backend& backend, const Arguments& a, int64_t n) {
-  const double ms = matrix_ms(backend, a.dtype, a.tiny, n);
+  const double ms = matrix_ms(backend, a.dtype, a.once, n);
   return {{"ms", ms}, {"tflops", matrix_tflops(n, ms)}};
 }
 

@@ -1,4 +1,4 @@
-import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
+import { invalidArgument, isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
 import {
   type CancelToken,
   type NativeModel,
@@ -122,7 +122,8 @@ const finishReasons: readonly (FinishReason | undefined)[] = ['stop', 'length', 
  * A language model that samples, scores, accumulates gradients and updates itself. Calls run one after another in
  * the order they were made, off the event loop.
  *
- * Every method rejects with MerfError: DISPOSED after `dispose`, ABORTED where its signal fires.
+ * Every method rejects with MerfError: DISPOSED after `dispose`, ABORTED where its signal fires, DEVICE_LOST once its
+ * GPU has failed for good.
  */
 export class Policy {
   readonly contextLength: number;
@@ -394,7 +395,7 @@ export class Policy {
           scatter(scores, batch, result);
         }
       } catch (error) {
-        if (!this.#disposed) await this.model.zeroGradients();
+        if (!this.#disposed && !isDeviceLost(error)) await this.model.zeroGradients();
         throw error;
       }
       return lossStats(resolved, plan, old, { loss: total, ...scores });
@@ -542,8 +543,12 @@ export class Policy {
     );
   }
 
-  /** Bytes that the policy's device holds now, and the most it held since `resetPeakMemory`. */
-  memory(): { used: number; peak: number } {
+  /**
+   * Bytes that the policy's device holds now, and the most it held since `resetPeakMemory`. `retries` is how often,
+   * since the process began, work went on only after the GPU's memory pool had given back what it held unused, which
+   * is slow: a number that grows says that memory is short. The CPU has none.
+   */
+  memory(): { used: number; peak: number; retries?: number } {
     this.#check();
     return this.model.memory();
   }
@@ -620,10 +625,14 @@ export class Policy {
 
   /** Runs after all calls made before, whether they succeeded or not. */
   #enqueue<T>(what: string, signal: AbortSignal | undefined, run: () => Promise<T>): Promise<T> {
-    const result = this.#tail.then(() => {
+    const result = this.#tail.then(async () => {
       this.#check();
       throwIfAborted(signal, what);
-      return run();
+      try {
+        return await run();
+      } catch (error) {
+        throw this.#explainedLoss(error);
+      }
     });
     this.#tail = result.catch(() => undefined);
     return result;
@@ -649,6 +658,14 @@ export class Policy {
     const millions = (this.parameterCount / 1e6).toFixed(1);
     const less = trainable && loraRank === 0 ? ' to train; less with lora, or with trainable: false' : '';
     return withHint(error, `${millions} million parameters take at least ${gib(bytes)}${less}`);
+  }
+
+  /** What became of the policy where its device was lost: it has nothing of its weights but there. */
+  #explainedLoss(error: unknown): unknown {
+    if (!isDeviceLost(error)) return error;
+    const origin = this.path === undefined ? 'was created' : `was loaded from ${this.path}`;
+    const message = `${error.message}: the policy, which ${origin}, is lost but for what was saved of it`;
+    return new MerfError('DEVICE_LOST', message, { cause: error });
   }
 
   /** A native call that ends early where the signal fires. */

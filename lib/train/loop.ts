@@ -1,6 +1,6 @@
 import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { describeValue, MerfError, throwIfAborted } from '../errors.js';
+import { describeValue, isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import {
   type Checkpoint,
@@ -35,6 +35,7 @@ export interface SavedRun {
 
 export interface LoopPolicy extends StatefulPolicy {
   save(folder: string): Promise<void>;
+  memory?(): { retries?: number };
 }
 
 export interface LoopOptions {
@@ -97,6 +98,8 @@ export class TrainingLoop {
     this.#running = true;
     try {
       return await this.#run(signal);
+    } catch (error) {
+      throw this.#explained(error);
     } finally {
       this.#running = false;
     }
@@ -132,13 +135,14 @@ export class TrainingLoop {
     }
     while (step < steps && !this.#stopping) {
       throwIfAborted(signal, `step ${step + 1}`);
+      const retriesBefore = policy.memory?.().retries;
       let result: Awaited<ReturnType<LoopOptions['step']>>;
       try {
         result = await this.#options.step(step + 1, position, signal);
       } catch (error) {
         // A step that fails before its first update leaves the weights as the last step made them.
         if (error instanceof StepFailed) {
-          if (!error.updated && !signal?.aborted) await save();
+          if (!error.updated && !signal?.aborted && !isDeviceLost(error.cause)) await save();
           throw error.cause;
         }
         throw error;
@@ -146,12 +150,15 @@ export class TrainingLoop {
       step += 1;
       position = result.position;
       const metrics: MetricsRow = { step, ...result.metrics };
+      if (retriesBefore !== undefined) {
+        metrics.memoryRetries = (policy.memory?.().retries ?? retriesBefore) - retriesBefore;
+      }
       try {
         const evaluation = await this.#options.evaluate?.(step, signal);
         if (evaluation) metrics.evaluation = evaluation;
       } catch (error) {
         metricsLog.append(metrics);
-        if (!signal?.aborted) await save();
+        if (!signal?.aborted && !isDeviceLost(error)) await save();
         throw error;
       }
       metricsLog.append(metrics);
@@ -171,6 +178,17 @@ export class TrainingLoop {
     const model = join(out, 'model');
     await writeFolderAtomically(model, (folder) => policy.save(folder));
     return { step, stopped: step < steps, model, ...(last && { metrics: last }) };
+  }
+
+  /** Where the GPU was lost, and with it the weights: what of the run is left. */
+  #explained(error: unknown): unknown {
+    if (!isDeviceLost(error)) return error;
+    const { out } = this.#options;
+    const last = listCheckpoints(join(out, 'checkpoints')).at(-1);
+    const left = last
+      ? `resume ${out}, which goes on after step ${last.step} from ${last.path}`
+      : `${out} has no checkpoint yet, so the run has to be started again`;
+    return new MerfError('DEVICE_LOST', `${error.message}; ${left}`, { cause: error });
   }
 
   /** Checks the folder against this run, writes run.json, and returns the checkpoint to go on from. */

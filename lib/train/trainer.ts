@@ -39,7 +39,8 @@ export type TrainablePolicy = Pick<
   | 'save'
   | 'saveState'
   | 'loadState'
-> & { readonly path?: string };
+> &
+  Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -89,6 +90,8 @@ export interface GrpoMetrics {
   skippedUpdates: number;
   rolloutTokensPerSecond: number;
   trainingTokensPerSecond: number;
+  /** How often work of this step waited for the GPU's memory pool (see `Policy.memory`); on a GPU only. */
+  memoryRetries?: number;
   seconds: number;
   rolloutSeconds: number;
   scoringSeconds: number;
@@ -148,7 +151,8 @@ export class Trainer<Row = unknown> {
   /**
    * Trains until `steps` are done or stop() is called. `signal` gives up at once: what the step in progress did is
    * lost, the last checkpoint stays.
-   * @throws MerfError ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE and what the policy throws
+   * @throws MerfError ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE, DEVICE_LOST naming the
+   *   checkpoint to go on from, and what the policy throws
    */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -23,6 +24,9 @@ struct DeviceInfo {
   std::string isa;          // the instruction set chosen at run time, such as "AVX3" or "sm_90"
   int threads = 1;
   int64_t memory_bytes = 0;  // total memory of the device
+  // What logits to draw from may take at once. Every block of rows goes through the head's weight anew, so a device
+  // with memory to spare takes all rows of a step in one; the default is what a processor's caches make good use of.
+  int64_t logits_bytes = int64_t{64} << 20;
   bool fast_bf16 = false;    // bfloat16 products in hardware
   // Whether a token's activations and log-probability have the same bits whatever is computed beside it, and whether
   // it is decoded against the cache or scored in a forest.
@@ -206,6 +210,9 @@ class Backend {
   virtual int64_t memory_used() const = 0;
   virtual int64_t memory_peak() const = 0;
   virtual void reset_peak_memory() = 0;
+  // How often work went on only after the device's pool had given back memory that it held unused, since the process
+  // began; none where the device has no such pool. Any thread may ask.
+  virtual std::optional<int64_t> memory_retries() const { return std::nullopt; }
 
   // ---- matrix products (a library's work: libxsmm, oneDNN, cuBLASLt)
   // weight [N, K] f32|bf16. for_backward also prepares it for linear_backward_input, for_lookup for embedding.
@@ -214,6 +221,12 @@ class Backend {
   virtual void repack_weight(PackedWeight& packed, const Tensor& weight) = 0;
   // weight [N, K] of the type it was packed from = the very values it was packed from.
   virtual void unpack_weight(const PackedWeight& packed, const Tensor& weight) = 0;
+  // The values themselves, [N, K], where the weight is kept as it was given: what is written to them is packed. Empty
+  // where it is kept in another layout.
+  virtual Tensor packed_values(PackedWeight& packed) {
+    (void)packed;
+    return {};
+  }
   // y[M, N] = x[M, K] * W^T + bias (+ y where accumulate). x and W share a type; y is that type or f32;
   // bias [N] f32 or empty.
   virtual void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,

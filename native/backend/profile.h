@@ -48,11 +48,13 @@ class ProfiledBackend final : public Backend {
   int64_t memory_used() const override { return backend_->memory_used(); }
   int64_t memory_peak() const override { return backend_->memory_peak(); }
   void reset_peak_memory() override { backend_->reset_peak_memory(); }
+  std::optional<int64_t> memory_retries() const override { return backend_->memory_retries(); }
 
   std::unique_ptr<PackedWeight> pack_weight(const Tensor& weight, bool for_backward,
                                             bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
+  Tensor packed_values(PackedWeight& packed) override { return backend_->packed_values(packed); }
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,

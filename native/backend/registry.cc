@@ -18,7 +18,13 @@ std::filesystem::path own_folder() {
   return std::filesystem::absolute(info.dli_fname).parent_path();
 }
 
-std::shared_ptr<Backend> open_plugin(const std::string& name, const std::string& file, int threads) {
+struct Plugin {
+  std::string path;
+  void* library = nullptr;
+};
+
+// Loads the plugin, which runs nothing of it yet.
+Plugin load_plugin(const std::string& name, const std::string& file) {
   const std::filesystem::path path = own_folder() / file;
   if (!std::filesystem::exists(path)) {
     throw Error("DEVICE_UNAVAILABLE", "This build of merf has no " + file + " for device " + name);
@@ -29,13 +35,37 @@ std::shared_ptr<Backend> open_plugin(const std::string& name, const std::string&
     throw Error("DEVICE_UNAVAILABLE", "Could not load " + path.string() + ": " + dlerror());
   }
   const auto interface = reinterpret_cast<PluginInterface*>(dlsym(library, kPluginInterfaceSymbol));
-  const auto open = reinterpret_cast<OpenPlugin*>(dlsym(library, kOpenPluginSymbol));
-  if (interface == nullptr || open == nullptr || interface() != kPluginInterface) {
+  if (interface == nullptr || interface() != kPluginInterface) {
     throw Error("DEVICE_UNAVAILABLE", path.string() + " belongs to another version of merf");
   }
+  return {path.string(), library};
+}
+
+template <typename Function>
+Function* find(const Plugin& plugin, const char* symbol) {
+  const auto function = reinterpret_cast<Function*>(dlsym(plugin.library, symbol));
+  if (function == nullptr) throw Error("DEVICE_UNAVAILABLE", plugin.path + " lacks " + symbol);
+  return function;
+}
+
+std::shared_ptr<Backend> open_plugin(const Plugin& plugin, int threads) {
   std::shared_ptr<Backend> backend;
-  open(threads, backend);
+  find<OpenPlugin>(plugin, kOpenPluginSymbol)(threads, backend);
   return backend;
+}
+
+// What the machine lacks is said first, then what this build does.
+std::shared_ptr<Backend> open_cuda(int threads) {
+  constexpr int kOldestDriver = 12000;  // no build of merf runs on an older one
+  Plugin plugin;
+  try {
+    plugin = load_plugin("cuda", "merf_cuda.so");
+  } catch (const Error&) {
+    cuda::require_gpu(kOldestDriver);
+    throw;
+  }
+  cuda::require_gpu(find<PluginDriver>(plugin, kPluginDriverSymbol)());
+  return open_plugin(plugin, threads);
 }
 
 }  // namespace
@@ -55,11 +85,8 @@ std::shared_ptr<Backend> open_backend(const std::string& name, int threads) {
 #if defined(MERF_CPU)
   if (name == "cpu") return std::make_shared<CpuBackend>(threads);
 #endif
-  if (name == "cuda") {
-    cuda::require_gpu();
-    return open_plugin(name, "merf_cuda.so", threads);
-  }
-  if (name == "cuda-emulated") return open_plugin(name, "merf_cuda_emulated.so", threads);
+  if (name == "cuda") return open_cuda(threads);
+  if (name == "cuda-emulated") return open_plugin(load_plugin(name, "merf_cuda_emulated.so"), threads);
   std::string known;
   for (const std::string& each : backend_names()) known += (known.empty() ? "" : ", ") + each;
   throw Error("DEVICE_UNAVAILABLE",

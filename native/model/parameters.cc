@@ -305,39 +305,42 @@ void Parameters::read_merged(const NamedParameter& named, float* data) {
 }
 
 void Parameters::update(const AdamWOptions& options, float weight_decay) {
-  // As many parameters in one call as have room for their copies.
-  struct Update {
+  // Matrices that products read as they are move where they lie; of the others as many in one call as have room for
+  // their copies.
+  struct Staged {
     Parameter* parameter;
-    Tensor products;  // what they are made of; empty where it is no matrix
+    Tensor copy;
   };
   std::vector<AdamWTensor> tensors;
-  std::vector<Update> updates;
+  std::vector<Staged> copies;
   const ArenaScope scope(arena_);
-  const Tensor staging = arena_.take(config_.dtype, {staged_size_});
+  Tensor staging;
   int64_t staged = 0;
   const auto flush = [&] {
     backend_.adamw(tensors, options);
-    for (const auto& [parameter, source] : updates) {
-      if (source) make_products(*parameter, source);
-    }
+    for (const auto& [parameter, copy] : copies) make_products(*parameter, copy);
     tensors.clear();
-    updates.clear();
+    copies.clear();
     staged = 0;
   };
-  const auto stage = [&](const Parameter& parameter) {
+  const auto stage = [&](Parameter& parameter) {
+    if (!staging) staging = arena_.take(config_.dtype, {staged_size_});
     if (staged + parameter.size() > staging.size()) flush();
     staged += parameter.size();
-    return staging.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
+    const Tensor copy =
+        staging.rows(staged - parameter.size(), staged).view({parameter.shape[0], parameter.shape[1]});
+    backend_.unpack_weight(*parameter.packed, copy);
+    copies.push_back({&parameter, copy});
+    return copy;
   };
   for (Parameter* parameter : trained_) {
-    Tensor staged;
+    Tensor weight;
     if (parameter->matrix()) {
-      staged = stage(*parameter);
-      backend_.unpack_weight(*parameter->packed, staged);
+      weight = backend_.packed_values(*parameter->packed);
+      if (!weight) weight = stage(*parameter);
     }
-    updates.push_back({parameter, staged});
-    const Tensor master = parameter->lower ? parameter->lower : staged ? staged : parameter->value;
-    tensors.push_back({master, parameter->lower ? staged : Tensor(), parameter->gradient, parameter->adam_m,
+    const Tensor master = parameter->lower ? parameter->lower : weight ? weight : parameter->value;
+    tensors.push_back({master, parameter->lower ? weight : Tensor(), parameter->gradient, parameter->adam_m,
                        parameter->adam_v, parameter->matrix() ? weight_decay : 0.0f});
   }
   flush();

@@ -11,8 +11,7 @@
 namespace merf {
 namespace {
 
-constexpr int32_t kPrefillTokens = 8192;             // in one forward pass, about
-constexpr int64_t kLogitsBytes = int64_t{64} << 20;  // of one block of rows x vocabulary
+constexpr int32_t kPrefillTokens = 8192;  // in one forward pass, about
 
 using Clock = std::chrono::steady_clock;
 double seconds_since(Clock::time_point start) {
@@ -248,7 +247,8 @@ void Sampler::make_buffers() {
   result_.cache_pages = pages;
 
   const int64_t rows = std::max<int64_t>(live, 1);
-  logits_rows_ = std::clamp<int64_t>(kLogitsBytes / (4 * config_.vocab_size), 8, std::max<int64_t>(rows, 8));
+  logits_rows_ = std::clamp<int64_t>(backend_.info().logits_bytes / (4 * config_.vocab_size), 8,
+                                     std::max<int64_t>(rows, 8));
   logits_ = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
   const int64_t step_rows = std::max(recorder_->step_rows(rows), logits_rows_);
   inputs_.reserve(static_cast<size_t>(6 * step_rows));
@@ -661,7 +661,7 @@ Error out_of_memory(const Error& error, Model& model, const SampleRequest& reque
   longest = std::min(longest, config.max_positions);
   const int64_t per_token = KvCache::page_bytes(config) / kPageTokens;
   const int64_t sequences = std::accumulate(request.counts.begin(), request.counts.end(), int64_t{8});
-  const int64_t logits = 2 * std::min(kLogitsBytes, 4 * config.vocab_size * sequences);
+  const int64_t logits = 2 * std::min(backend.info().logits_bytes, 4 * config.vocab_size * sequences);
   const int64_t fixed = longest * per_token + logits;
   Arena counted;
   model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), Holds::nothing);

@@ -40,9 +40,24 @@ test('writes what it measured', async () => {
   expect(report.steps[0].engines[0].runs[0].tokens).toBe(16);
 });
 
+test('--launches prints what steps launch and move', async () => {
+  const { code, stdout, stderr } = await merf([
+    ...['bench', '--device', 'cuda-emulated', '--launches', '--model', tinyModel],
+  ]);
+  expect(stderr).toMatch(/counting shape:llama/);
+  expect(code).toBe(0);
+  const [decode, training] = stdout.split('\n### ').map((text) => text.replace(/^### /, ''));
+  expect(decode).toMatch(/: one decode step of 64 completions/);
+  expect(decode).toMatch(/\| kernel \| launches \| bytes read \| bytes written \|/);
+  expect(decode).toMatch(/\| `sample_tokens` \| 1 \| [1-9]\d+ \| 1024 \|/);
+  expect(training).toMatch(/\| `adamw` \| [1-9]\d* \| [1-9]\d+ \| [1-9]\d+ \|/);
+});
+
 test.each([
   [['--peers', 'tlr'], 1, /llama\.cpp, trl, pytorch or none for --peers but received tlr/],
   [['--profile', '--scaling'], 1, /one of --profile and --scaling/],
+  [['--launches'], 1, /--device cuda-emulated and --launches together but received --launches alone/],
+  [['--device', 'cuda-emulated'], 1, /--launches together but received --device alone/],
   [['--sizes', '4x4'], 1, /--sizes but received 4x4/],
   [['--minutes', '0'], 2, /'0' is invalid[\s\S]*above 0/],
   [['--dtype', 'f16'], 2, /'f16' is invalid[\s\S]*bf16/],

@@ -1,4 +1,5 @@
-import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { spawnSync } from 'node:child_process';
+import { copyFileSync, existsSync, mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
@@ -22,11 +23,11 @@ function withDriver(args: readonly string[], driver: Record<string, string>) {
   return merf(args, { env: { LD_LIBRARY_PATH: fakeDriver, ...driver } });
 }
 
-const drivers: [string, Record<string, string>, string][] = [
+const drivers: [string, Record<string, string>, string | RegExp][] = [
   [
     'a driver too old',
     { FAKE_CUDA_VERSION: '11080' },
-    'The NVIDIA driver here is for CUDA 11.8; CUDA 12.4 or later is needed: update the driver',
+    /^The NVIDIA driver here is for CUDA 11\.8; this build of merf needs one for CUDA 1[23]\.0 or later \(/,
   ],
   [
     'a driver that fails',
@@ -59,7 +60,9 @@ const drivers: [string, Record<string, string>, string][] = [
 describe('merf doctor', () => {
   test.each(drivers)('of %s', async (_, driver, message) => {
     const { stdout, code } = await withDriver(['doctor'], driver);
-    expect(stdout).toContain(`\ncuda           not available: ${message}\n`);
+    const said = /^cuda {11}not available: (.*)$/m.exec(stdout)?.[1];
+    if (typeof message === 'string') expect(said).toBe(message);
+    else expect(said).toMatch(message);
     expect(stdout).toMatch(/^cpu {12}\S/m);
     expect(stdout).toMatch(
       /^cuda-emulated {2}the kernels of cuda on the processor, for merf's tests: very slow$/m,
@@ -76,15 +79,54 @@ describe('merf doctor', () => {
   });
 });
 
+describe('the driver that a build needs', () => {
+  // The addon in a folder of its own beside a plugin that says what CUDA it was built with.
+  const reasonOf = (driver: string, needed: string): string => {
+    const addon = join(folder, 'merf.node');
+    copyFileSync(join(root, 'build', 'Release', 'merf.node'), addon);
+    copyFileSync(join(fakeDriver, 'merf_cuda.so'), join(folder, 'merf_cuda.so'));
+    const ask = `process.stdout.write(require(${JSON.stringify(addon)}).describeDevice('cuda').reason)`;
+    const { stdout, stderr } = spawnSync(process.execPath, ['-e', ask], {
+      encoding: 'utf8',
+      env: {
+        ...process.env,
+        LD_LIBRARY_PATH: fakeDriver,
+        FAKE_CUDA_VERSION: driver,
+        FAKE_CUDA_NEEDED: needed,
+      },
+    });
+    expect(stderr).toBe('');
+    return stdout;
+  };
+
+  test('is any of the major version of its CUDA, or a later one', () => {
+    expect(reasonOf('12090', '13000')).toBe(
+      'The NVIDIA driver here is for CUDA 12.9; this build of merf needs one for CUDA 13.0 or later (580.65 or newer): ' +
+        'update the driver',
+    );
+    expect(reasonOf('11080', '12000')).toBe(
+      'The NVIDIA driver here is for CUDA 11.8; this build of merf needs one for CUDA 12.0 or later (525.60 or newer): ' +
+        'update the driver',
+    );
+    for (const [driver, needed] of [
+      ['13000', '13000'],
+      ['13010', '13000'],
+      ['12000', '12000'],
+      ['13000', '12000'],
+    ] as const) {
+      expect(reasonOf(driver, needed)).toBe('The plugin was opened');
+    }
+  });
+});
+
 describe('a device that is not there', () => {
   const train = ['train', '--task', lettersTask, '--model', tinyModel, '--steps', '1'];
 
   test('is refused with the reason and no stack', async () => {
     const asked = [...train, '--device', 'cuda', '--out', join(folder, 'refused')];
-    const { stderr, code } = await withDriver(asked, { FAKE_CUDA_VERSION: '12020' });
-    expect(stderr).toBe(
-      'merf: Device cuda is not available: The NVIDIA driver here is for CUDA 12.2; CUDA 12.4 or later is needed: ' +
-        'update the driver\n',
+    const { stderr, code } = await withDriver(asked, { FAKE_CUDA_VERSION: '11040' });
+    expect(stderr).toMatch(
+      /^merf: Device cuda is not available: The NVIDIA driver here is for CUDA 11\.4; .*: update the driver\n$/,
     );
     expect(code).toBe(1);
     expect(existsSync(join(folder, 'refused'))).toBe(false);

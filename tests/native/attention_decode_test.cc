@@ -123,11 +123,33 @@ std::vector<Run> rollout(int64_t motivation, int64_t questions, int64_t group) {
   return runs;
 }
 
+void check_against_reference(Backend& backend, const Shape& shape, const std::vector<Run>& runs, DType dtype,
+                             uint32_t seed) {
+  int64_t batch = 0;
+  for (const Run& run : runs) {
+    for (const int32_t row : run.rows) batch = std::max<int64_t>(batch, row + 1);
+  }
+  const auto make = [&](int64_t n) { return stored(Random(seed++).normals(n), dtype); };
+  const std::vector<float> q = make(batch * shape.q_heads() * shape.head_size);
+  const std::vector<float> k = make(tokens_of(runs) * shape.kv_heads * shape.head_size);
+  const std::vector<float> v = make(tokens_of(runs) * shape.kv_heads * shape.head_size);
+  const std::vector<double> expected = reference_decode(shape, runs, batch, q, k, v);
+  const std::vector<float> actual = decode(backend, shape, runs, batch, q, k, v, dtype);
+  double error = 0, squares = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
+    squares += expected[i] * expected[i];
+  }
+  CAPTURE(shape.head_size);
+  CAPTURE(runs.size());
+  CHECK(std::sqrt(error / squares) < (dtype == DType::bf16 ? 4e-3 : 4e-6));
+}
+
 }  // namespace
 
 TEST_CASE("decoding agrees with float64 over every row's tokens") {
   for_each_backend([](Backend& backend) {
-    uint32_t seed = 40;
+    uint32_t seed = 41;
     const std::vector<std::vector<Run>> plans = {
         {{1, {0}}},
         {{64, {0}}, {33, {0}}},
@@ -139,28 +161,24 @@ TEST_CASE("decoding agrees with float64 over every row's tokens") {
                                Shape{2, 2, 24}, Shape{1, 2, 96}, Shape{1, 1, 256}}) {
       for (const std::vector<Run>& runs : plans) {
         for (const DType dtype : {DType::f32, DType::bf16}) {
-          int64_t batch = 0;
-          for (const Run& run : runs) {
-            for (const int32_t row : run.rows) batch = std::max<int64_t>(batch, row + 1);
-          }
-          const auto make = [&](int64_t n) { return stored(Random(++seed).normals(n), dtype); };
-          const std::vector<float> q = make(batch * shape.q_heads() * shape.head_size);
-          const std::vector<float> k = make(tokens_of(runs) * shape.kv_heads * shape.head_size);
-          const std::vector<float> v = make(tokens_of(runs) * shape.kv_heads * shape.head_size);
-          const std::vector<double> expected = reference_decode(shape, runs, batch, q, k, v);
-          const std::vector<float> actual = decode(backend, shape, runs, batch, q, k, v, dtype);
-          double error = 0, squares = 0;
-          for (size_t i = 0; i < expected.size(); ++i) {
-            error += (actual[i] - expected[i]) * (actual[i] - expected[i]);
-            squares += expected[i] * expected[i];
-          }
-          CAPTURE(shape.head_size);
-          CAPTURE(runs.size());
-          CHECK(std::sqrt(error / squares) < (dtype == DType::bf16 ? 4e-3 : 4e-6));
+          check_against_reference(backend, shape, runs, dtype, seed);
+          seed += 3;
         }
       }
     }
   });
+}
+
+TEST_CASE("decoding agrees with float64 on a GPU of little shared memory" *
+          doctest::skip(!tests_small_gpu())) {
+  const std::shared_ptr<Backend> backend = open_small_gpu();
+  uint32_t seed = 401;
+  for (const Shape& shape : {Shape{1, 3, 64}, Shape{1, 2, 96}, Shape{1, 7, 128}, Shape{1, 3, 256}}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      check_against_reference(*backend, shape, rollout(300, 2, 7), dtype, seed);
+      seed += 3;
+    }
+  }
 }
 
 TEST_CASE("a decoding row does not depend on the rows beside it, nor on the threads") {

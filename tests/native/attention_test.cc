@@ -215,31 +215,75 @@ std::vector<Case> cases() {
   return all;
 }
 
+void check_against_reference(Backend& backend, const Case& c, DType dtype, uint32_t seed) {
+  CAPTURE(c.name);
+  CAPTURE(c.head_size);
+  CAPTURE(dtype == DType::bf16);
+  const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
+                    c.head_size};
+  const std::vector<float> qkv = stored(Random(seed).normals(shape.tokens * shape.row()), dtype);
+  const std::vector<float> dout =
+      stored(Random(seed + 1).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+  const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+  const Result actual = run(backend, shape, qkv, dout, c.visible_until, scale, dtype);
+  // bfloat16 keeps 8 bits: storing the result alone costs 1.7e-3 on average.
+  const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
+  CHECK(mean_error(actual.out, expected.out) < bound);
+  CHECK(mean_error(actual.lse, expected.lse) < 1e-6);
+  CHECK(mean_error(actual.gradient, expected.gradient) < bound);
+  CHECK(relative_error(actual.out, expected.out) < 2 * bound);
+  CHECK(relative_error(actual.gradient, expected.gradient) < 2 * bound);
+}
+
+void check_parts(Backend& backend, const Case& c, DType dtype, uint32_t seed) {
+  CAPTURE(c.name);
+  CAPTURE(c.head_size);
+  CAPTURE(dtype == DType::bf16);
+  const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
+                    c.head_size};
+  const std::vector<float> qkv = stored(Random(seed).normals(shape.tokens * shape.row()), dtype);
+  const std::vector<float> dout =
+      stored(Random(seed + 1).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
+  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+  const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+  const Result actual = run_in_parts(backend, shape, qkv, dout, c.visible_until, scale, dtype,
+                                     {1, shape.tokens / 3, shape.tokens / 2 + 1, shape.tokens});
+  const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
+  CHECK(mean_error(actual.out, expected.out) < bound);
+  CHECK(mean_error(actual.gradient, expected.gradient) < bound);
+}
+
+// A value that is not finite reaches the queries that see it and no other.
+void check_not_finite(Backend& backend, int64_t size, DType dtype, float value) {
+  CAPTURE(size);
+  CAPTURE(dtype == DType::bf16);
+  CAPTURE(value);
+  const Fused shape{200, 2, 1, size};
+  std::vector<int32_t> mask = causal(200);
+  for (int64_t i = 65; i < 80; ++i) mask[i] = 80;
+  std::vector<float> qkv = Random(7).normals(shape.tokens * shape.row());
+  qkv[70 * shape.row() + 3 * size + 5] = value;
+  const Result result = run(backend, shape, qkv, {}, mask, 0.25f, dtype);
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < shape.tokens; ++i) {
+    const bool sees = i >= 70 && i < 80;
+    wrong += !std::isfinite(result.lse[i]);
+    wrong += std::isfinite(result.out[i * 2 * size + 5]) == sees;
+    for (int64_t d = 0; d < 2 * size && !sees; ++d) wrong += !std::isfinite(result.out[i * 2 * size + d]);
+  }
+  CHECK(wrong == 0);
+}
+
 }  // namespace
 
 TEST_CASE("attention and its gradients agree with float64") {
   for_each_backend([](Backend& backend) {
-    uint32_t seed = 0;
+    uint32_t seed = 1;
     for (const Case& c : cases()) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
-        CAPTURE(c.name);
-        CAPTURE(c.head_size);
-        CAPTURE(dtype == DType::bf16);
-        const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
-                          c.head_size};
-        const std::vector<float> qkv = stored(Random(++seed).normals(shape.tokens * shape.row()), dtype);
-        const std::vector<float> dout =
-            stored(Random(++seed).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
-        const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
-        const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
-        const Result actual = run(backend, shape, qkv, dout, c.visible_until, scale, dtype);
-        // bfloat16 keeps 8 bits: storing the result alone costs 1.7e-3 on average.
-        const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
-        CHECK(mean_error(actual.out, expected.out) < bound);
-        CHECK(mean_error(actual.lse, expected.lse) < 1e-6);
-        CHECK(mean_error(actual.gradient, expected.gradient) < bound);
-        CHECK(relative_error(actual.out, expected.out) < 2 * bound);
-        CHECK(relative_error(actual.gradient, expected.gradient) < 2 * bound);
+        check_against_reference(backend, c, dtype, seed);
+        seed += 2;
       }
     }
   });
@@ -247,28 +291,38 @@ TEST_CASE("attention and its gradients agree with float64") {
 
 TEST_CASE("attention of some queries gives their part of the whole") {
   for_each_backend([](Backend& backend) {
-    uint32_t seed = 70;
+    uint32_t seed = 71;
     for (const Case& c :
          {Case{"causal", causal(131), 1, 2, 64}, Case{"forest", forest(203, 40, 4, 5), 2, 3, 24},
           Case{"wide", wide(70, 60, 5), 1, 4, 128}, Case{"group", wide(150, 9, 40), 3, 3, 64}}) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
-        CAPTURE(c.name);
-        CAPTURE(dtype == DType::bf16);
-        const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
-                          c.head_size};
-        const std::vector<float> qkv = stored(Random(++seed).normals(shape.tokens * shape.row()), dtype);
-        const std::vector<float> dout =
-            stored(Random(++seed).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
-        const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
-        const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
-        const Result actual = run_in_parts(backend, shape, qkv, dout, c.visible_until, scale, dtype,
-                                           {1, shape.tokens / 3, shape.tokens / 2 + 1, shape.tokens});
-        const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
-        CHECK(mean_error(actual.out, expected.out) < bound);
-        CHECK(mean_error(actual.gradient, expected.gradient) < bound);
+        check_parts(backend, c, dtype, seed);
+        seed += 2;
       }
     }
   });
+}
+
+// The cuts of head sizes whose tiles do not fit there otherwise.
+TEST_CASE("attention and its gradients agree with float64 on a GPU of little shared memory" *
+          doctest::skip(!tests_small_gpu())) {
+  const std::shared_ptr<Backend> backend = open_small_gpu();
+  uint32_t seed = 301;
+  for (const int64_t size : {64, 96, 128, 256}) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      if (size == 64 && dtype == DType::bf16) continue;
+      check_against_reference(*backend, {"causal", causal(131), 1, 2, size}, dtype, seed);
+      check_against_reference(*backend, {"forest", forest(150, 40, 4, seed), 1, 2, size}, dtype, seed);
+      seed += 2;
+    }
+  }
+  for (const DType dtype : {DType::f32, DType::bf16}) {
+    check_parts(*backend, {"wide", wide(40, 6, 15), 1, 2, 128}, dtype, seed);
+    check_parts(*backend, {"wide", wide(40, 6, 15), 1, 1, 256}, dtype, seed + 2);
+    check_not_finite(*backend, 128, dtype, NAN);
+    check_not_finite(*backend, 248, dtype, INFINITY);
+    seed += 4;
+  }
 }
 
 TEST_CASE("attention gradients agree with finite differences of the float64 forward") {
@@ -366,24 +420,8 @@ TEST_CASE("a value that is not finite reaches the queries that see it and no oth
   for_each_backend([](Backend& backend) {
     // The CPU multiplies values by the weights 0 of the queries beside those that see them.
     if (backend.info().name == "cpu") return;
-    const Fused shape{200, 2, 1, 24};
-    std::vector<int32_t> mask = causal(200);
-    for (int64_t i = 65; i < 80; ++i) mask[i] = 80;
     for (const DType dtype : {DType::f32, DType::bf16}) {
-      for (const float value : {INFINITY, -INFINITY, NAN}) {
-        CAPTURE(value);
-        std::vector<float> qkv = Random(7).normals(shape.tokens * shape.row());
-        qkv[70 * shape.row() + 3 * 24 + 5] = value;
-        const Result result = run(backend, shape, qkv, {}, mask, 0.25f, dtype);
-        int64_t wrong = 0;
-        for (int64_t i = 0; i < shape.tokens; ++i) {
-          const bool sees = i >= 70 && i < 80;
-          wrong += !std::isfinite(result.lse[i]);
-          wrong += std::isfinite(result.out[i * 48 + 5]) == sees;
-          for (int64_t d = 0; d < 48 && !sees; ++d) wrong += !std::isfinite(result.out[i * 48 + d]);
-        }
-        CHECK(wrong == 0);
-      }
+      for (const float value : {INFINITY, -INFINITY, NAN}) check_not_finite(backend, 24, dtype, value);
     }
   });
 }

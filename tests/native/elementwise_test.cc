@@ -367,6 +367,23 @@ TEST_CASE("adamw agrees with float64 over twenty steps and writes the copy") {
   });
 }
 
+TEST_CASE("what is written to a packed weight's own values is packed") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : kTypes) {
+      const std::vector<float> before = stored(Random(21).normals(5 * 24), dtype),
+                               after = stored(Random(22).normals(5 * 24), dtype);
+      const auto packed = backend.pack_weight(upload(backend, dtype, {5, 24}, before), true);
+      const Tensor values = backend.packed_values(*packed);
+      if (!values) continue;
+      CHECK(same_bits(download(backend, values), before));
+      backend.copy(values, upload(backend, dtype, {5, 24}, after));
+      const Tensor unpacked = poisoned(backend, dtype, {5, 24});
+      backend.unpack_weight(*packed, unpacked);
+      CHECK(same_bits(download(backend, unpacked), after));
+    }
+  });
+}
+
 TEST_CASE("a master in halves is the same master, and moves in the same way") {
   for_each_backend([](Backend& backend) {
     // Every lower half behind signs and exponents of all kinds, and what is no number.

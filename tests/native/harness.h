@@ -66,6 +66,29 @@ void for_each_backend(Body&& body, int threads = 0) {
   }
 }
 
+// Whether a row of a product has the same bits whatever the rows beside it.
+inline bool sums_in_one_order(const Backend& backend) {
+  const auto& libraries = backend.info().libraries;
+  return std::none_of(libraries.begin(), libraries.end(),
+                      [](const auto& library) { return library.first == "cuBLASLt"; });
+}
+
+// The emulated GPU with the shared memory of compute capability 8.6 and 8.9, the least there is: 99 KiB a block.
+inline bool tests_small_gpu() { return kEmulationBuilt && tests_device("cuda-emulated"); }
+inline std::shared_ptr<Backend> open_small_gpu(int threads = 0) {
+  const char* const name = "MERF_EMULATION_SHARED";
+  const char* const set = std::getenv(name);
+  const std::string before = set == nullptr ? "" : set;
+  setenv(name, "101376", 1);
+  std::shared_ptr<Backend> backend = open_backend("cuda-emulated", threads);
+  if (set == nullptr) {
+    unsetenv(name);
+  } else {
+    setenv(name, before.c_str(), 1);
+  }
+  return backend;
+}
+
 // Numbers by seed, the same on every machine.
 class Random {
  public:

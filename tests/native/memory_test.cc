@@ -1,4 +1,5 @@
 #include <cstdlib>
+#include <functional>
 
 #include "harness.h"
 
@@ -129,6 +130,100 @@ TEST_CASE("a recording cannot hold what was allocated in it, nor transfer") {
     backend.upload(held, values.data(), held.bytes());
     CHECK(same_bits(download(backend, held), values));
   });
+}
+
+namespace {
+
+// The emulated GPU with those variables of its environment; null where this build has none.
+std::shared_ptr<Backend> emulated(std::initializer_list<std::pair<const char*, const char*>> variables) {
+  if (!kEmulationBuilt || !tests_device("cuda-emulated")) return nullptr;
+  for (const auto& [name, value] : variables) setenv(name, value, 1);
+  std::shared_ptr<Backend> backend = open_backend("cuda-emulated", 1);
+  for (const auto& [name, value] : variables) unsetenv(name);
+  return backend;
+}
+
+template <class Body>
+Error error_of(Body&& body) {
+  try {
+    body();
+  } catch (const Error& error) {
+    return error;
+  }
+  return Error("", "nothing failed");
+}
+
+}  // namespace
+
+TEST_CASE("what finds memory only once the pool has given back is done, and counted") {
+  for (const char* what : {"an allocation", "a recording", "add"}) {
+    CAPTURE(what);
+    const std::shared_ptr<Backend> backend = emulated({{"MERF_EMULATION_SHORT", what}});
+    if (!backend) return;
+    CHECK(backend->memory_retries() >= 0);
+    const std::vector<float> values(100, 1.0f);
+    const Tensor x = upload(*backend, DType::f32, {100}, values),
+                 y = upload(*backend, DType::f32, {100}, values);
+    const std::unique_ptr<Recorder> recorder = backend->make_recorder();
+    for (int turn = 0; turn < 3; ++turn) recorder->run(1, [&] { backend->add(y, x); });
+    CHECK(same_bits(download(*backend, y), std::vector<float>(100, 4.0f)));
+    CHECK(backend->memory_retries() > 0);
+  }
+  const std::shared_ptr<Backend> roomy = emulated({});
+  upload(*roomy, DType::f32, {3}, {1.0f, 2.0f, 3.0f});
+  CHECK(roomy->memory_retries() == 0);
+}
+
+TEST_CASE("the failure that ends a GPU is told by every later call, and nothing waits or throws at the end") {
+  const std::shared_ptr<Backend> backend = emulated({{"MERF_EMULATION_FAIL_AT", "add:3"}});
+  if (!backend) return;
+  const std::vector<float> values(100, 1.0f);
+  {
+    const Tensor x = upload(*backend, DType::f32, {100}, values),
+                 y = upload(*backend, DType::f32, {100}, values);
+    const std::unique_ptr<Recorder> recorder = backend->make_recorder();
+    recorder->run(1, [&] { backend->add(y, x); });
+    recorder->run(1, [&] { backend->add(y, x); });
+    CHECK(same_bits(download(*backend, y), std::vector<float>(100, 3.0f)));
+    // The third one fails, which shows when something waits for it.
+    recorder->run(1, [&] { backend->add(y, x); });
+    const Error first = error_of([&] { download(*backend, y); });
+    CHECK(first.code == "DEVICE_LOST");
+    const std::string message = first.what();
+    CAPTURE(message);
+    for (const char* part :
+         {"an illegal memory access was encountered", "seen at a download", "started last: ", "add"}) {
+      CHECK(message.find(part) != std::string::npos);
+    }
+    const std::function<void()> calls[] = {
+        [&] { backend->synchronize(); },
+        [&] { backend->allocate(DType::f32, {10}); },
+        [&] { backend->upload(x, values.data(), x.bytes()); },
+        [&] { backend->copy(y, x); },
+        [&] { backend->zero(y); },
+        [&] { backend->add(y, x); },
+        [&] { backend->memory_free(); },
+        [&] { recorder->run(1, [&] { backend->add(y, x); }); },
+        [&] { recorder->run(2, [&] { backend->add(y, x); }); },
+    };
+    for (const auto& call : calls) {
+      const Error later = error_of(call);
+      CHECK(later.code == "DEVICE_LOST");
+      CHECK(std::string(later.what()) == message);
+    }
+  }
+  CHECK(backend->memory_used() == 0);
+}
+
+TEST_CASE("a GPU that ends while work is recorded is told as such") {
+  const std::shared_ptr<Backend> backend = emulated({{"MERF_EMULATION_FAIL_AT", "add:1"}});
+  if (!backend) return;
+  const Tensor x = upload(*backend, DType::f32, {3}, {1.0f, 2.0f, 3.0f});
+  const std::unique_ptr<Recorder> recorder = backend->make_recorder();
+  recorder->run(1, [] {});
+  backend->add(x, x);
+  CHECK(error_of([&] { recorder->run(1, [&] { backend->add(x, x); }); }).code == "DEVICE_LOST");
+  CHECK(error_of([&] { backend->synchronize(); }).code == "DEVICE_LOST");
 }
 
 TEST_CASE("devices are opened by name" * doctest::skip(!tests_device("cpu"))) {

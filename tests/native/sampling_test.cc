@@ -1,4 +1,7 @@
 // Token sampling: exact kept sets and log-probabilities against float64, draws against exact probabilities.
+#include <cstdio>
+#include <fstream>
+
 #include "backend/philox.h"
 #include "harness.h"
 
@@ -91,6 +94,99 @@ const std::vector<std::pair<const char*, SamplingOptions>>& filters() {
       {"top-1", {1.0f, 1, 1.0f, 0.0f, 9}},         {"tiny top-p", {1.0f, 0, 1e-6f, 0.0f, 10}},
   };
   return all;
+}
+
+// ---- golden draws: what the CPU drew, kept in a file, so that a build without the CPU is held to its tokens, too
+
+struct GoldenCase {
+  std::string name;
+  Rows rows;
+  SamplingOptions options;
+};
+
+// The logits are sums of uniform numbers, nearly normal: no logarithm or cosine, whose last bit a library may change.
+std::vector<float> golden_logits(uint64_t seed, int64_t n) {
+  Random random(seed);
+  std::vector<float> logits(static_cast<size_t>(n));
+  for (float& x : logits) {
+    double sum = -2.0;
+    for (int i = 0; i < 4; ++i) sum += random.uniform();
+    x = static_cast<float>(5.0 * sum);
+  }
+  return logits;
+}
+
+std::vector<GoldenCase> golden_cases() {
+  const std::vector<std::pair<const char*, SamplingOptions>> all = {
+      {"plain", {1.0f, 0, 1.0f, 0.0f, 21}},         {"cold", {0.4f, 0, 1.0f, 0.0f, 22}},
+      {"hot", {1.7f, 0, 1.0f, 0.0f, 23}},           {"top-k", {1.0f, 50, 1.0f, 0.0f, 24}},
+      {"top-p", {1.0f, 0, 0.95f, 0.0f, 25}},        {"min-p", {1.0f, 0, 1.0f, 0.05f, 26}},
+      {"all", {0.8f, 1000, 0.9f, 0.01f, 1u << 31}}, {"greedy", {0.0f, 0, 1.0f, 0.0f, 27}}};
+  std::vector<GoldenCase> cases;
+  for (const int64_t vocabulary : {7, 257, 32000, 152064}) {
+    const int64_t n = vocabulary < 1000 ? 4 : 2;
+    for (const bool ties : {false, true}) {
+      Rows rows{golden_logits(static_cast<uint64_t>(vocabulary), n * vocabulary), vocabulary, {}, {}};
+      if (ties) {
+        for (float& x : rows.logits) x = std::round(x);
+      }
+      for (int32_t i = 0; i < n; ++i) {
+        rows.keys.insert(rows.keys.end(), {1000003 * i - 5, ties ? -1 : 77});
+        rows.positions.push_back(4099 * i);
+      }
+      for (const auto& [name, options] : all) {
+        cases.push_back({std::to_string(vocabulary) + (ties ? "-ties-" : "-") + name, rows, options});
+      }
+    }
+  }
+  return cases;
+}
+
+// MERF_TEST_GOLDEN names the folder where the tests lie elsewhere than where they were built.
+std::string golden_file() {
+  const char* named = std::getenv("MERF_TEST_GOLDEN");
+  return std::string(named == nullptr ? MERF_GOLDEN_DIR : named) + "/draws.txt";
+}
+
+// A line for each row: case, row, token, log-probability of the distribution drawn from, of softmax(logits), entropy.
+void write_golden(std::FILE* file, const GoldenCase& each, const Draws& draws) {
+  for (size_t i = 0; i < draws.tokens.size(); ++i) {
+    std::fprintf(file, "%s %zu %d %a %a %a\n", each.name.c_str(), i, draws.tokens[i],
+                 static_cast<double>(draws.logprobs[i]), static_cast<double>(draws.raw[i]),
+                 static_cast<double>(draws.entropies[i]));
+  }
+}
+
+// The draws of that case, which are the file's next lines.
+Draws read_golden(std::istream& file, const GoldenCase& each) {
+  Draws draws;
+  for (int64_t i = 0; i < each.rows.size(); ++i) {
+    std::string name, logprob, raw, entropy;
+    int64_t row = -1;
+    int32_t token = -1;
+    file >> name >> row >> token >> logprob >> raw >> entropy;
+    REQUIRE_MESSAGE((file && name == each.name && row == i),
+                    golden_file() << " lacks row " << i << " of " << each.name);
+    draws.tokens.push_back(token);
+    draws.logprobs.push_back(std::strtof(logprob.c_str(), nullptr));
+    draws.raw.push_back(std::strtof(raw.c_str(), nullptr));
+    draws.entropies.push_back(std::strtof(entropy.c_str(), nullptr));
+  }
+  return draws;
+}
+
+// The same tokens, and log-probabilities to float32's precision.
+void check_same_draws(const Draws& actual, const Draws& expected) {
+  CHECK(actual.tokens == expected.tokens);
+  const auto close = [](const std::vector<float>& a, const std::vector<float>& b, float tolerance) {
+    REQUIRE(a.size() == b.size());
+    for (size_t i = 0; i < a.size(); ++i) {
+      CHECK(std::abs(a[i] - b[i]) <= tolerance * std::max(std::abs(b[i]), 0x1p-10f));
+    }
+  };
+  close(actual.logprobs, expected.logprobs, 0x1p-22f);
+  close(actual.raw, expected.raw, 0x1p-22f);
+  close(actual.entropies, expected.entropies, 1e-6f);
 }
 
 }  // namespace
@@ -189,6 +285,35 @@ TEST_CASE("a draw does not depend on the batch, the row or the threads") {
       }
     });
   }
+}
+
+TEST_CASE("a long row gives the same alone, over several blocks of a GPU, and among many, in one") {
+  const int64_t vocabulary = 20011, n = 24;
+  Rows rows{Random(9).normals(n * vocabulary, 3.0), vocabulary, {}, {}};
+  for (int32_t i = 0; i < n; ++i) {
+    rows.keys.insert(rows.keys.end(), {i, 3});
+    rows.positions.push_back(i);
+  }
+  for_each_backend([&](Backend& backend) {
+    for (const SamplingOptions& options :
+         {SamplingOptions{0.0f, 0, 1.0f, 0.0f, 1}, SamplingOptions{1.0f, 0, 1.0f, 0.0f, 2},
+          SamplingOptions{0.8f, 0, 0.9f, 0.0f, 3}, SamplingOptions{1.2f, 50, 0.95f, 0.01f, 4},
+          SamplingOptions{1.0f, 15000, 0.999f, 0.0f, 5}}) {
+      CAPTURE(options.seed);
+      const Draws all = draw(backend, rows, options);
+      for (const int64_t i : {0, 17}) {
+        const Rows alone{{rows.logits.begin() + i * vocabulary, rows.logits.begin() + (i + 1) * vocabulary},
+                         vocabulary,
+                         {rows.keys[2 * i], rows.keys[2 * i + 1]},
+                         {rows.positions[i]}};
+        const Draws single = draw(backend, alone, options);
+        CHECK(single.tokens[0] == all.tokens[i]);
+        CHECK(single.logprobs[0] == all.logprobs[i]);
+        CHECK(single.raw[0] == all.raw[i]);
+        CHECK(single.entropies[0] == all.entropies[i]);
+      }
+    }
+  });
 }
 
 TEST_CASE("seed, key and position each change the draw") {
@@ -301,17 +426,33 @@ TEST_CASE("every backend draws the CPU's tokens" * doctest::skip(!tests_device("
         CAPTURE(rows.vocabulary);
         CAPTURE(options.seed);
         const Draws expected = draw(*cpu, rows, options), actual = draw(backend, rows, options);
-        CHECK(actual.tokens == expected.tokens);
-        const auto close = [](const std::vector<float>& a, const std::vector<float>& b, float tolerance) {
-          for (size_t i = 0; i < a.size(); ++i) {
-            CHECK(std::abs(a[i] - b[i]) <= tolerance * std::max(std::abs(b[i]), 0x1p-10f));
-          }
-        };
-        close(actual.logprobs, expected.logprobs, 0x1p-22f);
-        close(actual.raw, expected.raw, 0x1p-22f);
-        close(actual.entropies, expected.entropies, 1e-6f);
+        check_same_draws(actual, expected);
       }
     }
+  });
+}
+
+// MERF_WRITE_GOLDEN=1 writes the file from what the CPU draws now.
+TEST_CASE("every device draws the golden tokens") {
+  const char* const write = std::getenv("MERF_WRITE_GOLDEN");
+  if (write != nullptr && std::string(write) == "1") {
+    const auto cpu = open_backend("cpu", 1);
+    std::FILE* file = std::fopen(golden_file().c_str(), "w");
+    REQUIRE_MESSAGE(file != nullptr, "could not write " << golden_file());
+    for (const GoldenCase& each : golden_cases()) {
+      write_golden(file, each, draw(*cpu, each.rows, each.options));
+    }
+    REQUIRE(std::fclose(file) == 0);
+  }
+  for_each_backend([](Backend& backend) {
+    std::ifstream file(golden_file());
+    REQUIRE_MESSAGE(file.good(), "could not read " << golden_file() << "; MERF_TEST_GOLDEN names its folder");
+    for (const GoldenCase& each : golden_cases()) {
+      CAPTURE(each.name);
+      check_same_draws(draw(backend, each.rows, each.options), read_golden(file, each));
+    }
+    std::string rest;
+    CHECK_MESSAGE(!(file >> rest), golden_file() << " has more than the cases: " << rest);
   });
 }
 

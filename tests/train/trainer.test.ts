@@ -2,6 +2,7 @@ import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
+import { MerfError } from '../../lib/errors.js';
 import type { Task } from '../../lib/tasks/index.js';
 import { listCheckpoints } from '../../lib/train/checkpoint.js';
 import type { CompletionRecord } from '../../lib/train/completions.js';
@@ -54,6 +55,46 @@ describe('Trainer', () => {
     const mean = (some: GrpoMetrics[]) => some.reduce((sum, row) => sum + row.correct, 0) / some.length;
     expect(mean(rows.slice(0, 5))).toBeLessThan(0.45);
     expect(mean(rows.slice(-5))).toBeGreaterThan(0.8);
+  });
+
+  test('a GPU that is lost ends the run without a try to save, and the error names what is left', async () => {
+    const losing = (step: number) => {
+      const policy = new FakePolicy();
+      policy.onSample = () => {
+        if (policy.sampleCalls.length === step)
+          throw new MerfError('DEVICE_LOST', 'The GPU was lost: so it goes');
+      };
+      policy.saveState = ((save) => async (path: string) => {
+        if (policy.sampleCalls.length >= step) throw new Error('saved what is lost');
+        return save(path);
+      })(policy.saveState.bind(policy));
+      return policy;
+    };
+    const run = join(folder, 'run');
+    await expect(trainer(losing(1), { saveEvery: 2 }).run()).rejects.toMatchObject({
+      code: 'DEVICE_LOST',
+      message: `The GPU was lost: so it goes; ${run} has no checkpoint yet, so the run has to be started again`,
+    });
+    const other = join(folder, 'other');
+    await expect(trainer(losing(4), { saveEvery: 2, out: other }).run()).rejects.toMatchObject({
+      code: 'DEVICE_LOST',
+      message:
+        `The GPU was lost: so it goes; resume ${other}, which goes on after step 2 from ` +
+        join(other, 'checkpoints', 'step-000002'),
+    });
+  });
+
+  test('memory retries are counted by step where the policy counts them', async () => {
+    const policy = new FakePolicy();
+    let retries = 5;
+    policy.onSample = () => {
+      retries += policy.sampleCalls.length;
+    };
+    const counting = Object.assign(policy.asPolicy, { memory: () => ({ used: 0, peak: 0, retries }) });
+    await trainer(policy, { policy: counting, steps: 2 }).run();
+    expect(metricsOf().map((row) => row.memoryRetries)).toEqual([1, 2]);
+    await trainer(new FakePolicy(), { steps: 1, out: join(folder, 'none') }).run();
+    expect(metricsOf('none')[0]).not.toHaveProperty('memoryRetries');
   });
 
   test('metrics follow from the completions that were kept', async () => {

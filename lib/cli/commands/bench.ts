@@ -45,6 +45,13 @@ export function addBench(program: Command): void {
       '--scaling',
       "measures a step's cost against group, prompt and completion tokens and threads instead, and plots it",
     )
+    .option(
+      '--launches',
+      'counts what a decode step and a training step launch on a GPU and which bytes they move, and measures nothing; ' +
+        'needs --device cuda-emulated and a clone; --model is then also qwen2.5-0.5b or another that is in ' +
+        "benchmarks/launches.ts (default: qwen2.5-0.5b's and qwen2.5-7b-lora's shapes)",
+    )
+    .addOption(new Option('--device <name>', 'for --launches alone').choices(['cuda-emulated']))
     .option('--out <folder>', 'where to write the results (default: benchmarks/results in the package)')
     .action(bench);
 }

@@ -48,6 +48,7 @@ async function doctor(): Promise<void> {
 
 function deviceLines(device: NativeBackend): string[] {
   const { name, available, reason, description, isa, threads, memoryBytes, freeBytes, fastBf16 } = device;
+  const { memoryRetries = 0 } = device;
   if (!available) return [`not available: ${reason ?? 'no reason given'}`];
   if (name === 'cuda-emulated') return ["the kernels of cuda on the processor, for merf's tests: very slow"];
   const libraries = device.libraries.map(([library, version]) => `${library} ${version}`);
@@ -66,7 +67,7 @@ function deviceLines(device: NativeBackend): string[] {
   return [
     description,
     `compute capability ${isa.replace(/^sm_(\d+)(\d)$/, '$1.$2')}${bf16}`,
-    `${gib(memoryBytes)} of memory, ${gib(freeBytes)} free`,
+    `${gib(memoryBytes)} of memory, ${gib(freeBytes)} free, ${memoryRetries} retries for want of it`,
     [...driverVersion(), ...libraries, ...products].join(', '),
   ];
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cfloat>
 
+#include "backend/cuda/attention_hopper.h"
 #include "backend/cuda/attention_tiles.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
@@ -13,21 +14,20 @@ namespace merf::cuda {
 
 namespace {
 
-// How the work is cut. A warp with two bands of queries reads keys and values from shared memory half as often for the
-// same products; registers allow it up to head size 128.
-template <typename T, int kHead>
+// A warp with two bands of queries reads keys and values from shared memory half as often for the same products;
+// registers allow it up to head size 128.
+template <typename T, int kHead, bool kSmall>
 struct Cut {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kBands = kHead <= (kHalf ? 128 : 64) ? 2 : 1;
-  static constexpr int kWarps = kHalf && kHead > 128 ? 8 : 4;
+  static constexpr int kWarps = kHead <= 128 ? 4 : kHalf ? 8 : kSmall ? 2 : 4;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kQueries = kBand * kBands * kWarps;
-  static constexpr int kKeys = kHalf ? 64 : 32;
+  static constexpr int kKeys = kSmall ? (kHead > 128 ? 16 : 32) : kHalf ? 64 : 32;
   static constexpr int kBlocks = kHead > 128           ? 1
                                  : kHalf&& kHead <= 64 ? 3
                                                        : 2;  // on a multiprocessor at once
-  static constexpr size_t kShared =
-      tile_bytes<T, kHead>(kQueries) + 2 * tile_bytes<T, kHead>(2 * kKeys) + shared_bytes<float>(kKeys);
+  static constexpr size_t kShared = tile_bytes<T, kHead>(kQueries) + 2 * tile_bytes<T, kHead>(2 * kKeys);
 };
 
 template <typename T>
@@ -56,10 +56,10 @@ __device__ inline bool any_not_finite(const Vector<float, 4>& values) {
   return found;
 }
 
-// A hidden value has weight 0, but 0 times infinity is NaN. Rows of `values` that are not finite become 0, and
-// poison[key] NaN (else 0), which is for the weights of those who see the key. Followed by a barrier.
+// A hidden value has weight 0, but 0 times infinity is NaN. Rows of `values` that are not finite become 0, and in the
+// tile's margin [key] stands NaN (else 0), which is for the weights of those who see the key. Followed by a barrier.
 template <int kHead, int kKeys, int kThreads, typename T>
-__device__ inline void take_poison(T* values, float* poison) {
+__device__ inline void take_poison(T* values) {
   constexpr int kShare = kThreads / kKeys;  // threads for a row
   const auto thread = static_cast<unsigned>(thread_index());
   const int key = static_cast<int>(thread / kShare), share = static_cast<int>(thread % kShare);
@@ -71,22 +71,21 @@ __device__ inline void take_poison(T* values, float* poison) {
   }
   found = warp_max(found, kShare);
   if (share != 0) return;
-  poison[key] = found ? NAN : 0.0f;
+  *margin<kHead>(values, key) = found ? NAN : 0.0f;
   if (found) {
     for (int i = 0; i < kHead; ++i) row[i] = from_f32<T>(0.0f);
   }
 }
 
-template <typename T, int kHead>
-__global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlocks)
+template <typename T, int kHead, bool kSmall>
+__global__ void __launch_bounds__(Cut<T, kHead, kSmall>::kThreads, Cut<T, kHead, kSmall>::kBlocks)
     attention_kernel(ForwardParameters<T> p) {
-  using C = Cut<T, kHead>;
+  using C = Cut<T, kHead, kSmall>;
   constexpr int kBands = C::kBands, kKeys = C::kKeys, kStage = C::kKeys * kRow<T, kHead>;
   SharedMemory shared;
   T* queries = shared.take<T>(C::kQueries * kRow<T, kHead>);
   T* keys = shared.take<T>(2 * kStage);
   T* values = shared.take<T>(2 * kStage);
-  float* poison = shared.take<float>(kKeys);
 
   const int kv_head = static_cast<int>(blockIdx.y);
   const int head = kv_head * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
@@ -145,9 +144,11 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
     }
     bool poisoned = false;
     if (partial) {
-      take_poison<kHead, kKeys, C::kThreads>(stage_values, poison);
+      take_poison<kHead, kKeys, C::kThreads>(stage_values);
       sync_block();
-      for (int key = lane_index(); key < kKeys; key += kWarp) poisoned |= poison[key] != 0.0f;
+      for (int key = lane_index(); key < kKeys; key += kWarp) {
+        poisoned |= *margin<kHead>(stage_values, key) != 0.0f;
+      }
       poisoned = any(poisoned);
     }
 
@@ -215,7 +216,7 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
     if (poisoned) {
 #pragma unroll
       for (int block = 0; block < kKeys / 8; ++block) {
-        const auto pair = load_vector<2>(poison + 8 * block + accumulator_column());
+        const auto pair = load_vector<2>(margin<kHead>(stage_values, 8 * block + accumulator_column()));
 #pragma unroll
         for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -247,15 +248,18 @@ __global__ void __launch_bounds__(Cut<T, kHead>::kThreads, Cut<T, kHead>::kBlock
 template <typename T, int kHead>
 void run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const HeadsView& k,
          const HeadsView& v, float scale, const HeadsView& out, const Tensor& lse) {
-  using C = Cut<T, kHead>;
-  const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
-  const ForwardParameters<T> parameters{HeadRows<const T>(q), HeadRows<const T>(k), HeadRows<const T>(v),
-                                        HeadRows<T>(out), lse.as<float>(), plan.padded(),
-                                        AttentionWork(schedule), static_cast<int>(q.tokens),
-                                        // Of scores that all become 0, none shall become 0 * infinity.
-                                        std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
-  launch(backend.gpu(), "attention", attention_kernel<T, kHead>,
-         {blocks(q.heads / k.heads, k.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
+  with_cut<Cut, T, kHead>(backend.gpu(), [&](auto small) {
+    constexpr bool kSmall = decltype(small)::value;
+    using C = Cut<T, kHead, kSmall>;
+    const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
+    const ForwardParameters<T> parameters{HeadRows<const T>(q), HeadRows<const T>(k), HeadRows<const T>(v),
+                                          HeadRows<T>(out), lse.as<float>(), plan.padded(),
+                                          AttentionWork(schedule), static_cast<int>(q.tokens),
+                                          // Of scores that all become 0, none shall become 0 * infinity.
+                                          std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
+    launch(backend.gpu(), "attention", attention_kernel<T, kHead, kSmall>,
+           {blocks(q.heads / k.heads, k.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
+  });
 }
 
 }  // namespace
@@ -272,6 +276,7 @@ void CudaBackend::attention(const HeadsView& q, const HeadsView& k, const HeadsV
                             const Tensor& lse, int64_t first_query) {
   if (q.tokens == 0) return;
   AttentionPlan& plan = plan_attention(visible_until_host, first_query);
+  if (attention_on_hopper(*this, plan, q, k, v, scale, out, lse)) return;
   with_type(q.dtype, [&](auto type) {
     with_head_size(q.head_size, [&](auto head_size) {
       run<decltype(type), decltype(head_size)::value>(*this, plan, q, k, v, scale, out, lse);

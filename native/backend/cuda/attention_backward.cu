@@ -5,8 +5,18 @@
 // dS = P * (dP - rowsum(dO * O)); dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K. The first pass computes the transposed
 // P^T and dS^T, which then are the left operands of its products as they stand in registers.
 //
+// That is 7 products where 5 would do, if the pass over keys made dQ as well. Registers allow it: ptxas needs 255 for
+// sm_90a in bfloat16, head sizes 64 and 128, and spills none. But dQ sums over tiles of keys, so its float32 sums would
+// go through memory once a tile, each block waiting for its turn: with tiles of 128 keys, 8 bytes for every 512
+// operations saved, whatever the head size and the mask. At the 316 TFLOP/s that an H100 makes here (8192 tokens, 28
+// heads of 128, 5.3 ms) the two products take 1.5 ms, and the 7.5 GB of sums 1.4 ms of all that its second-level cache
+// can move (5.5 TB/s), with dS still to be handed round in shared memory. Nothing is left to be won.
+//
 // Hidden pairs have P = 0 and dS = 0, but their products with what is not finite are NaN: such gradients may spread
 // within a tile. They are of no use anyway, since no update is made with any gradient that is not finite.
+#include <algorithm>
+
+#include "backend/cuda/attention_hopper.h"
 #include "backend/cuda/attention_tiles.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
@@ -63,24 +73,25 @@ __global__ void __launch_bounds__(256)
 // The gradients that a pass over keys makes: registers do not hold both at the largest head size.
 enum class Sums { keys, values, both };
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kSmall>
 struct KeyCut {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kBands = kHalf && kHead <= 64 ? 2 : 1;
-  static constexpr int kWarps = kHalf && kHead > 64 ? 8 : 4;
+  static constexpr int kWarps = kSmall && kHead > 128 ? (kHalf ? 4 : 1) : kHalf&& kHead > 64 ? 8 : 4;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kKeys = kBand * kBands * kWarps;
-  static constexpr int kQueries = kHead > 128 ? (kHalf ? 32 : 16) : kHalf ? 64 : 32;
-  static constexpr int kChunk = kHead > 128 ? 16 : 32;  // queries at a time
-  static constexpr int kBlocks = kWarps == 8 || kHead > 128 ? 1 : 2;
-  static constexpr size_t kShared = 2 * tile_bytes<T, kHead>(kKeys) + 2 * tile_bytes<T, kHead>(2 * kQueries) +
-                                    2 * shared_bytes<float>(2 * kQueries);
+  static constexpr int kQueries = kSmall        ? (kHalf && kHead <= 96 ? 32 : 16)
+                                  : kHead > 128 ? (kHalf ? 32 : 16)
+                                                : (kHalf ? 64 : 32);
+  static constexpr int kChunk = kHead > 128 ? 16 : std::min(kQueries, 32);  // queries at a time
+  static constexpr int kBlocks = kSmall || kWarps == 8 || kHead > 128 ? 1 : 2;
+  static constexpr size_t kShared = 2 * tile_bytes<T, kHead>(kKeys) + 2 * tile_bytes<T, kHead>(2 * kQueries);
 };
 
-template <typename T, int kHead, Sums kSums>
-__global__ void __launch_bounds__(KeyCut<T, kHead>::kThreads, KeyCut<T, kHead>::kBlocks)
+template <typename T, int kHead, bool kSmall, Sums kSums>
+__global__ void __launch_bounds__(KeyCut<T, kHead, kSmall>::kThreads, KeyCut<T, kHead, kSmall>::kBlocks)
     attention_backward_keys_kernel(BackwardParameters<T> p) {
-  using C = KeyCut<T, kHead>;
+  using C = KeyCut<T, kHead, kSmall>;
   constexpr int kBands = C::kBands, kQueries = C::kQueries, kChunk = C::kChunk;
   constexpr int kStage = kQueries * kRow<T, kHead>;
   SharedMemory shared;
@@ -88,8 +99,7 @@ __global__ void __launch_bounds__(KeyCut<T, kHead>::kThreads, KeyCut<T, kHead>::
   T* values = shared.take<T>(C::kKeys * kRow<T, kHead>);
   T* queries = shared.take<T>(2 * kStage);
   T* douts = shared.take<T>(2 * kStage);
-  float* lse2 = shared.take<float>(2 * kQueries);
-  float* delta = shared.take<float>(2 * kQueries);
+  // lse2 [2 kQueries] is in the margin of `queries`, delta in that of `douts`.
 
   const int64_t kv_head = blockIdx.x;
   const AttentionPiece piece = p.work.pieces[blockIdx.y];
@@ -111,7 +121,7 @@ __global__ void __launch_bounds__(KeyCut<T, kHead>::kThreads, KeyCut<T, kHead>::
     if (thread_index() < 2 * kVectors) {
       const int at = thread_index() % kVectors * 4;
       const bool first = thread_index() < kVectors;
-      copy_async((first ? lse2 : delta) + stage * kQueries + at,
+      copy_async(margin<kHead>(first ? queries : douts, stage * kQueries + at),
                  (first ? p.lse2 : p.delta) + head * p.padded + first_query + at);
     }
     copy_async_commit();
@@ -156,7 +166,7 @@ __global__ void __launch_bounds__(KeyCut<T, kHead>::kThreads, KeyCut<T, kHead>::
       multiply_transposed<kHead, kBands, kChunk>(probabilities, own_keys, queries + at * kRow<T, kHead>);
 #pragma unroll
       for (int block = 0; block < kChunk / 8; ++block) {
-        const auto row_lse2 = load_vector<2>(lse2 + at + 8 * block + accumulator_column());
+        const auto row_lse2 = load_vector<2>(margin<kHead>(queries, at + 8 * block + accumulator_column()));
 #pragma unroll
         for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -184,7 +194,7 @@ __global__ void __launch_bounds__(KeyCut<T, kHead>::kThreads, KeyCut<T, kHead>::
         multiply_transposed<kHead, kBands, kChunk>(dscores, own_values, douts + at * kRow<T, kHead>);
 #pragma unroll
         for (int block = 0; block < kChunk / 8; ++block) {
-          const auto row_delta = load_vector<2>(delta + at + 8 * block + accumulator_column());
+          const auto row_delta = load_vector<2>(margin<kHead>(douts, at + 8 * block + accumulator_column()));
 #pragma unroll
           for (int band = 0; band < kBands; ++band) {
 #pragma unroll
@@ -257,25 +267,35 @@ __global__ void __launch_bounds__(256)
   }
 }
 
+template <int kHead, typename T>
+void add_pieces(CudaBackend& backend, const AttentionSchedule& schedule, const float* partial,
+                const HeadRows<T>& dk, const HeadRows<T>& dv, int tokens) {
+  constexpr int kThreads = 256;
+  launch(backend.gpu(), "attention_sum", attention_sum_kernel<T, kHead>,
+         {blocks(2 * schedule.kv_heads, schedule.sums, divide_up(schedule.key_tokens, kThreads / kWarp)),
+          kThreads},
+         partial, schedule.sum_table.as<const AttentionSum>(), dk, dv, schedule.key_tokens, tokens);
+}
+
 // ---- dQ
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kSmall>
 struct QueryCut {
   static constexpr bool kHalf = sizeof(T) == 2;
   static constexpr int kBands = kHead <= (kHalf ? 128 : 64) ? 2 : 1;
-  static constexpr int kWarps = kHalf && kHead > 128 ? 8 : 4;
+  static constexpr int kWarps = kHead <= 128 ? 4 : kSmall ? (kHalf ? 4 : 1) : kHalf ? 8 : 4;
   static constexpr int kThreads = kWarp * kWarps;
   static constexpr int kQueries = kBand * kBands * kWarps;
-  static constexpr int kKeys = kHalf ? (kHead <= 64 ? 64 : 32) : kHead > 128 ? 16 : 32;
-  static constexpr int kChunk = kHead > 128 ? 16 : 32;  // keys at a time
-  static constexpr int kBlocks = kHead > 128 ? 1 : kHalf&& kHead <= 64 ? 3 : 2;
+  static constexpr int kKeys = kSmall ? 16 : kHalf ? (kHead <= 64 ? 64 : 32) : kHead > 128 ? 16 : 32;
+  static constexpr int kChunk = kHead > 128 ? 16 : std::min(kKeys, 32);  // keys at a time
+  static constexpr int kBlocks = kSmall || kHead > 128 ? 1 : kHalf&& kHead <= 64 ? 3 : 2;
   static constexpr size_t kShared = 2 * tile_bytes<T, kHead>(kQueries) + 2 * tile_bytes<T, kHead>(2 * kKeys);
 };
 
-template <typename T, int kHead>
-__global__ void __launch_bounds__(QueryCut<T, kHead>::kThreads, QueryCut<T, kHead>::kBlocks)
+template <typename T, int kHead, bool kSmall>
+__global__ void __launch_bounds__(QueryCut<T, kHead, kSmall>::kThreads, QueryCut<T, kHead, kSmall>::kBlocks)
     attention_backward_queries_kernel(BackwardParameters<T> p) {
-  using C = QueryCut<T, kHead>;
+  using C = QueryCut<T, kHead, kSmall>;
   constexpr int kBands = C::kBands, kKeys = C::kKeys, kChunk = C::kChunk;
   constexpr int kStage = kKeys * kRow<T, kHead>;
   SharedMemory shared;
@@ -374,43 +394,53 @@ __global__ void __launch_bounds__(QueryCut<T, kHead>::kThreads, QueryCut<T, kHea
   store_rows<kHead>(dqueries, scales, own_queries, p.dq, head, first_query + warp_query, p.tokens);
 }
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kSmall>
 void run_keys(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T> parameters, int64_t kv_heads) {
-  using C = KeyCut<T, kHead>;
+  using C = KeyCut<T, kHead, kSmall>;
+  const int resident = std::max(resident_blocks(backend.gpu(), C::kShared, C::kBlocks), 1);
   const AttentionSchedule& schedule =
       plan.by_key(backend, C::kQueries, C::kKeys, parameters.group, kv_heads,
-                  int64_t{backend.gpu().properties().multiprocessors} * C::kBlocks);
+                  int64_t{backend.gpu().properties().multiprocessors} * resident);
   const Tensor partial = backend.allocate(DType::f32, {schedule.slots * kv_heads, 2, C::kKeys, kHead});
   parameters.work = AttentionWork(schedule);
   parameters.partial = partial.template as<float>();
   const LaunchShape shape{blocks(kv_heads, schedule.pieces), C::kThreads, C::kShared};
   if constexpr (kHead <= 128) {
-    launch(backend.gpu(), "attention_backward_keys", attention_backward_keys_kernel<T, kHead, Sums::both>,
-           shape, parameters);
+    launch(backend.gpu(), "attention_backward_keys",
+           attention_backward_keys_kernel<T, kHead, kSmall, Sums::both>, shape, parameters);
   } else {
-    launch(backend.gpu(), "attention_backward_keys", attention_backward_keys_kernel<T, kHead, Sums::keys>,
-           shape, parameters);
-    launch(backend.gpu(), "attention_backward_values", attention_backward_keys_kernel<T, kHead, Sums::values>,
-           shape, parameters);
+    launch(backend.gpu(), "attention_backward_keys",
+           attention_backward_keys_kernel<T, kHead, kSmall, Sums::keys>, shape, parameters);
+    launch(backend.gpu(), "attention_backward_values",
+           attention_backward_keys_kernel<T, kHead, kSmall, Sums::values>, shape, parameters);
   }
-  constexpr int kThreads = 256;
-  launch(backend.gpu(), "attention_sum", attention_sum_kernel<T, kHead>,
-         {blocks(2 * kv_heads, schedule.sums, divide_up(C::kKeys, kThreads / kWarp)), kThreads},
-         parameters.partial, schedule.sum_table.as<const AttentionSum>(), parameters.dk, parameters.dv,
-         C::kKeys, parameters.tokens);
+  add_pieces<kHead>(backend, schedule, parameters.partial, parameters.dk, parameters.dv, parameters.tokens);
 }
 
-template <typename T, int kHead>
+template <typename T, int kHead, bool kSmall>
 void run_queries(CudaBackend& backend, AttentionPlan& plan, BackwardParameters<T> parameters,
                  int64_t kv_heads) {
-  using C = QueryCut<T, kHead>;
+  using C = QueryCut<T, kHead, kSmall>;
   const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
   parameters.work = AttentionWork(schedule);
-  launch(backend.gpu(), "attention_backward_queries", attention_backward_queries_kernel<T, kHead>,
+  launch(backend.gpu(), "attention_backward_queries", attention_backward_queries_kernel<T, kHead, kSmall>,
          {blocks(parameters.group, kv_heads, schedule.pieces), C::kThreads, C::kShared}, parameters);
 }
 
 }  // namespace
+
+void add_attention_pieces(CudaBackend& backend, const AttentionSchedule& schedule, const Tensor& partial,
+                          const HeadsView& dk, const HeadsView& dv) {
+  const auto add = [&](auto head_size) {
+    add_pieces<decltype(head_size)::value>(backend, schedule, partial.as<const float>(), HeadRows<bf16>(dk),
+                                           HeadRows<bf16>(dv), static_cast<int>(dk.tokens));
+  };
+  if (dk.head_size <= 64) {
+    add(std::integral_constant<int, 64>{});
+  } else {
+    add(std::integral_constant<int, 128>{});
+  }
+}
 
 void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, const HeadsView& k,
                                      const HeadsView& v, const HeadsView& out, const Tensor& lse,
@@ -431,6 +461,10 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
            {blocks(divide_up(padded * q.heads * kRowLanes, kThreads)), kThreads}, HeadRows<const T>(dout),
            HeadRows<const T>(out), lse.as<const float>(), lse2, delta, static_cast<int>(first_query), tokens,
            static_cast<int>(padded), static_cast<int>(q.heads));
+    if (std::is_same_v<T, bf16> &&
+        attention_backward_on_hopper(*this, plan, {q, k, v, dout, dq, dk, dv}, lse2, delta, scale)) {
+      return;
+    }
     const BackwardParameters<T> parameters{HeadRows<const T>(q),
                                            HeadRows<const T>(k),
                                            HeadRows<const T>(v),
@@ -449,8 +483,12 @@ void CudaBackend::attention_backward(const HeadsView& dout, const HeadsView& q, 
                                            scale};
     with_head_size(q.head_size, [&](auto head_size) {
       constexpr int kHead = decltype(head_size)::value;
-      run_keys<T, kHead>(*this, plan, parameters, k.heads);
-      run_queries<T, kHead>(*this, plan, parameters, k.heads);
+      with_cut<KeyCut, T, kHead>(gpu(), [&](auto small) {
+        run_keys<T, kHead, decltype(small)::value>(*this, plan, parameters, k.heads);
+      });
+      with_cut<QueryCut, T, kHead>(gpu(), [&](auto small) {
+        run_queries<T, kHead, decltype(small)::value>(*this, plan, parameters, k.heads);
+      });
     });
   });
 }

@@ -27,12 +27,11 @@ namespace {
 
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kStretch = 256;               // cached tokens in one partial softmax
-constexpr int kTaskRows = 64;               // decoding rows in one task
-constexpr int kWarpPairs = 16;              // (row, head) pairs of one product
-constexpr int kTile = kWarps * kWarpPairs;  // and of one block
+constexpr int kStretch = 256;   // cached tokens in one partial softmax
+constexpr int kTaskRows = 64;   // decoding rows in one task
+constexpr int kWarpPairs = 16;  // (row, head) pairs of one product
 constexpr int kPage = static_cast<int>(kPageTokens);
-static_assert(kTile == kTaskRows && kStretch % kPage == 0);
+static_assert(kStretch % kPage == 0);
 
 // The plan on the device, int32: a header, tasks, where each row's list begins [batch + 1], the lists, rows, pages.
 // All positions are from the plan's begin.
@@ -63,7 +62,9 @@ struct Item {
 
 template <typename T, int kHead>
 struct Tiling {
-  // Keys at a time: as many as fit the 99 KiB that blocks have on small GPUs (but for float32 heads above 128).
+  // Pairs of one block, and keys at a time: as many as fit the 99 KiB that blocks have on small GPUs.
+  static constexpr int kTile = sizeof(T) * kHead <= 512 ? kWarps * kWarpPairs : kWarpPairs;
+  static_assert(kTaskRows % kTile == 0);
   static constexpr int kKeys = sizeof(T) * kHead <= 256 ? 64 : sizeof(T) * kHead < 512 ? 32 : 16;
   static constexpr int kStride = kHead + kVector<T>;  // of queries, keys and values in shared memory
   static constexpr int kWeightStride = kKeys + kVector<T>;
@@ -73,9 +74,9 @@ struct Tiling {
       2 * shared_bytes<T>(2 * kKeys * kStride) + shared_bytes<T>(kTile * kStride) +
       shared_bytes<T>(kWarpPairs * kWeightStride) + shared_bytes<float>(kChunks * kWarpPairs) +
       shared_bytes<int>(kStretch / kPage) + shared_bytes<Item>(1);
-  // Of a multiprocessor at once, as its 228 KiB (each block takes one more than it asks for) and registers allow.
-  static constexpr int kBlocks =
-      std::min<int>(sizeof(T) * kHead <= 192 ? 3 : 2, (size_t{228} << 10) / (kShared + 1024));
+  static_assert(kShared <= kLeastShared);
+  // Of a multiprocessor at once, as registers allow.
+  static constexpr int kBlocks = sizeof(T) * kHead <= 192 ? 3 : 2;
 };
 
 // Keys and values of one step, [tokens, heads, size], to the pages [pages, heads, kPageTokens, size] of their slots; a
@@ -84,11 +85,12 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     cache_write_kernel(const T* k, int64_t k_stride, const T* v, int64_t v_stride, const int32_t* slots,
                        T* keys, T* values, int64_t tokens, int heads, int size) {
-  const int64_t width = int64_t{heads} * size;
-  const int64_t index = grid_index() * kVector<T>;
-  if (index >= tokens * width) return;
-  const int64_t token = index / width;
-  const int column = static_cast<int>(index % width), head = column / size;
+  // Accesses are counted in 32 bits, which divide faster: more of them than that would be of 64 GiB.
+  const uint32_t accesses = static_cast<uint32_t>(heads * size / kVector<T>);
+  const uint32_t index = blockIdx.x * blockDim.x + threadIdx.x;
+  const int64_t token = index / accesses;
+  if (token >= tokens) return;
+  const int column = static_cast<int>(index % accesses) * kVector<T>, head = column / size;
   const int slot = slots[token];
   if (slot < 0) return;
   const int64_t to = ((int64_t{slot / kPage} * heads + head) * kPage + slot % kPage) * size + column % size;
@@ -97,10 +99,11 @@ __global__ void __launch_bounds__(256)
 }
 
 // Items by tile: every task has a first one, those whose rows reach further a second one, and so on.
+template <int kTile>
 __device__ inline Item find_item(const int32_t* plan, int item, int kv_heads, int group) {
   const int kv_head = item % kv_heads;
   int index = item / kv_heads;
-  for (int tile = 0; tile < group; ++tile) {
+  for (int tile = 0; tile < group * (kTaskRows / kTile); ++tile) {
     const int tasks = plan[kAtLeast + tile * kTile / group + 1];
     if (index < tasks) {
       const int32_t* at = plan + kTasks + index * kTaskInts;
@@ -214,7 +217,8 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
     decode_kernel(const T* q, int64_t q_stride, const T* keys, const T* values, int32_t* plan, float* outputs,
                   float* statistics, int kv_heads, int group, int size, float scale) {
   using Sizes = Tiling<T, kHead>;
-  constexpr int kKeys = Sizes::kKeys, kStride = Sizes::kStride, kWeightStride = Sizes::kWeightStride;
+  constexpr int kTile = Sizes::kTile, kKeys = Sizes::kKeys;
+  constexpr int kStride = Sizes::kStride, kWeightStride = Sizes::kWeightStride;
   constexpr int kAccess = kVector<T>, kAccesses = kHead / kAccess;  // of a row
   SharedMemory shared;
   T* const key_tiles = shared.take<T>(2 * kKeys * kStride);
@@ -228,7 +232,7 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
 
   wait_for_previous();
   let_next_begin();
-  if (thread_index() == 0) item = find_item(plan, static_cast<int>(blockIdx.x), kv_heads, group);
+  if (thread_index() == 0) item = find_item<kTile>(plan, static_cast<int>(blockIdx.x), kv_heads, group);
   sync_block();
   while (item.count > 0) {
     // Asked for now and looked at when this item is done.
@@ -237,7 +241,7 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
 
     const int tokens = item.task.tokens;
     if (thread_index() * kPage < tokens) pages[thread_index()] = plan[item.task.first_page + thread_index()];
-    const bool together = item.count <= kWarpPairs;  // all warps on the same pairs
+    const bool together = kTile == kWarpPairs || item.count <= kWarpPairs;  // all warps on the same pairs
     for (int i = thread_index(); i < (together ? kWarpPairs : kTile) * kAccesses; i += kThreads) {
       const int pair = i / kAccesses, column = i % kAccesses * kAccess;
       const bool valid = pair < item.count && column < size;
@@ -402,7 +406,8 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
     }
 
     sync_block();
-    if (thread_index() == 0) item = find_item(plan, static_cast<int>(gridDim.x + claimed), kv_heads, group);
+    if (thread_index() == 0)
+      item = find_item<kTile>(plan, static_cast<int>(gridDim.x + claimed), kv_heads, group);
     sync_block();
   }
 }
@@ -626,8 +631,10 @@ void CudaBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, 
     using T = decltype(type);
     with_head(size, [&](auto head) {
       using Sizes = Tiling<T, decltype(head)::value>;
+      // No more blocks than run at once: another would begin, with its first item, when all others are taken.
+      const int resident = std::max(resident_blocks(gpu(), Sizes::kShared, Sizes::kBlocks), 1);
       launch(gpu(), "attention_decode", decode_kernel<T, decltype(head)::value>,
-             {blocks(gpu().properties().multiprocessors * Sizes::kBlocks), kThreads, Sizes::kShared, true},
+             {blocks(gpu().properties().multiprocessors * resident), kThreads, Sizes::kShared, true},
              static_cast<const T*>(q.data), q.row_stride, cache.keys.as<const T>(),
              cache.values.as<const T>(), plan, outputs, statistics, kv_heads, heads / kv_heads, size,
              scale * kLog2e);

@@ -2,11 +2,13 @@
 // does on bands of 16 rows in registers. Written once for bfloat16, on tensor cores, and float32.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <type_traits>
 
 #include "backend/cuda/attention_plan.h"
+#include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/copy.h"
 #include "backend/cuda/primitives/math.h"
 #include "backend/cuda/primitives/mma.h"
@@ -57,19 +59,29 @@ constexpr size_t tile_bytes(int rows) {
   return shared_bytes<T>(int64_t{rows} * kRow<T, kHead>);
 }
 
+// The 16 bytes behind each row of a tile, which no product reads, as one array of floats, four a row: what stands
+// beside a tile takes no memory of its own. Floats from a multiple of 4 to the next lie side by side.
+template <int kHead, typename T>
+__device__ inline float* margin(T* tile, int index) {
+  const auto at = static_cast<unsigned>(index);
+  return reinterpret_cast<float*>(tile + at / 4 * kRow<T, kHead> + kHead) + at % 4;
+}
+
 // Starts copying rows [first, first + kRows) of a head into a tile, zeros for those behind the last token.
 template <int kHead, int kRows, int kThreads, typename T>
 __device__ inline void copy_rows(T* tile, const HeadRows<const T>& from, int64_t head, int first,
                                  int tokens) {
   // A thread stays in its columns, so that few addresses have to be kept.
-  constexpr int kColumns = kHead % 128 == 0 ? kHead : kHead % 64 == 0 ? 64 : 32;  // that go side by side
-  constexpr int kStep = kThreads * kVector<T> / kColumns;
-  static_assert(kRows % kStep == 0);
+  constexpr int kMost = kThreads * kVector<T>;  // columns that all threads copy at a time
+  constexpr int kColumns = kHead % 128 == 0 ? std::min(kHead, kMost) : kHead % 64 == 0 ? 64 : 32;
+  constexpr int kStep = kMost / kColumns;
+  static_assert(kHead % kColumns == 0 && (kRows % kStep == 0 || kRows < kStep));
   const auto thread = static_cast<unsigned>(thread_index());
   const int row = static_cast<int>(thread / (kColumns / kVector<T>));
   const int column = static_cast<int>(thread % (kColumns / kVector<T>)) * kVector<T>;
   const T* source = from.head(head) + (first + row) * from.stride + column;
   T* to = tile + row * kRow<T, kHead> + column;
+  if (kRows < kStep && row >= kRows) return;
 #pragma unroll 2
   for (int i = 0; i < kRows; i += kStep) {
 #pragma unroll
@@ -165,6 +177,28 @@ __device__ inline void store_rows(const Accumulator (&d)[kBands][kHead / 8], con
                                load_vector<kVector<T>>(tile + row * kRow<T, kHead> + column));
     }
   }
+}
+
+// ---- Cuts: how a kernel divides its work, as Cut<T, kHead, kSmall>. The small ones are for GPUs whose multiprocessors
+// have less shared memory than the 228 KiB of compute capability 9.0: 164 at 8.0, and 100 at 8.6, 8.9 and 12.0, of which
+// a block can have 99. So they exist only where the large one asks for more than that.
+
+// Threads of Cut's that a multiprocessor of this GPU holds at once.
+template <class Cut>
+int resident_threads(const Gpu& gpu) {
+  return Cut::kThreads * resident_blocks(gpu, Cut::kShared, Cut::kBlocks);
+}
+
+// Calls body(kSmall) with that of the two cuts of which this GPU holds more threads, the large one where equally many.
+template <template <typename, int, bool> class Cut, typename T, int kHead, typename Body>
+void with_cut(const Gpu& gpu, Body&& body) {
+  using Large = Cut<T, kHead, false>;
+  if constexpr (Large::kShared > kLeastShared) {
+    using Small = Cut<T, kHead, true>;
+    static_assert(Small::kShared <= kLeastShared);
+    if (resident_threads<Small>(gpu) > resident_threads<Large>(gpu)) return body(std::true_type());
+  }
+  body(std::false_type());
 }
 
 // Calls body(kHead) with the least kHead that holds the head size, which kernels are made for.

@@ -49,6 +49,7 @@ class CudaBackend final : public Backend {
   int64_t memory_used() const override;
   int64_t memory_peak() const override;
   void reset_peak_memory() override;
+  std::optional<int64_t> memory_retries() const override { return device_->gpu.memory_retries(); }
 
   // A tensor with these values, for what an operator lays out on the host.
   Tensor make(const std::vector<int32_t>& values);
@@ -58,6 +59,7 @@ class CudaBackend final : public Backend {
                                             bool for_lookup) override;
   void repack_weight(PackedWeight& packed, const Tensor& weight) override;
   void unpack_weight(const PackedWeight& packed, const Tensor& weight) override;
+  Tensor packed_values(PackedWeight& packed) override;
   void linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
               bool accumulate) override;
   void linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,

@@ -54,9 +54,8 @@ struct Shape {
   static constexpr int kSumStride = kColumns + 8;
   static constexpr size_t kSums = shared_bytes<float>(kChains * Rows * kSumStride);
   static constexpr size_t kMain = kRing > kSums ? kRing : kSums;
-  static constexpr size_t kShared = kMain + shared_bytes<float>(Rows) + shared_bytes<int>(1);
-  // What the smallest GPUs have.
-  static_assert(kShared <= size_t{99} << 10);
+  static constexpr size_t kShared = kMain + shared_bytes<float>(Rows) + shared_bytes<uint32_t>(1);
+  static_assert(kShared <= kLeastShared);
   static_assert(sizeof(T) * kStep == 128);
   // How many steps ahead of their use weights are asked for.
   static constexpr int kAhead = 12;
@@ -105,7 +104,7 @@ __device__ inline int at_most(int value, int most) { return value < most ? value
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <typename T, bool Normed, Output kOutput, int Rows>
-__global__ void __launch_bounds__(Shape<T, Normed, kOutput, Rows>::kThreads)
+__global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), sizeof(T) == 2 ? 2 : 1)
     few_rows_kernel(FewRows<T> arguments) {
   using Sizes = Shape<T, Normed, kOutput, Rows>;
   constexpr int kGroup = Sizes::kGroup, kColumns = Sizes::kColumns, kThreads = Sizes::kThreads;
@@ -115,7 +114,7 @@ __global__ void __launch_bounds__(Shape<T, Normed, kOutput, Rows>::kThreads)
   SharedMemory shared;
   unsigned char* const main = shared.take<unsigned char>(Sizes::kMain);
   float* const scales = shared.take<float>(Rows);
-  int* const is_last = shared.take<int>(1);
+  uint32_t* const arrived = shared.take<uint32_t>(1);
   const auto raw_rows = [&](int step) { return main + step % kStages * Sizes::kRaw; };
   const auto weights = [&](int step) {
     return reinterpret_cast<T*>(main + kStages * Sizes::kRaw + step % kStages * Sizes::kWeights);
@@ -327,14 +326,7 @@ __global__ void __launch_bounds__(Shape<T, Normed, kOutput, Rows>::kThreads)
       store_vector<2>(own + 2 * (part * kTileSize + i * kThreads + thread_index()),
                       Vector<float, 2>{{results[i][0], results[i][1]}});
     }
-    fence_memory();
-    sync_block();
-    if (thread_index() == 0) {
-      *is_last = atomic_add(in.arrivals + of_all, uint32_t{1}) == static_cast<uint32_t>(in.parts - 1);
-    }
-    sync_block();
-    if (*is_last == 0) return;
-    fence_memory();
+    if (!is_last_block(in.arrivals + of_all, static_cast<uint32_t>(in.parts), arrived)) return;
     if (thread_index() == 0) in.arrivals[of_all] = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {

@@ -10,8 +10,7 @@
 namespace merf::cuda {
 namespace {
 
-constexpr int kOldestDriver = 12040;  // CUDA 12.4
-constexpr int kOldestMajor = 8;       // compute capability 8.0, Ampere
+constexpr int kOldestMajor = 8;  // compute capability 8.0, Ampere
 // With less, nothing of use could be computed.
 constexpr size_t kLeastFree = size_t{128} << 20;
 
@@ -25,6 +24,11 @@ constexpr int kMajorAttribute = 75, kMinorAttribute = 76;
 
 std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+}
+
+// NVIDIA's number of the first driver for the first CUDA version of a major one.
+std::string first_driver(int version) {
+  return version == 12000 ? " (525.60 or newer)" : version == 13000 ? " (580.65 or newer)" : "";
 }
 
 [[noreturn]] void does_not_start(void* library, int status);
@@ -64,14 +68,15 @@ void require_memory(void* library, int device, const std::string& name) {
 
 }  // namespace
 
-void require_gpu() {
+void require_gpu(int oldest_driver) {
   // Kept open: drivers do not like to be closed.
   static void* const library = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) unavailable("No NVIDIA driver was found (libcuda.so.1)");
   int version = 0;
-  if (find<int(int*)>(library, "cuDriverGetVersion")(&version) != kSuccess || version < kOldestDriver) {
-    unavailable("The NVIDIA driver here is for CUDA " + version_text(version) + "; CUDA " +
-                version_text(kOldestDriver) + " or later is needed: update the driver");
+  if (find<int(int*)>(library, "cuDriverGetVersion")(&version) != kSuccess || version < oldest_driver) {
+    unavailable("The NVIDIA driver here is for CUDA " + version_text(version) +
+                "; this build of merf needs one for CUDA " + version_text(oldest_driver) + " or later" +
+                first_driver(oldest_driver) + ": update the driver");
   }
   int status = find<int(unsigned)>(library, "cuInit")(0);
   int count = 0;

@@ -4,7 +4,8 @@
 
 namespace merf::cuda {
 
-// Throws Error("DEVICE_UNAVAILABLE") that says what is missing: the driver, a new enough one, a GPU, a new enough one.
-void require_gpu();
+// Throws Error("DEVICE_UNAVAILABLE") that says what is missing: the driver, one for CUDA `oldest_driver` or later (as
+// cuDriverGetVersion counts), a GPU, a new enough one.
+void require_gpu(int oldest_driver);
 
 }  // namespace merf::cuda

@@ -6,8 +6,10 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 
+#include "backend/cuda/primitives/tensor_copy.h"
 #include "backend/tensor.h"
 
 #if defined(MERF_CUDA_EMULATION)
@@ -36,6 +38,22 @@ struct GpuProperties {
   std::string runtime;  // that of the runtime linked in
 };
 
+// While it lives, the calling thread has the GPU that Gpu opens for its CUDA device, whichever it had chosen before.
+class DeviceScope {
+ public:
+#if defined(MERF_CUDA_EMULATION)
+  DeviceScope() {}
+#else
+  DeviceScope();
+  ~DeviceScope();
+#endif
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int before_ = 0;
+};
+
 class Gpu {
  public:
   // `threads`: on which the emulation runs blocks; no meaning on a real one.
@@ -46,6 +64,16 @@ class Gpu {
 
   const GpuProperties& properties() const { return properties_; }
   size_t free_bytes();
+
+  // Where a failure has ended the GPU's context, this and everything below but free throws DEVICE_LOST with the first
+  // failure. Asks the driver; `what` is the call that seems to have failed.
+  void check_alive(const char* what);
+
+  // Whether `ask`, which says whether there was memory for it, succeeds: at once, or once the pool has given back what
+  // it holds unused. `what` is what wants the memory.
+  bool with_room(const char* what, const std::function<bool()>& ask);
+  // How often the second try was what succeeded.
+  int64_t memory_retries() const;
 
   // Memory in the order of the stream: it may be used by what is enqueued after allocate and before free. Null where
   // there is not enough. While recording, what was allocated and freed stays with the recordings.
@@ -59,6 +87,11 @@ class Gpu {
   void fill(void* to, int byte, size_t bytes);
   void synchronize();
 
+  // What copy_tensor needs to copy `rows` rows at a time of a view of bfloat16, whose columns are those of a head; nothing
+  // where the driver has no such copies or this GPU none of the machine code sm_90a that the kernels which use them are
+  // compiled to.
+  std::optional<TensorMap> tensor_map(const HeadsView& view, int rows);
+
   // What is enqueued between the two is recorded instead of run. Neither upload, download nor synchronize between, and
   // what is allocated between is freed between; what was allocated before and is freed between is freed at the end.
   void begin_recording();
@@ -68,12 +101,21 @@ class Gpu {
 #if defined(MERF_CUDA_EMULATION)
   void enqueue(std::function<void()> work);
   emulation::Emulator& emulator();
+  // What stands for the stream before a library: a pointer to this function, which enqueues.
+  using Enqueue = std::function<void(std::function<void()>)>;
+  void* stream() const;
+  // What a launch does before the kernel is enqueued.
+  void begin_launch(const char* kernel);
+  // Whether the kernel does its work: not once a failure has ended the GPU, be it at this very kernel.
+  bool begin_kernel(const char* kernel);
 #else
   cudaStream_t stream() const;
   // Lets a kernel have more shared memory than 48 KiB.
   void allow_shared(const void* kernel, size_t bytes);
-  // Throws DEVICE_FAILED where the kernel's launch was refused.
-  void check_launch(const char* kernel, cudaError_t status);
+  // Throws DEVICE_FAILED where the launch is refused. The arrays are those of cudaLaunchKernel. overlaps: as
+  // LaunchShape's.
+  void launch(const char* name, const void* kernel, dim3 grid, int threads, size_t shared, void** arguments,
+              bool overlaps);
 #endif
 
  private:

@@ -4,19 +4,22 @@
 // The kernel computes C = op(A) op(B) in tiles of C, one block each. Tiles of A and B come through a ring of stages in
 // shared memory, filled by cp.async some stages ahead, and go from there into the fragments of mma. Every element of C
 // is one chain of mma over k from first to last, whatever the tile, so that a row of a product has the same bits
-// however many rows it stands among: what was sampled in one batch is scored the same in another. Only products that
-// are added to a weight's gradient, where k is the tokens and C may be too small to fill a GPU, divide k; their parts
-// are summed in a fixed order.
+// however many rows it stands among. Only products that are added to a weight's gradient, where k is the tokens and C
+// may be too small to fill a GPU, divide k; their parts are summed in a fixed order. A layer's projections of few rows,
+// as in decoding, are not here but in decode_products.cu.
 //
 // cuBLASLt chooses its algorithm by the number of rows, and does not promise the same bits for a row in another batch.
+// Whoever computes it, a result is rounded once, after all has been added.
 #include <algorithm>
 
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/matrix_library.h"
+#include "backend/cuda/primitives/convert.h"
 #include "backend/cuda/primitives/mma.h"
 #include "backend/cuda/primitives/shared.h"
 #include "backend/cuda/products.h"
+#include "backend/cuda/widths.h"
 
 namespace merf::cuda {
 
@@ -233,12 +236,27 @@ __global__ void __launch_bounds__(kThreads)
   c[at] = sum;
 }
 
-// c[m, n] += bias[n].
-template <typename C>
-__global__ void __launch_bounds__(kThreads) add_bias_kernel(C* c, const float* bias, int64_t m, int64_t n) {
-  for (int64_t at = grid_index(); at < m * n; at += grid_size()) {
-    c[at] = from_f32<C>(to_f32(c[at]) + bias[at % n]);
+// c = sums (+ bias) (+ c), all [size / n, n] but the bias: the one rounding of what a library summed.
+template <typename C, int Width>
+__global__ void __launch_bounds__(kThreads)
+    finish_kernel(const float* sums, const float* bias, C* c, uint32_t size, uint32_t n, bool accumulate) {
+  const uint32_t at = (blockIdx.x * blockDim.x + threadIdx.x) * Width;
+  if (at >= size) return;
+  float values[Width];
+  load_floats<Width>(values, sums + at);
+  if (bias != nullptr) {
+    float more[Width];
+    load_floats<Width>(more, bias + at % n);
+#pragma unroll
+    for (int i = 0; i < Width; ++i) values[i] += more[i];
   }
+  if (accumulate) {
+    float before[Width];
+    load_floats<Width>(before, c + at);
+#pragma unroll
+    for (int i = 0; i < Width; ++i) values[i] += before[i];
+  }
+  store_floats<Width>(c + at, values);
 }
 
 // sums[n] += columns of x[m, n]. A lane has a column and a warp every 16th stretch of rows; stretches are summed apart
@@ -276,17 +294,6 @@ bool vectors_fit(const void* data, int64_t row_size, DType dtype) {
          row_size * static_cast<int64_t>(size_of(dtype)) % 16 == 0;
 }
 
-// One product, as its operator wants it: c[m, n] = op(a) * op(b) (+ bias) (+ c).
-struct Product {
-  int64_t m, n, k;
-  const void *a, *b;
-  DType in;
-  void* c;
-  DType out;
-  const float* bias;
-  bool accumulate;
-};
-
 template <typename T, typename C, bool TransposeA, bool TransposeB, class Shape>
 void launch_product(Gpu& gpu, const Product& product, C* c, int64_t parts, int64_t part, bool accumulate) {
   using TileA = OperandTile<T, Shape::kM, TransposeA>;
@@ -304,9 +311,11 @@ void launch_product(Gpu& gpu, const Product& product, C* c, int64_t parts, int64
                                          vectors_fit(product.b, TransposeB ? k : n, product.in),
                                          n % 2 == 0 && reinterpret_cast<uintptr_t>(c) % (2 * sizeof(C)) == 0,
                                          accumulate};
+  constexpr size_t kShared =
+      shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize);
+  static_assert(kShared <= kLeastShared);
   launch(gpu, "product", product_kernel<T, C, TransposeA, TransposeB, Shape>,
-         {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads,
-          shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize)},
+         {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads, kShared},
          arguments);
 }
 
@@ -341,28 +350,90 @@ void multiply_here(CudaBackend& backend, const Product& product) {
   }
 }
 
+// Our own kernel.
 template <bool TransposeA, bool TransposeB>
-void multiply(CudaBackend& backend, MatrixLibrary* library, const Product& product) {
-  if (product.m == 0 || product.n == 0) return;
-  const bool done = library != nullptr && product.k > 0 &&
-                    library->multiply(TransposeA, TransposeB, product.m, product.n, product.k, product.a,
-                                      product.b, product.in, product.c, product.out, product.accumulate);
-  if (!done) {
-    if (product.in != DType::bf16) {
-      multiply_here<float, float, TransposeA, TransposeB>(backend, product);
-    } else if (product.out != DType::bf16) {
-      multiply_here<bf16, float, TransposeA, TransposeB>(backend, product);
-    } else if constexpr (!TransposeA) {  // gradients of weights are float32
-      multiply_here<bf16, bf16, TransposeA, TransposeB>(backend, product);
-    }
-  } else if (product.bias != nullptr) {
-    with_type(product.out, [&](auto type) {
-      using C = decltype(type);
-      launch(backend.gpu(), "add_bias", add_bias_kernel<C>,
-             {blocks(std::min<int64_t>(divide_up(product.m * product.n, kThreads), 4096)), kThreads},
-             static_cast<C*>(product.c), product.bias, product.m, product.n);
-    });
+void multiply_here(CudaBackend& backend, const Product& product) {
+  if (product.in != DType::bf16) {
+    multiply_here<float, float, TransposeA, TransposeB>(backend, product);
+  } else if (product.out != DType::bf16) {
+    multiply_here<bf16, float, TransposeA, TransposeB>(backend, product);
+  } else if constexpr (!TransposeA) {  // gradients of weights are float32
+    multiply_here<bf16, bf16, TransposeA, TransposeB>(backend, product);
   }
+}
+
+// c = sums (+ bias) (+ c where `accumulate`).
+void finish(CudaBackend& backend, const float* sums, const Product& product, bool accumulate) {
+  const int64_t size = product.m * product.n;
+  with_type(product.out, [&](auto type) {
+    using C = decltype(type);
+    with_width<4>(cuda::vectors_fit(product.n, 4, {sums, product.bias, product.c}), [&](auto width) {
+      constexpr int kWidth = decltype(width)::value;
+      launch(backend.gpu(), "finish_product", finish_kernel<C, kWidth>,
+             {blocks(divide_up(size, kThreads * kWidth)), kThreads}, sums, product.bias,
+             static_cast<C*>(product.c), static_cast<uint32_t>(size), static_cast<uint32_t>(product.n),
+             accumulate);
+    });
+  });
+}
+
+// A product whose rows are few, or all there are, from `row` on.
+Product rows_of(Product product, int64_t row, int64_t rows) {
+  product.m = rows;
+  product.a =
+      static_cast<const char*>(product.a) + row * product.k * static_cast<int64_t>(size_of(product.in));
+  product.c = static_cast<char*>(product.c) + row * product.n * static_cast<int64_t>(size_of(product.out));
+  return product;
+}
+
+// The library rounds a product before it adds to what stands in a bfloat16 c, and adds no float32 bias to one: what is
+// more than a product it gives in float32, some rows at a time, which the second-level cache holds until they are
+// added and rounded.
+constexpr int64_t kUnroundedBytes = int64_t{32} << 20;
+void multiply_unrounded(CudaBackend& backend, MatrixLibrary& library, const Product& product) {
+  const int64_t fitting = kUnroundedBytes / static_cast<int64_t>(sizeof(float)) / product.n;
+  const int64_t most = std::min(product.m, std::max<int64_t>(128, fitting / 128 * 128));
+  // A float32 c is where its own sums can stand.
+  const bool rounded = product.out != DType::f32;
+  const Tensor sums = rounded ? backend.allocate(DType::f32, {most, product.n}) : Tensor();
+  for (int64_t row = 0; row < product.m; row += most) {
+    const Product part = rows_of(product, row, std::min(most, product.m - row));
+    Product sum = part;
+    sum.bias = nullptr;
+    if (rounded) {
+      sum.c = sums.data;
+      sum.out = DType::f32;
+      sum.accumulate = false;
+    }
+    if (library.multiply(sum)) {
+      finish(backend, static_cast<const float*>(sum.c), part, rounded && part.accumulate);
+    } else if (part.transpose_b) {
+      multiply_here<false, true>(backend, part);
+    } else {
+      multiply_here<false, false>(backend, part);
+    }
+  }
+}
+
+// Up to this depth a product is soon done beside the reading and writing of c, which our own kernel does once: low-rank
+// adapters.
+constexpr int64_t kShallow = 128;
+
+template <bool TransposeA, bool TransposeB>
+void multiply(CudaBackend& backend, MatrixLibrary* library, Product product) {
+  product.transpose_a = TransposeA;
+  product.transpose_b = TransposeB;
+  if (product.m == 0 || product.n == 0) return;
+  const bool more = product.bias != nullptr || product.accumulate;
+  const bool rounds_twice = more && product.out == DType::bf16;
+  if (library == nullptr || product.k == 0 || (rounds_twice && product.k <= kShallow)) {
+    return multiply_here<TransposeA, TransposeB>(backend, product);
+  }
+  if (!rounds_twice && library->multiply(product)) return;
+  if (!TransposeA && (rounds_twice || product.bias != nullptr)) {
+    return multiply_unrounded(backend, *library, product);
+  }
+  multiply_here<TransposeA, TransposeB>(backend, product);
 }
 
 const Tensor& values_of(const PackedWeight& weight) {
@@ -393,20 +464,37 @@ void CudaBackend::unpack_weight(const PackedWeight& packed, const Tensor& weight
   copy(weight, values_of(packed));
 }
 
+Tensor CudaBackend::packed_values(PackedWeight& packed) { return values_of(packed); }
+
 void CudaBackend::linear(const Tensor& x, const PackedWeight& weight, const Tensor& bias, const Tensor& y,
                          bool accumulate) {
   const int64_t n = weight.outputs, k = weight.inputs;
   multiply<false, true>(*this, products_.get(),
-                        {x.size() / k, n, k, x.data, values_of(weight).data, x.dtype, y.data, y.dtype,
-                         bias.as<const float>(), accumulate});
+                        {.m = x.size() / k,
+                         .n = n,
+                         .k = k,
+                         .a = x.data,
+                         .b = values_of(weight).data,
+                         .in = x.dtype,
+                         .c = y.data,
+                         .out = y.dtype,
+                         .bias = bias.as<const float>(),
+                         .accumulate = accumulate});
 }
 
 void CudaBackend::linear_backward_input(const Tensor& dy, const PackedWeight& weight, const Tensor& dx,
                                         bool accumulate) {
   const int64_t n = weight.outputs, k = weight.inputs;
   multiply<false, false>(*this, products_.get(),
-                         {dy.size() / n, k, n, dy.data, values_of(weight).data, dy.dtype, dx.data, dx.dtype,
-                          nullptr, accumulate});
+                         {.m = dy.size() / n,
+                          .n = k,
+                          .k = n,
+                          .a = dy.data,
+                          .b = values_of(weight).data,
+                          .in = dy.dtype,
+                          .c = dx.data,
+                          .out = dx.dtype,
+                          .accumulate = accumulate});
 }
 
 void CudaBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
@@ -423,7 +511,15 @@ void CudaBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, cons
     });
   }
   multiply<true, false>(*this, products_.get(),
-                        {n, k, m, dy.data, x.data, dy.dtype, dw.data, DType::f32, nullptr, true});
+                        {.m = n,
+                         .n = k,
+                         .k = m,
+                         .a = dy.data,
+                         .b = x.data,
+                         .in = dy.dtype,
+                         .c = dw.data,
+                         .out = DType::f32,
+                         .accumulate = true});
 }
 
 }  // namespace merf::cuda

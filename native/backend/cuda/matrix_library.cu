@@ -1,5 +1,9 @@
 // cuBLASLt without its headers: what is used of it is declared here, as NVIDIA documents it, and found by name.
 //
+// Where a product fails, another try follows once the GPU's memory pool has given back what it holds unused: the library
+// takes memory beside the pool, for its kernels' code among others. A product that it refuses is left to our own kernel
+// from then on, and so is one that failed three times on end; the first such is told on stderr.
+//
 // MERF_CUBLASLT is the path to the library; "none" leaves all products to our own kernel, which gives a row the same
 // bits in every batch.
 #include "backend/cuda/matrix_library.h"
@@ -22,16 +26,32 @@ namespace {
 
 using Status = int;
 constexpr Status kSuccess = 0;        // CUBLAS_STATUS_SUCCESS
+constexpr Status kInvalidValue = 7;   // CUBLAS_STATUS_INVALID_VALUE
+constexpr Status kNotSupported = 15;  // CUBLAS_STATUS_NOT_SUPPORTED
 constexpr int kFloat32 = 0;           // CUDA_R_32F
 constexpr int kBfloat16 = 14;         // CUDA_R_16BF
 constexpr int kComputeFloat32 = 68;   // CUBLAS_COMPUTE_32F: never TF32
 constexpr int32_t kTransposed = 1;    // CUBLAS_OP_T
 constexpr int kTransposeA = 3;        // CUBLASLT_MATMUL_DESC_TRANSA
 constexpr int kTransposeB = 4;        // CUBLASLT_MATMUL_DESC_TRANSB
+constexpr int kEpilogue = 7;          // CUBLASLT_MATMUL_DESC_EPILOGUE
+constexpr int kBiasPointer = 8;       // CUBLASLT_MATMUL_DESC_BIAS_POINTER
+constexpr int kBiasType = 26;         // CUBLASLT_MATMUL_DESC_BIAS_DATA_TYPE
+constexpr uint32_t kAddBias = 4;      // CUBLASLT_EPILOGUE_BIAS: of the rows of D, which are our columns
 constexpr int kWorkspaceBytes = 1;    // CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
 constexpr int kReductionSchemes = 3;  // CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK
 constexpr int kAlignmentA = 5;        // CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, then those of B, C and D
 constexpr uint32_t kReduceFloat32 = 2;  // CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE
+
+#if defined(MERF_CUDA_EMULATION)
+using Stream = void*;
+constexpr bool kEmulated = true;
+constexpr const char* kPathVariable = "MERF_EMULATION_CUBLASLT";
+#else
+using Stream = cudaStream_t;
+constexpr bool kEmulated = false;
+constexpr const char* kPathVariable = "MERF_CUBLASLT";
+#endif
 
 using Handle = struct cublasLtContext*;
 struct DescriptorOpaque;
@@ -69,7 +89,7 @@ struct Functions {
                             int wanted, HeuristicResult*, int* found);
   Status (*multiply)(Handle, Descriptor, const void* alpha, const void* a, Layout, const void* b, Layout,
                      const void* beta, const void* c, Layout, void* d, Layout, const Algorithm*,
-                     void* workspace, size_t workspace_bytes, cudaStream_t);
+                     void* workspace, size_t workspace_bytes, Stream);
 };
 
 template <typename Function>
@@ -170,18 +190,30 @@ Opened try_open(const std::string& path) {
 
 // ---- products
 
-struct Key {
-  bool transpose_a, transpose_b, accumulate;
-  DType in, out;
-  int64_t m, n, k;
-  std::array<uint32_t, 3> alignments;  // of a, b and c, in bytes
-  auto operator<=>(const Key&) const = default;
-};
-
 uint32_t alignment_of(const void* data) {
   const uintptr_t address = reinterpret_cast<uintptr_t>(data) | 256;
   return static_cast<uint32_t>(address & -address);
 }
+
+struct Key {
+  explicit Key(const Product& p)
+      : transpose_a(p.transpose_a),
+        transpose_b(p.transpose_b),
+        accumulate(p.accumulate),
+        biased(p.bias != nullptr),
+        in(p.in),
+        out(p.out),
+        m(p.m),
+        n(p.n),
+        k(p.k),
+        alignments{alignment_of(p.a), alignment_of(p.b), alignment_of(p.c), alignment_of(p.bias)} {}
+
+  bool transpose_a, transpose_b, accumulate, biased;
+  DType in, out;
+  int64_t m, n, k;
+  std::array<uint32_t, 4> alignments;  // of a, b, c and the bias, in bytes
+  auto operator<=>(const Key&) const = default;
+};
 
 int type_of(DType dtype) { return dtype == DType::bf16 ? kBfloat16 : kFloat32; }
 
@@ -202,11 +234,13 @@ struct Plan {
   Layout a = nullptr, b = nullptr, c = nullptr;
   Algorithm algorithm{};
   bool usable = false;
+  int failures = 0;  // on end
 };
 
 // Lengths of batches vary; beyond this many plans the cache starts anew.
 constexpr size_t kMostPlans = 4096;
 constexpr size_t kWorkspace = size_t{32} << 20;
+constexpr int kMostFailures = 3;
 
 class CublasLt final : public MatrixLibrary {
  public:
@@ -224,28 +258,55 @@ class CublasLt final : public MatrixLibrary {
            std::to_string(number % 100);
   }
 
-  bool multiply(bool transpose_a, bool transpose_b, int64_t m, int64_t n, int64_t k, const void* a,
-                const void* b, DType in, void* c, DType out, bool accumulate) override {
-    const Key key{transpose_a, transpose_b, accumulate,
-                  in,          out,         m,
-                  n,           k,           {alignment_of(a), alignment_of(b), alignment_of(c)}};
+  bool multiply(const Product& product) override {
+    const Key key(product);
     if (plans_.size() >= kMostPlans && plans_.count(key) == 0) plans_.clear();
     std::unique_ptr<Plan>& plan = plans_[key];
-    if (!plan) plan = make_plan(key);
+    if (!plan) plan = make_plan(key, product);
     if (!plan->usable) return false;
-    const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
-    const Status status =
-        f_.multiply(handle_, plan->descriptor, &alpha, b, plan->a, a, plan->b, &beta, c, plan->c, c, plan->c,
-                    &plan->algorithm, workspace_, workspace_bytes(), gpu_.stream());
-    if (status != kSuccess) plan->usable = false;
-    return status == kSuccess;
+    const float alpha = 1.0f, beta = key.accumulate ? 1.0f : 0.0f;
+    Status status = kSuccess;
+    const auto run = [&] {
+      status = set_bias(*plan, product)
+                   ? f_.multiply(handle_, plan->descriptor, &alpha, product.b, plan->a, product.a, plan->b,
+                                 &beta, product.c, plan->c, product.c, plan->c, &plan->algorithm, workspace_,
+                                 workspace_bytes(), gpu_.stream())
+                   : kInvalidValue;
+      return status == kSuccess;
+    };
+    const bool done = gpu_.with_room("a matrix product", run);
+    plan->failures = done ? 0 : plan->failures + 1;
+    if (done) return true;
+    // It may have been another's failure that ended the GPU.
+    gpu_.check_alive("a matrix product");
+    if (status == kInvalidValue || status == kNotSupported || plan->failures == kMostFailures) {
+      plan->usable = false;
+    }
+    say_refused(key, status);
+    return false;
   }
 
  private:
   uint64_t workspace_bytes() const { return workspace_ == nullptr ? 0 : kWorkspace; }
 
+  bool set_bias(const Plan& plan, const Product& product) const {
+    return product.bias == nullptr ||
+           f_.set_descriptor(plan.descriptor, kBiasPointer, &product.bias, sizeof(product.bias)) == kSuccess;
+  }
+
+  void say_refused(const Key& key, Status status) const {
+    static std::once_flag said;
+    std::call_once(said, [&] {
+      std::fprintf(stderr,
+                   "merf: cuBLASLt did not compute a product of %lld x %lld x %lld (%s); merf's own kernel "
+                   "does, slower, and will where it happens again\n",
+                   static_cast<long long>(key.m), static_cast<long long>(key.n),
+                   static_cast<long long>(key.k), f_.status_text(status));
+    });
+  }
+
   // cuBLASLt's matrices are column-major: ours are their transposes there, and c^T = op(b)^T * op(a)^T. Its A is our b.
-  std::unique_ptr<Plan> make_plan(const Key& key) {
+  std::unique_ptr<Plan> make_plan(const Key& key, const Product& product) {
     auto plan = std::make_unique<Plan>(f_);
     const auto layout = [&](Layout& made, DType type, int64_t rows, int64_t columns) {
       return f_.create_layout(&made, type_of(type), static_cast<uint64_t>(columns),
@@ -259,7 +320,7 @@ class CublasLt final : public MatrixLibrary {
         !transpose(kTransposeA, key.transpose_b) || !transpose(kTransposeB, key.transpose_a) ||
         !layout(plan->a, key.in, key.transpose_b ? key.n : key.k, key.transpose_b ? key.k : key.n) ||
         !layout(plan->b, key.in, key.transpose_a ? key.k : key.m, key.transpose_a ? key.m : key.k) ||
-        !layout(plan->c, key.out, key.m, key.n)) {
+        !layout(plan->c, key.out, key.m, key.n) || (key.biased && !add_bias(*plan, product))) {
       return plan;
     }
     Preference preference = nullptr;
@@ -270,15 +331,34 @@ class CublasLt final : public MatrixLibrary {
     // Where k is divided, its parts are summed in float32 and in a fixed order.
     HeuristicResult result{};
     int found = 0;
+    Status status = kSuccess;
+    const auto search = [&] {
+      status = f_.find_algorithms(handle_, plan->descriptor, plan->a, plan->b, plan->c, plan->c, preference,
+                                  1, &result, &found);
+      // What it does not offer it will not offer with more memory.
+      return status == kSuccess || status == kInvalidValue || status == kNotSupported;
+    };
     plan->usable = prefer(kWorkspaceBytes, workspace_bytes()) && prefer(kReductionSchemes, kReduceFloat32) &&
                    prefer(kAlignmentA, key.alignments[1]) && prefer(kAlignmentA + 1, key.alignments[0]) &&
                    prefer(kAlignmentA + 2, key.alignments[2]) && prefer(kAlignmentA + 3, key.alignments[2]) &&
-                   f_.find_algorithms(handle_, plan->descriptor, plan->a, plan->b, plan->c, plan->c,
-                                      preference, 1, &result, &found) == kSuccess &&
-                   found == 1 && result.state == kSuccess;
+                   gpu_.with_room("a matrix product", search) && status == kSuccess && found == 1 &&
+                   result.state == kSuccess;
     plan->algorithm = result.algorithm;
     f_.destroy_preference(preference);
+    // Without a bias every product is one that it should have.
+    if (!plan->usable && !key.biased) {
+      gpu_.check_alive("a matrix product");
+      say_refused(key, status == kSuccess ? kNotSupported : status);
+    }
     return plan;
+  }
+
+  // Before algorithms are looked for, since they depend on how the bias is aligned.
+  bool add_bias(const Plan& plan, const Product& product) const {
+    const int32_t type = kFloat32;
+    return f_.set_descriptor(plan.descriptor, kEpilogue, &kAddBias, sizeof(kAddBias)) == kSuccess &&
+           f_.set_descriptor(plan.descriptor, kBiasType, &type, sizeof(type)) == kSuccess &&
+           set_bias(plan, product);
   }
 
   Gpu& gpu_;
@@ -291,16 +371,17 @@ class CublasLt final : public MatrixLibrary {
 }  // namespace
 
 std::shared_ptr<MatrixLibrary> MatrixLibrary::open(Gpu& gpu) {
-  const std::string chosen = from_environment("MERF_CUBLASLT");
+  const std::string chosen = from_environment(kPathVariable);
   if (chosen == "none") return nullptr;
   if (!chosen.empty()) {
     const Opened opened = try_open(chosen);
     if (opened.handle == nullptr) {
-      throw Error("DEVICE_UNAVAILABLE", "Expected a cuBLASLt that works for MERF_CUBLASLT but received " +
-                                            chosen + ": " + opened.failure);
+      throw Error("DEVICE_UNAVAILABLE", std::string("Expected a cuBLASLt that works for ") + kPathVariable +
+                                            " but received " + chosen + ": " + opened.failure);
     }
     return std::make_shared<CublasLt>(gpu, opened);
   }
+  if (kEmulated) return nullptr;
   std::string why = "cuBLASLt was not found";
   for (const std::string& path : candidates()) {
     const Opened opened = try_open(path);

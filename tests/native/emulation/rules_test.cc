@@ -313,6 +313,29 @@ TEST_CASE("emulation: more shared memory than was asked for is an error") {
   });
 }
 
+TEST_CASE("emulation: a block can have as much shared memory as MERF_EMULATION_SHARED says") {
+  setenv("MERF_EMULATION_SHARED", "101376", 1);
+  const auto small = gpu_of(0);
+  unsetenv("MERF_EMULATION_SHARED");
+  const auto large = gpu_of(0);
+  CHECK(small->properties().shared_bytes == 99 << 10);
+  CHECK(large->properties().shared_bytes == 227 << 10);
+  CHECK(resident_blocks(*small, 33 << 10, 2) == 2);
+  CHECK(resident_blocks(*small, 50 << 10, 2) == 1);
+  CHECK(resident_blocks(*small, 100 << 10, 2) == 0);
+  CHECK(resident_blocks(*large, 113 << 10, 3) == 2);
+  const auto take = +[] {
+    SharedMemory shared;
+    shared.take<char>(99 << 10);
+  };
+  launch(*small, "takes", take, {1, kWarp, 99 << 10});
+  CHECK(says(error_of([&] {
+               launch(*small, "takes", take, {1, kWarp, (99 << 10) + 1});
+             }),
+             {"The kernel takes", "asks for 101377 bytes", "can have 101376"}));
+  launch(*large, "takes", take, {1, kWarp, (99 << 10) + 1});
+}
+
 TEST_CASE("emulation: a write outside of global memory is an error") {
   const auto write = +[](float* to, int64_t from) { to[from + thread_index()] = 1.0f; };
   check_refused({"The kernel behind", "it wrote behind an allocation of 248 bytes"}, [&](Gpu& gpu) {
@@ -474,6 +497,8 @@ TEST_CASE("emulation: launches that no GPU accepts are refused") {
   check_refused({"The kernel tall", "grid is too large"}, [&](Gpu& gpu) {
     launch(gpu, "tall", nothing, {blocks(1, 65536), kWarp});
   });
+  CHECK(says(error_of([] { blocks((int64_t{1} << 32) + 1); }), {"4294967297"}));
+  CHECK(says(error_of([] { blocks(1, -1); }), {"-1"}));
   // No blocks are no launch.
   CHECK(error_of([&] { launch(*gpu_of(0), "empty", nothing, {blocks(0), kWarp}); }).empty());
 }

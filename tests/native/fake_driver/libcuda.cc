@@ -18,9 +18,9 @@ size_t total_bytes() { return static_cast<size_t>(number("FAKE_CUDA_MEMORY", 819
 
 #define DRIVER extern "C" __attribute__((visibility("default")))
 
-// As cudaDriverGetVersion counts: 12040 is CUDA 12.4.
+// As cudaDriverGetVersion counts: 13000 is CUDA 13.0.
 DRIVER int cuDriverGetVersion(int* version) {
-  *version = static_cast<int>(number("FAKE_CUDA_VERSION", 12040));
+  *version = static_cast<int>(number("FAKE_CUDA_VERSION", 13000));
   return 0;
 }
 DRIVER int cuInit(unsigned) { return static_cast<int>(number("FAKE_CUDA_INIT", 0)); }

@@ -14,6 +14,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
+#define __grid_constant__
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -35,6 +36,8 @@ void* take_shared(int piece, size_t bytes);
 void sync_block(std::source_location at = std::source_location::current());
 void sync_threads(int barrier, int threads, std::source_location at = std::source_location::current());
 void sync_warp(std::source_location at = std::source_location::current());
+// bar.arrive: counted like sync_threads, without waiting.
+void arrive_threads(int barrier, int threads, std::source_location at = std::source_location::current());
 
 // A value of up to 8 bytes from lane `source`.
 uint64_t shuffle_bits(uint64_t value, int source, const std::source_location& at);
@@ -95,7 +98,47 @@ inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   mma_bf16(d, a, b, 1, 1, at);
 }
 
-// The same of one lane's float32 fragments: d [rows][columns][4], a [rows][2][8], b [columns][2][8]. No meeting.
+// Where `at` stands in the block's shared memory, as instructions that take a number for an address see it.
+uint32_t shared_address(const void* at);
+
+// ---- mbarrier: a phase ends when `arrivals` threads have arrived and as many bytes were copied as they announced.
+void barrier_init(uint64_t* barrier, int arrivals, std::source_location at = std::source_location::current());
+void barrier_arrive(uint64_t* barrier, std::source_location at = std::source_location::current());
+void barrier_expect(uint64_t* barrier, uint32_t bytes,
+                    std::source_location at = std::source_location::current());
+void barrier_wait(uint64_t* barrier, int parity, std::source_location at = std::source_location::current());
+
+// A tensor [sizes[2], sizes[1], sizes[0]] of 2-byte elements, of which [rows, 1, 64] are copied at a time.
+struct TensorMap {
+  const char* data = nullptr;
+  int64_t sizes[3] = {};
+  int64_t strides[3] = {};  // bytes
+  int rows = 0;
+};
+// cp.async.bulk.tensor with 128-byte swizzle. The bytes arrive at once, or not before a thread waits for the barrier:
+// that is drawn.
+void copy_tensor(void* to_shared, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
+                 std::source_location at = std::source_location::current());
+
+void copy_bulk(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier,
+               std::source_location at = std::source_location::current());
+
+// ---- wgmma: d[64, columns] of the four warps of a warpgroup, which all meet here, = (add ? d : 0) plus the products of
+// `steps` steps of depth 16. A stands in shared memory as a_descriptors[steps] say (K-major), or where these are null in
+// each lane's registers a[steps][4]; B as b_descriptors[steps] say, MN-major or K-major. Shared memory is read at once
+// or not before a thread waits, which is drawn; until then d is NaN.
+void wgmma(float* d, int columns, int steps, const uint32_t* a, const uint64_t* a_descriptors,
+           const uint64_t* b_descriptors, bool b_mn_major, bool add,
+           std::source_location at = std::source_location::current());
+void wgmma_fence();
+void wgmma_commit();
+void wgmma_wait_for(int pending);
+template <int Pending>
+void wgmma_wait() {
+  wgmma_wait_for(Pending);
+}
+
+// What mma_bf16 does, of one lane's float32 fragments: d [rows][columns][4], a [rows][2][8], b [columns][2][8]. No meeting.
 void mma_f32(float* d, const float* a, const float* b, int rows, int columns);
 
 }  // namespace merf::cuda::emulation

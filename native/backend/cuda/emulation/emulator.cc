@@ -10,6 +10,7 @@
 #include <atomic>
 #include <boost/context/fiber.hpp>
 #include <cmath>
+#include <deque>
 #include <exception>
 #include <iterator>
 #include <map>
@@ -17,6 +18,7 @@
 #include <string>
 
 #include "backend/bf16.h"
+#include "backend/cuda/emulation/counts.h"
 #include "backend/cuda/emulation/memory.h"
 #include "backend/tensor.h"
 
@@ -28,8 +30,7 @@ namespace context = boost::context;
 constexpr int kLanes = 32;
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kMaxThreads = 1024;
-constexpr size_t kMaxShared = 227 << 10;  // of a block on sm_90
-constexpr int kScheduler = -1;            // in place of a fiber's number
+constexpr int kScheduler = -1;  // in place of a fiber's number
 
 // Stacks for the threads of one block, each with a page below it that may not be touched.
 class Stacks {
@@ -72,6 +73,45 @@ struct PendingCopy {
   int group;
 };
 
+constexpr int kWarpgroup = 128;
+
+struct BulkCopy {
+  char* to;
+  TensorMap map;  // without data: `bytes` from `from`
+  int column, middle, row;
+  const char* from;
+  uint32_t bytes;
+};
+
+// An mbarrier; the word in shared memory is only its name.
+struct MemoryBarrier {
+  int arrivals = 0, missing = 0;
+  int64_t bytes = 0;  // announced and not copied yet
+  int phase = 0;
+  std::vector<int> waiting;
+  std::vector<BulkCopy> copies;  // that have not begun
+};
+
+// A product of a warpgroup that was begun and not waited for.
+struct Product {
+  int group = 0, columns = 0, steps = 0;
+  bool in_registers = false, b_mn_major = false, add = false, read = false;
+  float* d[kWarpgroup];
+  std::vector<uint32_t> registers;  // [thread][steps][4]
+  std::vector<uint64_t> a_descriptors, b_descriptors;
+  std::vector<float> a, b;  // [64][depth], [depth][columns], once read
+  std::source_location location;
+};
+
+struct Warpgroup {
+  int arrived = 0;
+  uint32_t line = 0;
+  int waiting[kWarpgroup];
+  Product next;
+  std::deque<Product> products;
+  std::map<float*, std::vector<float>> sums;  // [64][columns] of products under way, by the first thread's d
+};
+
 // A fiber and the thread of the block that it runs.
 struct Fiber {
   context::fiber handle;  // where it goes on; empty while it runs
@@ -81,6 +121,8 @@ struct Fiber {
   int open_group = 0;
   std::vector<PendingCopy> copies;  // in the order of their groups, from first_copy on
   size_t first_copy = 0;
+  int open_product_group = 0;
+  bool fenced = false;             // wgmma_fence since the last wait
   const char* waits_at = nullptr;  // the operation
   std::source_location location;
 };
@@ -164,7 +206,30 @@ class BlockRunner {
   void check_global(const void* address, const char* operation, const std::source_location& at);
   std::string where(const std::source_location& at) const;
 
+  void arrive(int id, int threads, const char* operation, const std::source_location& at);
+  uint32_t shared_address(const void* at) const;
+  // Of `bytes` at an address in shared memory, which must lie in one piece.
+  char* shared_at(uint32_t address, size_t bytes, const char* operation, const std::source_location& at);
+  void init_memory_barrier(uint64_t* barrier, int arrivals, const std::source_location& at);
+  void arrive_memory_barrier(uint64_t* barrier, int64_t bytes, const std::source_location& at);
+  void wait_memory_barrier(uint64_t* barrier, int parity, const std::source_location& at);
+  void copy_tensor(void* to, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
+                   const std::source_location& at);
+  void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                 const std::source_location& at);
+  void begin_product(float* d, int columns, int steps, const uint32_t* a, const uint64_t* a_descriptors,
+                     const uint64_t* b_descriptors, bool b_mn_major, bool add,
+                     const std::source_location& at);
+  void end_products(int pending);
+
  private:
+  MemoryBarrier& memory_barrier(uint64_t* barrier, const char* operation, const std::source_location& at);
+  void end_phase(MemoryBarrier& barrier);
+  void run_copies(MemoryBarrier& barrier, const std::source_location& at);
+  const char* described(uint64_t descriptor, uint32_t mn, uint32_t k, bool mn_major,
+                        const std::source_location& at);
+  void read_operands(Product& product);
+  bool drawn_now() { return order_.drawn() && order_.below(2) == 0; }
   void loop(int fiber);
   void draw_unstarted();
   int take_fiber();
@@ -194,6 +259,8 @@ class BlockRunner {
 
   std::vector<Warp> warps_;
   std::map<int, Barrier> barriers_;
+  std::map<const uint64_t*, MemoryBarrier> memory_barriers_;
+  std::vector<Warpgroup> warpgroups_;
   std::vector<char> shared_;
   std::vector<SharedPiece> pieces_;
   size_t shared_bytes_ = 0, shared_taken_ = 0, shared_end_ = 0;
@@ -228,6 +295,9 @@ void BlockRunner::run(dim3 block, dim3 grid, int threads, size_t shared_bytes, u
   for (int i = 0; i < threads; ++i) unstarted_[static_cast<size_t>(i)] = i;
   if (order_.drawn()) draw_unstarted();
   barriers_.clear();
+  memory_barriers_.clear();
+  warpgroups_.clear();
+  warpgroups_.resize(static_cast<size_t>(threads / kWarpgroup));
   pieces_.clear();
   shared_bytes_ = shared_bytes;
   shared_taken_ = shared_end_ = 0;
@@ -338,6 +408,8 @@ void BlockRunner::loop(int fiber) {
       self.copies.clear();
       self.first_copy = 0;
       self.open_group = 0;
+      self.open_product_group = 0;
+      self.fenced = false;
       (*body_)();
       --unfinished_;
       if (order_.drawn()) break;
@@ -412,6 +484,12 @@ void BlockRunner::check_end() {
     for (const auto& fiber : fibers_) fiber->waits_at = nullptr;
     return;
   }
+  for (const Warpgroup& warpgroup : warpgroups_) {
+    if (warpgroup.products.empty()) continue;
+    broken_ = "its threads ended before a product that they had begun (" +
+              where(warpgroup.products.front().location) + ")";
+    return;
+  }
   for (size_t i = 0; i < pieces_.size(); ++i) {
     const bool before = guard_intact(pieces_[i].data - kGuardBytes, kGuardBytes);
     const bool behind = guard_intact(pieces_[i].data + pieces_[i].bytes, kGuardBytes);
@@ -440,7 +518,7 @@ void* BlockRunner::take_shared(size_t piece, size_t bytes) {
   }
   // Room for the pieces with a guard zone between any two; a block takes no more than 64.
   constexpr size_t kAlignment = 1024;
-  if (shared_.empty()) shared_.resize(kMaxShared + 65 * (kGuardBytes + kAlignment));
+  if (shared_.empty()) shared_.resize(kMostShared + 65 * (kGuardBytes + kAlignment));
   if (pieces_.empty()) {
     shared_end_ = kAlignment - reinterpret_cast<uintptr_t>(shared_.data()) % kAlignment;
   }
@@ -457,10 +535,9 @@ void* BlockRunner::take_shared(size_t piece, size_t bytes) {
 
 void BlockRunner::block_barrier(int id, int threads, const char* operation, const std::source_location& at) {
   Barrier& barrier = barriers_[id];
-  if (barrier.arrived == 0) {
-    barrier.expected = threads;
-    barrier.line = at.line();
-  } else if (barrier.expected != threads || barrier.line != at.line()) {
+  if (barrier.arrived == 0) barrier.expected = threads;
+  if (barrier.line == 0) barrier.line = at.line();
+  if (barrier.expected != threads || barrier.line != at.line()) {
     broken_ = "threads of one block wait at different places for barrier " + std::to_string(id) + ": line " +
               std::to_string(barrier.line) + " and " + where(at);
     wait(operation, at);
@@ -471,8 +548,145 @@ void BlockRunner::block_barrier(int id, int threads, const char* operation, cons
     return;
   }
   barrier.arrived = 0;
+  barrier.line = 0;
   ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
   barrier.waiting.clear();
+}
+
+void BlockRunner::arrive(int id, int threads, const char* operation, const std::source_location& at) {
+  Barrier& barrier = barriers_[id];
+  if (barrier.arrived == 0) barrier.expected = threads;
+  if (barrier.expected != threads) {
+    stop("threads expect different numbers of others at barrier " + std::to_string(id) + " (" + where(at) +
+             ")",
+         operation, at);
+  }
+  if (++barrier.arrived < barrier.expected) return;
+  barrier.arrived = 0;
+  barrier.line = 0;
+  ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+// ---- shared memory by number, mbarrier and the copies that complete on it
+
+uint32_t BlockRunner::shared_address(const void* at) const {
+  // As pieces are aligned.
+  constexpr uintptr_t kAlignment = 1024;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_.data()) / kAlignment * kAlignment;
+  return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at) - begin);
+}
+
+char* BlockRunner::shared_at(uint32_t address, size_t bytes, const char* operation,
+                             const std::source_location& at) {
+  char* there = shared_.data() - shared_address(shared_.data()) + address;
+  for (const SharedPiece& piece : pieces_) {
+    if (Range{piece.data, piece.data + piece.bytes}.contains(there, bytes)) return there;
+  }
+  stop(std::string(operation) + " (" + where(at) + ") got an address outside of the block's shared memory",
+       operation, at);
+  return nullptr;
+}
+
+MemoryBarrier& BlockRunner::memory_barrier(uint64_t* barrier, const char* operation,
+                                           const std::source_location& at) {
+  const auto found = memory_barriers_.find(barrier);
+  if (found == memory_barriers_.end()) {
+    stop(std::string(operation) + " (" + where(at) + ") got a barrier that was not initialised", operation,
+         at);
+  }
+  return found->second;
+}
+
+void BlockRunner::init_memory_barrier(uint64_t* barrier, int arrivals, const std::source_location& at) {
+  shared_at(shared_address(barrier), sizeof(uint64_t), "barrier_init", at);
+  memory_barriers_[barrier] = {};
+  memory_barriers_[barrier].arrivals = memory_barriers_[barrier].missing = arrivals;
+}
+
+void BlockRunner::end_phase(MemoryBarrier& barrier) {
+  if (barrier.missing > 0 || barrier.bytes != 0) return;
+  barrier.phase = 1 - barrier.phase;
+  barrier.missing = barrier.arrivals;
+  ready_.insert(ready_.end(), barrier.waiting.begin(), barrier.waiting.end());
+  barrier.waiting.clear();
+}
+
+void BlockRunner::arrive_memory_barrier(uint64_t* barrier, int64_t bytes, const std::source_location& at) {
+  MemoryBarrier& b = memory_barrier(barrier, "barrier_arrive", at);
+  if (b.missing == 0) {
+    stop("more threads arrived at a barrier (" + where(at) + ") than it waits for", "barrier_arrive", at);
+  }
+  b.bytes += bytes;
+  --b.missing;
+  end_phase(b);
+}
+
+void BlockRunner::wait_memory_barrier(uint64_t* barrier, int parity, const std::source_location& at) {
+  MemoryBarrier& b = memory_barrier(barrier, "barrier_wait", at);
+  while (b.phase == parity) {
+    run_copies(b, at);
+    if (b.phase != parity) break;
+    b.waiting.push_back(current->index);
+    wait("barrier_wait", at);
+  }
+}
+
+void BlockRunner::copy_tensor(void* to, const TensorMap& map, int column, int middle, int row,
+                              uint64_t* barrier, const std::source_location& at) {
+  MemoryBarrier& b = memory_barrier(barrier, "copy_tensor", at);
+  const uint32_t address = shared_address(to);
+  if (address % 1024 != 0) {
+    stop("copy_tensor (" + where(at) + ") got an address in shared memory that is no multiple of 1024",
+         "copy_tensor", at);
+  }
+  shared_at(address, static_cast<size_t>(map.rows) * 128, "copy_tensor", at);
+  b.copies.push_back({static_cast<char*>(to), map, column, middle, row, nullptr, 0});
+  if (!b.waiting.empty() || drawn_now()) run_copies(b, at);
+}
+
+void BlockRunner::copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t* barrier,
+                            const std::source_location& at) {
+  MemoryBarrier& b = memory_barrier(barrier, "copy_bulk", at);
+  const uint32_t address = shared_address(to);
+  if (address % 16 != 0 || bytes % 16 != 0) {
+    stop("copy_bulk (" + where(at) + ") got an address or size that is no multiple of 16", "copy_bulk", at);
+  }
+  shared_at(address, bytes, "copy_bulk", at);
+  b.copies.push_back({static_cast<char*>(to), {}, 0, 0, 0, static_cast<const char*>(from), bytes});
+  if (!b.waiting.empty() || drawn_now()) run_copies(b, at);
+}
+
+void BlockRunner::run_copies(MemoryBarrier& barrier, const std::source_location& at) {
+  for (const BulkCopy& copy : barrier.copies) {
+    for (uint32_t i = 0; i < copy.bytes; i += 16) {
+      check_global(copy.from + i, "copy_bulk", at);
+      std::memcpy(copy.to + i, copy.from + i, 16);
+    }
+    barrier.bytes -= copy.bytes;
+    const TensorMap& map = copy.map;
+    const uint32_t begin = shared_address(copy.to);
+    for (int i = 0; i < map.rows; ++i) {
+      const int64_t row = copy.row + i;
+      const bool inside = row >= 0 && row < map.sizes[2] && copy.middle >= 0 && copy.middle < map.sizes[1] &&
+                          copy.column >= 0;
+      for (int j = 0; j < 8; ++j) {
+        const int64_t column = copy.column + 8 * j;
+        const uint32_t offset = static_cast<uint32_t>(128 * i + 16 * j);
+        // Bits 4 to 6 of the address, exclusive or bits 7 to 9.
+        const uint32_t swizzled = (begin + offset) ^ ((begin + offset) >> 3 & 0x70);
+        char* to = copy.to + (swizzled - begin);
+        std::memset(to, 0, 16);
+        if (!inside || column >= map.sizes[0]) continue;
+        const char* from = map.data + row * map.strides[2] + copy.middle * map.strides[1] + 2 * column;
+        check_global(from, "copy_tensor", at);
+        std::memcpy(to, from, static_cast<size_t>(std::min<int64_t>(16, 2 * (map.sizes[0] - column))));
+      }
+    }
+    barrier.bytes -= int64_t{map.rows} * 128;
+  }
+  barrier.copies.clear();
+  end_phase(barrier);
 }
 
 // `give` puts in what this lane brings; `compute` runs once all 32 have.
@@ -501,13 +715,168 @@ Warp& BlockRunner::warp_operation(const char* operation, const std::source_locat
   return warp;
 }
 
+// ---- products of a warpgroup
+
+void BlockRunner::begin_product(float* d, int columns, int steps, const uint32_t* a,
+                                const uint64_t* a_descriptors, const uint64_t* b_descriptors, bool b_mn_major,
+                                bool add, const std::source_location& at) {
+  const auto group = static_cast<size_t>(current->thread / kWarpgroup);
+  if (group >= warpgroups_.size()) stop("wgmma (" + where(at) + ") needs whole warpgroups", "wgmma", at);
+  Warpgroup& warpgroup = warpgroups_[group];
+  Product& product = warpgroup.next;
+  if (!current->fenced) {
+    stop("wgmma (" + where(at) + ") without wgmma_fence since the last wait", "wgmma", at);
+  }
+  if (warpgroup.arrived == 0) {
+    product = {};
+    product.group = current->open_product_group;
+    product.columns = columns;
+    product.steps = steps;
+    product.in_registers = a != nullptr;
+    product.b_mn_major = b_mn_major;
+    product.add = add;
+    product.location = at;
+    if (a != nullptr) {
+      product.registers.resize(static_cast<size_t>(kWarpgroup * 4 * steps));
+    } else {
+      product.a_descriptors.assign(a_descriptors, a_descriptors + steps);
+    }
+    product.b_descriptors.assign(b_descriptors, b_descriptors + steps);
+  } else if (product.location.line() != at.line() || product.columns != columns || product.steps != steps ||
+             product.add != add || product.group != current->open_product_group ||
+             !std::equal(b_descriptors, b_descriptors + steps, product.b_descriptors.begin()) ||
+             (a == nullptr &&
+              !std::equal(a_descriptors, a_descriptors + steps, product.a_descriptors.begin()))) {
+    stop("threads of one warpgroup reached different products: line " +
+             std::to_string(product.location.line()) + " and " + where(at),
+         "wgmma", at);
+  }
+  const int thread = current->thread % kWarpgroup;
+  product.d[thread] = d;
+  if (a != nullptr) {
+    std::copy(a, a + 4 * steps, product.registers.begin() + std::ptrdiff_t{4} * steps * thread);
+  }
+  if (++warpgroup.arrived < kWarpgroup) {
+    warpgroup.waiting[warpgroup.arrived - 1] = current->index;
+    wait("wgmma", at);
+    return;
+  }
+  warpgroup.arrived = 0;
+  if (drawn_now()) read_operands(product);
+  const auto [sums, made] = warpgroup.sums.try_emplace(product.d[0]);
+  if (made) sums->second.resize(static_cast<size_t>(64 * columns));
+  for (int t = 0; made && t < kWarpgroup; ++t) {
+    for (int i = 0; i < columns / 2; ++i) {
+      const int row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+      sums->second[static_cast<size_t>(row * columns + column)] = product.d[t][i];
+    }
+    std::memset(product.d[t], kPoison, static_cast<size_t>(columns / 2) * sizeof(float));
+  }
+  warpgroup.products.push_back(std::move(product));
+  ready_.insert(ready_.end(), warpgroup.waiting, warpgroup.waiting + kWarpgroup - 1);
+}
+
+// Eight elements along the contiguous direction, as the PTX ISA's canonical layouts have them for 128-byte swizzle: rows
+// of 128 bytes, eight of which repeat a pattern; `mn` and `k` count elements, that of the contiguous direction is a
+// multiple of 8.
+const char* BlockRunner::described(uint64_t descriptor, uint32_t mn, uint32_t k, bool mn_major,
+                                   const std::source_location& at) {
+  const auto field = [&](int bit) { return static_cast<uint32_t>(descriptor >> bit & 0x3fff) << 4; };
+  if (descriptor >> 62 != 1 || (descriptor >> 49 & 7) != 0) {
+    stop("wgmma (" + where(at) + ") got a descriptor that is not of 128-byte swizzle", "wgmma", at);
+  }
+  const uint32_t leading = field(16), stride = field(32);
+  const uint32_t offset = mn_major ? mn / 64 * leading + mn % 64 * 2 + k / 8 * stride + k % 8 * 128
+                                   : mn / 8 * stride + mn % 8 * 128 + k * 2;
+  const uint32_t address = field(0) + offset;
+  return shared_at(address ^ (address >> 3 & 0x70), 16, "wgmma", at);
+}
+
+void BlockRunner::read_operands(Product& p) {
+  const auto columns = static_cast<size_t>(p.columns), depth = static_cast<size_t>(16 * p.steps);
+  p.read = true;
+  p.a.resize(64 * depth);
+  p.b.resize(depth * columns);
+  const auto value = [](const char* from, size_t i) {
+    uint16_t bits;
+    std::memcpy(&bits, from + 2 * i, sizeof(bits));
+    return std::bit_cast<float>(uint32_t{bits} << 16);
+  };
+  for (size_t step = 0; step < static_cast<size_t>(p.steps); ++step) {
+    for (size_t row = 0; row < 64; ++row) {
+      if (p.in_registers) continue;
+      for (size_t k = 0; k < 16; k += 8) {
+        const char* from = described(p.a_descriptors[step], static_cast<uint32_t>(row),
+                                     static_cast<uint32_t>(k), false, p.location);
+        for (size_t i = 0; i < 8; ++i) p.a[row * depth + 16 * step + k + i] = value(from, i);
+      }
+    }
+    for (size_t t = 0; p.in_registers && t < kWarpgroup; ++t) {
+      for (size_t r = 0; r < 4; ++r) {
+        const uint32_t packed = p.registers[(t * static_cast<size_t>(p.steps) + step) * 4 + r];
+        float* to = &p.a[(t / 32 * 16 + t % 32 / 4 + r % 2 * 8) * depth + 16 * step + t % 4 * 2 + r / 2 * 8];
+        to[0] = std::bit_cast<float>(packed << 16);
+        to[1] = std::bit_cast<float>(packed & 0xffff0000u);
+      }
+    }
+    for (size_t n = 0; n < columns; n += p.b_mn_major ? 8 : 1) {
+      for (size_t k = 0; k < 16; k += p.b_mn_major ? 1 : 8) {
+        const char* from = described(p.b_descriptors[step], static_cast<uint32_t>(n),
+                                     static_cast<uint32_t>(k), p.b_mn_major, p.location);
+        for (size_t i = 0; i < 8; ++i) {
+          p.b[p.b_mn_major ? (16 * step + k) * columns + n + i : (16 * step + k + i) * columns + n] =
+              value(from, i);
+        }
+      }
+    }
+  }
+}
+
+void BlockRunner::end_products(int pending) {
+  Fiber& fiber = *current;
+  fiber.fenced = false;
+  const auto group = static_cast<size_t>(fiber.thread / kWarpgroup);
+  if (group >= warpgroups_.size()) return;
+  Warpgroup& warpgroup = warpgroups_[group];
+  while (!warpgroup.products.empty() &&
+         warpgroup.products.front().group < fiber.open_product_group - pending) {
+    Product product = std::move(warpgroup.products.front());
+    warpgroup.products.pop_front();
+    if (!product.read) read_operands(product);
+    const auto columns = static_cast<size_t>(product.columns),
+               depth = static_cast<size_t>(16 * product.steps);
+    std::vector<float>& sums = warpgroup.sums.at(product.d[0]);
+    if (!product.add) std::fill(sums.begin(), sums.end(), 0.0f);
+    for (size_t row = 0; row < 64; ++row) {
+      float* to = sums.data() + row * columns;
+      for (size_t k = 0; k < depth; ++k) {
+        const float a = product.a[row * depth + k];
+        const float* b = product.b.data() + k * columns;
+        for (size_t n = 0; n < columns; ++n) to[n] += a * b[n];
+      }
+    }
+    const bool more = std::any_of(warpgroup.products.begin(), warpgroup.products.end(),
+                                  [&](const Product& p) { return p.d[0] == product.d[0]; });
+    if (more) continue;
+    for (size_t t = 0; t < kWarpgroup; ++t) {
+      for (size_t i = 0; i < columns / 2; ++i) {
+        const size_t row = t / 32 * 16 + t % 32 / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + t % 4 * 2 + i % 2;
+        product.d[t][i] = sums[row * columns + column];
+      }
+    }
+    warpgroup.sums.erase(product.d[0]);
+  }
+}
+
 // ---- the emulator
 
 // Each runner has a mapping for every stack and its guard page, and a process may have some 65,000.
 constexpr int kMostRunners = 16;
 
-Emulator::Emulator(int threads, uint64_t seed)
-    : seed_(seed), runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
+Emulator::Emulator(int threads, uint64_t seed, size_t most_shared)
+    : seed_(seed),
+      most_shared_(std::min(most_shared, kMostShared)),
+      runners_(static_cast<size_t>(std::clamp(threads, 1, kMostRunners))) {}
 
 Emulator::~Emulator() = default;
 
@@ -519,9 +888,15 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
   if (threads < kLanes || threads > kMaxThreads || threads % kLanes != 0) {
     fail("its blocks have " + std::to_string(threads) + " threads");
   }
-  if (shared_bytes > kMaxShared)
-    fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory");
+  if (shared_bytes > most_shared_) {
+    fail("it asks for " + std::to_string(shared_bytes) + " bytes of shared memory and a block can have " +
+         std::to_string(most_shared_));
+  }
   if (grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu) fail("its grid is too large");
+  if (kernels_passed_over()) {
+    count_launch(kernel);
+    return;
+  }
   const int64_t blocks = int64_t{grid.x} * grid.y * grid.z;
   const uint64_t launch_seed = seed_ == 0 ? 0 : (seed_ * 0x9e3779b97f4a7c15u + ++launches_) | 1;
 
@@ -563,6 +938,7 @@ void Emulator::run(const char* kernel, dim3 grid, int threads, size_t shared_byt
     if (!overrun.empty()) broken = "it wrote " + overrun;
   }
   if (!broken.empty()) fail(broken);
+  count_launch(kernel);
 }
 
 // ---- what kernels call
@@ -577,6 +953,9 @@ void sync_block(std::source_location at) {
 }
 void sync_threads(int barrier, int threads, std::source_location at) {
   BlockRunner::active->block_barrier(barrier, threads, "sync_threads", at);
+}
+void arrive_threads(int barrier, int threads, std::source_location at) {
+  BlockRunner::active->arrive(barrier, threads, "arrive_threads", at);
 }
 void sync_warp(std::source_location at) {
   BlockRunner::active->warp_operation(
@@ -610,12 +989,15 @@ uint32_t ballot(bool condition, std::source_location at) {
 }
 
 uint32_t atomic_add(uint32_t* to, uint32_t value) {
+  count_read(to, sizeof(*to));
+  count_written(to, sizeof(*to));
   return std::atomic_ref<uint32_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
 uint64_t atomic_add(uint64_t* to, uint64_t value) {
+  count_read(to, sizeof(*to));
+  count_written(to, sizeof(*to));
   return std::atomic_ref<uint64_t>(*to).fetch_add(value, std::memory_order_relaxed);
 }
-
 void fence_memory() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 
 float fast_exp2(float x) { return x < -126.0f ? 0.0f : std::exp2(x); }
@@ -626,10 +1008,45 @@ void refuse_address(const char* operation, size_t bytes) {
       std::source_location::current());
 }
 
+uint32_t shared_address(const void* at) { return BlockRunner::active->shared_address(at); }
+
+void barrier_init(uint64_t* barrier, int arrivals, std::source_location at) {
+  BlockRunner::active->init_memory_barrier(barrier, arrivals, at);
+}
+void barrier_arrive(uint64_t* barrier, std::source_location at) {
+  BlockRunner::active->arrive_memory_barrier(barrier, 0, at);
+}
+void barrier_expect(uint64_t* barrier, uint32_t bytes, std::source_location at) {
+  BlockRunner::active->arrive_memory_barrier(barrier, bytes, at);
+}
+void barrier_wait(uint64_t* barrier, int parity, std::source_location at) {
+  BlockRunner::active->wait_memory_barrier(barrier, parity, at);
+}
+void copy_tensor(void* to_shared, const TensorMap& map, int column, int middle, int row, uint64_t* barrier,
+                 std::source_location at) {
+  BlockRunner::active->copy_tensor(to_shared, map, column, middle, row, barrier, at);
+}
+
+void copy_bulk(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier,
+               std::source_location at) {
+  BlockRunner::active->copy_bulk(to_shared, from, bytes, barrier, at);
+}
+
+void wgmma(float* d, int columns, int steps, const uint32_t* a, const uint64_t* a_descriptors,
+           const uint64_t* b_descriptors, bool b_mn_major, bool add, std::source_location at) {
+  BlockRunner::active->begin_product(d, columns, steps, a, a_descriptors, b_descriptors, b_mn_major, add, at);
+}
+void wgmma_fence() { BlockRunner::active->current->fenced = true; }
+void wgmma_commit() { ++BlockRunner::active->current->open_product_group; }
+void wgmma_wait_for(int pending) { BlockRunner::active->end_products(pending); }
+
 void copy_async(void* to_shared, const void* from, bool valid, std::source_location at) {
   BlockRunner& runner = *BlockRunner::active;
   runner.check_shared(to_shared, "copy_async", at);
-  if (valid) runner.check_global(from, "copy_async", at);
+  if (valid) {
+    runner.check_global(from, "copy_async", at);
+    count_read(from, 16);
+  }
   Fiber& fiber = *runner.current;
   fiber.copies.push_back({to_shared, from, valid, fiber.open_group});
 }

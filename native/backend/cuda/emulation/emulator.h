@@ -14,11 +14,14 @@ namespace merf::cuda::emulation {
 
 class BlockRunner;
 
+constexpr size_t kMostShared = size_t{227} << 10;  // of a block at compute capability 9.0
+
 class Emulator {
  public:
   // Seed 0: threads run in the order of their indices. Even seeds: any thread goes on next. Odd seeds: a warp goes on as
   // far as it can, past others that have not read yet what it overwrites.
-  Emulator(int threads, uint64_t seed);
+  // A block can have `most_shared` bytes of shared memory, itself at most kMostShared.
+  Emulator(int threads, uint64_t seed, size_t most_shared);
   ~Emulator();
 
   // Runs every block of the grid. Throws Error("INTERNAL") with the kernel's name where it broke CUDA's rules: a
@@ -29,6 +32,7 @@ class Emulator {
 
  private:
   const uint64_t seed_;
+  const size_t most_shared_;
   uint64_t launches_ = 0;
   std::vector<std::unique_ptr<BlockRunner>> runners_;  // one for each thread, made when it is first needed
 };

@@ -7,6 +7,8 @@
 #include <map>
 #include <mutex>
 
+#include "backend/cuda/emulation/counts.h"
+
 namespace merf::cuda::emulation {
 namespace {
 
@@ -29,6 +31,21 @@ uint64_t guard_bytes(const char* at) {
 }
 
 size_t padded(size_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+// An allocation of so many bytes with its guards.
+size_t block_bytes(size_t bytes) { return kGuardBytes + padded(bytes) + padded(kGuardBytes); }
+#if defined(MERF_EMULATION_COUNTS)
+// Not poisoned: what no product writes stays finite, and weights of which nothing is read take no memory.
+char* take_block(size_t bytes) { return static_cast<char*>(reserve_memory(block_bytes(bytes))); }
+void give_block(char* block, size_t bytes) { return_memory(block, block_bytes(bytes)); }
+#else
+char* take_block(size_t bytes) {
+  char* block = static_cast<char*>(std::aligned_alloc(kAlignment, block_bytes(bytes)));
+  if (block != nullptr) std::memset(block + kGuardBytes, kPoison, bytes);
+  return block;
+}
+void give_block(char* block, size_t) { std::free(block); }
+#endif
 
 }  // namespace
 
@@ -59,12 +76,10 @@ void* allocate(size_t bytes, size_t limit) {
   std::lock_guard<std::mutex> lock(all.mutex);
   if (bytes > limit || all.bytes > limit - bytes) return nullptr;
   // The guard behind begins at the last byte's heels, not at the next multiple of the alignment.
-  char* block =
-      static_cast<char*>(std::aligned_alloc(kAlignment, kGuardBytes + padded(bytes) + padded(kGuardBytes)));
+  char* block = take_block(bytes);
   if (block == nullptr) return nullptr;
   char* data = block + kGuardBytes;
   write_guard(block, kGuardBytes);
-  std::memset(data, kPoison, bytes);
   write_guard(data + bytes, padded(bytes) - bytes + kGuardBytes);
   all.sizes[data] = bytes;
   all.bytes += bytes;
@@ -77,9 +92,10 @@ void free(void* data) {
   std::lock_guard<std::mutex> lock(all.mutex);
   const auto found = all.sizes.find(static_cast<char*>(data));
   if (found == all.sizes.end()) std::abort();
-  all.bytes -= found->second;
+  const size_t bytes = found->second;
+  all.bytes -= bytes;
   all.sizes.erase(found);
-  std::free(static_cast<char*>(data) - kGuardBytes);
+  give_block(static_cast<char*>(data) - kGuardBytes, bytes);
 }
 
 size_t allocated() {

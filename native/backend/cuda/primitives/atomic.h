@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backend/cuda/primitives/device.h"
+#include "backend/cuda/primitives/warp.h"
 
 namespace merf::cuda {
 
@@ -17,5 +18,18 @@ __device__ inline uint64_t atomic_add(uint64_t* to, uint64_t value) {
 // What this thread wrote to global memory before is seen by whoever sees what it writes after.
 __device__ inline void fence_memory() { __threadfence(); }
 #endif
+
+// Whether this block is the last of `count` to come here, which sees what the others wrote before they came. `arrived`
+// is 0 at first; `scratch` is in shared memory. All threads of the block call it.
+__device__ inline bool is_last_block(uint32_t* arrived, uint32_t count, uint32_t* scratch) {
+  sync_block();
+  if (thread_index() == 0) {
+    fence_memory();
+    *scratch = atomic_add(arrived, 1u);
+    fence_memory();
+  }
+  sync_block();
+  return *scratch + 1 == count;
+}
 
 }  // namespace merf::cuda

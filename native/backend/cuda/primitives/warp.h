@@ -7,6 +7,7 @@ namespace merf::cuda {
 
 #if defined(MERF_CUDA_EMULATION)
 using emulation::any;
+using emulation::arrive_threads;
 using emulation::ballot;
 using emulation::shuffle;
 using emulation::sync_block;
@@ -19,6 +20,10 @@ __device__ inline void sync_block() { __syncthreads(); }
 // `threads` threads of the block, whole warps, which name the same barrier (1 to 15).
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+// Counts as one of the threads that sync_threads waits for, without waiting.
+__device__ inline void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 __device__ inline void sync_warp() { __syncwarp(); }
 
