@@ -113,6 +113,46 @@ struct DecodePlan {
   std::vector<int32_t> rows;
 };
 
+// ---- projections
+
+// y = x W^T + bias, and where it has an adapter + (x A^T) B^T.
+struct AdaptedWeight {
+  const PackedWeight* weight = nullptr;  // [N, K]
+  Tensor bias;                           // [N] f32, or empty
+  const PackedWeight* adapter_a = nullptr;
+  const PackedWeight* adapter_b = nullptr;  // [rank, K] and [N, rank], or both null
+};
+
+// Sums of squares of a row, one of every so many columns: squares [T, divide_up(H, kSquaredColumns)] f32.
+constexpr int64_t kSquaredColumns = 32;
+
+// The rows that a projection reads: rms_norm(x).
+struct NormedRows {
+  Tensor x;        // [T, H] f32
+  Tensor squares;  // of x, or empty: not known
+  Tensor weight;   // [H] f32
+  float epsilon = 0.0f;
+  Tensor normed;  // [T, H] of the product's type, for rms_norm(x); undefined afterwards
+  Tensor rstd;    // [T] f32, an output, or empty: not kept
+};
+
+// What becomes of the product that gives queries, keys and values.
+struct ProjectedHeads {
+  Tensor qkv;  // [T, (heads + 2 kv_heads) head_size]
+  int64_t heads = 0;
+  int64_t kv_heads = 0;
+  int64_t head_size = 0;
+  Tensor positions;            // [T] i32
+  Tensor inverse_frequencies;  // [head_size / 2] f32
+  float rope_scale = 1.0f;     // as rope's attention_scale
+  // Where keys and values are stored beside, or null; slots [T] i32 as in cache_write.
+  const PagedLayer* cache = nullptr;
+  Tensor slots;
+
+  // Of `count` heads from head `first` on.
+  HeadsView view(int64_t first, int64_t count) const;
+};
+
 // One parameter under the optimiser. weight: the copy that the products read, f32|bf16, or empty where it is master.
 struct AdamWTensor {
   Tensor master;    // f32; or its lower halves (halves.h), stored as bf16, beside a weight of bf16
@@ -231,6 +271,21 @@ class Backend {
   // dw[N, K] += dy[M, N]^T * x[M, K]; dbias[N] += column sums of dy, where given. dw, dbias f32.
   virtual void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
                                       const Tensor& dbias) = 0;
+
+  // ---- projections: the products of a transformer's layer with what stands around them, each one operator, so that a
+  // device can compute it in few steps where rows are few. These are composed of the other operators (projections.cc).
+  // low_rank [T, rank] of the product's type is for x A^T, undefined afterwards; empty where there is no adapter.
+  // qkv = rms_norm(x) W^T + bias; queries and keys are rotated; keys and values are stored in the cache.
+  virtual void project_heads(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
+                             const ProjectedHeads& out);
+  // gated [T, F] = swiglu(gate_up), gate_up [T, 2F] = rms_norm(x) W^T + bias. What gate_up becomes is undefined unless
+  // `keep_gate_up`.
+  virtual void project_gated(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
+                             const Tensor& gate_up, bool keep_gate_up, const Tensor& gated);
+  // to = from + x W^T + bias, [T, H] f32; in place where the two are one buffer. Whether `squares` (or empty) became
+  // those of `to`.
+  virtual bool project_residual(const Tensor& x, const AdaptedWeight& weight, const Tensor& low_rank,
+                                const Tensor& from, const Tensor& to, const Tensor& squares);
 
   // ---- embedding
   // y[T, H] f32|bf16 = rows of the table [V, H]; ids [T] i32.

@@ -24,7 +24,7 @@ struct OperatorTime {
 double visible_pairs(const std::vector<int32_t>& visible_until, int64_t first_query = 0);
 
 // What each operator takes, for reports. Waits for the device after each, so that a whole takes a little longer than
-// without, and records nothing.
+// without, and records nothing. Projections are timed as the operators that they are composed of.
 class ProfiledBackend final : public Backend {
  public:
   explicit ProfiledBackend(std::shared_ptr<Backend> backend) : backend_(std::move(backend)) {}

@@ -115,6 +115,7 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
   const auto window = [&](const Tensor& all) { return all.rows(first, first + rows); };
   Activations a = shared;
   a.tokens = rows;
+  a.kept_layers = layers_.size();
   for (size_t i = 0; i < layers_.size(); ++i) {
     a.layers[i].attention_input = window(layers_[i].attention_input);
     a.layers[i].qkv = window(layers_[i].qkv);

@@ -9,6 +9,11 @@ namespace {
 // Those of the tokens from `first` on.
 Tensor from_row(const Tensor& x, int64_t first) { return x && first > 0 ? x.rows(first, x.shape[0]) : x; }
 
+AdaptedWeight weight_of(const Projection& projection) {
+  return {projection.weight.packed.get(), projection.bias.value, projection.adapter.a.packed.get(),
+          projection.adapter.b.packed.get()};
+}
+
 }  // namespace
 
 void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, const HeadsView& v,
@@ -33,6 +38,7 @@ void Activations::shrink_to(int64_t rows, Activations& out) const {
   out.normed = first(normed);
   out.gated = first(gated);
   out.low_rank = first(low_rank);
+  out.squares = first(squares);
   out.output = first(output);
 }
 
@@ -51,6 +57,7 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds ho
   a.tokens = tokens;
   a.ancestors = ancestors;
   a.layers.resize(static_cast<size_t>(c.layers));
+  if (keep) a.kept_layers = a.layers.size();
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
   const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };
   for (size_t i = first_layer; i < a.layers.size(); ++i) {
@@ -72,6 +79,9 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds ho
   a.gated = arena.take(c.dtype, {tokens, c.mlp_size});
   const int64_t rank = parameters_.training().lora_rank;
   if (rank > 0) a.low_rank = arena.take(c.dtype, {tokens, rank});
+  if (!keep) {
+    a.squares = arena.take(DType::f32, {tokens, (c.hidden_size + kSquaredColumns - 1) / kSquaredColumns});
+  }
   if (holds == Holds::one_layer) return a;
   a.output = keep ? residual() : a.layers[0].attention_input;
   a.output_rstd = rstd();
@@ -115,19 +125,11 @@ HeadsView Transformer::whole_heads(const Tensor& x) const {
   return {x.data, x.dtype, x.shape[0], config_.heads, config_.head_size, x.shape[1]};
 }
 
-void Transformer::project(const Projection& projection, const Tensor& x, const Tensor& low_rank,
-                          const Tensor& y, bool accumulate) {
-  backend_.linear(x, *projection.weight.packed, projection.bias.value, y, accumulate);
-  if (!low_rank) return;
-  backend_.linear(x, *projection.adapter.a.packed, Tensor(), low_rank);
-  backend_.linear(low_rank, *projection.adapter.b.packed, Tensor(), y, true);
-}
-
-void Transformer::add_product(const Projection& projection, const Tensor& x, const Tensor& low_rank,
+bool Transformer::add_product(const Projection& projection, const Tensor& x, const Activations& activations,
                               const Tensor& from, const Tensor& to, int64_t first) {
-  const Tensor sum = from_row(to, first);
-  if (to.data != from.data) backend_.copy(sum, from_row(from, first));
-  project(projection, from_row(x, first), from_row(low_rank, first), sum, true);
+  return backend_.project_residual(from_row(x, first), weight_of(projection),
+                                   from_row(activations.low_rank, first), from_row(from, first),
+                                   from_row(to, first), from_row(activations.squares, first));
 }
 
 void Transformer::project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
@@ -148,32 +150,36 @@ void Transformer::project_backward(const Projection& projection, const Tensor& d
 void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention,
                           Activations& activations, const Cancel& cancel, const char* work,
                           size_t first_layer) {
-  const float epsilon = config_.rms_norm_epsilon;
-  const Tensor none;
   if (first_layer == 0) backend_.embedding(ids, *parameters_.embedding.packed, activations.input_of(0));
+  bool squared = false;  // activations.squares are those of x
+  const auto normed_rows = [&](const Tensor& x, const Parameter& norm, const Tensor& rstd, int64_t first) {
+    return NormedRows{from_row(x, first),
+                      squared ? from_row(activations.squares, first) : Tensor(),
+                      norm.value,
+                      config_.rms_norm_epsilon,
+                      from_row(activations.normed, first),
+                      from_row(rstd, first)};
+  };
   for (size_t i = first_layer; i < activations.layers.size(); ++i) {
     cancel.check(work);
     const LayerParameters& p = parameters_.layers[i];
     const Activations::Layer& a = activations.layers[i];
-    const int64_t first = activations.first_row(i);
-    backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed,
-                      a.attention_rstd);
-    project(p.qkv, activations.normed, activations.low_rank, activations.own(a.qkv), false);
+    const int64_t layer = static_cast<int64_t>(i), first = activations.first_row(i);
+    const CacheSlots kept = attention.cache_slots(layer);
+    backend_.project_heads(
+        normed_rows(a.attention_input, p.attention_norm, a.attention_rstd, 0), weight_of(p.qkv),
+        activations.low_rank,
+        {activations.own(a.qkv), config_.heads, config_.kv_heads, config_.head_size, positions,
+         inverse_frequencies_, config_.rope_attention_scale, kept.cache, kept.slots});
     const Heads heads = split(a.qkv);
-    backend_.rope(split(activations.own(a.qkv)).qk, positions, inverse_frequencies_, false,
-                  config_.rope_attention_scale);
-    attention.attend(static_cast<int64_t>(i), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
-                     a.lse, first);
-    add_product(p.output, activations.own(a.attention_output), activations.low_rank, a.attention_input,
-                a.mlp_input, first);
-
-    const Tensor normed = from_row(activations.normed, first), gate_up = from_row(a.gate_up, first);
-    backend_.rms_norm(from_row(a.mlp_input, first), none, p.mlp_norm.value, epsilon, normed,
-                      from_row(a.mlp_rstd, first));
-    project(p.gate_up, normed, from_row(activations.low_rank, first), gate_up, false);
-    backend_.swiglu(gate_up, from_row(activations.gated, first));
-    add_product(p.down, activations.gated, activations.low_rank, a.mlp_input, activations.input_of(i + 1),
-                first);
+    attention.attend(layer, heads.q, heads.k, heads.v, whole_heads(a.attention_output), a.lse, first);
+    squared = add_product(p.output, activations.own(a.attention_output), activations, a.attention_input,
+                          a.mlp_input, first);
+    backend_.project_gated(normed_rows(a.mlp_input, p.mlp_norm, a.mlp_rstd, first), weight_of(p.gate_up),
+                           from_row(activations.low_rank, first), from_row(a.gate_up, first),
+                           activations.keeps(i), from_row(activations.gated, first));
+    squared =
+        add_product(p.down, activations.gated, activations, a.mlp_input, activations.input_of(i + 1), first);
   }
 }
 
@@ -188,8 +194,8 @@ void Transformer::complete(size_t layer, AttentionStep& attention, const Activat
   const Heads heads = split(a.qkv);
   attention.attend(static_cast<int64_t>(layer), heads.q, heads.k, heads.v, whole_heads(a.attention_output),
                    a.lse, first);
-  add_product(p.output, activations.own(a.attention_output), activations.low_rank, a.attention_input,
-              a.mlp_input, first);
+  add_product(p.output, activations.own(a.attention_output), activations, a.attention_input, a.mlp_input,
+              first);
   norm(from_row(a.mlp_input, first), p.mlp_norm, from_row(activations.normed, first),
        from_row(a.mlp_rstd, first));
 }

@@ -17,10 +17,21 @@
 
 namespace merf {
 
+// Where the keys and values of a layer are stored beside; `cache` is null where they are not. slots as in cache_write.
+struct CacheSlots {
+  const PagedLayer* cache = nullptr;
+  Tensor slots;
+};
+
 // Attention for one layer; q, k and v are rotated already.
 class AttentionStep {
  public:
   virtual ~AttentionStep() = default;
+  // Where keys and values are before attend is called.
+  virtual CacheSlots cache_slots(int64_t layer) const {
+    (void)layer;
+    return {};
+  }
   // The outputs of the tokens from `first` on are wanted.
   virtual void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v,
                       const HeadsView& out, const Tensor& lse, int64_t first) = 0;
@@ -71,15 +82,18 @@ struct Activations {
   // The tokens before it are there for those that see them alone, not for their own output: the last layer stops at their
   // keys and values, and what comes behind those is undefined.
   int64_t first_wanted = 0;
+  size_t kept_layers = 0;  // the first so many have buffers of their own, for what a backward reads
   std::vector<Layer> layers;
   Tensor normed;       // [T, H]
   Tensor gated;        // [T, F]
   Tensor low_rank;     // [T, rank], empty where the model has no adapters
+  Tensor squares;      // of x's rows as backend.h has them; empty where anything is kept
   Tensor output;       // [T, H] f32, x after the last layer; empty where one layer is held
   Tensor output_rstd;  // [T] f32, as output
 
   // Where a layer finds x; behind the last, where that has left it.
   Tensor& input_of(size_t layer) { return layer < layers.size() ? layers[layer].attention_input : output; }
+  bool keeps(size_t layer) const { return layer < kept_layers; }
   // The first token that a layer goes through whole for.
   int64_t first_row(size_t layer) const { return layer + 1 == layers.size() ? first_wanted : 0; }
   // Of a buffer with the ancestors' rows those of the tokens themselves.
@@ -144,15 +158,13 @@ class Transformer {
   struct Heads {
     HeadsView q, k, v, qk;
   };
-  // y = x W^T + bias (+ y), with the adapter's part, which goes through low_rank.
-  void project(const Projection& projection, const Tensor& x, const Tensor& low_rank, const Tensor& y,
-               bool accumulate);
   // Adds the gradients of what is trained of the projection; overwrites dx.
   void project_backward(const Projection& projection, const Tensor& dy, const Tensor& x,
                         const BackwardBuffers& buffers, const Tensor& dx);
-  // to = from + projection(x) from row `first` on; in place where the two are one buffer.
-  void add_product(const Projection& projection, const Tensor& x, const Tensor& low_rank, const Tensor& from,
-                   const Tensor& to, int64_t first);
+  // to = from + projection(x) from row `first` on; in place where the two are one buffer. Whether activations.squares
+  // became those of `to`.
+  bool add_product(const Projection& projection, const Tensor& x, const Activations& activations,
+                   const Tensor& from, const Tensor& to, int64_t first);
   Heads split(const Tensor& qkv) const;
   HeadsView whole_heads(const Tensor& x) const;
 

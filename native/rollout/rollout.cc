@@ -51,16 +51,17 @@ class PrefillAttention final : public AttentionStep {
   const KvCache& cache_;
 };
 
-// Stores the new token's key and value, then attends to what was planned.
+// Attends to what was planned; the new tokens' keys and values are in the cache by then.
 class DecodeAttention final : public AttentionStep {
  public:
   DecodeAttention(Backend& backend, float scale, const KvCache& cache, const Tensor& slots)
       : backend_(backend), scale_(scale), cache_(cache), slots_(slots) {}
-  void attend(int64_t layer, const HeadsView& q, const HeadsView& k, const HeadsView& v, const HeadsView& out,
+  CacheSlots cache_slots(int64_t layer) const override {
+    return {&cache_.layers[static_cast<size_t>(layer)], slots_};
+  }
+  void attend(int64_t layer, const HeadsView& q, const HeadsView&, const HeadsView&, const HeadsView& out,
               const Tensor&, int64_t) override {
-    const PagedLayer& pages = cache_.layers[static_cast<size_t>(layer)];
-    backend_.cache_write(k, v, slots_, pages);
-    backend_.attention_decode(q, pages, scale_, out);
+    backend_.attention_decode(q, cache_.layers[static_cast<size_t>(layer)], scale_, out);
   }
 
  private:

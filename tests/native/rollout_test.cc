@@ -154,8 +154,8 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
         }
       }
       CAPTURE(worst);
-      // cuBLASLt sums a product in another order for another number of rows, so that both sides have their own rounding.
-      const double in_f32 = sums_in_one_order(backend) ? 2e-5 : 4e-5;
+      // A GPU's products are summed in another order where rows are few, so that both sides have their own rounding.
+      const double in_f32 = backend.info().name == "cpu" ? 2e-5 : 4e-5;
       CHECK(worst < (dtype == DType::f32 ? in_f32 : 0.1));
     }
   });

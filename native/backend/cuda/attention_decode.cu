@@ -18,6 +18,7 @@
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/atomic.h"
 #include "backend/cuda/primitives/mma.h"
+#include "backend/cuda/primitives/overlap.h"
 #include "backend/cuda/primitives/shared.h"
 
 namespace merf::cuda {
@@ -229,6 +230,8 @@ __global__ void __launch_bounds__(kThreads, (Tiling<T, kHead>::kBlocks))
   Item& item = *shared.take<Item>(1);
   const int warp = warp_index(), lane = lane_index();
 
+  wait_for_previous();
+  let_next_begin();
   if (thread_index() == 0) item = find_item<kTile>(plan, static_cast<int>(blockIdx.x), kv_heads, group);
   sync_block();
   while (item.count > 0) {
@@ -414,6 +417,8 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(int32_t* plan, const float* outputs, const float* statistics, T* out, int64_t out_stride,
                  int64_t rows, int heads, int size) {
+  wait_for_previous();
+  let_next_begin();
   if (grid_index() == 0) plan[kClaimed] = 0;
   const int64_t index = grid_index() / kWarp;
   const int64_t row = index / heads;
@@ -636,13 +641,13 @@ void CudaBackend::attention_decode(const HeadsView& q, const PagedLayer& cache, 
       // No more blocks than run at once: another would begin, with its first item, when all others are taken.
       const int resident = std::max(resident_blocks(gpu(), Sizes::kShared, Sizes::kBlocks), 1);
       launch(gpu(), "attention_decode", decode_kernel<T, decltype(head)::value>,
-             {blocks(gpu().properties().multiprocessors * resident), kThreads, Sizes::kShared},
+             {blocks(gpu().properties().multiprocessors * resident), kThreads, Sizes::kShared, true},
              static_cast<const T*>(q.data), q.row_stride, cache.keys.as<const T>(),
              cache.values.as<const T>(), plan, outputs, statistics, kv_heads, heads / kv_heads, size,
              scale * kLog2e);
     });
     launch(gpu(), "attention_decode_merge", merge_kernel<T>,
-           {blocks(divide_up(q.tokens * heads, kWarps)), kThreads}, plan, outputs, statistics,
+           {blocks(divide_up(q.tokens * heads, kWarps)), kThreads, 0, true}, plan, outputs, statistics,
            static_cast<T*>(out.data), out.row_stride, q.tokens, heads, size);
   });
 }

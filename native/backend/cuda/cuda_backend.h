@@ -70,6 +70,14 @@ class CudaBackend final : public Backend {
   void linear_backward_weight(const Tensor& dy, const Tensor& x, const Tensor& dw,
                               const Tensor& dbias) override;
 
+  // decode_products.cu, where rows are few
+  void project_heads(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
+                     const ProjectedHeads& out) override;
+  void project_gated(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
+                     const Tensor& gate_up, bool keep_gate_up, const Tensor& gated) override;
+  bool project_residual(const Tensor& x, const AdaptedWeight& weight, const Tensor& low_rank,
+                        const Tensor& from, const Tensor& to, const Tensor& squares) override;
+
   // embedding.cu
   void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
   void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
@@ -147,6 +155,7 @@ class CudaBackend final : public Backend {
   std::shared_ptr<MatrixLibrary> products_;        // cuBLASLt, or null
   std::shared_ptr<AttentionPlan> attention_plan_;  // of the last forest
   std::shared_ptr<DecodeWork> decode_;             // of the last plan_decode
+  Tensor arrivals_;                                // of decode_products.cu: 0 between launches
   // Changes whenever a recording made before would no longer be right, such as when decode_ moved.
   int64_t recording_generation_ = 0;
   std::vector<GpuRecorder*> recorders_;

@@ -544,13 +544,22 @@ void Gpu::allow_shared(const void* kernel, size_t bytes) {
 }
 
 void Gpu::launch(const char* name, const void* kernel, dim3 grid, int threads, size_t shared,
-                 void** arguments) {
+                 void** arguments, bool overlaps) {
   State& s = *state_;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared;
+  config.stream = s.stream;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps && properties_.major >= 9 ? 1 : 0;
   s.enter();
   // The first launch loads the kernel's code, which takes memory.
-  const cudaError_t status = s.with_room(name, [&] {
-    return cudaLaunchKernel(kernel, grid, dim3(static_cast<unsigned>(threads)), arguments, shared, s.stream);
-  });
+  const cudaError_t status =
+      s.with_room(name, [&] { return cudaLaunchKernelExC(&config, kernel, arguments); });
   if (status != cudaSuccess) s.check(status, (std::string("starting ") + name).c_str());
   health().started(name);
 }

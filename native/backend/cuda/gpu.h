@@ -125,8 +125,10 @@ class Gpu {
   cudaStream_t stream() const;
   // Lets a kernel have more shared memory than 48 KiB.
   void allow_shared(const void* kernel, size_t bytes);
-  // Throws DEVICE_FAILED where the launch is refused. The arrays are those of cudaLaunchKernel.
-  void launch(const char* name, const void* kernel, dim3 grid, int threads, size_t shared, void** arguments);
+  // Throws DEVICE_FAILED where the launch is refused. The arrays are those of cudaLaunchKernel. overlaps: as
+  // LaunchShape's.
+  void launch(const char* name, const void* kernel, dim3 grid, int threads, size_t shared, void** arguments,
+              bool overlaps);
 #endif
 
  private:

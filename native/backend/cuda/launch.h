@@ -16,6 +16,8 @@ struct LaunchShape {
   dim3 grid;          // blocks; a grid of none is no launch
   int threads = 128;  // in a block, a multiple of 32
   size_t shared = 0;  // bytes of shared memory a block, as shared_bytes counts them
+  // The kernel calls wait_for_previous (primitives/overlap.h), so it may begin before the one ahead of it has ended.
+  bool overlaps = false;
 };
 
 // Throws where a dimension is no number that a launch can be given, rather than lose its upper bits.
@@ -60,7 +62,7 @@ void launch(Gpu& gpu, const char* name, void (*kernel)(Parameters...), const Lau
   std::apply(
       [&](auto&... each) {
         void* addresses[] = {static_cast<void*>(&each)..., nullptr};
-        gpu.launch(name, function, shape.grid, shape.threads, shape.shared, addresses);
+        gpu.launch(name, function, shape.grid, shape.threads, shape.shared, addresses, shape.overlaps);
       },
       parameters);
 #endif

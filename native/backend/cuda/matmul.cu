@@ -4,9 +4,9 @@
 // The kernel computes C = op(A) op(B) in tiles of C, one block each. Tiles of A and B come through a ring of stages in
 // shared memory, filled by cp.async some stages ahead, and go from there into the fragments of mma. Every element of C
 // is one chain of mma over k from first to last, whatever the tile, so that a row of a product has the same bits
-// however many rows it stands among: what was sampled in one batch is scored the same in another. Only products that
-// are added to a weight's gradient, where k is the tokens and C may be too small to fill a GPU, divide k; their parts
-// are summed in a fixed order.
+// however many rows it stands among. Only products that are added to a weight's gradient, where k is the tokens and C
+// may be too small to fill a GPU, divide k; their parts are summed in a fixed order. A layer's projections of few rows,
+// as in decoding, are not here but in decode_products.cu.
 //
 // cuBLASLt chooses its algorithm by the number of rows, and does not promise the same bits for a row in another batch.
 // Whoever computes it, a result is rounded once, after all has been added.

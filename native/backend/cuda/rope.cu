@@ -6,6 +6,7 @@
 #include "backend/cuda/primitives/convert.h"
 #include "backend/cuda/primitives/shared.h"
 #include "backend/cuda/primitives/warp.h"
+#include "backend/cuda/rotation.h"
 #include "backend/cuda/widths.h"
 
 namespace merf::cuda {
@@ -13,36 +14,6 @@ namespace merf::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-
-// Within 1e-11 for |x| < 1e6: x is reduced to [-pi/4, pi/4] by a product exact enough there, then Taylor.
-__device__ inline void sine_cosine(double x, double& sine, double& cosine) {
-  const double turns = rint(x * 0.63661977236758134308);
-  double r = fma(-turns, 1.57079632679489655800, x);
-  r = fma(-turns, 6.12323399573676603587e-17, r);
-  const double r2 = r * r;
-
-  double s = 1.0 / 6227020800.0;
-  s = fma(s, r2, -1.0 / 39916800.0);
-  s = fma(s, r2, 1.0 / 362880.0);
-  s = fma(s, r2, -1.0 / 5040.0);
-  s = fma(s, r2, 1.0 / 120.0);
-  s = fma(s, r2, -1.0 / 6.0);
-  s = fma(s * r2, r, r);
-  double c = 1.0 / 479001600.0;
-  c = fma(c, r2, -1.0 / 3628800.0);
-  c = fma(c, r2, 1.0 / 40320.0);
-  c = fma(c, r2, -1.0 / 720.0);
-  c = fma(c, r2, 1.0 / 24.0);
-  c = fma(c, r2, -0.5);
-  c = fma(c, r2, 1.0);
-
-  // Quarter turns: 0 (s, c), 1 (c, -s), 2 (-s, -c), 3 (-c, s).
-  const int quarter = static_cast<int>(turns) & 3;
-  sine = quarter % 2 == 1 ? c : s;
-  cosine = quarter % 2 == 1 ? s : c;
-  if (quarter >= 2) sine = -sine;
-  if (quarter == 1 || quarter == 2) cosine = -cosine;
-}
 
 // x [tokens, heads, head_size] in rows of `row_stride`, positions [tokens], inverse_frequencies [head_size / 2]; a
 // thread rotates N neighbouring pairs at a time.
@@ -56,10 +27,7 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t token = blockIdx.x;
   const float position = static_cast<float>(positions[token]);
   for (int i = thread_index(); i < half; i += thread_count()) {
-    double sine, cosine;
-    sine_cosine(static_cast<double>(position * inverse_frequencies[i]), sine, cosine);
-    cosines[i] = static_cast<float>(cosine * cosine_scale);
-    sines[i] = static_cast<float>(sine * sine_scale);
+    rotation_at(position, inverse_frequencies[i], cosine_scale, sine_scale, cosines[i], sines[i]);
   }
   sync_block();
   x += token * row_stride;
@@ -73,10 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     load_floats(c, cosines + i);
     load_floats(s, sines + i);
 #pragma unroll
-    for (int j = 0; j < N; ++j) {
-      first_out[j] = fmaf(-second[j], s[j], first[j] * c[j]);
-      second_out[j] = fmaf(first[j], s[j], second[j] * c[j]);
-    }
+    for (int j = 0; j < N; ++j) rotate(first[j], second[j], c[j], s[j], first_out[j], second_out[j]);
     store_floats(head + i, first_out);
     store_floats(head + half + i, second_out);
   }
