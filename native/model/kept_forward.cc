@@ -137,6 +137,7 @@ int64_t KeptForward::advance(int64_t rows) {
 
 void KeptForward::stage(Arena& arena, int64_t rows, Activations& activations) const {
   const auto like = [&](const Tensor& all) { return arena.take(all.dtype, {rows, all.shape[1]}); };
+  activations.kept_layers = layers_.size();
   for (size_t i = 0; i < layers_.size(); ++i) {
     activations.layers[i].attention_input = like(layers_[i].attention_input);
     activations.layers[i].qkv = like(layers_[i].qkv);

@@ -25,6 +25,7 @@ void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, co
 void Activations::shrink_to(int64_t rows, Activations& out) const {
   const auto first = [rows](const Tensor& t) { return t ? t.rows(0, rows) : t; };
   out.tokens = rows;
+  out.kept_layers = kept_layers;
   out.layers.resize(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& from = layers[i];
