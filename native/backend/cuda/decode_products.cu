@@ -144,49 +144,83 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
   const auto has_output = [&](int column) {
     return column < kGroup ? column < first_count : column - kGroup < second_count;
   };
-  const auto fill_weights = [&](int step) {
-    if (step >= steps) return;
-    const bool own = step < own_steps;
-    const T* from = own ? in.weight : in.adapter;
-    const int size = own ? in.k : in.rank, at = own ? begin + step * kStep : (step - own_steps) * kStep;
-    const int limit = own ? end : in.rank;
-    T* to = weights(step);
-    for (int i = thread_index(); i < kColumns * kChunks; i += kThreads) {
-      const int column = i / kChunks, k = i % kChunks * kChunk;
-      const bool valid = has_output(column) && at + k < limit;
-      copy_async(to + column * kStride + k, valid ? from + int64_t{output_of(column)} * size + at + k : from,
-                 valid);
+  // A thread copies the same columns and rows in every step, so that their addresses are made once.
+  constexpr int kCopiers = kThreads / kChunks;  // rows of a tile of T that the block's threads copy at a time
+  constexpr int kWeightCopies = kColumns / kCopiers, kRowCopies = (Rows + kCopiers - 1) / kCopiers;
+  static_assert(kThreads % kChunks == 0 && kColumns % kCopiers == 0);
+  const int copied = thread_index() / kChunks, chunk = thread_index() % kChunks * kChunk;
+  const T* weight_from[kWeightCopies];  // of step 0; null where there is no such column
+#pragma unroll
+  for (int i = 0; i < kWeightCopies; ++i) {
+    const int column = copied + i * kCopiers;
+    weight_from[i] =
+        has_output(column) ? in.weight + int64_t{output_of(column)} * in.k + begin + chunk : nullptr;
+  }
+  const T* const row_from = Normed ? nullptr : in.a + int64_t{row + copied} * in.k + begin + chunk;
+  constexpr int kRawCopiers = kThreads / kRawChunks;
+  constexpr int kRawCopies = (Rows + kRawCopiers - 1) / kRawCopiers;
+  static_assert(kThreads % kRawChunks == 0);
+  const int raw_copied = thread_index() / kRawChunks, raw_chunk = thread_index() % kRawChunks * 4;
+  const float* const raw_from =
+      Normed ? in.x + int64_t{row + raw_copied} * in.k + begin + raw_chunk : nullptr;
+
+  // The steps behind those of the weight are the adapter's.
+  const auto fill_adapter = [&](T* to, int stride, const T* from, int count, int at, const auto& row_of,
+                                const auto& has_row) {
+    for (int i = thread_index(); i < count * kChunks; i += kThreads) {
+      const int r = i / kChunks, k = i % kChunks * kChunk;
+      const bool valid = has_row(r) && at + k < in.rank;
+      copy_async(to + r * stride + k, valid ? from + int64_t{row_of(r)} * in.rank + at + k : from, valid);
     }
   };
-  // Rows of `T` with rows `stride` apart in shared memory.
-  const auto fill_plain = [&](T* to, int stride, const T* from, int size, int at, int limit) {
-    for (int i = thread_index(); i < Rows * kChunks; i += kThreads) {
-      const int r = i / kChunks, k = i % kChunks * kChunk;
-      const bool valid = r < rows_left && at + k < limit;
-      copy_async(to + r * stride + k, valid ? from + int64_t{row + r} * size + at + k : from, valid);
+  const auto fill_weights = [&](int step) {
+    if (step >= steps) return;
+    T* const to = weights(step);
+    if (step >= own_steps) {
+      fill_adapter(to, kStride, in.adapter, kColumns, (step - own_steps) * kStep, output_of, has_output);
+      return;
+    }
+    const bool inside = begin + step * kStep + chunk < end;
+#pragma unroll
+    for (int i = 0; i < kWeightCopies; ++i) {
+      const bool valid = inside && weight_from[i] != nullptr;
+      copy_async(to + (copied + i * kCopiers) * kStride + chunk,
+                 valid ? weight_from[i] + step * kStep : in.weight, valid);
     }
   };
   const auto fill_rows = [&](int step) {
     if (step >= steps) return;
     if (step >= own_steps) {
-      fill_plain(reinterpret_cast<T*>(raw_rows(step)), Normed ? kStep : kStride, in.low, in.rank,
-                 (step - own_steps) * kStep, in.rank);
+      fill_adapter(
+          reinterpret_cast<T*>(raw_rows(step)), Normed ? kStep : kStride, in.low, Rows,
+          (step - own_steps) * kStep, [&](int r) { return row + r; }, [&](int r) { return r < rows_left; });
     } else if constexpr (Normed) {
-      float* to = reinterpret_cast<float*>(raw_rows(step));
-      const int at = begin + step * kStep;
-      for (int i = thread_index(); i < Rows * kRawChunks; i += kThreads) {
-        const int r = i / kRawChunks, k = i % kRawChunks * 4;
-        const bool valid = r < rows_left && at + k < end;
-        copy_async(to + i * 4, valid ? in.x + int64_t{row + r} * in.k + at + k : in.x, valid);
+      float* const to = reinterpret_cast<float*>(raw_rows(step));
+      const bool inside = begin + step * kStep + raw_chunk < end;
+#pragma unroll
+      for (int i = 0; i < kRawCopies; ++i) {
+        const int r = raw_copied + i * kRawCopiers;
+        if (Rows % kRawCopiers != 0 && r >= Rows) break;
+        const bool valid = inside && r < rows_left;
+        copy_async(to + r * kStep + raw_chunk,
+                   valid ? raw_from + int64_t{i * kRawCopiers} * in.k + step * kStep : in.x, valid);
       }
     } else {
-      fill_plain(reinterpret_cast<T*>(raw_rows(step)), kStride, in.a, in.k, begin + step * kStep, end);
+      T* const to = reinterpret_cast<T*>(raw_rows(step));
+      const bool inside = begin + step * kStep + chunk < end;
+#pragma unroll
+      for (int i = 0; i < kRowCopies; ++i) {
+        const int r = copied + i * kCopiers;
+        if (Rows % kCopiers != 0 && r >= Rows) break;
+        const bool valid = inside && r < rows_left;
+        copy_async(to + r * kStride + chunk,
+                   valid ? row_from + int64_t{i * kCopiers} * in.k + step * kStep : in.a, valid);
+      }
     }
   };
   // Of the norm's weight what this thread normalises in a step: its chunks stand in the same columns.
-  static_assert(kThreads % kRawChunks == 0);
   const auto norm_weights = [&](int step) {
-    const int k = begin + step * kStep + thread_index() % kRawChunks * 4;
+    const int k = begin + step * kStep + raw_chunk;
     return step < own_steps && k < end ? load_vector<4>(in.norm_weight + k) : Vector<float, 4>{};
   };
   // Each thread takes what it has copied itself, so nobody need wait for others before.
@@ -202,15 +236,14 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     }
     const float* from = reinterpret_cast<const float*>(raw_rows(step));
 #pragma unroll
-    for (int i = 0; i < (Rows * kRawChunks + kThreads - 1) / kThreads; ++i) {
-      const int chunk = thread_index() + i * kThreads;
-      if (chunk >= Rows * kRawChunks) break;
-      const int r = chunk / kRawChunks, k = chunk % kRawChunks * 4;
-      const Vector<float, 4> x = load_vector<4>(from + chunk * 4);
+    for (int i = 0; i < kRawCopies; ++i) {
+      const int r = raw_copied + i * kRawCopiers;
+      if (Rows % kRawCopiers != 0 && r >= Rows) break;
+      const Vector<float, 4> x = load_vector<4>(from + r * kStep + raw_chunk);
       float normed[4];
 #pragma unroll
       for (int j = 0; j < 4; ++j) normed[j] = factors.at[j] * (x.at[j] * scales[r]);
-      store_floats(to + r * kStride + k, normed);
+      store_floats(to + r * kStride + raw_chunk, normed);
     }
   };
   const auto ask_ahead = [&](int step, int column) {
