@@ -289,6 +289,39 @@ TEST_CASE("attention and its gradients agree with float64") {
   });
 }
 
+TEST_CASE("attention agrees with float64 on an emulated GPU of compute capability 8.0, too") {
+  // 9.0 has kernels of its own for bf16.
+  const char* const name = "MERF_EMULATION_CAPABILITY";
+  const char* const set = std::getenv(name);
+  const std::string before = set == nullptr ? "" : set;
+  setenv(name, "80", 1);
+  for_each_backend([](Backend& backend) {
+    if (backend.info().name != "cuda-emulated") return;
+    uint32_t seed = 90;
+    for (const Case& c :
+         {Case{"causal", causal(131), 1, 2, 64}, Case{"forest", forest(203, 40, 4, 5), 2, 3, 128},
+          Case{"wide", wide(70, 60, 5), 1, 4, 24}, Case{"many query heads", causal(65), 1, 200, 8}}) {
+      CAPTURE(c.name);
+      const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
+                        c.head_size};
+      const std::vector<float> qkv = stored(Random(++seed).normals(shape.tokens * shape.row()), DType::bf16);
+      const std::vector<float> dout =
+          stored(Random(++seed).normals(shape.tokens * shape.q_heads * shape.head_size), DType::bf16);
+      const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
+      const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+      const Result actual = run(backend, shape, qkv, dout, c.visible_until, scale, DType::bf16);
+      CHECK(mean_error(actual.out, expected.out) < 4e-3);
+      CHECK(mean_error(actual.lse, expected.lse) < 1e-6);
+      CHECK(mean_error(actual.gradient, expected.gradient) < 4e-3);
+    }
+  });
+  if (set == nullptr) {
+    unsetenv(name);
+  } else {
+    setenv(name, before.c_str(), 1);
+  }
+}
+
 TEST_CASE("attention of some queries gives their part of the whole") {
   for_each_backend([](Backend& backend) {
     uint32_t seed = 71;
@@ -434,6 +467,7 @@ TEST_CASE("attention takes any scale") {
     const Fused shape{70, 2, 1, 16};
     const std::vector<float> qkv = Random(8).normals(shape.tokens * shape.row());
     const std::vector<float> dout = Random(9).normals(shape.tokens * shape.q_heads * shape.head_size);
+    const std::vector<float> rounded = stored(qkv, DType::bf16), rounded_dout = stored(dout, DType::bf16);
     for (const float scale : {-0.25f, 0.0f, 2.0f}) {
       CAPTURE(scale);
       const Reference expected = reference_attention(shape, qkv, dout, causal(70), scale);
@@ -441,6 +475,11 @@ TEST_CASE("attention takes any scale") {
       CHECK(mean_error(actual.out, expected.out) < 4e-6);
       CHECK(mean_error(actual.lse, expected.lse) < 1e-6);
       CHECK(mean_error(actual.gradient, expected.gradient) < 4e-6);
+      const Reference of_rounded = reference_attention(shape, rounded, rounded_dout, causal(70), scale);
+      const Result half = run(backend, shape, rounded, rounded_dout, causal(70), scale, DType::bf16);
+      CHECK(mean_error(half.out, of_rounded.out) < 4e-3);
+      CHECK(mean_error(half.lse, of_rounded.lse) < 1e-6);
+      CHECK(mean_error(half.gradient, of_rounded.gradient) < 6e-3);
     }
   });
 }
