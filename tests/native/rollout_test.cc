@@ -459,7 +459,8 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
     SampleRequest request = make_request(3, 12);
     SampleRequest other = request;
     other.options.seed = 12;
-    // Without recordings.
+    // Without recordings, and of operators one by one, which round an adapter or a split sum elsewhere than fused ones do.
+    const bool fused = backend.info().name != "cpu";
     ProfiledBackend profiled(std::shared_ptr<Backend>(&backend, [](Backend*) {}));
     Fixture plain(profiled, config);
     plain.model.initialize(7, 0.1f);
@@ -468,7 +469,8 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
       const SampleResult result = sample(f.model, {}, asked, Cancel(), nullptr);
       const SampleResult expected = sample(plain.model, {}, asked, Cancel(), nullptr);
       CHECK(result.tokens == expected.tokens);
-      if (backend.info().name != "cuda") CHECK(same_bits(result.logprobs, expected.logprobs));
+      CHECK((fused ? relative_error(result.logprobs, expected.logprobs) < 0.02
+                   : same_bits(result.logprobs, expected.logprobs)));
       return result;
     };
     check(request);
@@ -514,7 +516,7 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
       }
       for (size_t i = 0; i < sums[0].size(); ++i) {
         CAPTURE(f.model.parameters().named()[i].name);
-        if (backend.info().name != "cuda") CHECK(same_bits(sums[0][i], sums[1][i]));
+        CHECK((fused ? relative_error(sums[0][i], sums[1][i]) < 0.05 : same_bits(sums[0][i], sums[1][i])));
       }
     }
     // Steps that keep something have a recording of their own; how many layers they keep changes where its kernels write.
