@@ -462,16 +462,21 @@ sanitizer=$(find_tool compute-sanitizer) || sanitizer=
 
 # tool, name, command...: its log and exit code.
 sanitize() {
-  local tool=$1 log=$results/logs/$1-$2.log but=()
+  local tool=$1 log=$results/logs/$1-$2.log
   shift 2
-  # Reads of what bulk copies bring are ordered by barriers in shared memory (mbarrier), which racecheck does not follow.
-  [ "$tool" = racecheck ] && but=(--kernel-regex-exclude kns=hopper)
   # What the library of matrix products does inside is not ours to check, nor are errors that are asked for and caught.
   OMP_NUM_THREADS=2 MERF_TEST_DEVICES=$device limited "$(left 120 "$kept")" "$sanitizer" --tool "$tool" \
-    --error-exitcode 86 --report-api-errors no --kernel-regex kns=merf "${but[@]}" "$@" >"$log" 2>&1
+    --error-exitcode 86 --report-api-errors no --kernel-regex kns=merf "$@" >"$log" 2>&1
   echo $? >"$log.code"
 }
 
+# Whether all that racecheck reports are bulk copies into the rings of attention's Hopper kernels: their readers are waited
+# for at barriers in shared memory (mbarrier), which racecheck does not follow.
+only_bulk_copies() {
+  ! grep -qE 'Internal|Error: Potential|Invalid' "$1" && grep -q 'Race reported' "$1" &&
+    ! grep 'Race reported between Write' "$1" | grep -qv '_hopper_kernel' &&
+    ! grep 'Race reported' "$1" | grep -qv 'between Write'
+}
 summary_of() { { grep SUMMARY "$1" || cat "$1"; } | tail -n 1 | sed 's/^=* *//'; }
 
 sanitize_all() {
@@ -517,6 +522,9 @@ sanitize_all() {
       elif [ "$code" -eq 124 ] || [ "$code" -eq 137 ]; then
         status=failed
         detail+="$name did not come to its end; "
+      elif [ "$code" -eq 86 ] && [ "$tool" = racecheck ] && only_bulk_copies "$log"; then
+        detail+="$name: bulk copies alone, whose barriers it does not follow; "
+        code=0
       elif [ "$code" -ne 0 ]; then
         status=failed
         detail+="$name: $(summary_of "$log") (exit code $code); "

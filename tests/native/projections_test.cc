@@ -12,12 +12,12 @@ struct Shape {
   int64_t rows, hidden, heads, kv_heads, head_size, mlp, rank;
   bool bias;
 };
-// Odd multiples of the least that a row may be; rows of each number of fragments and of two tiles; k divided among
+// Odd multiples of the least that a row may be; rows up to a tile, and more; k divided among
 // blocks; heads whose halves are no multiple of a tile's columns; rows that no tile can take.
 const Shape kShapes[] = {
-    {1, 64, 1, 1, 64, 64, 0, false},      {5, 72, 3, 1, 96, 104, 0, true},   {17, 200, 2, 1, 24, 40, 8, true},
-    {33, 136, 4, 2, 80, 1544, 32, false}, {64, 96, 2, 1, 128, 200, 0, true}, {70, 64, 1, 1, 8, 88, 16, false},
-    {3, 2056, 1, 1, 64, 72, 72, true},    {7, 36, 2, 1, 64, 52, 0, true},    {129, 64, 1, 1, 64, 64, 8, true},
+    {1, 64, 1, 1, 64, 64, 0, false},      {5, 72, 3, 1, 96, 104, 0, true},   {16, 200, 2, 1, 24, 40, 8, true},
+    {13, 136, 4, 2, 80, 1544, 32, false}, {15, 96, 2, 1, 128, 200, 0, true}, {17, 64, 1, 1, 8, 88, 16, false},
+    {3, 2056, 1, 1, 64, 72, 72, true},    {7, 36, 2, 1, 64, 52, 0, true},    {33, 64, 1, 1, 64, 64, 8, true},
 };
 
 std::vector<float> rounded(const std::vector<double>& values, DType dtype) {
@@ -276,7 +276,7 @@ TEST_CASE("project_residual agrees with float64 and leaves the sums of squares t
       if (!in_place) CHECK(same_bits(download(backend, from), before));
       if (squared) CHECK(relative_error(download(backend, squares), squares_of(result, size)) < 1e-6);
       // The GPU's own kernel takes all few rows that begin at multiples of 16 bytes.
-      const bool few = rows <= 128 && shape.mlp * static_cast<int64_t>(size_of(dtype)) % 16 == 0;
+      const bool few = rows <= 16 && shape.mlp * static_cast<int64_t>(size_of(dtype)) % 16 == 0;
       CHECK(squared == (few && backend.info().name != "cpu"));
     }
   });
@@ -284,13 +284,13 @@ TEST_CASE("project_residual agrees with float64 and leaves the sums of squares t
 
 TEST_CASE("a row's projections have the same bits whatever rows stand beside it") {
   for_each_backend([](Backend& backend) {
-    const int64_t hidden = 1032, heads = 1, size = 64, most = 64;
+    const int64_t hidden = 1032, heads = 1, size = 64, most = 16;
     Random random(7);
     const DType dtype = DType::bf16;
     const auto x = random.normals(most * hidden), norm = random.normals(hidden);
     const Weight weight(backend, random, 3 * heads * size, hidden, 8, true, dtype);
     std::vector<float> alone;
-    for (const int64_t rows : {int64_t{1}, int64_t{20}, int64_t{33}, most}) {
+    for (const int64_t rows : {int64_t{1}, int64_t{5}, int64_t{9}, most}) {
       const Tensor tx = upload(backend, DType::f32, {rows, hidden}, {x.begin(), x.begin() + rows * hidden});
       const Shape shape{rows, hidden, 1, 1, size, 0, 8, true};
       const ProjectedHeads out{poisoned(backend, dtype, {rows, 3 * size}),

@@ -2,7 +2,7 @@
 // normalises its rows on their way in and does to the product on its way out what stands behind it: bias, rotation and
 // the cache; SwiGLU; the residual stream and the sums of squares that the next norm wants.
 //
-// What such a product takes is the time to read the weight. So a block has all rows (up to 64) and few columns, its
+// What such a product takes is the time to read the weight. So a block has all rows (up to 16) and few columns, its
 // weights are asked for before the kernel ahead has ended, and some steps ahead into the second-level cache. A block's
 // columns are two groups: those of gate and of up, or the two halves of a head, so that one block has both of a pair.
 //
@@ -27,7 +27,9 @@ namespace merf::cuda {
 
 namespace {
 
-constexpr int64_t kMostRows = 128;  // more are many
+// More rows are many: on an H100, steps of 32 rows and more (Qwen2.5 0.5B and 1.5B, SmolLM2) took 1.15 to 1.3 times as long
+// by kernels of this kind with larger tiles as by cuBLASLt's products and the operators around them.
+constexpr int kRows = 16;
 constexpr int64_t kFullGrid = 128;  // blocks that k is divided for
 constexpr int64_t kShortestPart = 512;
 constexpr int64_t kMostParts = 16;
@@ -37,24 +39,25 @@ enum class Output : uint8_t { plain, heads, gated, residual };
 
 constexpr int kChains = 4;  // slices of a step, each one warp's in its columns
 
-template <typename T, bool Normed, Output kOutput, int Rows>
+template <typename T, bool Normed, Output kOutput>
 struct Shape {
   static constexpr int kGroup = kOutput == Output::gated ? 32 : 16;  // columns of each of the two groups
   static constexpr int kColumns = 2 * kGroup;
   static constexpr int kThreads = 2 * kChains * kWarp;
   static constexpr int kStep = kChains * kDepth<T>;  // of k: 128 bytes
   static constexpr int kStride = kStep + kVector<T>;
-  static constexpr int kStages = Rows == 64 ? (Normed ? 3 : 4) : Rows == 32 ? 4 : 6;
+  static constexpr int kStages = 6;
   // Raw rows are those as they come, float32 where they are yet to be normalised.
-  static constexpr size_t kRaw = Normed ? shared_bytes<float>(Rows * kStep) : shared_bytes<T>(Rows * kStride);
+  static constexpr size_t kRaw =
+      Normed ? shared_bytes<float>(kRows * kStep) : shared_bytes<T>(kRows * kStride);
   static constexpr size_t kWeights = shared_bytes<T>(kColumns * kStride);
-  static constexpr size_t kNormedTile = Normed ? shared_bytes<T>(Rows * kStride) : 0;
+  static constexpr size_t kNormedTile = Normed ? shared_bytes<T>(kRows * kStride) : 0;
   static constexpr size_t kRing = kStages * (kRaw + kWeights) + 2 * kNormedTile;
   // The chains' sums take the ring's place.
   static constexpr int kSumStride = kColumns + 8;
-  static constexpr size_t kSums = shared_bytes<float>(kChains * Rows * kSumStride);
+  static constexpr size_t kSums = shared_bytes<float>(kChains * kRows * kSumStride);
   static constexpr size_t kMain = kRing > kSums ? kRing : kSums;
-  static constexpr size_t kShared = kMain + shared_bytes<float>(Rows) + shared_bytes<uint32_t>(1);
+  static constexpr size_t kShared = kMain + shared_bytes<float>(kRows) + shared_bytes<uint32_t>(1);
   static_assert(kShared <= kLeastShared);
   static_assert(sizeof(T) * kStep == 128);
   // How many steps ahead of their use weights are asked for.
@@ -103,17 +106,17 @@ __device__ inline int at_most(int value, int most) { return value < most ? value
 
 __device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
-template <typename T, bool Normed, Output kOutput, int Rows>
-__global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), sizeof(T) == 2 ? 2 : 1)
+template <typename T, bool Normed, Output kOutput>
+__global__ void __launch_bounds__((Shape<T, Normed, kOutput>::kThreads), sizeof(T) == 2 ? 2 : 1)
     few_rows_kernel(FewRows<T> arguments) {
-  using Sizes = Shape<T, Normed, kOutput, Rows>;
+  using Sizes = Shape<T, Normed, kOutput>;
   constexpr int kGroup = Sizes::kGroup, kColumns = Sizes::kColumns, kThreads = Sizes::kThreads;
   constexpr int kStep = Sizes::kStep, kStride = Sizes::kStride, kStages = Sizes::kStages;
   constexpr int kChunk = kVector<T>, kChunks = kStep / kChunk;  // of 16 bytes in a step's row
   constexpr int kRawChunks = kStep / 4;                         // where it is float32
   SharedMemory shared;
   unsigned char* const main = shared.take<unsigned char>(Sizes::kMain);
-  float* const scales = shared.take<float>(Rows);
+  float* const scales = shared.take<float>(kRows);
   uint32_t* const arrived = shared.take<uint32_t>(1);
   const auto raw_rows = [&](int step) { return main + step % kStages * Sizes::kRaw; };
   const auto weights = [&](int step) {
@@ -132,7 +135,6 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
   // Columns there are in each group.
   const int first_count = at_most(at_most(in.pairs - pair, in.n - first), kGroup);
   const int second_count = at_most(at_most(in.pairs - pair, in.n - second), kGroup);
-  const int row = static_cast<int>(blockIdx.y) * Rows, rows_left = at_most(in.m - row, Rows);
 
   const int begin = part * in.part, end = at_most(begin + in.part, in.k);
   const int own_steps = (end - begin + kStep - 1) / kStep;
@@ -146,7 +148,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
   };
   // A thread copies the same columns and rows in every step, so that their addresses are made once.
   constexpr int kCopiers = kThreads / kChunks;  // rows of a tile of T that the block's threads copy at a time
-  constexpr int kWeightCopies = kColumns / kCopiers, kRowCopies = (Rows + kCopiers - 1) / kCopiers;
+  constexpr int kWeightCopies = kColumns / kCopiers, kRowCopies = (kRows + kCopiers - 1) / kCopiers;
   static_assert(kThreads % kChunks == 0 && kColumns % kCopiers == 0);
   const int copied = thread_index() / kChunks, chunk = thread_index() % kChunks * kChunk;
   const T* weight_from[kWeightCopies];  // of step 0; null where there is no such column
@@ -156,13 +158,12 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     weight_from[i] =
         has_output(column) ? in.weight + int64_t{output_of(column)} * in.k + begin + chunk : nullptr;
   }
-  const T* const row_from = Normed ? nullptr : in.a + int64_t{row + copied} * in.k + begin + chunk;
+  const T* const row_from = Normed ? nullptr : in.a + int64_t{copied} * in.k + begin + chunk;
   constexpr int kRawCopiers = kThreads / kRawChunks;
-  constexpr int kRawCopies = (Rows + kRawCopiers - 1) / kRawCopiers;
+  constexpr int kRawCopies = (kRows + kRawCopiers - 1) / kRawCopiers;
   static_assert(kThreads % kRawChunks == 0);
   const int raw_copied = thread_index() / kRawChunks, raw_chunk = thread_index() % kRawChunks * 4;
-  const float* const raw_from =
-      Normed ? in.x + int64_t{row + raw_copied} * in.k + begin + raw_chunk : nullptr;
+  const float* const raw_from = Normed ? in.x + int64_t{raw_copied} * in.k + begin + raw_chunk : nullptr;
 
   // The steps behind those of the weight are the adapter's.
   const auto fill_adapter = [&](T* to, int stride, const T* from, int count, int at, const auto& row_of,
@@ -192,16 +193,16 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     if (step >= steps) return;
     if (step >= own_steps) {
       fill_adapter(
-          reinterpret_cast<T*>(raw_rows(step)), Normed ? kStep : kStride, in.low, Rows,
-          (step - own_steps) * kStep, [&](int r) { return row + r; }, [&](int r) { return r < rows_left; });
+          reinterpret_cast<T*>(raw_rows(step)), Normed ? kStep : kStride, in.low, kRows,
+          (step - own_steps) * kStep, [&](int r) { return r; }, [&](int r) { return r < in.m; });
     } else if constexpr (Normed) {
       float* const to = reinterpret_cast<float*>(raw_rows(step));
       const bool inside = begin + step * kStep + raw_chunk < end;
 #pragma unroll
       for (int i = 0; i < kRawCopies; ++i) {
         const int r = raw_copied + i * kRawCopiers;
-        if (Rows % kRawCopiers != 0 && r >= Rows) break;
-        const bool valid = inside && r < rows_left;
+        if (kRows % kRawCopiers != 0 && r >= kRows) break;
+        const bool valid = inside && r < in.m;
         copy_async(to + r * kStep + raw_chunk,
                    valid ? raw_from + int64_t{i * kRawCopiers} * in.k + step * kStep : in.x, valid);
       }
@@ -211,8 +212,8 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
 #pragma unroll
       for (int i = 0; i < kRowCopies; ++i) {
         const int r = copied + i * kCopiers;
-        if (Rows % kCopiers != 0 && r >= Rows) break;
-        const bool valid = inside && r < rows_left;
+        if (kRows % kCopiers != 0 && r >= kRows) break;
+        const bool valid = inside && r < in.m;
         copy_async(to + r * kStride + chunk,
                    valid ? row_from + int64_t{i * kCopiers} * in.k + step * kStep : in.a, valid);
       }
@@ -228,7 +229,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     T* to = normed_rows(step);
     if (step >= own_steps) {
       const T* from = reinterpret_cast<const T*>(raw_rows(step));
-      for (int i = thread_index(); i < Rows * kChunks; i += kThreads) {
+      for (int i = thread_index(); i < kRows * kChunks; i += kThreads) {
         store_vector<kChunk>(to + i / kChunks * kStride + i % kChunks * kChunk,
                              load_vector<kChunk>(from + i * kChunk));
       }
@@ -238,7 +239,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
 #pragma unroll
     for (int i = 0; i < kRawCopies; ++i) {
       const int r = raw_copied + i * kRawCopiers;
-      if (Rows % kRawCopiers != 0 && r >= Rows) break;
+      if (kRows % kRawCopiers != 0 && r >= kRows) break;
       const Vector<float, 4> x = load_vector<4>(from + r * kStep + raw_chunk);
       float normed[4];
 #pragma unroll
@@ -264,17 +265,17 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     copy_async_commit();
   }
 
-  constexpr int kRounds = (Rows * kGroup + kThreads - 1) / kThreads;  // of pairs that a thread finishes
+  constexpr int kRounds = (kRows * kGroup + kThreads - 1) / kThreads;  // of pairs that a thread finishes
   [[maybe_unused]] float cosines[kRounds], sines[kRounds];
   if constexpr (kOutput == Output::heads) {
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       const int at = thread_index() + i * kThreads, r = at / kGroup, j = at % kGroup;
-      const bool rotated = unit < in.heads + in.kv_heads && r < rows_left && j < first_count;
+      const bool rotated = unit < in.heads + in.kv_heads && r < in.m && j < first_count;
       cosines[i] = 1.0f;
       sines[i] = 0.0f;
       if (!rotated) continue;
-      rotation_at(static_cast<float>(in.positions[row + r]), in.inverse_frequencies[pair + j], in.rope_scale,
+      rotation_at(static_cast<float>(in.positions[r]), in.inverse_frequencies[pair + j], in.rope_scale,
                   in.rope_scale, cosines[i], sines[i]);
     }
   }
@@ -282,11 +283,11 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
   if constexpr (Normed) {
     factors = norm_weights(0);
     // Four threads for a row's sum, however many rows there are.
-    if (thread_index() < 4 * Rows) {
+    if (thread_index() < 4 * kRows) {
       const int r = thread_index() / 4;
       float sum = 0.0f;
-      if (r < rows_left) {
-        const float* squares = in.squares + int64_t{row + r} * in.squares_size;
+      if (r < in.m) {
+        const float* squares = in.squares + int64_t{r} * in.squares_size;
 #pragma unroll 8
         for (int i = thread_index() % 4; i < in.squares_size; i += 4) sum += squares[i];
       }
@@ -296,7 +297,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     sync_block();
   }
 
-  constexpr int kBlocksM = Rows / 16, kBlocksN = kGroup / 8;
+  constexpr int kBlocksM = kRows / 16, kBlocksN = kGroup / 8;
   Accumulator sums[kBlocksM][kBlocksN] = {};
   const int group = warp_index() % 2, chain = warp_index() / 2;
   for (int step = 0; step < steps; ++step) {
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
     for (int below = 0; below < 2; ++below) {
 #pragma unroll
       for (int j = 0; j < kBlocksN; ++j) {
-        store_vector<2>(chains + (chain * Rows + 16 * i + accumulator_row(below)) * Sizes::kSumStride +
+        store_vector<2>(chains + (chain * kRows + 16 * i + accumulator_row(below)) * Sizes::kSumStride +
                             group * kGroup + 8 * j + accumulator_column(),
                         Vector<float, 2>{{sums[i][j].at[2 * below], sums[i][j].at[2 * below + 1]}});
       }
@@ -340,27 +341,25 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
   float results[kRounds][2];
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
-    const int at = thread_index() + i * kThreads, r = at % (Rows * kGroup) / kGroup, j = at % kGroup;
+    const int at = thread_index() + i * kThreads, r = at % (kRows * kGroup) / kGroup, j = at % kGroup;
 #pragma unroll
     for (int of = 0; of < 2; ++of) {
       const float* from = chains + r * Sizes::kSumStride + of * kGroup + j;
       results[i][of] = from[0];
 #pragma unroll
-      for (int c = 1; c < kChains; ++c) results[i][of] += from[c * Rows * Sizes::kSumStride];
+      for (int c = 1; c < kChains; ++c) results[i][of] += from[c * kRows * Sizes::kSumStride];
     }
   }
   if (in.parts > 1) {
     constexpr int kTileSize = kRounds * kThreads;  // pairs
-    const int column_tiles = static_cast<int>(gridDim.x) / in.parts;
-    const int of_all = static_cast<int>(blockIdx.y) * column_tiles + tile;
-    float* const own = in.partials + int64_t{of_all} * in.parts * kTileSize * 2;
+    float* const own = in.partials + int64_t{tile} * in.parts * kTileSize * 2;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       store_vector<2>(own + 2 * (part * kTileSize + i * kThreads + thread_index()),
                       Vector<float, 2>{{results[i][0], results[i][1]}});
     }
-    if (!is_last_block(in.arrivals + of_all, static_cast<uint32_t>(in.parts), arrived)) return;
-    if (thread_index() == 0) in.arrivals[of_all] = 0;
+    if (!is_last_block(in.arrivals + tile, static_cast<uint32_t>(in.parts), arrived)) return;
+    if (thread_index() == 0) in.arrivals[tile] = 0;
 #pragma unroll
     for (int i = 0; i < kRounds; ++i) {
       results[i][0] = results[i][1] = 0.0f;
@@ -376,8 +375,8 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int at = thread_index() + i * kThreads, r = at / kGroup, j = at % kGroup;
-    const int64_t to_row = row + r;
-    const bool has[2] = {r < rows_left && j < first_count, r < rows_left && j < second_count};
+    const int64_t to_row = r;
+    const bool has[2] = {r < in.m && j < first_count, r < in.m && j < second_count};
     const int columns[2] = {first + j, second + j};
     if (in.bias != nullptr) {
 #pragma unroll
@@ -403,7 +402,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput, Rows>::kThreads), s
       if (in.to_squares != nullptr) {
         static_assert(kOutput != Output::residual || kColumns == kSquaredColumns);
         squares = warp_sum(squares, kGroup);
-        if (j == 0 && r < rows_left) {
+        if (j == 0 && r < in.m) {
           in.to_squares[to_row * divide_up(in.n, kSquaredColumns) + tile] = squares;
         }
       }
@@ -475,7 +474,7 @@ bool aligned(std::initializer_list<Tensor> tensors) {
 
 // Whether few_rows_kernel is for this product of x [T, K]; `dtype` is that which the product reads.
 bool suits(const Tensor& x, DType dtype, const AdaptedWeight& weight, const Tensor& low_rank) {
-  if (x.shape[0] == 0 || x.shape[0] > kMostRows || weight.weight->dtype != dtype) return false;
+  if (x.shape[0] == 0 || x.shape[0] > kRows || weight.weight->dtype != dtype) return false;
   if (!aligned({x, values_of(*weight.weight)})) return false;
   return weight.adapter_a == nullptr ||
          (weight.adapter_a->dtype == dtype && weight.adapter_b->dtype == dtype &&
@@ -495,43 +494,32 @@ void launch_product(CudaBackend& backend, const char* name, FewRows<T> arguments
   arguments.weight = values_of(weight).as<const T>();
   arguments.n = static_cast<int>(weight.outputs);
   arguments.k = static_cast<int>(weight.inputs);
-  const auto with_rows = [&](auto rows) {
-    constexpr int kRows = decltype(rows)::value;
-    using Sizes = Shape<T, Normed, kOutput, kRows>;
-    if constexpr (kOutput == Output::plain || kOutput == Output::residual) {
-      arguments.unit = Sizes::kColumns;
-      arguments.pairs = arguments.distance = Sizes::kGroup;
-    }
-    const int64_t units = kOutput == Output::gated ? 1 : divide_up(arguments.n, arguments.unit);
-    const int64_t tiles = units * divide_up(arguments.pairs, Sizes::kGroup);
-    const int64_t row_tiles = divide_up(arguments.m, kRows);
-    const int64_t most = std::min(kMostParts, std::max<int64_t>(1, arguments.k / kShortestPart));
-    const int64_t wanted = std::clamp<int64_t>(kFullGrid / tiles, 1, most);
-    const int64_t part = round_up(divide_up(arguments.k, wanted), Sizes::kStep);
-    const int64_t parts = divide_up(arguments.k, part);
-    Tensor partials;
-    if (parts > 1) {
-      if (!arrivals) {
-        arrivals = backend.allocate(DType::i32, {kMostTiles});
-        backend.zero(arrivals);
-      }
-      constexpr int64_t kTilePairs = round_up(kRows * Sizes::kGroup, Sizes::kThreads);
-      partials = backend.allocate(DType::f32, {row_tiles * tiles * parts, 2 * kTilePairs});
-    }
-    arguments.parts = static_cast<int>(parts);
-    arguments.part = static_cast<int>(part);
-    arguments.partials = partials.as<float>();
-    arguments.arrivals = arrivals.as<uint32_t>();
-    launch(backend.gpu(), name, few_rows_kernel<T, Normed, kOutput, kRows>,
-           {blocks(tiles * parts, row_tiles), Sizes::kThreads, Sizes::kShared, true}, arguments);
-  };
-  if (arguments.m <= 16) {
-    with_rows(std::integral_constant<int, 16>{});
-  } else if (arguments.m <= 32) {
-    with_rows(std::integral_constant<int, 32>{});
-  } else {
-    with_rows(std::integral_constant<int, 64>{});
+  using Sizes = Shape<T, Normed, kOutput>;
+  if constexpr (kOutput == Output::plain || kOutput == Output::residual) {
+    arguments.unit = Sizes::kColumns;
+    arguments.pairs = arguments.distance = Sizes::kGroup;
   }
+  const int64_t units = kOutput == Output::gated ? 1 : divide_up(arguments.n, arguments.unit);
+  const int64_t tiles = units * divide_up(arguments.pairs, Sizes::kGroup);
+  const int64_t most = std::min(kMostParts, std::max<int64_t>(1, arguments.k / kShortestPart));
+  const int64_t wanted = std::clamp<int64_t>(kFullGrid / tiles, 1, most);
+  const int64_t part = round_up(divide_up(arguments.k, wanted), Sizes::kStep);
+  const int64_t parts = divide_up(arguments.k, part);
+  Tensor partials;
+  if (parts > 1) {
+    if (!arrivals) {
+      arrivals = backend.allocate(DType::i32, {kMostTiles});
+      backend.zero(arrivals);
+    }
+    constexpr int64_t kTilePairs = round_up(kRows * Sizes::kGroup, Sizes::kThreads);
+    partials = backend.allocate(DType::f32, {tiles * parts, 2 * kTilePairs});
+  }
+  arguments.parts = static_cast<int>(parts);
+  arguments.part = static_cast<int>(part);
+  arguments.partials = partials.as<float>();
+  arguments.arrivals = arrivals.as<uint32_t>();
+  launch(backend.gpu(), name, few_rows_kernel<T, Normed, kOutput>,
+         {blocks(tiles * parts), Sizes::kThreads, Sizes::kShared, true}, arguments);
 }
 
 // The same with the adapter's part, for which a launch gives low = x A^T before.
