@@ -6,7 +6,7 @@ import { availableParallelism } from 'node:os';
 import { MerfError, type ModelConfig, openModel } from 'merf';
 import { programPath, say } from './paths.js';
 
-/** A kernel, or `copy`, `fill` or `product`, in one step. */
+/** A kernel, or `copy`, `fill` or the matrix library's `product`, in one step. */
 interface Kernel {
   name: string;
   launches: number;
@@ -17,7 +17,7 @@ interface Kernel {
 
 /** A line of the program's. */
 export interface LaunchCount {
-  /** decode or training, and the shape's name. */
+  /** decode, decode-few or training, and the shape's name. */
   case: string;
   shape: Record<string, number>;
   kernels: Kernel[];
@@ -48,7 +48,7 @@ export async function launchesText(model: string | undefined): Promise<string> {
     );
   }
   const shapes = model === undefined ? defaultShapes : namedShapes.filter((name) => name === model);
-  const runs = shapes.flatMap((name) => [`decode/${name}`, `training/${name}`]);
+  const runs = shapes.flatMap((name) => [`decode/${name}`, `decode-few/${name}`, `training/${name}`]);
   if (model !== undefined && runs.length === 0) runs.push(shapeOf((await openModel(model)).config));
   const counts = (await inTurn(runs, (name) => countLaunches(program, name))).flat();
   return counts.map((count) => launchTable(count, model)).join('\n');
@@ -99,7 +99,7 @@ export function launchTable({ case: name, shape, kernels, transfers }: LaunchCou
   const [step, of] = name.split('/');
   const live = (shape.prompts ?? 0) * (shape.group ?? 0);
   const what =
-    step === 'decode'
+    step !== 'training'
       ? `one decode step of ${live} completions`
       : `one training step (forward, backward and update) of ${shape.prompts} prompts with ${shape.group} completions each`;
   const bytes = kernels.every(({ read }) => read !== undefined);

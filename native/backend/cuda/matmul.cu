@@ -314,7 +314,7 @@ void launch_product(Gpu& gpu, const Product& product, C* c, int64_t parts, int64
   constexpr size_t kShared =
       shared_bytes<T>(Shape::kStages * TileA::kSize) + shared_bytes<T>(Shape::kStages * TileB::kSize);
   static_assert(kShared <= kLeastShared);
-  launch(gpu, "product", product_kernel<T, C, TransposeA, TransposeB, Shape>,
+  launch(gpu, "own_product", product_kernel<T, C, TransposeA, TransposeB, Shape>,
          {blocks(divide_up(m, Shape::kM) * divide_up(n, Shape::kN), parts), Shape::kThreads, kShared},
          arguments);
 }

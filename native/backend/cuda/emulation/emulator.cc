@@ -671,6 +671,7 @@ void BlockRunner::run_copies(MemoryBarrier& barrier, const std::source_location&
   for (const BulkCopy& copy : barrier.copies) {
     for (uint32_t i = 0; i < copy.bytes; i += 16) {
       check_global(copy.from + i, "copy_bulk", at);
+      count_read(copy.from + i, 16);
       std::memcpy(copy.to + i, copy.from + i, 16);
     }
     barrier.bytes -= copy.bytes;
@@ -690,7 +691,9 @@ void BlockRunner::run_copies(MemoryBarrier& barrier, const std::source_location&
         if (!inside || column >= map.sizes[0]) continue;
         const char* from = map.data + row * map.strides[2] + copy.middle * map.strides[1] + 2 * column;
         check_global(from, "copy_tensor", at);
-        std::memcpy(to, from, static_cast<size_t>(std::min<int64_t>(16, 2 * (map.sizes[0] - column))));
+        const auto bytes = static_cast<size_t>(std::min<int64_t>(16, 2 * (map.sizes[0] - column)));
+        count_read(from, bytes);
+        std::memcpy(to, from, bytes);
       }
     }
     barrier.bytes -= int64_t{map.rows} * 128;
