@@ -1,4 +1,6 @@
 // The projections of a layer: against float64, and against the operators that they are composed of where rows are many.
+#include <filesystem>
+
 #include "harness.h"
 
 using namespace merf;
@@ -96,10 +98,20 @@ std::vector<double> squares_of(const std::vector<float>& x, int64_t size) {
   return squares;
 }
 
+// The emulated GPU with a library for its products (fake_cublaslt); null where this build has none.
+std::shared_ptr<Backend> open_with_library() {
+  if (!kEmulationBuilt || !tests_device("cuda-emulated")) return nullptr;
+  const auto folder = std::filesystem::read_symlink("/proc/self/exe").parent_path() / "fake_cublaslt";
+  setenv("MERF_EMULATION_CUBLASLT", (folder / "libcublasLt.so").c_str(), 1);
+  auto backend = open_backend("cuda-emulated", 0);
+  unsetenv("MERF_EMULATION_CUBLASLT");
+  return backend;
+}
+
 // Calls body for every backend, shape and type, with the operators that are tested and those that they are composed of.
 template <class Body>
 void for_each_case(Body&& body) {
-  for_each_backend([&](Backend& backend) {
+  const auto on = [&](Backend& backend) {
     uint64_t seed = 0;
     for (const Shape& shape : kShapes) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
@@ -113,7 +125,12 @@ void for_each_case(Body&& body) {
         body(backend, shape, dtype, random);
       }
     }
-  });
+  };
+  for_each_backend(on);
+  if (const std::shared_ptr<Backend> backend = open_with_library()) {
+    INFO("with a library");
+    on(*backend);
+  }
 }
 
 // An adapter's part is rounded once more where the operators are composed, to half a unit of a larger sum.

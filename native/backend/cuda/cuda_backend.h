@@ -145,6 +145,9 @@ class CudaBackend final : public Backend {
   double sum_of_squares(const std::vector<Tensor>& tensors) override;
 
  private:
+  // rope.cu. What project_heads does behind the product: qkv = sums [T, N] f32 + bias, rounded, or as it stands where sums
+  // is empty; queries and keys are rotated; keys and values are stored in the cache, in one pass.
+  void place_heads(const Tensor& sums, const Tensor& bias, const ProjectedHeads& out);
   friend class GpuRecorder;
 
   // That of the last forest where it is the same.

@@ -30,7 +30,8 @@ namespace {
 // More rows are many: on an H100, steps of 32 rows and more (Qwen2.5 0.5B and 1.5B, SmolLM2) took 1.15 to 1.3 times as long
 // by kernels of this kind with larger tiles as by cuBLASLt's products and the operators around them.
 constexpr int kRows = 16;
-constexpr int64_t kFullGrid = 128;  // blocks that k is divided for
+constexpr int64_t kMostSums = int64_t{8} << 20;  // float32, that stay in the cache until they are read
+constexpr int64_t kFullGrid = 128;               // blocks that k is divided for
 constexpr int64_t kShortestPart = 512;
 constexpr int64_t kMostParts = 16;
 constexpr int64_t kMostTiles = 512;  // of those whose parts arrive
@@ -561,7 +562,20 @@ FewRows<T> arguments_for(CudaBackend& backend, const NormedRows& in, Tensor& squ
 
 void CudaBackend::project_heads(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
                                 const ProjectedHeads& out) {
-  if (!suits(in, weight, low_rank)) return Backend::project_heads(in, weight, low_rank, out);
+  if (!suits(in, weight, low_rank)) {
+    rms_norm(in.x, Tensor(), in.weight, in.epsilon, in.normed, in.rstd);
+    const int64_t rows = out.qkv.shape[0], columns = out.qkv.row_size();
+    // A library rounds a bfloat16 product before a bias can be added: few enough rows come in float32.
+    const bool unrounded = products_ != nullptr && weight.bias && weight.adapter_a == nullptr &&
+                           out.qkv.dtype == DType::bf16 && rows * columns <= kMostSums;
+    const Tensor sums = unrounded ? allocate(DType::f32, {rows, columns}) : Tensor();
+    linear(in.normed, *weight.weight, unrounded ? Tensor() : weight.bias, unrounded ? sums : out.qkv, false);
+    if (weight.adapter_a != nullptr) {
+      linear(in.normed, *weight.adapter_a, Tensor(), low_rank, false);
+      linear(low_rank, *weight.adapter_b, Tensor(), out.qkv, true);
+    }
+    return place_heads(sums, weight.bias, out);
+  }
   with_type(in.normed.dtype, [&](auto type) {
     using T = decltype(type);
     Tensor squares;
