@@ -46,10 +46,11 @@ test('--launches prints what steps launch and move', async () => {
   ]);
   expect(stderr).toMatch(/counting shape:llama/);
   expect(code).toBe(0);
-  const [decode, training] = stdout.split('\n### ').map((text) => text.replace(/^### /, ''));
+  const [decode, few, training] = stdout.split('\n### ').map((text) => text.replace(/^### /, ''));
   expect(decode).toMatch(/: one decode step of 64 completions/);
   expect(decode).toMatch(/\| kernel \| launches \| bytes read \| bytes written \|/);
-  expect(decode).toMatch(/\| `sample_tokens` \| 1 \| [1-9]\d+ \| 1024 \|/);
+  expect(decode).toMatch(/\| `sample_sums` \| 1 \| [1-9]\d+ \| [1-9]\d+ \|/);
+  expect(few).toMatch(/: one decode step of 16 completions/);
   expect(training).toMatch(/\| `adamw` \| [1-9]\d* \| [1-9]\d+ \| [1-9]\d+ \|/);
 });
 
