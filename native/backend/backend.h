@@ -27,7 +27,7 @@ struct DeviceInfo {
   // What logits to draw from may take at once. Every block of rows goes through the head's weight anew, so a device
   // with memory to spare takes all rows of a step in one; the default is what a processor's caches make good use of.
   int64_t logits_bytes = int64_t{64} << 20;
-  bool fast_bf16 = false;    // bfloat16 products in hardware
+  bool fast_bf16 = false;  // bfloat16 products in hardware
   // Whether operators run behind the caller's back, so that enqueueing ahead keeps the device busy.
   bool asynchronous = false;
   // Whether a token's activations and log-probability have the same bits whatever is computed beside it, and whether
