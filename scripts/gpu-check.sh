@@ -634,10 +634,10 @@ collect_kernels() {
   collect attention-28x128-forest 6 20 "${sections[@]}" -k regex:attention -- "${once[@]}" \
     attention/28q-4kv-128/forest
   collect decoding-28x128 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/28q-4kv-128/shared
-  collect decode-step 1600 45 --metrics "$metrics" -- "$programs/gpu_step" --device "$device" --once qwen2.5-0.5b
+  collect decode-step 1600 45 --metrics "$metrics" -- "$programs/gpu_step" --device "$device" --once step/qwen2.5-0.5b
   collect sampling-64x152064 9 15 "${sections[@]}" -- "${once[@]}" sampling/64x152064
-  collect loss 14 25 "${sections[@]}" -- "${once[@]}" loss/2048x896x152064
-  collect adamw 4 25 "${sections[@]}" -k 'regex:adamw|squares' -- "$programs/gpu_step" --device "$device" --once smollm2
+  collect loss 14 25 "${sections[@]}" -- "${once[@]}" loss/2048x576x49152
+  collect adamw 4 25 "${sections[@]}" -k 'regex:adamw|squares' -- "$programs/gpu_step" --device "$device" --once step/smollm2-135m
   collect decoding-9x64 4 15 "${sections[@]}" -k 'regex:decode|merge' -- "${once[@]}" decode/9q-3kv-64/shared
   collect products 4 15 "${sections[@]}" -- "${once[@]}" matrix/
   if [ "${#collected[@]}" -gt 0 ]; then
