@@ -23,8 +23,8 @@ using cuda::emulation::Counts;
 using cuda::emulation::Traffic;
 using cuda::emulation::Transfers;
 
-// Of the host, to run blocks in the order of their numbers: where kernels take places by integer atomics, which sectors
-// they touch depends on it.
+// One thread of the host runs blocks in the order of their numbers: where kernels take places by integer atomics, which
+// sectors they touch depends on it.
 constexpr int kThreads = 1;
 
 // A step at a known moment: 64 completions that live, each with 6 tokens; or 16, so few that projections are fused.
@@ -70,7 +70,7 @@ Training training_of(const StepCase& each) {
   return each.lora_rank > 0 ? Training::lora(each.lora_rank, 1) : Training(true);
 }
 
-// Of the step that draws completions' tokens number kDecodedTokens.
+// Counts the step that draws completions' tokens number kDecodedTokens.
 Counts count_decode(const StepCase& each, bool runs) {
   cuda::CudaBackend backend(kThreads);
   Arena arena(backend);
@@ -92,7 +92,7 @@ Counts count_decode(const StepCase& each, bool runs) {
   return difference(*after, *before);
 }
 
-// Of the second step, since the first one makes what stays.
+// Counts the second step, since the first one makes what stays.
 Counts count_training(const StepCase& each, bool runs) {
   cuda::CudaBackend backend(kThreads);
   Arena arena(backend);
@@ -133,7 +133,7 @@ Counts count_layers(Count& count, const StepCase& each, const ForestShape& fores
   for (auto& [name, of] : counts.kernels) {
     const auto found = bytes.kernels.find(name);
     if (found == bytes.kernels.end()) throw Error("INTERNAL", "one layer alone launches no " + name);
-    // Those of copies and products are known.
+    // The bytes of copies and products are known.
     if (of.read > 0 || of.written > 0) continue;
     of.read = found->second.read;
     of.written = found->second.written;

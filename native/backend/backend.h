@@ -149,7 +149,7 @@ struct ProjectedHeads {
   const PagedLayer* cache = nullptr;
   Tensor slots;
 
-  // Of `count` heads from head `first` on.
+  // The view of `count` heads from head `first` on.
   HeadsView view(int64_t first, int64_t count) const;
 };
 

@@ -256,7 +256,7 @@ void run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const He
     const ForwardParameters<T> parameters{HeadRows<const T>(q), HeadRows<const T>(k), HeadRows<const T>(v),
                                           HeadRows<T>(out), lse.as<float>(), plan.padded(),
                                           AttentionWork(schedule), static_cast<int>(q.tokens),
-                                          // Of scores that all become 0, none shall become 0 * infinity.
+                                          // No score of those that all become 0 shall become 0 * infinity.
                                           std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
     launch(backend.gpu(), "attention", attention_kernel<T, kHead, kSmall>,
            {blocks(q.heads / k.heads, k.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);

@@ -75,7 +75,7 @@ struct Tiling {
       shared_bytes<T>(kWarpPairs * kWeightStride) + shared_bytes<float>(kChunks * kWarpPairs) +
       shared_bytes<int>(kStretch / kPage) + shared_bytes<Item>(1);
   static_assert(kShared <= kLeastShared);
-  // Of a multiprocessor at once, as registers allow.
+  // Blocks that a multiprocessor has at once, as registers allow.
   static constexpr int kBlocks = sizeof(T) * kHead <= 192 ? 3 : 2;
 };
 

@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
     FragmentA<bf16> weights[kKeys / 16];
 #pragma unroll
     for (int n = 0; n < kHead / 8; ++n) out[n] = {};
-    // Of scores so far, unscaled; of this lane's weights relative to it.
+    // The greatest score so far, unscaled, and the sum of this lane's weights relative to it.
     float most[2] = {-kInfinity, -kInfinity}, sum[2] = {0.0f, 0.0f};
     int partials = 0;
     // Scores of -infinity alone, which have no maximum to be relative to, stay 0.
@@ -315,7 +315,7 @@ bool run(CudaBackend& backend, AttentionPlan& plan, const HeadsView& q, const He
   const AttentionSchedule& schedule = plan.by_query(backend, C::kQueries, C::kKeys);
   const Parameters parameters{*q_map, *k_map, *v_map, HeadRows<bf16>(out), lse.as<float>(), plan.padded(),
                               AttentionWork(schedule), static_cast<int>(q.tokens),
-                              // Of scores that all become 0, none shall become 0 * infinity.
+                              // No score of those that all become 0 shall become 0 * infinity.
                               std::max(std::fabs(scale) * kLog2e, FLT_MIN), scale < 0.0f};
   launch(backend.gpu(), "attention_hopper", attention_hopper_kernel<kHead>,
          {blocks(q.heads / k.heads, k.heads, schedule.pieces), C::kThreads, C::kShared}, parameters);

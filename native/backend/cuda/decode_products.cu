@@ -83,7 +83,7 @@ struct FewRows {
   int m, n, k;
   // Columns come in units, `unit` apart, of `pairs` pairs whose second is `distance` further than the first.
   int unit, pairs, distance;
-  // Of k a part has `part` steps' worth; parts > 1: partials [tiles, parts, rows, columns], arrivals [tiles] are 0.
+  // A part has `part` steps' worth of k; parts > 1: partials [tiles, parts, rows, columns], arrivals [tiles] are 0.
   int parts, part;
   float* partials;
   uint32_t* arrivals;
@@ -220,7 +220,7 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput>::kThreads), sizeof(
       }
     }
   };
-  // Of the norm's weight what this thread normalises in a step: its chunks stand in the same columns.
+  // These factors are the norm's weight for what this thread normalises in a step: its chunks stand in the same columns.
   const auto norm_weights = [&](int step) {
     const int k = begin + step * kStep + raw_chunk;
     return step < own_steps && k < end ? load_vector<4>(in.norm_weight + k) : Vector<float, 4>{};
@@ -523,7 +523,7 @@ void launch_product(CudaBackend& backend, const char* name, FewRows<T> arguments
          {blocks(tiles * parts), Sizes::kThreads, Sizes::kShared, true}, arguments);
 }
 
-// The same with the adapter's part, for which a launch gives low = x A^T before.
+// Starts the product with the adapter's part, for which a launch gives low = x A^T before.
 template <typename T, bool Normed, Output kOutput>
 void project(CudaBackend& backend, const char* name, FewRows<T> arguments, const AdaptedWeight& weight,
              const Tensor& low_rank, Tensor& arrivals) {
