@@ -14,6 +14,7 @@
 #include <bit>
 #include <limits>
 
+#include "backend/cuda/cache_rows.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/atomic.h"
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(256)
   const int column = static_cast<int>(index % accesses) * kVector<T>, head = column / size;
   const int slot = slots[token];
   if (slot < 0) return;
-  const int64_t to = ((int64_t{slot / kPage} * heads + head) * kPage + slot % kPage) * size + column % size;
+  const int64_t to = cached_head(slot, heads, head, size) + column % size;
   store_vector<kVector<T>>(keys + to, load_vector<kVector<T>>(k + token * k_stride + column));
   store_vector<kVector<T>>(values + to, load_vector<kVector<T>>(v + token * v_stride + column));
 }

@@ -13,6 +13,7 @@
 // part, which is added before the one rounding.
 #include <algorithm>
 
+#include "backend/cuda/cache_rows.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/atomic.h"
@@ -22,6 +23,7 @@
 #include "backend/cuda/primitives/shared.h"
 #include "backend/cuda/products.h"
 #include "backend/cuda/rotation.h"
+#include "backend/cuda/sigmoid.h"
 
 namespace merf::cuda {
 
@@ -104,8 +106,6 @@ struct FewRows {
 };
 
 __device__ inline int at_most(int value, int most) { return value < most ? value : most; }
-
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 template <typename T, bool Normed, Output kOutput>
 __global__ void __launch_bounds__((Shape<T, Normed, kOutput>::kThreads), sizeof(T) == 2 ? 2 : 1)
@@ -431,11 +431,8 @@ __global__ void __launch_bounds__((Shape<T, Normed, kOutput>::kThreads), sizeof(
           const int slot = in.slots[to_row];
           const bool key = unit < in.heads + in.kv_heads;
           const int head = unit - in.heads - (key ? 0 : in.kv_heads);
-          constexpr int kPage = static_cast<int>(kPageTokens);
           if (slot >= 0) {
-            T* to = (key ? in.keys : in.values) +
-                    ((int64_t{slot / kPage} * in.kv_heads + head) * kPage + slot % kPage) * in.unit + pair +
-                    j;
+            T* to = (key ? in.keys : in.values) + cached_head(slot, in.kv_heads, head, in.unit) + pair + j;
             to[0] = stored[0];
             to[in.distance] = stored[1];
           }

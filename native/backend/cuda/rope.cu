@@ -1,6 +1,7 @@
 // Rotary position embedding, alone and with what stands around it behind a projection: a block has the heads of one token,
 // whose cosines and sines are computed once for all of them. Angles are float32 products, their sines float64 as on the CPU, to the same bits: what a rollout caches
 // on one device is what training computes on another.
+#include "backend/cuda/cache_rows.h"
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/convert.h"
@@ -79,7 +80,6 @@ __global__ void __launch_bounds__(kThreads) place_heads_kernel(PlacedHeads<T> p)
   const int heads = p.heads + 2 * p.kv_heads, steps = p.half / N;  // in a head
   const int64_t row = token * heads * 2 * p.half;
   const int slot = p.keys == nullptr ? -1 : p.slots[token];
-  constexpr int kPage = static_cast<int>(kPageTokens);
   for (int step = thread_index(); step < heads * steps; step += thread_count()) {
     const int head = step / steps, i = step % steps * N;
     const int64_t at = row + int64_t{head} * 2 * p.half + i;
@@ -109,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) place_heads_kernel(PlacedHeads<T> p)
     if (head < p.heads || slot < 0) continue;
     const int kv_head = (head - p.heads) % p.kv_heads;
     T* const to = (head < p.heads + p.kv_heads ? p.keys : p.values) +
-                  ((int64_t{slot / kPage} * p.kv_heads + kv_head) * kPage + slot % kPage) * 2 * p.half + i;
+                  cached_head(slot, p.kv_heads, kv_head, 2 * p.half) + i;
     store_floats(to, first);
     store_floats(to + p.half, second);
   }

@@ -408,13 +408,18 @@ __device__ inline void draw_token(const Row& row, const uint64_t* kept, float ma
   draw.logprobs[b] = static_cast<float>(below / static_cast<double>(filters.temperature) - log(mass));
 }
 
-// The masses; the outputs where nothing truncates, else the bin of the first threshold.
-__global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters filters, Draw draw) {
-  SharedMemory shared;
+__device__ inline Histogram take_histogram(SharedMemory& shared) {
   Histogram histogram;
   histogram.low = shared.take<uint32_t>(kBins);
   histogram.high = shared.take<uint32_t>(kBins);
   histogram.found = shared.take<uint64_t>(2);
+  return histogram;
+}
+
+// The masses; the outputs where nothing truncates, else the bin of the first threshold.
+__global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters filters, Draw draw) {
+  SharedMemory shared;
+  const Histogram histogram = take_histogram(shared);
   uint64_t* scratch = shared.take<uint64_t>(kMaxWarps);
   int* first_scratch = shared.take<int>(kMaxWarps);
   uint32_t* arrival = shared.take<uint32_t>(1);
@@ -535,10 +540,7 @@ __device__ inline float filter_threshold(const Weights& weights, const Filters& 
 // The threshold, and with it the outputs.
 __global__ void __launch_bounds__(kMaxThreads) list_kernel(Batch batch, Filters filters, Draw draw) {
   SharedMemory shared;
-  Histogram histogram;
-  histogram.low = shared.take<uint32_t>(kBins);
-  histogram.high = shared.take<uint32_t>(kBins);
-  histogram.found = shared.take<uint64_t>(2);
+  const Histogram histogram = take_histogram(shared);
   uint64_t* scratch = shared.take<uint64_t>(kMaxWarps);
   uint32_t* arrival = shared.take<uint32_t>(1);
 

@@ -4,7 +4,7 @@
 #include "backend/cuda/cuda_backend.h"
 #include "backend/cuda/launch.h"
 #include "backend/cuda/primitives/copy.h"
-#include "backend/cuda/primitives/math.h"
+#include "backend/cuda/sigmoid.h"
 #include "backend/cuda/widths.h"
 
 namespace merf::cuda {
@@ -12,8 +12,6 @@ namespace merf::cuda {
 namespace {
 
 constexpr int kThreads = 256;  // at most
-
-__device__ inline float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 // Blocks for rows of `size` elements, N to a thread: the grid's x is the row, its y the part of it.
 template <int N>
