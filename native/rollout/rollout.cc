@@ -654,7 +654,7 @@ void Sampler::enqueue(Step& step) {
   std::fill_n(inputs_.begin() + 2 * rows, count, -1);  // no slot
   for (int64_t r = 0; r < live; ++r) {
     Sequence& sequence = at(live_[static_cast<size_t>(r)]);
-    // Of the token that is fed.
+    // The place of the token that is fed.
     const int32_t offset = static_cast<int32_t>(sequence.tokens.size()) + sequence.pending - 1;
     if (offset % kPageTokens == 0) {
       sequence.pages.push_back(cache_->pages.acquire());

@@ -175,7 +175,7 @@ Draws read_golden(std::istream& file, const GoldenCase& each) {
   return draws;
 }
 
-// The same tokens, and log-probabilities to float32's precision.
+// Checks that tokens are the same, and log-probabilities to float32's precision.
 void check_same_draws(const Draws& actual, const Draws& expected) {
   CHECK(actual.tokens == expected.tokens);
   const auto close = [](const std::vector<float>& a, const std::vector<float>& b, float tolerance) {

@@ -36,7 +36,7 @@ constexpr int kThreads = 512;  // at most, for one row
 constexpr int kScatterThreads = 256;
 constexpr int kLoads = 4;  // of 16 bytes, in flight in each thread
 
-// What is known of a row of logits x after some of its strips: the greatest, and the sums of exp(x - max) and of
+// A row of logits x after some of its strips: the greatest, and the sums of exp(x - max) and of
 // exp(x - max) * (x - max).
 struct RowState {
   double sum, weighted;
@@ -318,7 +318,7 @@ constexpr int64_t kMostRows = 2048;
 constexpr int64_t kManyRows = 896;
 constexpr int64_t kLeastColumns = 2048;  // of a strip: below, products are too small for a GPU
 
-// Of equal blocks of at most `most`, as few as there can be, the length, rounded up to a multiple of `step`.
+// The length of equal blocks of at most `most`, as few as there can be, rounded up to a multiple of `step`.
 int64_t even_part(int64_t all, int64_t most, int64_t step) {
   const int64_t count = std::max<int64_t>(1, divide_up(all, most));
   return std::min(all, round_up(divide_up(all, count), step));

@@ -44,7 +44,7 @@ void pass_over_kernels(bool yes);
 
 constexpr bool kCounts = true;
 
-// Of the launch that runs. Addresses outside of the device's memory are passed over.
+// Both count for the launch that runs. Addresses outside of the device's memory are passed over.
 void count_read(const void* at, size_t bytes);
 void count_written(const void* at, size_t bytes);
 // Ends a launch: counts what was read and written since the last one's end.

@@ -218,7 +218,7 @@ class BlockRunner {
 
   void arrive(int id, int threads, const char* operation, const std::source_location& at);
   uint32_t shared_address(const void* at) const;
-  // Of `bytes` at an address in shared memory, which must lie in one piece.
+  // Finds `bytes` at an address in shared memory, which must lie in one piece.
   char* shared_at(uint32_t address, size_t bytes, const char* operation, const std::source_location& at);
   void init_memory_barrier(uint64_t* barrier, int arrivals, const std::source_location& at);
   void arrive_memory_barrier(uint64_t* barrier, int64_t bytes, const std::source_location& at);
