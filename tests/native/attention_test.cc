@@ -215,17 +215,30 @@ std::vector<Case> cases() {
   return all;
 }
 
+// A case's inputs, and what is to come of them.
+struct Drawn {
+  Fused shape;
+  std::vector<float> qkv, dout;
+  float scale;
+  Reference expected;
+};
+Drawn draw(const Case& c, DType dtype, uint32_t seed) {
+  Drawn d{{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads, c.head_size},
+          {},
+          {},
+          1.0f / std::sqrt(static_cast<float>(c.head_size)),
+          {}};
+  d.qkv = stored(Random(seed).normals(d.shape.tokens * d.shape.row()), dtype);
+  d.dout = stored(Random(seed + 1).normals(d.shape.tokens * d.shape.q_heads * d.shape.head_size), dtype);
+  d.expected = reference_attention(d.shape, d.qkv, d.dout, c.visible_until, d.scale);
+  return d;
+}
+
 void check_against_reference(Backend& backend, const Case& c, DType dtype, uint32_t seed) {
   CAPTURE(c.name);
   CAPTURE(c.head_size);
   CAPTURE(dtype == DType::bf16);
-  const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
-                    c.head_size};
-  const std::vector<float> qkv = stored(Random(seed).normals(shape.tokens * shape.row()), dtype);
-  const std::vector<float> dout =
-      stored(Random(seed + 1).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
-  const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+  const auto [shape, qkv, dout, scale, expected] = draw(c, dtype, seed);
   const Result actual = run(backend, shape, qkv, dout, c.visible_until, scale, dtype);
   // bfloat16 keeps 8 bits: storing the result alone costs 1.7e-3 on average.
   const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
@@ -240,13 +253,7 @@ void check_parts(Backend& backend, const Case& c, DType dtype, uint32_t seed) {
   CAPTURE(c.name);
   CAPTURE(c.head_size);
   CAPTURE(dtype == DType::bf16);
-  const Fused shape{static_cast<int64_t>(c.visible_until.size()), c.kv_heads * c.group, c.kv_heads,
-                    c.head_size};
-  const std::vector<float> qkv = stored(Random(seed).normals(shape.tokens * shape.row()), dtype);
-  const std::vector<float> dout =
-      stored(Random(seed + 1).normals(shape.tokens * shape.q_heads * shape.head_size), dtype);
-  const float scale = 1.0f / std::sqrt(static_cast<float>(c.head_size));
-  const Reference expected = reference_attention(shape, qkv, dout, c.visible_until, scale);
+  const auto [shape, qkv, dout, scale, expected] = draw(c, dtype, seed);
   const Result actual = run_in_parts(backend, shape, qkv, dout, c.visible_until, scale, dtype,
                                      {1, shape.tokens / 3, shape.tokens / 2 + 1, shape.tokens});
   const double bound = dtype == DType::bf16 ? 4e-3 : 4e-6;
