@@ -1,4 +1,8 @@
-import { describe, expect, test } from '@jest/globals';
+import { mkdtemp, rm, writeFile } from 'node:fs/promises';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+import { afterAll, describe, expect, test } from '@jest/globals';
+import { verifyDataset } from '../../lib/evaluate/index.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
 import {
   type Expression,
@@ -7,7 +11,8 @@ import {
   readExpression,
 } from '../../lib/tasks/countdown/expression.js';
 import { drawPuzzle } from '../../lib/tasks/countdown/generator.js';
-import { formatRational, type Operation } from '../../lib/tasks/countdown/rational.js';
+import { countdown, type CountdownOptions, instructionFor } from '../../lib/tasks/countdown/index.js';
+import { formatRational, type Operation, type Rational } from '../../lib/tasks/countdown/rational.js';
 import { workedSolution } from '../../lib/tasks/countdown/reasoning.js';
 import { countdownReward, judgeAnswer } from '../../lib/tasks/countdown/reward.js';
 import {
@@ -20,6 +25,7 @@ import {
 } from '../../lib/tasks/countdown/solver.js';
 import { Random } from '../../lib/tasks/random.js';
 import { readRules, sorted, totalsInText } from '../reward/totals-in-text.js';
+import { fixturePath } from '../support/fixtures.js';
 
 const exactly: Rules = { use: 'exactly-once', operations: allOperations };
 const atMost: Rules = { use: 'at-most-once', operations: allOperations };
@@ -206,9 +212,9 @@ describe('reading an expression', () => {
           continue;
         }
         const [n, d] = value;
-        const { numerator, denominator } = reading?.value as { numerator: bigint; denominator: bigint };
-        expect(numerator * d).toBe(n * denominator);
-        expect(denominator).toBeGreaterThan(0n);
+        const exact = reading?.value as Rational;
+        expect(exact.numerator * d).toBe(n * exact.denominator);
+        expect(exact.denominator).toBeGreaterThan(0n);
         expect(reading?.numbers.map(Number)).toEqual(numbersOf(tree));
       }
     }
@@ -420,7 +426,7 @@ describe('the worked solution', () => {
 describe('the reward, rule by rule', () => {
   const row: Puzzle = { numbers: [44, 19, 35], target: 98 };
   const judge = async (raw: string, rules = exactly, puzzle = row) => {
-    const { total, parts } = await countdownReward(rules).score(parseCompletion({ raw }), puzzle);
+    const { total, parts } = await countdownReward(rules).judge(parseCompletion({ raw }), puzzle);
     return [total, parts.format?.case, parts.correctness?.case];
   };
   const within = (answer: string) => `<think>hm</think><answer>${answer}</answer>`;
@@ -530,5 +536,125 @@ describe('the motivation', () => {
     expect(text).toContain('given numbers only, each at most once');
     expect(text).toContain('parentheses and +, - and *');
     expect(text).not.toContain('exactly once and');
+  });
+});
+
+describe('the task', () => {
+  test('draws the same rows for the same seed, and none of a split in the other', async () => {
+    const task = await countdown.open({ numbers: '2-3,5' });
+    const rows = task.rows({ split: 'train', seed: 5 });
+    const again = task.rows({ split: 'train', seed: 5 });
+    expect(again.at(7)).toEqual(rows.at(7));
+    expect(again.fingerprint).toBe(rows.fingerprint);
+    const other = task.rows({ split: 'train', seed: 6 });
+    expect(other.at(7)).not.toEqual(rows.at(7));
+    expect(other.fingerprint).not.toBe(rows.fingerprint);
+    const seen = (split: 'train' | 'test') => {
+      const source = task.rows({ split, seed: 5 });
+      return Array.from({ length: 600 }, (_, i) => source.at(i));
+    };
+    const key = ({ numbers, target }: Puzzle) => `${[...numbers].sort()} ${target}`;
+    const train = new Set(seen('train').map(key));
+    const held = seen('test');
+    expect(held.filter((row) => train.has(key(row)))).toEqual([]);
+    expect([...new Set(held.map(({ numbers }) => numbers.length))].sort()).toEqual([2, 3, 5]);
+  });
+
+  test.each<[CountdownOptions]>([
+    [{}],
+    [{ use: 'at-most-once', numbers: '3-6', largestTarget: 999 }],
+    [{ operations: '+-', numbers: 4 }],
+    [{ operations: ['*', '/'], numbers: [2, 3], largestNumber: 20 }],
+  ])('its references and demonstrations get the highest total, with %j', async (options) => {
+    const task = await countdown.open(options);
+    const rows = task.rows({ split: 'train', seed: 3 });
+    for (let i = 0; i < 300; i++) {
+      const row = rows.at(i);
+      for (const write of [task.reference, task.demonstrate]) {
+        const { total } = await task.spec.judge(parseCompletion({ raw: write?.(row) as string }), row);
+        expect(total).toBe(3);
+      }
+      expect(task.check?.find(row)).toBeUndefined();
+    }
+  });
+
+  test('its prompt says the rules in a system message, and the motivation adds the points', async () => {
+    const task = await countdown.open({ use: 'at-most-once', operations: '-+' });
+    const row = { numbers: [7, 2, 9], target: 5 };
+    const [system, user] = task.messages(row, 'none');
+    expect(user).toEqual({ role: 'user', content: 'Numbers: 7, 2, 9\nTarget: 5' });
+    expect(system?.content).toContain('use given numbers only, each at most once, with + and - and parentheses');
+    expect(system?.content).toContain('<answer>\n(8 + 4) - 2\n</answer>');
+    expect(system?.content).not.toMatch(/point|score/);
+    const rules: Rules = { use: 'at-most-once', operations: ['+', '-'] };
+    expect(task.messages(row, 'full')[0]?.content).toBe(
+      `${instructionFor(rules)}\n\n${task.spec.describe('full')}`,
+    );
+    expect(task.spec.describe('full')).toContain('+2 points');
+  });
+
+  test.each<[CountdownOptions, string]>([
+    [{ numbers: 1 }, 'numbers: expected numbers from 2 to 6'],
+    [{ numbers: 7 }, 'numbers: expected'],
+    [{ numbers: '4-3' }, 'numbers: expected'],
+    [{ numbers: '2-99999999' }, 'numbers: expected'],
+    [{ numbers: [] }, 'numbers: expected'],
+    [{ operations: '' }, 'operations: expected some of + - * /'],
+    [{ operations: '+^' }, 'operations: expected some of + - * /'],
+    [{ use: 'twice' as 'exactly-once' }, 'use: '],
+    [{ largestNumber: 0 }, 'largestNumber: '],
+    [{ largestTarget: 2.5 }, 'largestTarget: '],
+    [{ numbers: 6, largestNumber: 1000 }, '6 numbers up to 1000 with a target up to 100 are too much'],
+  ])('refuses %j', async (options, message) => {
+    await expect(countdown.open(options)).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining(message),
+    });
+  });
+});
+
+describe('rows of a file', () => {
+  const folders: string[] = [];
+  const write = async (lines: readonly string[]) => {
+    const folder = await mkdtemp(join(tmpdir(), 'merf-countdown-'));
+    folders.push(folder);
+    await writeFile(join(folder, 'rows.jsonl'), lines.join('\n'));
+    return join(folder, 'rows.jsonl');
+  };
+  afterAll(async () => {
+    for (const folder of folders) await rm(folder, { recursive: true });
+  });
+
+  test('in the public layout are read, and verified', async () => {
+    const file = fixturePath('countdown/puzzles.parquet');
+    const task = await countdown.open({ data: file });
+    const rows = await task.load(file);
+    expect(rows).toHaveLength(24);
+    const train = task.rows({ split: 'train', seed: 1 });
+    expect((train.size ?? 0) + (task.rows({ split: 'test', seed: 1 }).size ?? 0)).toBe(24);
+    const report = await verifyDataset(await countdown.open(), file);
+    expect(report.problems).toEqual([]);
+    expect(report.references).toMatchObject({ highest: 3, atHighest: 24 });
+    expect(report.check).toEqual({ name: 'solver finds one', passed: 24 });
+  });
+
+  test.each([
+    ['{"nums": [1, "2"], "target": 3}', 'Expected numbers in column nums but found "2"'],
+    ['{"numbers": [1, 2], "target": "3"}', 'Expected numbers in column target but found "3"'],
+    ['{"target": 3}', 'Expected a list of numbers in column nums or numbers but found undefined'],
+    ['{"nums": [1, 2]}', 'Expected numbers in column target but found undefined'],
+    ['{"nums": [], "target": 3}', 'Expected 1 to 6 numbers but found 0'],
+    ['{"nums": [1.5, 2], "target": 3}', 'Expected positive whole numbers and target but found 1.5'],
+    ['{"nums": [1, 2], "target": 4}', 'the numbers 1, 2 do not reach 4, every given number exactly once'],
+    ['{"nums": [9, 9], "target": 9}', 'the numbers 9, 9 do not reach 9, every given number exactly once'],
+  ])('%s is off', async (line, reason) => {
+    const file = await write(['{"numbers": [1, 2], "target": 3}', line]);
+    const { problems } = await verifyDataset(await countdown.open(), file);
+    expect(problems).toEqual([{ row: 2, where: `${file}, line 2`, reason: expect.stringContaining(reason) }]);
+  });
+
+  test('are solvable by the rule that is chosen', async () => {
+    const file = await write(['{"nums": [9, 9], "target": 9}', '{"nums": [5], "target": 5}']);
+    expect((await verifyDataset(await countdown.open({ use: 'at-most-once' }), file)).problems).toEqual([]);
   });
 });
