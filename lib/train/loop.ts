@@ -12,7 +12,7 @@ import {
 import { writeFileAtomically, writeFolderAtomically } from './files.js';
 import { MetricsLog, type MetricsRow } from './metrics.js';
 
-export type Phase = 'rollout' | 'scoring' | 'training' | 'evaluating' | 'saving';
+export type Phase = 'rollout' | 'training' | 'evaluating' | 'saving';
 
 /** What happens in a run, for terminals and logs. */
 export type TrainingEvent =
