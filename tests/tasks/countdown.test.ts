@@ -11,7 +11,7 @@ import {
   readExpression,
 } from '../../lib/tasks/countdown/expression.js';
 import { drawPuzzle } from '../../lib/tasks/countdown/generator.js';
-import { countdown, type CountdownOptions, instructionFor } from '../../lib/tasks/countdown/index.js';
+import { type CountdownOptions, countdown, instructionFor } from '../../lib/tasks/countdown/index.js';
 import { formatRational, type Operation, type Rational } from '../../lib/tasks/countdown/rational.js';
 import { workedSolution } from '../../lib/tasks/countdown/reasoning.js';
 import { countdownReward, judgeAnswer } from '../../lib/tasks/countdown/reward.js';
@@ -334,24 +334,27 @@ const settings = { counts: [3, 4], largestNumber: 100, largestTarget: 100, opera
 describe('generated puzzles', () => {
   test('have a solution of positive whole steps, and numbers and a target in their bounds', () => {
     const lengths = new Map<number, number>();
+    const off: unknown[] = [];
+    const resultsOf = (node: Expression): string[] => {
+      if (node.kind === 'number') return [];
+      const reading = readExpression(formatExpression(node));
+      return [formatRational(reading?.value as Rational), ...resultsOf(node.left), ...resultsOf(node.right)];
+    };
     for (let seed = 0; seed < 3000; seed++) {
       const puzzle = drawPuzzle(new Random(seed), settings);
-      lengths.set(puzzle.numbers.length, (lengths.get(puzzle.numbers.length) ?? 0) + 1);
-      expect(problemOf(puzzle)).toBeUndefined();
-      expect(Math.max(...puzzle.numbers, puzzle.target)).toBeLessThanOrEqual(100);
-      expect(puzzle.numbers).not.toContain(puzzle.target);
-      const solution = solve(puzzle, exactly) as Expression;
-      expect(judgeAnswer(formatExpression(solution), puzzle, exactly)).toBe('right');
-      const values = (node: Expression): string[] =>
-        node.kind === 'number'
-          ? []
-          : [
-              formatRational(readExpression(formatExpression(node))?.value as never),
-              ...values(node.left),
-              ...values(node.right),
-            ];
-      for (const value of values(solution)) expect(value).toMatch(/^[1-9]\d*$/);
+      const { numbers, target } = puzzle;
+      lengths.set(numbers.length, (lengths.get(numbers.length) ?? 0) + 1);
+      const solution = solve(puzzle, exactly);
+      const sound =
+        problemOf(puzzle) === undefined &&
+        Math.max(...numbers, target) <= 100 &&
+        !numbers.includes(target) &&
+        solution !== undefined &&
+        judgeAnswer(formatExpression(solution), puzzle, exactly) === 'right' &&
+        resultsOf(solution).every((result) => /^[1-9]\d*$/.test(result));
+      if (!sound) off.push(puzzle);
     }
+    expect(off).toEqual([]);
     expect([...lengths.keys()].sort()).toEqual([3, 4]);
     expect(Math.min(...lengths.values())).toBeGreaterThan(1300);
   });
@@ -382,7 +385,7 @@ describe('generated puzzles', () => {
 describe('the worked solution', () => {
   test('computes every equation, uses what is left, and ends at the target', () => {
     for (const rules of [exactly, atMost]) {
-      for (let seed = 0; seed < 250; seed++) {
+      for (let seed = 0; seed < 150; seed++) {
         const counts = [2, 3, 4, 5, 6];
         const puzzle = drawPuzzle(new Random(seed), { ...settings, counts, largestTarget: 300 });
         const { lines, solution } = workedSolution(puzzle, rules, solve(puzzle, rules) as Expression);
@@ -551,7 +554,7 @@ describe('the task', () => {
     expect(other.fingerprint).not.toBe(rows.fingerprint);
     const seen = (split: 'train' | 'test') => {
       const source = task.rows({ split, seed: 5 });
-      return Array.from({ length: 600 }, (_, i) => source.at(i));
+      return Array.from({ length: 300 }, (_, i) => source.at(i));
     };
     const key = ({ numbers, target }: Puzzle) => `${[...numbers].sort()} ${target}`;
     const train = new Set(seen('train').map(key));
@@ -568,7 +571,7 @@ describe('the task', () => {
   ])('its references and demonstrations get the highest total, with %j', async (options) => {
     const task = await countdown.open(options);
     const rows = task.rows({ split: 'train', seed: 3 });
-    for (let i = 0; i < 300; i++) {
+    for (let i = 0; i < 150; i++) {
       const row = rows.at(i);
       for (const write of [task.reference, task.demonstrate]) {
         const { total } = await task.spec.judge(parseCompletion({ raw: write?.(row) as string }), row);
@@ -583,7 +586,9 @@ describe('the task', () => {
     const row = { numbers: [7, 2, 9], target: 5 };
     const [system, user] = task.messages(row, 'none');
     expect(user).toEqual({ role: 'user', content: 'Numbers: 7, 2, 9\nTarget: 5' });
-    expect(system?.content).toContain('use given numbers only, each at most once, with + and - and parentheses');
+    expect(system?.content).toContain(
+      'use given numbers only, each at most once, with + and - and parentheses',
+    );
     expect(system?.content).toContain('<answer>\n(8 + 4) - 2\n</answer>');
     expect(system?.content).not.toMatch(/point|score/);
     const rules: Rules = { use: 'at-most-once', operations: ['+', '-'] };

@@ -5,10 +5,11 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { verifyDataset } from '../../lib/evaluate/index.js';
-import { Tokenizer } from '../../lib/policy/index.js';
+import { defaultModel, openModel, Tokenizer } from '../../lib/policy/index.js';
 import { type CompletionInput, parseCompletion } from '../../lib/reward/completion.js';
 import { collect, type RolloutPolicy } from '../../lib/rollout/index.js';
 import { Random } from '../../lib/tasks/random.js';
+import { parseQuestion } from '../../lib/tasks/search/dataset.js';
 import { Endpoint, type EndpointFormat } from '../../lib/tasks/search/endpoint.js';
 import {
   formatPassages,
@@ -638,5 +639,261 @@ describe('an HTTP endpoint', () => {
     controller.abort();
     await expect(pending).rejects.toMatchObject({ code: 'ABORTED' });
     await expect(ask('/query', { signal: AbortSignal.abort() })).rejects.toMatchObject({ code: 'ABORTED' });
+  });
+});
+
+describe('the task', () => {
+  const { signal } = new AbortController();
+
+  test('has every question of its world in one split, the same in every order', async () => {
+    const task = await search.open();
+    const all = (split: 'train' | 'test', seed: number) => {
+      const rows = task.rows({ split, seed });
+      return Array.from({ length: rows.size as number }, (_, i) => rows.at(i).question);
+    };
+    const train = all('train', 1);
+    const held = all('test', 1);
+    const questions = makeWorld(1).questions.map(({ question }) => question);
+    expect([...train, ...held].sort()).toEqual(questions.sort());
+    expect(held.length).toBeGreaterThan(50);
+    expect(all('train', 1)).toEqual(train);
+    expect(all('train', 2)).not.toEqual(train);
+    expect(all('train', 2).sort()).toEqual(train.sort());
+    const sizeWith = async (options: SearchOptions) =>
+      (await search.open(options)).rows({ split: 'train', seed: 1 }).size as number;
+    expect((await sizeWith({ hops: '1' })) + (await sizeWith({ hops: '2' }))).toBe(train.length);
+    const other = await search.open({ world: 2 });
+    expect(other.rows({ split: 'train', seed: 1 }).at(0).question).not.toBe(train[0]);
+  });
+
+  test('its references get the highest total in one turn', async () => {
+    const task = await search.open();
+    const rows = task.rows({ split: 'test', seed: 1 });
+    for (let i = 0; i < (rows.size as number); i++) {
+      const raw = task.reference?.(rows.at(i)) as string;
+      expect((await task.spec.judge(parseCompletion({ raw }), rows.at(i))).total).toBe(1);
+    }
+  });
+
+  test('its prompt says how to search and how often, and the motivation adds the points', async () => {
+    const task = await search.open({ searches: 5 });
+    const row = { question: 'Who?', answers: ['I'] };
+    const [system, user] = task.messages(row, 'none');
+    expect(user).toEqual({ role: 'user', content: 'Who?' });
+    expect(system?.content).toBe(instructionFor(5));
+    expect(system?.content).toContain('You can search up to 5 times.');
+    expect(instructionFor(1)).toContain('You can search once.');
+    expect(system?.content).not.toMatch(/point|score/);
+    expect(task.messages(row, 'full')[0]?.content).toBe(
+      `${instructionFor(5)}\n\n${searchReward.describe('full')}`,
+    );
+    expect(task.environment?.maxTurns).toBe(6);
+  });
+
+  test.each<[SearchOptions, string]>([
+    [{ corpus: folder, endpoint: 'http://127.0.0.1:1' }, 'Expected either corpus or endpoint'],
+    [{ data: fixturePath('search/questions.jsonl') }, 'Expected a corpus or an endpoint'],
+    [{ endpoint: 'localhost:8000/retrieve' }, 'endpoint: expected an http or https address'],
+    [{ endpoint: 'ftp://localhost/' }, 'endpoint: expected an http or https address'],
+    [{ endpointSeconds: 0 }, 'endpointSeconds: '],
+    [{ endpointFormat: 'xml' as 'query' }, 'endpointFormat: '],
+    [{ passages: 0 }, 'passages: '],
+    [{ passageCharacters: 10 }, 'passageCharacters: '],
+    [{ searches: 0 }, 'searches: '],
+    [{ hops: '3' as '2' }, 'hops: '],
+    [{ world: 1.5 }, 'world: '],
+  ])('refuses %j', async (options, message) => {
+    await expect(search.open(options)).rejects.toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining(message),
+    });
+  });
+
+  test('looks the questions of a file up in a corpus, either kind', async () => {
+    for (const [corpus, query, title] of [
+      [passagesFile, 'Vistula', 'Warsaw'],
+      [folder, 'four capitals', 'danube'],
+    ] as const) {
+      const task = await search.open({ corpus, passages: 1, passageCharacters: 120 });
+      const reply = await task.environment?.reply(
+        {
+          index: 0,
+          text: `<search>${query}</search>`,
+          tokens: new Int32Array(),
+          finishReason: 'stop_string',
+        },
+        { question: '?', answers: ['?'] },
+        undefined,
+        { signal },
+      );
+      expect(reply).toMatch(
+        new RegExp(`^\\n<information>\\nDoc 1 \\(Title: "${title}"\\) .{10,120}\\n</information>\\n$`),
+      );
+      expect(() => task.rows({ split: 'train', seed: 1 })).toThrow('Expected the option data');
+    }
+    const data = fixturePath('search/questions.jsonl');
+    const task = await search.open({ corpus: passagesFile, data });
+    const rows = await task.load(data);
+    expect(rows).toHaveLength(12);
+    expect(rows.slice(0, 3).map(({ answers }) => answers)).toEqual([
+      ['Vistula', 'the Vistula', 'Wis\u0142a'],
+      ['Jupiter'],
+      ['Galileo Galilei', 'Galileo'],
+    ]);
+    expect(rows[5]?.answers).toEqual(['1564']);
+    expect(await task.load(fixturePath('search/questions.parquet'))).toEqual([
+      { question: 'On which river does Warsaw lie?', answers: ['Vistula', 'Wis\u0142a'] },
+      { question: 'Who discovered polonium?', answers: ['Marie Curie'] },
+    ]);
+    const report = await verifyDataset(task, data);
+    expect(report.problems).toEqual([]);
+    expect(report.references).toMatchObject({ highest: 1, atHighest: 12 });
+  });
+
+  test.each([
+    [{ answer: 'x' }, 'column question'],
+    [{ question: ' ', answer: 'x' }, 'an empty one'],
+    [{ question: 'x' }, 'answers, golden_answers, answer'],
+    [{ question: 'x', answer: null }, 'answers, golden_answers, answer'],
+    [{ question: 'x', answers: [] }, 'an answer in column answers'],
+    [{ question: 'x', answers: ['The', '.'] }, 'more than punctuation and articles'],
+    [{ question: 'x', answers: ['y', {}] }, 'texts or numbers in column answers'],
+  ])('a row %j is off', (fields, message) => {
+    expect(() => parseQuestion(fields)).toThrow(message);
+  });
+
+  test('asks an endpoint where one is given, and what the endpoint fails with is the environment’s failure', async () => {
+    const task = await search.open({ endpoint: 'http://127.0.0.1:1/', endpointSeconds: 2 });
+    const turn = {
+      index: 0,
+      text: '<search>x</search>',
+      tokens: new Int32Array(),
+      finishReason: 'stop_string',
+    } as const;
+    await expect(
+      task.environment?.reply(turn, { question: '?', answers: [] }, undefined, { signal }),
+    ).rejects.toMatchObject({ code: 'ENVIRONMENT_FAILED' });
+    expect(task.environment?.timeoutSeconds).toBeGreaterThan(2);
+    expect(task.environment?.failed?.('x')).toMatch(/<information>\nThe search failed/);
+  });
+});
+
+describe('an episode', () => {
+  const world = makeWorld(1);
+  let tokenizer: Tokenizer;
+  beforeAll(async () => {
+    tokenizer = new Tokenizer((await openModel(defaultModel())).tokenizer, defaultModel());
+  });
+
+  /** A policy that writes what `agent` makes of the text so far, cut at the first string that ends a turn. */
+  function scripted(agent: (soFar: string) => string): RolloutPolicy {
+    return {
+      tokenizer,
+      contextLength: 2048,
+      async sample(prompts, options = {}) {
+        return prompts.map((prompt) => {
+          const text = agent(tokenizer.decode(Array.from(prompt as ArrayLike<number>)));
+          const ends = (options.stop ?? [])
+            .filter((stop) => text.includes(stop))
+            .map((stop) => text.indexOf(stop) + stop.length);
+          const cut = ends.length > 0 ? text.slice(0, Math.min(...ends)) : text;
+          const tokens = Int32Array.from([
+            ...tokenizer.encode(cut),
+            ...(ends.length > 0 ? [] : tokenizer.eosIds.slice(0, 1)),
+          ]);
+          const zeros = new Float32Array(tokens.length);
+          const finishReason = ends.length > 0 ? ('stop_string' as const) : ('stop' as const);
+          const completion = {
+            text: cut,
+            tokens,
+            logprobs: zeros,
+            samplingLogprobs: zeros,
+            entropies: zeros,
+            finishReason,
+          };
+          return { promptTokens: [], completions: [completion] };
+        });
+      },
+    };
+  }
+  const informationIn = (text: string) =>
+    [...text.slice(text.indexOf('assistant\n')).matchAll(/<information>\n([\s\S]*?)\n<\/information>/g)].map(
+      (match) => match[1] as string,
+    );
+  const run = async (row: SearchRow, agent: (soFar: string) => string, options: SearchOptions = {}) => {
+    const task = await search.open(options);
+    const [group] = await collect(scripted(agent), task, [row], { maxTokens: 400 });
+    return group?.episodes[0] as NonNullable<typeof group>['episodes'][number];
+  };
+
+  test('finds the answers of questions that take two searches', async () => {
+    const questions = world.questions.filter(({ passages }) => passages.length === 2);
+    for (const question of questions.filter((_, i) => i % 20 === 0)) {
+      const [first, second] = question.passages as [string, string];
+      const episode = await run(question, (soFar) => {
+        const found = informationIn(soFar);
+        if (found.length === 0) return `<think>\nFirst.\n</think>\n<search>\n${first}\n</search> and more`;
+        expect(found[0]).toContain(second);
+        if (found.length === 1) return `<think>\nThen.\n</think>\n<search>\n${second}\n</search>`;
+        expect(found[1]).toContain(question.answers[0]);
+        return `<think>\nSo.\n</think>\n<answer>\n${question.answers[0]}\n</answer>`;
+      });
+      expect(episode.turns.map(({ role }) => role)).toEqual([
+        'model',
+        'environment',
+        'model',
+        'environment',
+        'model',
+      ]);
+      expect(episode.reward.total).toBe(1);
+      expect(episode.end).toBe('stop_string');
+      expect(episode.completion.text).not.toContain('Doc 1');
+    }
+  });
+
+  test('is judged by what the model wrote, though a passage holds the answer between tags', async () => {
+    const { question, answers } = world.questions[0] as SearchRow;
+    const episode = await run({ question, answers }, (soFar) =>
+      informationIn(soFar).length === 0
+        ? '<think></think><search>Traby</search>'
+        : '<think></think><answer>no idea</answer>',
+    );
+    expect(episode.reward.total).toBe(0.2);
+    expect(episode.reward.parts).toMatchObject({
+      format: { case: 'demanded' },
+      correctness: { case: 'wrong' },
+    });
+  });
+
+  test('ends after its last turn, of which the model is told', async () => {
+    const row = world.questions[0] as SearchRow;
+    const told: boolean[] = [];
+    const episode = await run(
+      row,
+      (soFar) => {
+        const found = informationIn(soFar);
+        if (found.length > 0) told.push(/last search/.test(found.at(-1) as string));
+        return '<think></think><search>zzz</search>';
+      },
+      { searches: 2 },
+    );
+    expect(told).toEqual([false, true]);
+    expect(episode.turns).toHaveLength(5);
+    expect(episode.end).toBe('turns');
+    expect(episode.reward.parts.correctness?.case).toBe('missing');
+  });
+
+  test('goes on after a turn that was neither, by a message of the user', async () => {
+    const row = world.questions[0] as SearchRow;
+    const episode = await run(row, (soFar) =>
+      soFar.includes('neither a search nor an answer')
+        ? `<think></think><answer>${row.answers[0]}</answer>`
+        : '<search>who',
+    );
+    expect(episode.turns.map(({ role }) => role)).toEqual(['model', 'environment', 'model']);
+    expect(episode.turns[1]?.text).toMatch(
+      /<\|im_start\|>user\nThat was neither .*<\|im_end\|>\n<\|im_start\|>assistant\n$/,
+    );
+    expect(episode.reward.total).toBe(0.8);
   });
 });

@@ -11,25 +11,29 @@ import { allOperations, maxNumbers, type Puzzle, problemOf, type Rules, solve } 
 
 const numbersExpected = `expected numbers from 2 to ${maxNumbers}, such as 3 or "3-4"`;
 
-const numbers = z.union([z.int(), z.string(), z.array(z.int())], numbersExpected).transform((given, context) => {
-  const counts = countsOf(given);
-  if (counts.length > 0 && counts.every((n) => Number.isInteger(n) && n >= 2 && n <= maxNumbers)) {
-    return [...new Set(counts)].sort((a, b) => a - b);
-  }
-  context.addIssue({ code: 'custom', message: numbersExpected });
-  return z.NEVER;
-});
+const numbers = z
+  .union([z.int(), z.string(), z.array(z.int())], numbersExpected)
+  .transform((given, context) => {
+    const counts = countsOf(given);
+    if (counts.length > 0 && counts.every((n) => Number.isInteger(n) && n >= 2 && n <= maxNumbers)) {
+      return [...new Set(counts)].sort((a, b) => a - b);
+    }
+    context.addIssue({ code: 'custom', message: numbersExpected });
+    return z.NEVER;
+  });
 
 const operationsExpected = 'expected some of + - * /, such as "+-*"';
 
-const operations = z.union([z.string(), z.array(z.string())], operationsExpected).transform((given, context) => {
-  const signs = typeof given === 'string' ? [...given.replace(/[\s,]/g, '')] : given;
-  if (signs.length > 0 && signs.every((sign) => allOperations.includes(sign as Operation))) {
-    return allOperations.filter((operation) => signs.includes(operation));
-  }
-  context.addIssue({ code: 'custom', message: operationsExpected });
-  return z.NEVER;
-});
+const operations = z
+  .union([z.string(), z.array(z.string())], operationsExpected)
+  .transform((given, context) => {
+    const signs = typeof given === 'string' ? [...given.replace(/[\s,]/g, '')] : given;
+    if (signs.length > 0 && signs.every((sign) => allOperations.includes(sign as Operation))) {
+      return allOperations.filter((operation) => signs.includes(operation));
+    }
+    context.addIssue({ code: 'custom', message: operationsExpected });
+    return z.NEVER;
+  });
 
 const options = {
   numbers: numbers.prefault('3-4').meta({
@@ -106,7 +110,11 @@ export function instructionFor(rules: Rules): string {
 }
 
 /** The greatest numbers and target must be ones that the solver takes, so that every smaller puzzle is too. */
-function requireSolvable(settings: { counts: readonly number[]; largestNumber: number; largestTarget: number }) {
+function requireSolvable(settings: {
+  counts: readonly number[];
+  largestNumber: number;
+  largestTarget: number;
+}) {
   const { counts, largestNumber, largestTarget } = settings;
   const count = Math.max(...counts);
   const greatest = new Array<number>(count).fill(largestNumber);

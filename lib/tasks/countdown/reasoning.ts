@@ -78,7 +78,10 @@ function nearestSteps(items: readonly Item[], target: number, operations: readon
         if (value?.denominator !== 1n || value.numerator < 1n) continue;
         const result = { value, expression: joined(operation, first.expression, second.expression) };
         const left = [...items.filter((_, k) => k !== i && k !== j), result];
-        const key = left.map((item) => item.value.numerator).sort().join();
+        const key = left
+          .map((item) => item.value.numerator)
+          .sort()
+          .join();
         if (results.has(key)) continue;
         results.add(key);
         const distance = Math.abs(Number(value.numerator) - target);
@@ -96,7 +99,9 @@ function stepsOf(expression: Expression, start: readonly Item[]): string[] {
   const steps: string[] = [];
   const visit = (node: Expression): Item => {
     if (node.kind === 'number') {
-      const given = start.find((item) => Number(item.value.numerator) === node.value && !used.has(item)) as Item;
+      const given = start.find(
+        (item) => Number(item.value.numerator) === node.value && !used.has(item),
+      ) as Item;
       used.add(given);
       return given;
     }

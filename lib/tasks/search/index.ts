@@ -11,15 +11,21 @@ import { searchReward } from './reward.js';
 import { makeWorld, type SearchRow } from './world.js';
 
 const options = {
-  corpus: z.string().optional().meta({
-    description:
-      'what is searched: a folder of .txt and .md files, or a .jsonl or .parquet file of passages (default: a made-up ' +
-      'world)',
-    path: true,
-  }),
-  endpoint: z.url({ protocol: /^https?$/, error: 'expected an http or https address' }).optional().meta({
-    description: 'address of a retrieval server that is asked instead',
-  }),
+  corpus: z
+    .string()
+    .optional()
+    .meta({
+      description:
+        'what is searched: a folder of .txt and .md files, or a .jsonl or .parquet file of passages (default: a made-up ' +
+        'world)',
+      path: true,
+    }),
+  endpoint: z
+    .url({ protocol: /^https?$/, error: 'expected an http or https address' })
+    .optional()
+    .meta({
+      description: 'address of a retrieval server that is asked instead',
+    }),
   endpointFormat: z.enum(['query', 'search-r1']).default('query').meta({
     description: 'what the server takes: {query, k}, or the {queries, topk, return_scores} of Search-R1',
   }),
@@ -53,7 +59,10 @@ export const search = defineTask({
   async create(chosen): Promise<TaskParts<SearchRow>> {
     const { corpus, endpoint, passages, passageCharacters, searches } = chosen;
     if (corpus !== undefined && endpoint !== undefined) {
-      throw new MerfError('INVALID_ARGUMENT', 'Expected either corpus or endpoint for the task search but received both');
+      throw new MerfError(
+        'INVALID_ARGUMENT',
+        'Expected either corpus or endpoint for the task search but received both',
+      );
     }
     const madeUp = corpus === undefined && endpoint === undefined;
     if (madeUp && chosen.data !== undefined) {
