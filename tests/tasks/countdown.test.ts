@@ -377,6 +377,14 @@ describe('generated puzzles', () => {
     }
   });
 
+  test('multiply and divide by more than 1', () => {
+    const options = { ...settings, counts: [3], largestNumber: 4, operations: ['*', '/'] as const };
+    for (let seed = 0; seed < 200; seed++) {
+      const { numbers } = drawPuzzle(new Random(seed), options);
+      expect(numbers.filter((number) => number === 1)).toEqual([]);
+    }
+  });
+
   test('are refused where the options leave none', () => {
     const impossible = { ...settings, counts: [2], largestNumber: 1, operations: ['*'] as const };
     expect(() => drawPuzzle(new Random(1), impossible)).toThrow(

@@ -468,6 +468,7 @@ describe('the reward, rule by rule', () => {
     [`${think}<search>a</search><search>b</search>${think}${answer}`, rightAlone],
     [`${think}<search></search>${think}${answer}`, rightAlone],
     [`${think}<search>a</search><information>Doc 1</information>${think}${answer}`, rightAlone],
+    [`${think}<information>Doc 1</information>${think}${answer}`, rightAlone],
     [`<think>hm ${answer}`, rightAlone],
     [`<think><search>a</search></think>${answer}`, rightAlone],
     [`${think}</think>${answer}`, rightAlone],
