@@ -23,7 +23,7 @@ import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { groupAdvantages, standardDeviation } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { contentHash, fingerprint } from './files.js';
+import { contentHash, fingerprint } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema, limitsOf } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
