@@ -54,7 +54,7 @@ describe('a chat template', () => {
       '{% for t in tools %}<tool>{{ t.function.name }}</tool>{% endfor %}{% for m in messages %}[{{ m.role }}' +
         '{% if m.name %} {{ m.name }}{% endif %}] {% if m.tool_calls %}{% for call in m.tool_calls %}' +
         '{{ call.function.name }}{{ call.function.arguments | tojson }}#{{ call.id }}{% endfor %}' +
-        '{% else %}{{ m.content }}{% endif %}{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %}\n{% endfor %}',
+        '{% else %}{{ m.content }}{% endif %}{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %};{% endfor %}',
       {},
     );
     const conversation: ChatMessage[] = [
@@ -75,8 +75,8 @@ describe('a chat template', () => {
     const before = JSON.stringify(conversation);
     const tools = [{ type: 'function', function: { name: 'weather' } }];
     expect(calls.render(conversation, { variables: { tools } })).toBe(
-      '<tool>weather</tool>[user] Weather?\n[assistant] weather{"city": "Rome", "days": [1, 2.5]}#c1\n' +
-        '[tool weather] sunny for c1\n',
+      '<tool>weather</tool>[user] Weather?;[assistant] weather{"city": "Rome", "days": [1, 2.5]}#c1;' +
+        '[tool weather] sunny for c1;',
     );
     expect(JSON.stringify(conversation)).toBe(before);
   });
