@@ -83,7 +83,7 @@ interface OpenEpisode {
 
 type EndedTurn = Pick<Completion, 'text' | 'tokens' | 'finishReason'>;
 type Judged = Omit<PlainEpisode, 'turns'> & Partial<Pick<Episode, 'reward'>>;
-type Next = { turn: GivenTurn } | { end: EpisodeEnd; episode: Promise<Judged> };
+type Next = { turn: GivenTurn } | { episode: Promise<Judged> };
 
 /**
  * Draws `n` episodes of every row and judges them: the one way from rows to judged episodes, which training, evaluation
@@ -246,7 +246,8 @@ class Collection<Row> {
       signal: this.#signal,
       onCompletion: ({ prompt, completion, ...ended }) => {
         const episode = episodes[prompt * n + completion] as OpenEpisode;
-        episode.next ??= this.#next(episode, ended);
+        episode.next = this.#next(episode, ended);
+        episode.next.catch(() => undefined);
       },
     });
     throwIfAborted(this.#signal, 'a rollout');
@@ -280,10 +281,12 @@ class Collection<Row> {
     // The turn joins the others while its environment is at work: what is read after that would count it twice.
     const before = [...open.turns];
     const room = this.#room(open);
-    const end = (how: EpisodeEnd): Next => ({
-      end: how,
-      episode: this.#episode(open.row, before, ended, how),
-    });
+    const end = (how: EpisodeEnd): Next => {
+      const episode = this.#episode(open.row, before, ended, how);
+      // Its failure has ended the rollout by the time that anyone awaits it.
+      episode.catch(() => undefined);
+      return { episode };
+    };
     try {
       if (finishReason === 'pending' || finishReason === 'length') return end('length');
       if (environment === undefined) return end(finishReason);
