@@ -235,19 +235,26 @@ describe('the index', () => {
     const texts = passages.map(({ title, text }) => wordsOf(`${title}\n${text}`));
     const lengths = texts.map((words) => new Set(words).size);
     const mean = lengths.reduce((sum, length) => sum + length, 0) / lengths.length;
+    const having = (term: string) => texts.filter((other) => other.includes(term)).length;
+    const isCommon = (term: string) => having(term) > texts.length / 2;
+    expect(['the', 'of', 'is'].filter(isCommon)).toEqual(['the', 'of', 'is']);
     for (const query of [
       'the moons of Jupiter',
       'river',
       'in the city of Leipzig is a city',
       'Curie polonium',
+      'the of is',
+      'a city in Saxony in the east',
     ]) {
+      const terms = wordsOf(query);
+      const telling = terms.filter((term) => !isCommon(term));
       const expected = texts
         .map((words, i) => {
           let score = 0;
-          for (const term of wordsOf(query)) {
+          for (const term of telling.length > 0 ? telling : terms) {
             const f = words.filter((word) => word === term).length;
             if (f === 0) continue;
-            const n = texts.filter((other) => other.includes(term)).length;
+            const n = having(term);
             const idf = Math.log(1 + (texts.length - n + 0.5) / (n + 0.5));
             score += idf * (0.5 + (f * 2.2) / (f + 1.2 * (0.3 + (0.7 * (lengths[i] as number)) / mean)));
           }
@@ -265,9 +272,11 @@ describe('the index', () => {
 
   test('finds nothing for words that are not there, and no more than asked for', async () => {
     const index = new PassageIndex(await readCorpus(passagesFile, 600));
-    for (const query of ['zzz', '?!', '', 'constructor', '__proto__']) {
+    for (const query of ['zzz', '?!', '', 'constructor', '__proto__', 'the zzz']) {
       expect(await index.search(query, 3)).toEqual([]);
     }
+    const blank = new PassageIndex([{ id: '1', title: '', text: '?!' }]);
+    for (const query of ['', '?!', 'a']) expect(await blank.search(query, 3)).toEqual([]);
     expect(await index.search('the', 2)).toHaveLength(2);
   });
 });
