@@ -32,13 +32,14 @@ const search = /<search>((?:(?!<search>)[\s\S])*?)<\/search>/g;
 export function readAction(text: string): Action {
   const answer = text.indexOf('<answer>');
   if (answer >= 0 && text.indexOf('</answer>', answer) >= 0) return { kind: 'answer' };
-  if (text.endsWith('</answer>')) return { kind: 'refused', reason: unopened('answer') };
-  if (!text.includes('</search>')) return { kind: 'none' };
+  // A turn can go on behind the tag that ended it, with what its last token holds.
+  const answerEnd = text.lastIndexOf('</answer>');
+  const searchEnd = text.lastIndexOf('</search>');
+  if (answerEnd < 0 && searchEnd < 0) return { kind: 'none' };
+  if (answerEnd > searchEnd) return { kind: 'refused', reason: unopened('answer') };
   const searches = [...text.matchAll(search)];
   const query = searches.at(-1)?.[1]?.replace(/\s+/g, ' ').trim();
-  if (query === undefined) {
-    return { kind: 'refused', reason: unopened('search') };
-  }
+  if (query === undefined) return { kind: 'refused', reason: unopened('search') };
   if (query === '') return { kind: 'refused', reason: 'The query is empty.' };
   if (query.length > maxQuery) {
     return { kind: 'refused', reason: `The query has more than ${maxQuery} characters.` };
@@ -66,11 +67,14 @@ export function formatPassages(passages: readonly Passage[], passageCharacters: 
     .join('\n');
 }
 
-/** Text of a passage on one line, without the tags that have a meaning here and without marks of special tokens. */
+/**
+ * Text of a passage on one line, without the tags that have a meaning here. Other tags lose their form too, since `</s>`,
+ * `<|im_end|>` and the like are tokens that end a turn.
+ */
 function harmless(text: string): string {
   return text
     .replace(/<\/?(?:think|search|information|answer)>/g, ' ')
-    .replaceAll('<|', '< |')
+    .replace(/<(?=[|/\p{L}_])/gu, '< ')
     .replace(/\s+/g, ' ')
     .trim();
 }
