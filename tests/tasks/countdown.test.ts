@@ -46,7 +46,9 @@ function combine(operation: Operation, [a, b]: Fraction, [c, d]: Fraction): Frac
   }
 }
 
-/** Every value that all the numbers make, by joining two after two in every way, as a text in lowest terms. */
+/**
+ * Every value that all the numbers make, by joining two after two in every way, as a text in lowest terms.
+ */
 function reachable(numbers: readonly number[], operations: readonly Operation[]): Set<string> {
   const found = new Set<string>();
   const visit = (values: readonly Fraction[]): void => {

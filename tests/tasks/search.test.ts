@@ -96,8 +96,8 @@ describe('a corpus', () => {
       id: 'mars',
       title: 'Mars',
       text:
-        'Mars is the fourth planet from the Sun and has two small moons, Phobos and Deimos. Its red colour comes ' +
-        'from iron oxide.',
+        'Mars is the fourth planet from the Sun and has two small moons, Phobos and Deimos. Its red ' +
+        'colour comes from iron oxide.',
     });
   });
 
@@ -779,7 +779,7 @@ describe('the task', () => {
     expect(() => parseQuestion(fields)).toThrow(message);
   });
 
-  test('asks an endpoint where one is given, and what the endpoint fails with is the environment’s failure', async () => {
+  test('asks an endpoint where one is given, and fails as it does', async () => {
     const task = await search.open({ endpoint: 'http://127.0.0.1:1/', endpointSeconds: 2 });
     const turn = {
       index: 0,

@@ -48,10 +48,13 @@ export function readAction(text: string): Action {
 }
 
 function unopened(name: string): string {
-  return `There is no ${name === 'search' ? 'query' : 'answer'}: the ${name} tag is closed, but was not opened.`;
+  const what = name === 'search' ? 'query' : 'answer';
+  return `There is no ${what}: the ${name} tag is closed, but was not opened.`;
 }
 
-/** What is appended to a turn: white space, and the text between the tags that no model is to write itself. */
+/**
+ * What is appended to a turn: white space, and the text between the tags that no model is to write itself.
+ */
 export function information(text: string): string {
   return `\n<information>\n${text}\n</information>\n`;
 }
@@ -68,8 +71,8 @@ export function formatPassages(passages: readonly Passage[], passageCharacters: 
 }
 
 /**
- * Text of a passage on one line, without the tags that have a meaning here. Other tags lose their form too, since `</s>`,
- * `<|im_end|>` and the like are tokens that end a turn.
+ * Text of a passage on one line, without the tags that have a meaning here. Other tags lose their form too,
+ * since `</s>`, `<|im_end|>` and the like are tokens that end a turn.
  */
 function harmless(text: string): string {
   return text
@@ -84,14 +87,14 @@ const lastSearch = 'This was the last search. Give the answer in the next turn.'
 const severalSearches = 'Write one search at a time. Only the last one is answered here.';
 const failed = 'The search failed. Try again, or answer with what you know.';
 const neither =
-  'That was neither a search nor an answer. Write a query between <search> and </search>, or the final answer between ' +
-  '<answer> and </answer>.';
+  'That was neither a search nor an answer. Write a query between <search> and </search>, or the final ' +
+  'answer between <answer> and </answer>.';
 
 /**
- * Answers the searches that the model writes in its turn, with what Search-R1 (arXiv 2503.09516) puts there: the passages
- * between `<information>` and `</information>`, inside the same turn of the assistant. What cannot be searched for is
- * answered by a sentence that says why. A turn that the model itself ended with neither a search nor an answer is answered
- * by the user; one that was cut for its length ends the episode.
+ * Answers the searches that the model writes in its turn, with what Search-R1 (arXiv 2503.09516) puts there:
+ * the passages between `<information>` and `</information>`, inside the same turn of the assistant. What
+ * cannot be searched for is answered by a sentence that says why. A turn that the model itself ended with
+ * neither a search nor an answer is answered by the user; one that was cut for its length ends the episode.
  */
 export function searchEnvironment(options: SearchEnvironmentOptions): Environment {
   const { retriever, topK, passageCharacters, maxTurns } = options;

@@ -10,7 +10,10 @@ export interface Retriever {
   search(query: string, count: number, signal?: AbortSignal): Promise<readonly Passage[]>;
 }
 
-/** Term frequency saturation, length normalisation, and the floor that BM25+ adds for a term that occurs at all. */
+/**
+ * Term frequency saturation, length normalisation, and the floor that BM25+ adds for a term that occurs at
+ * all.
+ */
 const bm25 = { k: 1.2, b: 0.7, d: 0.5 };
 
 /**
@@ -19,11 +22,12 @@ const bm25 = { k: 1.2, b: 0.7, d: 0.5 };
  *     idf * (d + f * (k + 1) / (f + k * (1 - b + b * length / mean length)))
  *     idf = ln(1 + (N - n + 0.5) / (n + 0.5))
  *
- * with f the word's occurrences in title and text together, length the number of different words in them, n the passages
- * that have the word, and N all passages. MiniSearch, which computes it, multiplies the sum by how many of the query's
- * words occur; that would let passages full of "the" and "of" overtake the one that has the name asked for, so it is
- * divided out again. Words that more than half of the passages have are left out of a query that has others: they tell
- * passages apart the least, as those of a list of stop words do, and looking them up takes the longest.
+ * with f the word's occurrences in title and text together, length the number of different words in them, n
+ * the passages that have the word, and N all passages. MiniSearch, which computes it, multiplies the sum by
+ * how many of the query's words occur; that would let passages full of "the" and "of" overtake the one that
+ * has the name asked for, so it is divided out again. Words that more than half of the passages have are left
+ * out of a query that has others: they tell passages apart the least, as those of a list of stop words do,
+ * and looking them up takes the longest.
  */
 export class PassageIndex implements Retriever {
   readonly #passages: readonly Passage[];
