@@ -299,10 +299,9 @@ class Backend {
   virtual void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) = 0;
 
   // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)
-  // Where `delta` [T, H] is given, x += delta first (the residual stream, in place). x f32|bf16; delta and y share a
-  // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
-  virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-                        const Tensor& y, const Tensor& rstd) = 0;
+  // x and y f32|bf16, their types may differ; weight [H] f32; rstd [T] f32 (empty: not kept).
+  virtual void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+                        const Tensor& rstd) = 0;
   // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 +=, or empty: not wanted. dy of y's type.
   virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                  const Tensor& dx, const Tensor& dweight) = 0;

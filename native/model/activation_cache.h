@@ -1,10 +1,10 @@
-// What the forward passes of a rollout leave for the backward of the first update: the weights are the same then, so that
-// of the first layers, as many as there is memory for, only attention and its output's projection have to be computed
-// again.
+// The activation cache: what the forward passes of a rollout leave for the backward of the first update. The weights are
+// the same then, so that of the first layers, as many as there is memory for, only attention and its output's projection
+// have to be computed again.
 //
 // Much of it stands in the memory of the gradients, which are 0 from one update to the next forward and backward pass.
-// What is kept of layer i is in that of layer i - 1: the backward comes down from the last layer, so it has gone when
-// the first gradient of that layer comes.
+// Layer i borrows that of layer i - 1: the backward comes down from the last layer, so what is cached of layer i has gone
+// when the first gradient of layer i - 1 comes.
 #pragma once
 
 #include <cstdint>
@@ -17,15 +17,15 @@
 
 namespace merf {
 
-class KeptForward {
+class ActivationCache {
  public:
   // Room for `rows` tokens, and the first `layers` layers of them. `gradients`: by layer, the memory of its gradients,
-  // which are 0 and are 0 again when this gives them back; empty where there is none to lend. Throws OUT_OF_MEMORY.
-  KeptForward(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
-              std::vector<Tensor> gradients);
-  ~KeptForward();
-  KeptForward(const KeptForward&) = delete;
-  KeptForward& operator=(const KeptForward&) = delete;
+  // which are 0 and are 0 again when this gives them back; empty where there are none to borrow. Throws OUT_OF_MEMORY.
+  ActivationCache(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
+                  std::vector<Tensor> gradients);
+  ~ActivationCache();
+  ActivationCache(const ActivationCache&) = delete;
+  ActivationCache& operator=(const ActivationCache&) = delete;
 
   // The most layers of `rows` tokens that take no more than `bytes` beside the gradients.
   static size_t layers_within(int64_t bytes, const ModelConfig& config, int64_t rows,
@@ -34,12 +34,12 @@ class KeptForward {
   int64_t rows() const { return rows_; }
   size_t layers() const { return layers_.size(); }
   bool borrows() const { return !gradients_.empty(); }
-  // Forgets what is kept but not the memory, which the next rollout fills again; gives the gradients back.
+  // Forgets what is cached but keeps the memory, which the next rollout fills again; gives the gradients back.
   void clear();
-  // The buffers of a forward over the next `rows` rows. What is not kept is `shared`'s.
+  // The buffers of a forward over the next `rows` rows. What is not cached is `shared`'s.
   Activations next(int64_t rows, const Activations& shared);
-  // The other way, for steps that run over the same memory every time: stage gives `activations`, which hold nothing,
-  // buffers of `rows` rows for what is kept, copies says what store_rows then has to put where, and advance takes the
+  // Steps that run over the same memory every time go another way: stage gives `activations`, which save nothing,
+  // buffers of `rows` rows for what is cached, copies says what store_rows then has to put where, and advance takes the
   // next rows for it and returns the first.
   void stage(Arena& arena, int64_t rows, Activations& activations) const;
   std::vector<RowsCopy> copies(const Activations& staged) const;
@@ -52,7 +52,7 @@ class KeptForward {
   // The row of each token of a packed forest (visible_until as in backend.h); -1 where there is none.
   std::vector<int32_t> find(const std::vector<int32_t>& tokens,
                             const std::vector<int32_t>& visible_until) const;
-  // Rows [N] i32 of what the last of its layers gave, x [N, H] f32.
+  // Gathers rows [N] i32 of what the last of its layers gave into x [N, H] f32.
   void restore_output(const Tensor& rows, const Tensor& x) const;
   // Puts rows [N] i32 of a layer into the buffers of a forward over N tokens; Transformer::complete adds the rest.
   void restore(size_t layer, const Tensor& rows, const Activations& activations) const;
@@ -67,7 +67,7 @@ class KeptForward {
   Backend& backend_;
   int64_t rows_, used_ = 0;
   std::vector<Tensor> gradients_;
-  size_t lent_ = 0;  // layers whose gradients are not 0
+  size_t borrowing_ = 0;  // the first so many layers have written to the gradients that they borrow
   std::vector<Layer> layers_;
   Tensor output_;
   std::unordered_map<uint64_t, int32_t> row_of_;  // by the row before and the token
