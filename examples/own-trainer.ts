@@ -38,7 +38,7 @@ for (let step = 1; step <= steps; step++) {
   const rewards = scores.map((group) => group.map((score) => score.total));
 
   // 3. Advantage: each completion against the others of its group.
-  const advantages = groupAdvantages(rewards);
+  const advantages = await groupAdvantages(rewards);
 
   // 4. The batch as a token forest: the motivation at the root, then the questions, then their completions.
   const branches = groups.map((group, i) => ({

@@ -1,4 +1,9 @@
-import { type NativeLossAggregation, type NativeLossKind, type NativeLossStatistics, native } from '../native.js';
+import {
+  type NativeLossAggregation,
+  type NativeLossKind,
+  type NativeLossStatistics,
+  native,
+} from '../native.js';
 import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 /**

@@ -2,6 +2,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError, throwIfAborted } from '../errors.js';
 import { type Evaluation, isCorrect, ScoreTally, scoreGroups } from '../evaluate/index.js';
+import { groupAdvantages } from '../kernels/group-advantages.js';
 import type { CompletionGroup, Loss, Policy } from '../policy/index.js';
 import {
   formatMotivation,
@@ -12,7 +13,6 @@ import {
 } from '../prompt/motivation.js';
 import type { Score } from '../reward/index.js';
 import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
-import { groupAdvantages, standardDeviation } from './advantages.js';
 import { CompletionLog, type CompletionRecord } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './files.js';
@@ -215,7 +215,7 @@ export class Trainer<Row = unknown> {
         prompts,
         groups,
         scores,
-        advantages: groupAdvantages(rewards, { kind, scale }),
+        advantages: await groupAdvantages(rewards, { kind, scale }),
       };
       const updates = await this.#update(rollout, step, signal, () => {
         updated = true;
@@ -441,6 +441,13 @@ class UpdateTally {
       ...counts,
     };
   }
+}
+
+/** The sample standard deviation (n - 1); 0 of fewer than two values. */
+function standardDeviation(values: readonly number[]): number {
+  if (values.length < 2) return 0;
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+  return Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (values.length - 1));
 }
 
 class Stopwatch {

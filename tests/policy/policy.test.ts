@@ -419,7 +419,7 @@ describe('forwardBackward and optimStep', () => {
   test('take the policy itself where old log-probabilities are missing: the ratio is 1', async () => {
     const policy = await load();
     const stats = await policy.forwardBackward(forest(), { type: 'grpo' });
-    for (const key of ['mean', 'min', 'max'] as const) expect(stats.ratio[key]).toBeCloseTo(1, 5);
+    expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
     expect(stats.loss).toBeCloseTo(-(1 - 0.5 + 0.25) / 3, 5);
     const scores = await policy.score(forest());
     expect(stats.logprobs.map((row) => row.length)).toEqual([3, 5, 2]);
@@ -450,11 +450,11 @@ describe('forwardBackward and optimStep', () => {
       expect(gradient.every((g) => g === 0)).toBe(true);
   });
 
-  test('refuse a loss that is not finite and leave no gradients', async () => {
+  test('say that a loss is not finite, and leave no gradients', async () => {
     const policy = await load();
     await policy.forwardBackward(forest(), { type: 'grpo' });
-    const run = () => policy.forwardBackward(forest(-1e4), { type: 'grpo', clipLow: 0, clipHigh: 1e30 });
-    await expectFailure(run, 'NON_FINITE');
+    const loss = { type: 'grpo', clipLow: 0, clipHigh: 1e30 } as const;
+    expect(await policy.forwardBackward(forest(-1e4), loss)).toMatchObject({ finite: false });
     for (const gradient of (await gradients(policy)).values())
       expect(gradient.every((g) => g === 0)).toBe(true);
   });
