@@ -11,7 +11,7 @@ export interface Segment {
 
 /** Per-token arrays have one element for each of the segment's tokens. */
 export interface TrainTarget {
-  /** Of the whole completion; needed by every loss but cross_entropy. */
+  /** The advantage of the whole completion; every loss but cross_entropy needs it. */
   advantage?: number | undefined;
   /** Untempered log-probabilities under the policy that drew the tokens (`Completion.logprobs`). */
   logprobs?: ArrayLike<number> | undefined;

@@ -9,7 +9,7 @@ export interface DeviceOptions {
    */
   device?: string | undefined;
   /**
-   * Of weights and activations; master weights, gradients and moments are always float32. `auto`: bf16 where the
+   * The type of weights and activations; master weights, gradients and moments are always float32. `auto`: bf16 where the
    * device multiplies it in hardware and the model has at least 50 million parameters (smaller ones gain little time
    * from it and lose accuracy), else f32.
    */
@@ -40,14 +40,14 @@ export interface DeviceOptions {
 export interface LoraOptions {
   /** 1 to the smaller of the hidden and the MLP size; 8 to 64 are usual. */
   rank: number;
-  /** Of the first values of A. Default 0. */
+  /** Seed of the first values of A. Default 0. */
   seed?: number | bigint | undefined;
 }
 
 export interface CreateOptions extends DeviceOptions {
-  /** Of the random weights. Default 0. */
+  /** Seed of the random weights. Default 0. */
   seed?: number | bigint | undefined;
-  /** Of the matrices' normal distribution. Default 0.02. */
+  /** Standard deviation of the matrices' normal distribution. Default 0.02. */
   standardDeviation?: number | undefined;
 }
 
@@ -67,7 +67,7 @@ export interface OptimizerOptions {
 }
 
 export interface SaveOptions {
-  /** Of the stored weights. Default: the policy's. */
+  /** The type of the stored weights. Default: the policy's. */
   dtype?: 'f32' | 'bf16' | undefined;
   /** Weights beyond this are divided into several files, with an index. Default 5 GB. */
   maxShardBytes?: number | undefined;

@@ -33,7 +33,7 @@ import { TextStream, Tokenizer } from './tokenizer.js';
 export interface Scores {
   /** For each segment with a target in depth-first order: [tokens], 0 where a token is not scored. */
   logprobs: Float32Array[];
-  /** Of the next-token distribution, in nats; laid out as `logprobs`. */
+  /** Entropies of the next-token distributions, in nats; laid out as `logprobs`. */
   entropies: Float32Array[];
 }
 

@@ -166,7 +166,7 @@ const NamedParameter& Parameters::find(const std::string& name) const {
 bool Parameters::make_gradients() {
   if (has_gradients() || trained_.empty()) return false;
   try {
-    // Those of one layer follow each other.
+    // The parameters of one layer follow each other.
     for (auto first = trained_.begin(), last = first; first != trained_.end(); first = last) {
       const int64_t layer = (*first)->layer;
       int64_t elements = 0;

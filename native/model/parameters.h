@@ -94,8 +94,8 @@ struct LayerParameters {
   Projection gate_up, down;
 };
 
-// The names and shapes of a model's parameters without the parameters: of what `config` describes, with adapters of
-// that rank where it is not 0.
+// The names and shapes of the parameters of the model that `config` describes, with adapters of that rank where it is
+// not 0. There need be no such model.
 std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t lora_rank = 0);
 
 class Parameters {
@@ -110,7 +110,7 @@ class Parameters {
   Parameter& head() { return tied_ ? embedding : untied_head; }
 
   const std::vector<NamedParameter>& named() const { return named_; }
-  // Those that are trained.
+  // The parameters that are trained.
   const std::vector<Parameter*>& trained() const { return trained_; }
   const Training& training() const { return training_; }
 

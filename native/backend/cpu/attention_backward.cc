@@ -1,6 +1,6 @@
 // The gradients of attention over the token forest. Rows, packed keys and the mask are those of attention.cc.
 //
-// With P = exp(S - lse), D = rowsum(dO * O):
+// The gradients follow from P = exp(S - lse) and D = rowsum(dO * O):
 //   dV = P^T dO,  dS = P * (dO V^T - D),  dK = scale * dS^T Q,  dQ = scale * dS K.
 // One task is a block of keys: it walks the query blocks that see it upwards and owns its dK and dV. Each query
 // block's dQ takes the contributions of its key blocks in rising order: a task waits its turn. Tasks are claimed in

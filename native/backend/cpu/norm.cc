@@ -45,7 +45,7 @@ void norm_rows(int64_t begin, int64_t end, int64_t size, const X* x, const float
   }
 }
 
-// With g = dy * weight: dx += rstd * (g - x * rstd^2 * mean(g * x)), dweight += dy * x * rstd.
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and dweight += dy * x * rstd.
 template <typename X, typename Y>
 void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, const X* x,
                         const float* weight, const float* rstd, X* dx, float* dweight) {

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxRow)
   }
 }
 
-// With g = dy * weight: dx += rstd * (g - x * rstd^2 * mean(g * x)), and partials [blocks, size] = the sums over the
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and partials [blocks, size] = the sums over the
 // block's `rows_per_block` rows of dy * x * rstd. A block takes the columns from blockIdx.y * (what its threads hold);
 // the mean is over the whole row whichever the columns are.
 template <typename X, typename Y, int N>
