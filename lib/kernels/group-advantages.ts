@@ -5,16 +5,16 @@ export type AdvantageKind = 'group' | 'batch' | 'leave_one_out';
 
 export interface GroupAdvantagesOptions {
   /**
-   * `group` (default): r - mean of the group, over its standard deviation (GRPO, arXiv:2402.03300; without `scale`
-   * Dr. GRPO, arXiv:2503.20783). `batch`: r - mean of the group, over the standard deviation of the whole batch.
-   * `leave_one_out`: r - mean of the group's others (RLOO, arXiv:2402.14740).
+   * `group` (default): r - mean of the group, over its standard deviation (GRPO, arXiv:2402.03300; without
+   * `scale` Dr. GRPO, arXiv:2503.20783). `batch`: r - mean of the group, over the standard deviation of the
+   * whole batch. `leave_one_out`: r - mean of the group's others (RLOO, arXiv:2402.14740).
    */
   kind?: AdvantageKind | undefined;
   /** Whether to divide by the standard deviation (of n - 1). Default true; leave_one_out does not. */
   scale?: boolean | undefined;
   /**
-   * Added to the standard deviation, so that a group of nearly equal rewards does not blow up their differences.
-   * Default 1e-4, the value that TRL uses.
+   * Added to the standard deviation, so that a group of nearly equal rewards does not blow up their
+   * differences. Default 1e-4, the value that TRL uses.
    */
   epsilon?: number | undefined;
 }
@@ -27,9 +27,11 @@ export interface GroupAdvantagesArguments extends GroupAdvantagesOptions {
 }
 
 /**
- * Advantages of completions over the others of their group; 0 for a group of one. Of a tensor of rewards it gives a
- * tensor [N] f32 on its device, of numbers, a group each, numbers in their shape, which the CPU computes.
- * @throws MerfError INVALID_ARGUMENT, which names a reward that is not finite among numbers, DISPOSED, OUT_OF_MEMORY
+ * Advantages of completions over the others of their group; 0 for a group of one. Of a tensor of rewards it
+ * gives a tensor [N] f32 on its device, of numbers, a group each, numbers in their shape, which the CPU
+ * computes.
+ * @throws MerfError INVALID_ARGUMENT, which names a reward that is not finite among numbers, DISPOSED,
+ *   OUT_OF_MEMORY
  */
 export function groupAdvantages(args: GroupAdvantagesArguments): Promise<Tensor<'f32'>>;
 export function groupAdvantages(

@@ -30,7 +30,8 @@ export class CallQueue {
 
   /**
    * Runs after all calls made before, whether they succeeded or not.
-   * @throws MerfError DISPOSED, ABORTED where the signal has fired before it begins; DEVICE_LOST says what was lost
+   * @throws MerfError DISPOSED, ABORTED where the signal has fired before it begins; DEVICE_LOST says what
+   *   was lost
    */
   enqueue<T>(what: string, signal: AbortSignal | undefined, run: () => Promise<T>): Promise<T> {
     const result = this.#tail.then(async () => {
@@ -49,8 +50,8 @@ export class CallQueue {
 }
 
 /**
- * A native call that ends early where the signal fires. One that has ended by then gives what it gave; one whose signal
- * fired before learns of it as it begins.
+ * A native call that ends early where the signal fires. One that has ended by then gives what it gave; one
+ * whose signal fired before learns of it as it begins.
  * @throws MerfError ABORTED
  */
 export async function cancellable<T>(

@@ -17,8 +17,8 @@ export interface DeviceDescription {
 }
 
 /**
- * The device of that name. `auto` is the GPU, or the CPU with the reason where there is no GPU to use or less of its
- * memory is free than `neededBytes` of it.
+ * The device of that name. `auto` is the GPU, or the CPU with the reason where there is no GPU to use or less
+ * of its memory is free than `neededBytes` of it.
  * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE
  */
 export function chooseDevice(

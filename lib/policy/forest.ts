@@ -77,8 +77,8 @@ interface FlatSegment {
 const maxNesting = 10_000;
 
 /**
- * Checks a forest and packs it in depth-first order. Segments without a target in or under them are left out. A root's
- * first token is never a target: nothing predicts it.
+ * Checks a forest and packs it in depth-first order. Segments without a target in or under them are left out.
+ * A root's first token is never a target: nothing predicts it.
  * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED
  */
 export function packForest(forest: Forest, options: PackOptions): PackedForest {
@@ -297,8 +297,9 @@ interface TrieNode {
 }
 
 /**
- * Prompts as one forest in which what several begin with stands once: wherever prompts part, and wherever one ends, a
- * segment ends. `promptRows` [P] is the packed row of each prompt's last token; equal prompts share it.
+ * Prompts as one forest in which what several begin with stands once: wherever prompts part, and wherever one
+ * ends, a segment ends. `promptRows` [P] is the packed row of each prompt's last token; equal prompts share
+ * it.
  */
 export function packPrompts(prompts: readonly Int32Array[]): PackedTokens & { promptRows: Int32Array } {
   const nodes: TrieNode[] = [{ tokens: new Int32Array(0), parent: -1, children: new Map() }];

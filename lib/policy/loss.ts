@@ -5,7 +5,8 @@ import type { PackedForest, Target, TrainTarget } from './forest.js';
 export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'gspo';
 
 /**
- * What is minimised, summed over tokens t of completions c with advantage A and ratio r = exp(logprob - old logprob):
+ * What is minimised, summed over tokens t of completions c with advantage A and ratio r = exp(logprob - old
+ * logprob):
  *
  * - `grpo`, `dapo`, `bnpo`, `dr_grpo`: -min(r A, clip(r, 1 - clipLow, 1 + clipHigh) A)
  * - `gspo`: the same with one ratio a completion, exp(mean over its tokens of (logprob - old logprob))
@@ -13,11 +14,13 @@ export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'g
  * - `cispo`: -stop_gradient(min(r, 1 + clipHigh)) A logprob (arXiv:2506.13585)
  * - `cross_entropy`: -logprob
  *
- * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob, minus `entropy` times the entropy.
- * Tokens are weighted as TRL names it:
+ * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob, minus `entropy` times the
+ * entropy. Tokens are weighted as TRL names it:
  *
- * - `grpo`, `gspo`: the mean over a completion of its tokens, then the mean over completions (arXiv:2402.03300)
- * - `bnpo`, `dapo`, `cispo`, `cross_entropy`: the sum over all tokens divided by their number (DAPO: arXiv:2503.14476)
+ * - `grpo`, `gspo`: the mean over a completion of its tokens, then the mean over completions
+ *   (arXiv:2402.03300)
+ * - `bnpo`, `dapo`, `cispo`, `cross_entropy`: the sum over all tokens divided by their number (DAPO:
+ *   arXiv:2503.14476)
  * - `dr_grpo`: the sum divided by completions times `maxTokens` (arXiv:2503.20783)
  *
  * over the whole forest of one call. A completion whose mask is all 0 counts among the completions.
@@ -29,8 +32,8 @@ export type Loss =
       /** At least 0. Default 0.2; gspo 3e-4; unused by cispo. */
       clipLow?: number | undefined;
       /**
-       * At least 0. Default 0.2; gspo 4e-4; cispo 4, which caps the ratio at 5 (TRL's `epsilon_high` for cispo is the
-       * cap itself).
+       * At least 0. Default 0.2; gspo 4e-4; cispo 4, which caps the ratio at 5 (TRL's `epsilon_high` for
+       * cispo is the cap itself).
        */
       clipHigh?: number | undefined;
       /** Coefficient of the KL penalty; not 0 needs `referenceLogprobs`. Default 0. */
@@ -42,8 +45,8 @@ export type Loss =
     };
 
 /**
- * What one call of `forwardBackward` found. Where the loss is not finite `finite` is false, the call has ended at the
- * first such row, the gradients are zero and the means are NaN.
+ * What one call of `forwardBackward` found. Where the loss is not finite `finite` is false, the call has
+ * ended at the first such row, the gradients are zero and the means are NaN.
  */
 export interface LossStats extends LossStatistics {
   /** The loss, weighted as `Loss` says. */

@@ -3,15 +3,15 @@ import type { ModelConfig } from './config.js';
 
 export interface DeviceOptions {
   /**
-   * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free memory;
-   * `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's kernels on the
-   * processor.
+   * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free
+   * memory; `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's
+   * kernels on the processor.
    */
   device?: string | undefined;
   /**
-   * The type of weights and activations; master weights, gradients and moments are always float32. `auto`: bf16 where the
-   * device multiplies it in hardware and the model has at least 50 million parameters (smaller ones gain little time
-   * from it and lose accuracy), else f32.
+   * The type of weights and activations; master weights, gradients and moments are always float32. `auto`:
+   * bf16 where the device multiplies it in hardware and the model has at least 50 million parameters (smaller
+   * ones gain little time from it and lose accuracy), else f32.
    */
   dtype?: 'auto' | 'f32' | 'bf16' | undefined;
   /** CPU threads; 0 (default): all. */
@@ -21,10 +21,10 @@ export interface DeviceOptions {
   /** Trains low-rank adapters on the projections of all layers and leaves the weights as they are. */
   lora?: LoraOptions | undefined;
   /**
-   * Insists that `sample`, `score` and `forwardBackward` give a token the same log-probability, bit for bit, whatever is
-   * in the batch beside it, so that the importance ratio of the first update is exactly 1. It costs nothing: the CPU
-   * computes in such orders anyhow, and a device that does not is refused with UNSUPPORTED. Holds between updates of one
-   * policy on one machine. Default false.
+   * Insists that `sample`, `score` and `forwardBackward` give a token the same log-probability, bit for bit,
+   * whatever is in the batch beside it, so that the importance ratio of the first update is exactly 1. It
+   * costs nothing: the CPU computes in such orders anyhow, and a device that does not is refused with
+   * UNSUPPORTED. Holds between updates of one policy on one machine. Default false.
    */
   exact?: boolean | undefined;
   /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
@@ -33,9 +33,9 @@ export interface DeviceOptions {
 }
 
 /**
- * y = x W^T + (x A^T) B^T with A [rank, inputs] and B [outputs, rank] (LoRA, https://arxiv.org/abs/2106.09685): gradients,
- * moments and float32 masters are those of A and B alone. Its scale is 1 (alpha equals the rank); B starts at 0. The
- * products q, k, v share an A, and so do gate and up.
+ * y = x W^T + (x A^T) B^T with A [rank, inputs] and B [outputs, rank] (LoRA,
+ * https://arxiv.org/abs/2106.09685): gradients, moments and float32 masters are those of A and B alone. Its
+ * scale is 1 (alpha equals the rank); B starts at 0. The products q, k, v share an A, and so do gate and up.
  */
 export interface LoraOptions {
   /** 1 to the smaller of the hidden and the MLP size; 8 to 64 are usual. */

@@ -9,8 +9,9 @@
 
 namespace merf {
 
-// A packed forest of T tokens, and R rows of it that predict a token. Key j is visible to query i exactly when
-// j <= i < visible_until[j]; row r asks for the log-probability of targets[r] after token source_rows[r].
+// A packed forest of T tokens, and R rows of it that predict a token. Key j is visible to query i exactly
+// when j <= i < visible_until[j]; row r asks for the log-probability of targets[r] after token
+// source_rows[r].
 struct Batch {
   std::vector<int32_t> tokens, positions, visible_until;  // [T]
   std::vector<int32_t> source_rows, targets;              // [R]
@@ -23,8 +24,8 @@ struct Scores {
 // The batch without tokens that no row depends on, such as every completion's last.
 Batch without_idle_tokens(const Batch& batch);
 
-// [T] whether each token stands behind the first and not behind the last token that rows of one sequence start from:
-// such rows share a ratio under gspo, so they stay in one micro-batch. sequences [R], contiguous.
+// [T] whether each token stands behind the first and not behind the last token that rows of one sequence
+// start from: such rows share a ratio under gspo, so they stay in one micro-batch. sequences [R], contiguous.
 std::vector<bool> within_sequences(const Batch& batch, const std::vector<int32_t>& sequences);
 
 // The elements of a per-row array, or of none, at `rows`.
@@ -48,7 +49,8 @@ class BatchReader {
   bool has_rows(const MicroBatch& micro_batch) const;
   // The tokens that `rows` of it start from, counted from its first.
   std::vector<int32_t> sources_of(const std::vector<int32_t>& rows, const MicroBatch& micro_batch) const;
-  // Its tokens behind `ancestors` more that all of them see: tokens and positions [T], visible_until [A + T], no rows.
+  // Its tokens behind `ancestors` more that all of them see: tokens and positions [T], visible_until [A + T],
+  // no rows.
   Batch tokens_behind(int64_t ancestors, const MicroBatch& micro_batch) const;
 
  private:

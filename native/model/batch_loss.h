@@ -27,8 +27,8 @@ enum class LossAggregation : uint8_t {
   constant,       // the sum by completions times `max_tokens`                         (Dr. GRPO)
 };
 
-// The weights [R] of rows: sequences [R], rising from 0 by at most 1, says which of the `completions` a row belongs to.
-// Completions without rows count, too, and come last. max_tokens is read by `constant` alone.
+// The weights [R] of rows: sequences [R], rising from 0 by at most 1, says which of the `completions` a row
+// belongs to. Completions without rows count, too, and come last. max_tokens is read by `constant` alone.
 std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<int32_t>& sequences,
                                 int64_t completions, int64_t max_tokens);
 

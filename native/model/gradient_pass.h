@@ -15,9 +15,9 @@ class GradientPass {
 
   // Adds the gradients of the micro-batches, until one's loss is not finite.
   void run(const std::vector<MicroBatch>& micro_batches) { run_all(micro_batches, nullptr); }
-  // Does what run does, for micro-batches whose forward is in the model's activation cache, in rows[token]. They go
-  // together through the layers that it has, and no more than one of these layers is held at once. It comes before run,
-  // since the cache stands in the gradients' memory.
+  // Does what run does, for micro-batches whose forward is in the model's activation cache, in rows[token].
+  // They go together through the layers that it has, and no more than one of these layers is held at once. It
+  // comes before run, since the cache stands in the gradients' memory.
   void run_cached(const std::vector<MicroBatch>& micro_batches, const std::vector<int32_t>& rows);
   LossResult result();
 

@@ -18,7 +18,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// Element `index` of the stream of standard normal numbers that belongs to (seed, stream): Box-Muller on Philox.
+// Element `index` of the stream of standard normal numbers that belongs to (seed, stream): Box-Muller on
+// Philox.
 void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std::vector<float>& out) {
   const PhiloxKey key{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
   const int64_t quads = static_cast<int64_t>(out.size() + 3) / 4;
@@ -38,8 +39,8 @@ void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std
   }
 }
 
-// Whether the activation cache has every token of a micro-batch and of those under it. `rows` has each token's row in
-// the cache, or is empty where nothing is cached.
+// Whether the activation cache has every token of a micro-batch and of those under it. `rows` has each
+// token's row in the cache, or is empty where nothing is cached.
 bool is_cached(const std::vector<int32_t>& rows, const MicroBatch& micro_batch) {
   if (rows.empty()) return false;
   const auto missing = [](int32_t row) { return row < 0; };
@@ -137,8 +138,8 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
   }
   change_weights();
   arena_.reset();
-  // The parts of a parameter one after another, and it is packed before the next, so that few values stand beside
-  // their packed forms.
+  // The parts of a parameter one after another, and it is packed before the next, so that few values stand
+  // beside their packed forms.
   std::vector<std::pair<const NamedParameter*, const TensorSource*>> ordered;
   for (const TensorSource& source : sources) ordered.emplace_back(&parameters_.find(source.name), &source);
   std::sort(ordered.begin(), ordered.end());
@@ -315,8 +316,8 @@ int64_t Model::activation_bytes(int64_t tokens, SavedLayers saved, size_t first_
   return static_cast<int64_t>(counted.taken());
 }
 
-// Bytes of the arena that a pass over cached micro-batches takes. They go through the layers together, each with its
-// own dx.
+// Bytes of the arena that a pass over cached micro-batches takes. They go through the layers together, each
+// with its own dx.
 int64_t Model::cached_activation_bytes(const std::vector<MicroBatch>& micro_batches) const {
   int64_t tokens = 0;
   for (const MicroBatch& micro_batch : micro_batches) tokens += tokens_of(micro_batch);
@@ -366,8 +367,8 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, in
     if (!result.finite) zero_gradients();
     return result;
   } catch (...) {
-    // What was added already cannot be told from what earlier calls added. Gradients that are 0 stay, with what the
-    // activation cache has in their memory.
+    // What was added already cannot be told from what earlier calls added. Gradients that are 0 stay, with
+    // what the activation cache has in their memory.
     if (accumulates_) discard_gradients();
     throw;
   }

@@ -1,5 +1,5 @@
-// A model with its parameters: scores tokens, accumulates gradients, updates itself. Every method runs on the one
-// thread that owns the backend.
+// A model with its parameters: scores tokens, accumulates gradients, updates itself. Every method runs on the
+// one thread that owns the backend.
 #pragma once
 
 #include <memory>
@@ -58,48 +58,53 @@ class Model {
   // What runs the steps of this model's rollouts; its recordings outlive them.
   Recorder& recorder();
 
-  // Where memory runs out, every method gives back what it took and throws OUT_OF_MEMORY; those that take a batch say
-  // how many tokens would have fitted.
+  // Where memory runs out, every method gives back what it took and throws OUT_OF_MEMORY; those that take a
+  // batch say how many tokens would have fitted.
 
-  // Fills every parameter but adapters from files. Throws INVALID_ARGUMENT where a parameter is missing, given twice, unknown or
-  // of another shape, and what read_tensor throws. After a failure the model has to be loaded again.
+  // Fills every parameter but adapters from files. Throws INVALID_ARGUMENT where a parameter is missing,
+  // given twice, unknown or of another shape, and what read_tensor throws. After a failure the model has to
+  // be loaded again.
   void load(const std::vector<TensorSource>& sources, const Cancel& cancel);
   // Matrices from a normal distribution, norms 1, biases 0; a function of the seed alone.
   void initialize(uint64_t seed, float standard_deviation);
   std::vector<float> read(const std::string& name, ParameterKind kind);
   void write(const std::string& name, ParameterKind kind, const std::vector<float>& data);
 
-  // How many tokens at once a scoring or a training pass is best given where its caller has no wish: so many that
-  // activations take a fifth of the device's memory at most, and in training a quarter of what weights, gradients and
-  // moments do (or 512 MiB where that is more).
+  // How many tokens at once a scoring or a training pass is best given where its caller has no wish: so many
+  // that activations take a fifth of the device's memory at most, and in training a quarter of what weights,
+  // gradients and moments do (or 512 MiB where that is more).
   int64_t tokens_that_fit(bool trains) const;
 
   // [R, V] row-major, for tests and small uses.
   std::vector<float> logits(const Batch& batch, const Cancel& cancel);
-  // `max_tokens` (0: no bound) is the most tokens that go through the model at once, as far as segments divide the
-  // forest (micro_batches.h); every token is computed once all the same, and on an exact device the scores do not
-  // depend on it.
+  // `max_tokens` (0: no bound) is the most tokens that go through the model at once, as far as segments
+  // divide the forest (micro_batches.h); every token is computed once all the same, and on an exact device
+  // the scores do not depend on it.
   Scores score(const Batch& batch, int64_t max_tokens, const Cancel& cancel);
-  // Adds to the gradients. They are zero, those of earlier calls included, where the loss is not finite or the call
-  // throws: cancelled, out of memory. `max_tokens` is as for score; the gradients depend on it in their rounding alone.
+  // Adds to the gradients. They are zero, those of earlier calls included, where the loss is not finite or
+  // the call throws: cancelled, out of memory. `max_tokens` is as for score; the gradients depend on it in
+  // their rounding alone.
   LossResult forward_backward(const Batch& batch, const BatchLoss& loss, int64_t max_tokens,
                               const Cancel& cancel);
   void zero_gradients();
   // A gradient pass says so before it first adds to the gradients.
   void begin_accumulating() { accumulates_ = true; }
-  // Clips, updates and zeroes the gradients. Not applied where their norm is not finite. `step` is 1 at the first
-  // update.
+  // Clips, updates and zeroes the gradients. Not applied where their norm is not finite. `step` is 1 at the
+  // first update.
   OptimizerResult optim_step(const OptimizerOptions& options, int64_t step);
 
-  // The activation cache is what a rollout leaves for forward_backward, which uses it for micro-batches all of whose
-  // tokens it has. It is emptied at the next change of a weight, and where gradients whose memory it borrows are wanted.
+  // The activation cache is what a rollout leaves for forward_backward, which uses it for micro-batches all
+  // of whose tokens it has. It is emptied at the next change of a weight, and where gradients whose memory it
+  // borrows are wanted.
   void set_activation_cache(std::unique_ptr<ActivationCache> cache) { activation_cache_ = std::move(cache); }
   std::unique_ptr<ActivationCache> take_activation_cache() { return std::move(activation_cache_); }
   ActivationCache* activation_cache() { return activation_cache_.get(); }
-  // By layer, the memory of gradients that are 0, for an activation cache to stand in; empty where they are not.
+  // By layer, the memory of gradients that are 0, for an activation cache to stand in; empty where they are
+  // not.
   std::vector<Tensor> borrow_gradients();
 
-  // Brings what operators read up to date with the values that were written; every method that needs it calls it.
+  // Brings what operators read up to date with the values that were written; every method that needs it calls
+  // it.
   void prepare();
 
   // Uploads into the arena.
@@ -114,8 +119,8 @@ class Model {
                        Scores& scores);
 
  private:
-  // Runs work over so many tokens at once, which takes `bytes` of the arena; explains a lack of memory. `trains` where
-  // activations are saved for a backward.
+  // Runs work over so many tokens at once, which takes `bytes` of the arena; explains a lack of memory.
+  // `trains` where activations are saved for a backward.
   template <class Work>
   auto within_memory(int64_t tokens, bool trains, int64_t bytes, const Work& work);
   void reclaim_gradients();

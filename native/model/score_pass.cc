@@ -7,8 +7,8 @@ namespace {
 
 constexpr const char* kWork = "scoring";
 
-// Attention within a forest and to its ancestors, whose keys and values it first puts beside the forest's own: layers
-// share their buffers, so that this cannot be done before the forward.
+// Attention within a forest and to its ancestors, whose keys and values it first puts beside the forest's
+// own: layers share their buffers, so that this cannot be done before the forward.
 class AttentionBehind final : public AttentionStep {
  public:
   AttentionBehind(Backend& backend, const Forest& forest, float scale, const std::vector<Tensor>* ancestors,

@@ -1,5 +1,5 @@
-// The log-probabilities of a batch's rows, micro-batch by micro-batch (micro_batches.h): a forward that keeps nothing but
-// the keys and values of segments with others under them.
+// The log-probabilities of a batch's rows, micro-batch by micro-batch (micro_batches.h): a forward that keeps
+// nothing but the keys and values of segments with others under them.
 #pragma once
 
 #include <vector>

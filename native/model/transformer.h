@@ -1,10 +1,11 @@
-// The llama and qwen2 transformer, forward and backward, over tokens packed in any arrangement: what attends to what
-// is the business of an AttentionStep, so that training, prefill and decoding run this same code.
+// The llama and qwen2 transformer, forward and backward, over tokens packed in any arrangement: what attends
+// to what is the business of an AttentionStep, so that training, prefill and decoding run this same code.
 //
 // The residual stream x is float32 in both dtypes; activations that enter products have the model's dtype.
 //   x += o_proj(attention(rope(qkv(rms_norm(x)))));  x += down(swiglu(gate_up(rms_norm(x))))
-// A forward saves for the backward: x before each norm, q k v after rotation, the attention's output and log-sum-exp,
-// and gate_up. Normed inputs and the swiglu product are computed again, which costs no matrix product.
+// A forward saves for the backward: x before each norm, q k v after rotation, the attention's output and
+// log-sum-exp, and gate_up. Normed inputs and the swiglu product are computed again, which costs no matrix
+// product.
 #pragma once
 
 #include <functional>
@@ -17,7 +18,8 @@
 
 namespace merf {
 
-// Where the keys and values of a layer are stored beside; `cache` is null where they are not. slots as in cache_write.
+// Where the keys and values of a layer are stored beside; `cache` is null where they are not. slots as in
+// cache_write.
 struct CacheSlots {
   const PagedLayer* cache = nullptr;
   Tensor slots;
@@ -47,7 +49,8 @@ struct Forest {
   std::vector<int32_t> visible_until_host;
 };
 
-// Key j is visible to query i exactly when j <= i < visible_until[j]; q, k, v and out have the ancestors' rows first.
+// Key j is visible to query i exactly when j <= i < visible_until[j]; q, k, v and out have the ancestors'
+// rows first.
 class ForestAttention final : public AttentionStep {
  public:
   ForestAttention(Backend& backend, const Forest& forest, float scale)
@@ -64,8 +67,8 @@ class ForestAttention final : public AttentionStep {
 // How many layers' activations are saved at once for the backward.
 enum class SavedLayers : uint8_t { none, one, all };
 
-// The buffers of a forward over T tokens behind A ancestors, whose rows of qkv (and of attention_output, zeros) are put
-// there before. Layers share one set where not all of them are saved.
+// The buffers of a forward over T tokens behind A ancestors, whose rows of qkv (and of attention_output,
+// zeros) are put there before. Layers share one set where not all of them are saved.
 struct Activations {
   struct Layer {
     Tensor attention_input;   // [T, H] f32, x before the attention's norm
@@ -79,8 +82,8 @@ struct Activations {
   };
   int64_t tokens = 0;
   int64_t ancestors = 0;
-  // The tokens before it are there only for those that see them, not for their own output: the last layer stops at their
-  // keys and values, and what comes behind those is undefined.
+  // The tokens before it are there only for those that see them, not for their own output: the last layer
+  // stops at their keys and values, and what comes behind those is undefined.
   int64_t first_wanted = 0;
   size_t saved_layers = 0;  // the first so many have buffers of their own, for what a backward reads
   std::vector<Layer> layers;
@@ -129,8 +132,9 @@ class Transformer {
   // dx [T, H] f32 is the caller's.
   BackwardBuffers make_backward_buffers(Arena& arena, const Tensor& dx, int64_t ancestors = 0) const;
 
-  // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. Or, from `first_layer` on,
-  // what stands in activations.input_of(first_layer). `cancel` is looked at between layers, `work` names what is aborted.
+  // Embeds `ids` [T] and runs all layers; leaves x after the last one in activations.output. Or, from
+  // `first_layer` on, what stands in activations.input_of(first_layer). `cancel` is looked at between layers,
+  // `work` names what is aborted.
   void forward(const Tensor& ids, const Tensor& positions, AttentionStep& attention, Activations& activations,
                const Cancel& cancel, const char* work, size_t first_layer = 0);
   // Computes what a forward leaves of a layer from attention_input, qkv and gate_up, which are given.
@@ -140,15 +144,16 @@ class Transformer {
   // logits [N, V] f32 of hidden [N, H].
   void head(const Tensor& hidden, const Tensor& logits);
 
-  // The backward in its parts, from the last to the first: they add the gradients of the trained parameters but the
-  // head's.
-  // dx [T, H] f32 becomes the gradient through the norm of dhidden [T, H] of the model's dtype, x [T, H] and rstd [T],
-  // for the tokens from `first` on; it is 0 for those before them.
+  // The backward comes in parts, from the last to the first: they add the gradients of the trained parameters
+  // but the head's.
+
+  // dx [T, H] f32 becomes the gradient through the norm of dhidden [T, H] of the model's dtype, x [T, H] and
+  // rstd [T], for the tokens from `first` on; it is 0 for those before them.
   void backward_final_norm(const Tensor& dhidden, const Tensor& x, const Tensor& rstd, int64_t first,
                            const Tensor& dx);
-  // buffers.dx becomes that of the layer's input. `through_children` [A + T, (Hq + 2 Hk) D] has the gradients of the
-  // layer's keys and values that came from tokens behind these, `of_ancestors` [A, (Hq + 2 Hk) D] takes those of the
-  // tokens before them; empty where there are none.
+  // buffers.dx becomes that of the layer's input. `through_children` [A + T, (Hq + 2 Hk) D] has the gradients
+  // of the layer's keys and values that came from tokens behind these, `of_ancestors` [A, (Hq + 2 Hk) D]
+  // takes those of the tokens before them; empty where there are none.
   void backward_layer(size_t layer, const Forest& forest, const Activations& activations,
                       const BackwardBuffers& buffers, const Tensor& through_children,
                       const Tensor& of_ancestors, const Cancel& cancel);

@@ -266,8 +266,8 @@ bool all_zero(const std::map<std::string, std::vector<float>>& all) {
   });
 }
 
-// Holds a gradient to the derivative of loss() along a random direction, by central differences in float64. `values` are
-// what loss() reads, as they were afterwards.
+// Holds a gradient to the derivative of loss() along a random direction, by central differences in float64.
+// `values` are what loss() reads, as they were afterwards.
 template <class Loss>
 void check_gradient(const std::vector<float>& gradient, std::vector<double>& values, Loss&& loss,
                     Random& random) {
@@ -388,7 +388,8 @@ TEST_CASE("with adapters, loss and gradients agree with float64, and nothing els
         }
         check_gradient(gradient, adapters[name], reference, random);
       }
-      // An update moves the adapters alone, and the merged weights are what a model without adapters computes with.
+      // An update moves the adapters alone, and the merged weights are what a model without adapters computes
+      // with.
       OptimizerOptions options;
       options.learning_rate = 1e-2f;
       CHECK(model.optim_step(options, 1).applied);
@@ -683,7 +684,8 @@ TEST_CASE("a model says how many tokens at once suit the device's memory") {
     Arena arena(backend);
     ModelConfig config = tiny_config(false);
     const Model small(backend, arena, config, true);
-    // 512 MiB of activations, or a fifth of the memory where that is less; 8 H + 4 (2 (heads + kv) D + 2 F) bytes a layer.
+    // 512 MiB of activations, or a fifth of the memory where that is less; 8 H + 4 (2 (heads + kv) D + 2 F)
+    // bytes a layer.
     const int64_t most = backend.info().memory_bytes / 5;
     CHECK(small.tokens_that_fit(true) == std::max<int64_t>(256, std::min<int64_t>(int64_t{1} << 29, most) /
                                                                     (2 * (8 * 24 + 4 * (128 + 80)))));
@@ -894,8 +896,8 @@ TEST_CASE("wherever memory runs out, gradients are zero, and nothing is held" *
   model.forward_backward(batch, loss, 0, Cancel());
   const auto twice = gradients(model);
 
-  // The arena has what a call needs, so that with the least of memory left it is the operators that lack it, one
-  // after another.
+  // The arena has what a call needs, so that with the least of memory left it is the operators that lack it,
+  // one after another.
   int failed = 0, succeeded = 0;
   for (int64_t left = 256; left <= (int64_t{4} << 20); left *= 2) {
     CAPTURE(left);
@@ -925,7 +927,8 @@ TEST_CASE("wherever memory runs out, gradients are zero, and nothing is held" *
   CHECK(failed > 0);
   CHECK(succeeded > 0);
 
-  // A model without gradients has none after a failure either, and one that fails as it is made holds nothing.
+  // A model without gradients has none after a failure either, and one that fails as it is made holds
+  // nothing.
   const int64_t used = backend->memory_used();
   {
     Model fresh(*backend, arena, tiny_config(false), true);

@@ -1,11 +1,12 @@
-// Attention over the token forest, blockwise as in FlashAttention (Dao 2023), so that memory is linear in tokens. Its
-// backward is in attention_backward.cc.
+// Attention over the token forest, blockwise as in FlashAttention (Dao 2023), so that memory is linear in
+// tokens. Its backward is in attention_backward.cc.
 //
-// All query heads that share a key/value head are rows of one product: row t * group + g is query head g of token t.
-// The forward takes all the scores of a block of rows, and then their weights and outputs (attention-inl.h says what
-// that is good for); so many rows that their scores stay in the cache.
-// Keys are packed in transposed blocks of kKeyBlock so that scores and outputs are outer products of register tiles.
-// Blocks that the mask empties are skipped, blocks that it leaves whole are not masked (attention_mask-inl.h).
+// All query heads that share a key/value head are rows of one product: row t * group + g is query head g of
+// token t. The forward takes all the scores of a block of rows, and then their weights and outputs
+// (attention-inl.h says what that is good for); so many rows that their scores stay in the cache. Keys are
+// packed in transposed blocks of kKeyBlock so that scores and outputs are outer products of register tiles.
+// Blocks that the mask empties are skipped, blocks that it leaves whole are not masked
+// (attention_mask-inl.h).
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/attention.cc"
 #include "backend/cpu/simd_targets.h"
@@ -25,8 +26,8 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-// Tokens in a query block: so many rows that their scores stay in the second-level cache, where that leaves enough
-// of them for the keys that they share.
+// Tokens in a query block: so many rows that their scores stay in the second-level cache, where that leaves
+// enough of them for the keys that they share.
 HWY_INLINE int64_t forward_query_tokens(const AttentionShape& s) {
   const int64_t rows = std::clamp<int64_t>((int64_t{1} << 16) / s.tokens, 48, 96);
   return std::clamp<int64_t>(rows / s.group, 1, s.tokens);

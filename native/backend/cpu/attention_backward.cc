@@ -2,9 +2,10 @@
 //
 // The gradients follow from P = exp(S - lse) and D = rowsum(dO * O):
 //   dV = P^T dO,  dS = P * (dO V^T - D),  dK = scale * dS^T Q,  dQ = scale * dS K.
-// One task is a block of keys: it walks the query blocks that see it upwards and owns its dK and dV. Each query
-// block's dQ takes the contributions of its key blocks in rising order: a task waits its turn. Tasks are claimed in
-// rising order too, so the one that is waited for is always running; they follow each other as in a pipeline.
+// One task is a block of keys: it walks the query blocks that see it upwards and owns its dK and dV. Each
+// query block's dQ takes the contributions of its key blocks in rising order: a task waits its turn. Tasks
+// are claimed in rising order too, so the one that is waited for is always running; they follow each other as
+// in a pipeline.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/attention_backward.cc"
 #include "backend/cpu/simd_targets.h"
@@ -31,8 +32,8 @@ HWY_INLINE int64_t backward_query_tokens(int64_t group) {
   return std::clamp<int64_t>(96 / group, 8, 64) / 2 * 2;
 }
 
-// What products take as it is where operands are float32, and in two layouts where they are pairs: as rows, and as
-// steps of a product.
+// What products take as it is where operands are float32, and in two layouts where they are pairs: as rows,
+// and as steps of a product.
 template <typename Operand>
 struct BackwardScratch {
   static constexpr int64_t kWidth = kPerOperand<Operand>;
@@ -71,8 +72,8 @@ struct BackwardRows {
   float* dquery;       // [tokens * group, padded]
 };
 
-// Rows are read six at a time, a pattern that no hardware prefetcher follows; from the third-level cache each strip
-// would wait for its first touch.
+// Rows are read six at a time, a pattern that no hardware prefetcher follows; from the third-level cache each
+// strip would wait for its first touch.
 template <typename Operand>
 HWY_INLINE void prefetch_rows(const Operand* rows, int64_t operands) {
   for (int64_t i = 0; i < operands; i += 16) __builtin_prefetch(rows + i, 0, 3);

@@ -1,5 +1,5 @@
-// The mask of a token forest by blocks of keys, which attention's forward and backward share: which blocks a stretch of
-// queries sees, whole or in part. Include after attention-inl.h, once a target.
+// The mask of a token forest by blocks of keys, which attention's forward and backward share: which blocks a
+// stretch of queries sees, whole or in part. Include after attention-inl.h, once a target.
 
 #ifndef MERF_BACKEND_CPU_ATTENTION_SHAPE_
 #define MERF_BACKEND_CPU_ATTENTION_SHAPE_
@@ -81,8 +81,8 @@ struct MaskSummary {
   }
 };
 
-// The keys of one block that some query of [first, last] sees lie in [begin, end), multiples of kLanes; `masked`
-// where not every such query sees all of them. begin == end: none.
+// The keys of one block that some query of [first, last] sees lie in [begin, end), multiples of kLanes;
+// `masked` where not every such query sees all of them. begin == end: none.
 struct KeySpan {
   int64_t begin, end;
   bool masked;
@@ -110,7 +110,8 @@ HWY_INLINE KeySpan visible_span(const MaskSummary& mask, const AttentionShape& s
   return {begin, end, masked};
 }
 
-// Writes `hidden` over those of `values` (one row of a block, from span.begin) whose key the query does not see.
+// Writes `hidden` over those of `values` (one row of a block, from span.begin) whose key the query does not
+// see.
 HWY_INLINE void mask_row(const int32_t* HWY_RESTRICT visible_until, int64_t key, int64_t vectors,
                          int64_t query, float hidden, float* HWY_RESTRICT values) {
   const hn::RebindToSigned<FloatTag> di;

@@ -19,8 +19,8 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not depend
-// on the number of threads.
+// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not
+// depend on the number of threads.
 constexpr int64_t kRowsPerPartial = 32;
 
 template <typename X, typename Y>

@@ -1,5 +1,5 @@
-// RMSNorm in one pass over memory: a row stays in registers from its sum of squares to its output. Narrow rows have a warp each, wide ones a block, so that a batch of a few decoding rows
-// still has enough threads.
+// RMSNorm in one pass over memory: a row stays in registers from its sum of squares to its output. Narrow
+// rows have a warp each, wide ones a block, so that a batch of a few decoding rows still has enough threads.
 //
 // Backward sums dweight in two steps without atomics: a block keeps its columns of dweight in registers over
 // its rows and writes them as one partial; the partials are summed in their order.
@@ -79,9 +79,9 @@ __global__ void __launch_bounds__(kMaxRow)
   }
 }
 
-// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and partials [blocks, size] = the sums over the
-// block's `rows_per_block` rows of dy * x * rstd. A block takes the columns from blockIdx.y * (what its threads hold);
-// the mean is over the whole row whichever the columns are.
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and partials [blocks, size] = the sums
+// over the block's `rows_per_block` rows of dy * x * rstd. A block takes the columns from blockIdx.y * (what
+// its threads hold); the mean is over the whole row whichever the columns are.
 template <typename X, typename Y, int N>
 __global__ void __launch_bounds__(kMaxRow)
     rms_norm_backward_kernel(const Y* dy, const X* x, const float* weight, const float* rstd, X* dx,
@@ -204,7 +204,8 @@ void CudaBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Ten
                                     const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
   const int64_t rows = x.shape[0], size = x.row_size();
   if (rows == 0 || size == 0) return;
-  // Few rows a block keep the GPU busy in small batches; a bound on the blocks keeps the partials small in large ones.
+  // Few rows a block keep the GPU busy in small batches; a bound on the blocks keeps the partials small in
+  // large ones.
   const int64_t rows_per_block = std::max<int64_t>(8, divide_up(rows, 1024));
   const int64_t parts = divide_up(rows, rows_per_block);
   const int threads = row_threads(size, kHeldBackward, kSmallBlock);
