@@ -1,5 +1,6 @@
+// What the options of a task are declared with.
+export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
-export { defaultModel } from './cli/models.js';
 export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';
 export {
@@ -8,9 +9,7 @@ export {
   groupAdvantages,
 } from './kernels/group-advantages.js';
 export * as kernels from './kernels/index.js';
-export type { FinishReason } from './policy/index.js';
 export * from './policy/index.js';
-export type { ChatTurn } from './prompt/chat-template.js';
 export {
   formatMotivation,
   type Motivation,
@@ -21,5 +20,6 @@ export {
   parseMotivation,
 } from './prompt/motivation.js';
 export * from './reward/index.js';
+export * from './rollout/index.js';
 export * from './tasks/index.js';
 export * from './train/index.js';

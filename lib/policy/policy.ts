@@ -1,5 +1,6 @@
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import type { CancelToken, NativeModel, NativeSampleResult, OperatorTime } from '../native.js';
+import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
 import { CallQueue, cancellable, withHint } from './calls.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
@@ -19,7 +20,6 @@ import {
 } from './options.js';
 import {
   type CompletionGroup,
-  type FinishReason,
   type Prompt,
   promptTokens,
   type SampleOptions,
