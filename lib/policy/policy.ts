@@ -210,8 +210,10 @@ export class Policy {
   }
 
   /**
-   * Log-probabilities (untempered) and entropies of the tokens of all segments with a `train` target.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED
+   * Log-probabilities (untempered) and entropies of the tokens of all segments with a `train` target. `maxTokens`
+   * bounds the tokens that are computed at once, as far as segments divide the forest (default: so many that they take
+   * a fifth of the device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted
    */
   async score(
     forest: Forest,
@@ -238,7 +240,8 @@ export class Policy {
    * the same forward pass, and cost the product with the head once more.
    *
    * A loss that is not finite (`finite` is false then), an abort or a lack of memory leaves all gradients zeroed, those
-   * of earlier calls included, so that no update is made of a part of a batch.
+   * of earlier calls included, so that no update is made of a part of a batch. A signal that fires when all is done
+   * changes nothing.
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted,
    *   UNSUPPORTED where the policy is not trainable
    */

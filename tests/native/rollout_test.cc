@@ -202,7 +202,7 @@ TEST_CASE(
       BatchLoss loss;
       loss.options.kind = LossKind::cross_entropy;
       loss.weights.assign(forest.targets.size(), 0.01f);
-      // At once, and frame by frame.
+      // At once, and one micro-batch after another.
       for (const int64_t most : {int64_t{0}, int64_t{150}}) {
         compare(f.model.forward_backward(forest, loss, most, Cancel()).scores.logprobs, 0);
       }
@@ -242,8 +242,9 @@ TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and giv
       const auto bytes_for = [&](size_t layers) {
         int64_t rows = static_cast<int64_t>(request.tokens.size()) + 10 * 19, bytes = 0;
         rows += rows / 16;
-        const std::vector<Tensor> lent = f.model.borrow_gradients();
-        while (ActivationCache::layers_within(bytes, f.model.config(), rows, lent) < layers) bytes += 1024;
+        const std::vector<Tensor> borrowed = f.model.borrow_gradients();
+        while (ActivationCache::layers_within(bytes, f.model.config(), rows, borrowed) < layers)
+          bytes += 1024;
         return bytes;
       };
       struct Case {

@@ -341,11 +341,11 @@ describe('forwardBackward and optimStep', () => {
       await policy.zeroGradients();
       expect(await keep()).toEqual(groups);
       await products(8);
-      const keptInFrames = await gradients(policy);
+      const keptInMicroBatches = await gradients(policy);
 
       // Gradients that are not 0 stay where they are, and what is kept beside them serves as often as it is asked for.
       await keep();
-      expect(await gradients(policy)).toEqual(keptInFrames);
+      expect(await gradients(policy)).toEqual(keptInMicroBatches);
       expect(await products()).toBe(rest);
       expect(await products()).toBe(rest);
       const thrice = await gradients(policy);
@@ -356,7 +356,7 @@ describe('forwardBackward and optimStep', () => {
       for (const [name, expected] of await gradients(policy)) {
         if (expected.every((value) => value === 0)) continue;
         const third = thrice.get(name)?.map((value) => value / 3);
-        for (const actual of [kept.get(name), keptInFrames.get(name), third]) {
+        for (const actual of [kept.get(name), keptInMicroBatches.get(name), third]) {
           expect(relativeError(actual as Float32Array, expected)).toBeLessThan(
             'dtype' in options ? 0.03 : 1e-5,
           );
