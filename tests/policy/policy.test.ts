@@ -470,8 +470,15 @@ describe('forwardBackward and optimStep', () => {
     );
     setTimeout(() => controller.abort(), 20);
     await expectFailure(() => running, 'ABORTED');
-    for (const gradient of (await gradients(policy)).values())
-      expect(gradient.every((g) => g === 0)).toBe(true);
+    const allZero = async () =>
+      [...(await gradients(policy)).values()].every((gradient) => gradient.every((g) => g === 0));
+    expect(await allZero()).toBe(true);
+    // One that never began leaves nothing of an earlier call either.
+    await policy.forwardBackward(forest(-5), { type: 'grpo' });
+    expect(await allZero()).toBe(false);
+    const aborted = { signal: AbortSignal.abort() };
+    await expectFailure(() => policy.forwardBackward(forest(-5), { type: 'grpo' }, aborted), 'ABORTED');
+    expect(await allZero()).toBe(true);
     await train(policy, 1);
   });
 
