@@ -107,6 +107,8 @@ class Model {
 
   // Brings what operators read up to date with the values that were written; every method that needs it calls it.
   void prepare();
+  // Names the weights as they are: another number after every change.
+  uint64_t weights_version() const { return weights_version_; }
 
   // Uploads into the arena.
   Tensor upload(const std::vector<int32_t>& data);
@@ -126,6 +128,7 @@ class Model {
   Scores compute_scores(const Batch& batch, const Cancel& cancel);
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
+  // Before a change of a weight: what was computed with it goes.
   void change_weights();
   void initialize_adapters(uint64_t seed);
 
@@ -138,6 +141,7 @@ class Model {
   std::unique_ptr<KeptForward> kept_;
   std::unique_ptr<Recorder> recorder_;
   bool stale_ = true;  // the packed weights do not hold `value`
+  uint64_t weights_version_ = 0;
 };
 
 }  // namespace merf
