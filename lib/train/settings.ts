@@ -1,17 +1,5 @@
 import { z } from 'zod';
-import { MerfError } from '../errors.js';
-
-// Every setting carries what --help says about it and the heading it stands under. `matters: false` marks those
-// that leave the weights a run ends with unchanged, so that a resumed run may differ in them.
-interface Meta {
-  group: string;
-  description: string;
-  matters?: boolean;
-}
-
-export function setting<T extends z.ZodType>(schema: T, meta: Meta): T {
-  return schema.meta({ ...meta }) as T;
-}
+import { setting } from '../settings.js';
 
 const count = z.int().min(1);
 const countOrNone = z.int().min(0);
@@ -115,12 +103,60 @@ const evaluation = {
   }),
 };
 
+const limits = (group: string, matters: boolean) => ({
+  maxTokens: setting(count.default(256), {
+    group,
+    description: 'longest completion, in tokens; of episodes of several turns, the longest turn',
+    matters,
+  }),
+  maxEpisodeTokens: setting(count.optional(), {
+    group,
+    description:
+      "longest episode of several turns, in tokens, its environment's included (default: what the context leaves)",
+    matters,
+  }),
+  maxTurns: setting(count.optional(), {
+    group,
+    description: "turns of the model in an episode at most (default: the environment's)",
+    matters,
+  }),
+  stop: setting(z.array(z.string().min(1)).optional(), {
+    group,
+    description: 'strings that end a completion',
+    matters,
+  }),
+  replySeconds: setting(positive.optional(), {
+    group,
+    description: "seconds that a reply of an environment may take (default: the environment's)",
+    matters: false,
+  }),
+  onEnvironmentError: setting(z.enum(['fail', 'end', 'report']).default('fail'), {
+    group,
+    description: 'an environment that fails ends the run, ends the episode, or is reported to the model',
+    matters,
+  }),
+  verifiersAtOnce: setting(count.default(64), {
+    group,
+    description: 'completions that are judged at once',
+    matters: false,
+  }),
+});
+
+type Limits = z.output<z.ZodObject<ReturnType<typeof limits>>>;
+
+/** The limits of episodes, as `collect` takes them. */
+export function limitsOf(settings: Limits): Limits {
+  const { maxTokens, maxEpisodeTokens, maxTurns, stop, replySeconds, onEnvironmentError, verifiersAtOnce } =
+    settings;
+  return { maxTokens, maxEpisodeTokens, maxTurns, stop, replySeconds, onEnvironmentError, verifiersAtOnce };
+}
+
 /** The settings of a GRPO run, with their defaults; keys that do not exist are refused. */
 export const grpoSchema = z.strictObject({
   ...run,
   promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
   groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
-  maxTokens: setting(count.default(256), { group: 'Rollout', description: 'longest completion, in tokens' }),
+  ...limits('Rollout', true),
   temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),
   topK: setting(countOrNone.default(0), {
     group: 'Rollout',
@@ -133,10 +169,6 @@ export const grpoSchema = z.strictObject({
   minP: setting(share.default(0), {
     group: 'Rollout',
     description: "drop tokens below this share of the likeliest one's probability; 0: off",
-  }),
-  stop: setting(z.array(z.string().min(1)).optional(), {
-    group: 'Rollout',
-    description: 'strings that end a completion',
   }),
   keepActivations: setting(coefficient.default(0), {
     group: 'Rollout',
@@ -203,85 +235,13 @@ export const sftSchema = z.strictObject({
     group: 'Motivation',
     description: "what the prompts of a task's own demonstrations say about the reward; the views take turns",
   }),
-  maxTokens: setting(count.default(256), {
-    group: 'Evaluation',
-    description: 'longest completion of an evaluation, in tokens',
-    matters: false,
-  }),
+  ...limits('Evaluation', false),
   ...optimizer,
   ...evaluation,
 });
 
-export type EvaluationSettings = Pick<
-  SftSettings,
-  keyof typeof evaluation | 'maxTokens' | 'seed' | 'steps'
-> & {
-  stop?: string[] | undefined;
-};
+export type EvaluationSettings = Pick<SftSettings, keyof typeof evaluation | keyof Limits | 'seed' | 'steps'>;
 export type GrpoSettings = z.output<typeof grpoSchema>;
 export type GrpoOptions = z.input<typeof grpoSchema>;
 export type SftSettings = z.output<typeof sftSchema>;
 export type SftOptions = z.input<typeof sftSchema>;
-
-/**
- * `options` with the defaults filled in.
- * @throws MerfError INVALID_CONFIG, naming each key that is wrong and, for an unknown one, the nearest that exists
- */
-export function parseSettings<S extends z.ZodObject>(
-  schema: S,
-  options: unknown,
-  where = 'the settings',
-): z.output<S> {
-  const result = schema.safeParse(options);
-  if (result.success) return result.data;
-  const problems = result.error.issues.map((issue) => {
-    if (issue.code === 'unrecognized_keys') {
-      return issue.keys.map((key) => unknownKey(key, Object.keys(schema.shape))).join('; ');
-    }
-    const key = issue.path.join('.');
-    const given = valueAt(options, issue.path);
-    return `${key}: ${issue.message}${given === undefined ? '' : `, but it was ${JSON.stringify(given)}`}`;
-  });
-  throw new MerfError('INVALID_CONFIG', `In ${where}: ${problems.join('; ')}`);
-}
-
-/** The keys of `schema` in which a resumed run may not differ from the run it goes on with. */
-export function keysThatMatter(schema: z.ZodObject): string[] {
-  return Object.entries(schema.shape)
-    .filter(([, field]) => (field as z.ZodType).meta()?.matters !== false)
-    .map(([key]) => key);
-}
-
-function valueAt(value: unknown, path: readonly PropertyKey[]): unknown {
-  let current: unknown = value;
-  for (const key of path) current = (current as Record<PropertyKey, unknown> | undefined)?.[key];
-  return current;
-}
-
-/** The message for a key that does not exist, in the way of writing (snake_case or camelCase) that it was given in. */
-export function unknownKey(key: string, known: readonly string[]): string {
-  const snake = key.includes('_');
-  const candidates = snake ? known.map(toSnakeCase) : known;
-  const nearest = candidates
-    .map((name) => ({ name, distance: editDistance(key, name) }))
-    .sort((a, b) => a.distance - b.distance)[0];
-  const near = nearest !== undefined && nearest.distance <= Math.max(2, key.length / 3);
-  return `unknown key "${key}"${near ? `; did you mean "${nearest.name}"?` : `; known keys: ${candidates.join(', ')}`}`;
-}
-
-export function toSnakeCase(key: string): string {
-  return key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
-}
-
-function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const replaced = (row[j - 1] as number) + (a[i - 1] === b[j - 1] ? 0 : 1);
-      next.push(Math.min(replaced, (row[j] as number) + 1, (next[j - 1] as number) + 1));
-    }
-    row = next;
-  }
-  return row[b.length] as number;
-}

@@ -34,7 +34,17 @@ describe('help', () => {
   test('names the commands and, of each, its flags with their defaults', async () => {
     const { stdout, code } = await merf(['--help']);
     expect(code).toBe(0);
-    for (const command of ['train', 'sft', 'evaluate', 'sample', 'prompt', 'verify', 'bench', 'doctor']) {
+    for (const command of [
+      'train',
+      'sft',
+      'evaluate',
+      'sample',
+      'prompt',
+      'verify',
+      'tasks',
+      'bench',
+      'doctor',
+    ]) {
       expect(stdout).toMatch(new RegExp(`^ +${command} `, 'm'));
     }
     const train = await merf(['train', '--help']);
@@ -122,7 +132,7 @@ describe('what is not there', () => {
 
   test('the data of a task module', async () => {
     const library = JSON.stringify(join(root, 'lib', 'tasks', 'define.ts'));
-    const spec = "{ score() {}, describe: () => '' }";
+    const spec = "{ judge() {}, describe: () => '' }";
     const module = write(
       'no-data.mts',
       `import { defineTask } from ${library};\n` +

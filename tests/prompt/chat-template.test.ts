@@ -1,11 +1,11 @@
 import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
-import { ChatTemplate, type ChatTurn } from '../../lib/prompt/chat-template.js';
+import { type ChatMessage, ChatTemplate } from '../../lib/prompt/chat-template.js';
 
 const source = `{{ bos_token }}{% for message in messages %}{% if message.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('no such role: ' + message.role) }}{% endif %}[{{ message['role'] }}] {{ message['content'] | trim }}{{ eos_token }}
 {% endfor %}{% if add_generation_prompt %}[assistant]{% if thinking is defined %} <think>{% endif %}{% endif %}`;
 const template = new ChatTemplate(source, { bos_token: '<s>', eos_token: '</s>' });
-const messages: ChatTurn[] = [
+const messages: ChatMessage[] = [
   { role: 'system', content: ' be brief ' },
   { role: 'user', content: '{{ not a template }}' },
 ];
@@ -46,7 +46,7 @@ describe('a chat template', () => {
     ['a content that is no text', [{ role: 'user', content: 5 }]],
     ['null', [null]],
   ])('refuses %s', (_, value) => {
-    expect(refusal(() => template.render(value as ChatTurn[])).code).toBe('INVALID_ARGUMENT');
+    expect(refusal(() => template.render(value as ChatMessage[])).code).toBe('INVALID_ARGUMENT');
   });
 
   test('is refused where it is no Jinja', () => {
