@@ -3,6 +3,7 @@ import {
   type CancelToken,
   type NativeModel,
   type NativeSampleResult,
+  type NativeTokenListener,
   native,
   type OperatorTime,
 } from '../native.js';
@@ -61,6 +62,13 @@ export interface DeviceOptions {
    * policy on one machine. Default false.
    */
   exact?: boolean | undefined;
+  /**
+   * Bytes that keys and values may take between calls of `sample`. Until the weights change, what a call has computed of
+   * prompts and completions is not computed again by a later one, bit for bit where the device is exact: a second turn, an
+   * evaluation, a second sample of the same prompts pay for their new tokens alone. What was used longest ago goes first,
+   * and all of it where a gradient pass needs the memory. 0: nothing is kept. Default: an eighth of the device's memory.
+   */
+  sessionBytes?: number | undefined;
   /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
   profile?: boolean | undefined;
   signal?: AbortSignal | undefined;
@@ -108,6 +116,16 @@ export interface SaveOptions {
   signal?: AbortSignal | undefined;
 }
 
+/** What sampling did with prompts' tokens since the policy was made or `resetCacheStatistics`. */
+export interface CacheStatistics {
+  /** Distinct tokens of the prompts of each call that were computed. */
+  tokensPrefilled: number;
+  /** Distinct tokens of the prompts of each call whose keys and values were there already. */
+  tokensReused: number;
+  /** What keys and values that a later call may use take now. */
+  bytes: number;
+}
+
 export interface Scores {
   /** For each segment with a target in depth-first order: [tokens], 0 where a token is not scored. */
   logprobs: Float32Array[];
@@ -116,7 +134,7 @@ export interface Scores {
 }
 
 const autoBf16Parameters = 50_000_000;
-const finishReasons: readonly (FinishReason | undefined)[] = ['stop', 'length', 'stop_string'];
+const finishReasons: readonly FinishReason[] = ['stop', 'length', 'stop_string', 'pending'];
 
 /**
  * A language model that samples, scores, accumulates gradients and updates itself. Calls run one after another in
@@ -131,6 +149,8 @@ export class Policy {
   #tail: Promise<unknown> = Promise.resolve();
   #disposed = false;
   #hasTokenBytes = false;
+  #tokensPrefilled = 0;
+  #tokensReused = 0;
 
   private constructor(
     readonly config: Readonly<ModelConfig>,
@@ -207,13 +227,16 @@ export class Policy {
     path: string | undefined,
     configJson: Record<string, unknown> | undefined,
   ): Policy {
-    const { threads = 0, trainable = true, dtype: wanted = 'auto', lora } = options;
+    const { threads = 0, trainable = true, dtype: wanted = 'auto', lora, sessionBytes } = options;
     if (!Number.isInteger(threads) || threads < 0 || threads > 4096) {
       throw invalidArgument('threads', 'an integer from 0 to 4096', threads);
     }
     if (!['auto', 'f32', 'bf16'].includes(wanted))
       throw invalidArgument('dtype', 'auto, f32 or bf16', wanted);
     if (lora !== undefined) checkLora(lora, trainable, config);
+    if (sessionBytes !== undefined && !(Number.isSafeInteger(sessionBytes) && sessionBytes >= 0)) {
+      throw invalidArgument('sessionBytes', 'a non-negative integer', sessionBytes);
+    }
     const large = parameterCount(config) >= autoBf16Parameters;
     const dtypeOn = ({ fastBf16 }: { fastBf16: boolean }) =>
       wanted === 'auto' ? (fastBf16 && large ? 'bf16' : 'f32') : wanted;
@@ -230,6 +253,7 @@ export class Policy {
       },
       { name: device.name, threads, profile: options.profile ?? false, exact: options.exact ?? false },
       lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
+      sessionBytes,
     );
     const { name, description, isa, memoryBytes } = device;
     const described = { name, description, isa, threads: threads || device.threads, memoryBytes, reason };
@@ -249,7 +273,8 @@ export class Policy {
   // ---- the four primitives
 
   /**
-   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once.
+   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once, and what an earlier call
+   * has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
    * @returns groups in the order of the prompts
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED where a prompt fills the context, UNSUPPORTED where
    *   messages are given and the model has no chat template
@@ -263,7 +288,7 @@ export class Policy {
     const request = sampleRequest(tokens, options, this.tokenizer, limits);
     if (!this.trainable) request.keepBytes = 0;
     const n = request.counts[0] as number;
-    const onTokens = options.onToken && this.#streamer(options.onToken, n);
+    const onTokens = this.#streamer(options, n);
     const result = await this.#enqueue('sampling', options.signal, async () => {
       if (request.stopStrings.length > 0 && !this.#hasTokenBytes) {
         const { bytes, offsets } = this.tokenizer.byteTable(this.config.vocabSize);
@@ -274,6 +299,8 @@ export class Policy {
         this.model.sample(request, cancel, onTokens),
       );
     });
+    this.#tokensPrefilled += result.tokensPrefilled;
+    this.#tokensReused += result.tokensReused;
     return tokens.map((prompt, p) => ({
       promptTokens: Array.from(prompt),
       completions: Array.from({ length: n }, (_, i) => this.#completion(result, p * n + i)),
@@ -284,37 +311,51 @@ export class Policy {
     const start = result.offsets[sequence] as number;
     const end = result.offsets[sequence + 1] as number;
     const tokens = result.tokens.slice(start, end);
-    const finishReason = finishReasons[result.finishReasons[sequence] as number];
-    if (finishReason === undefined) throw new MerfError('ABORTED', 'sampling was aborted');
+    const finishReason = finishReasons[result.finishReasons[sequence] as number] as FinishReason;
+    if (finishReason === 'pending') throw new MerfError('ABORTED', 'sampling was aborted');
     return {
       text: this.tokenizer.decode(tokens, { skipSpecial: true }),
       tokens,
-      logprobs: result.rawLogprobs.slice(start, end),
-      samplingLogprobs: result.logprobs.slice(start, end),
+      logprobs: result.logprobs.slice(start, end),
+      samplingLogprobs: result.samplingLogprobs.slice(start, end),
       entropies: result.entropies.slice(start, end),
       finishReason,
     };
   }
 
-  #streamer(onToken: NonNullable<SampleOptions['onToken']>, n: number) {
+  /** Tells the listeners of `options` of tokens; undefined where there are none. */
+  #streamer({ onToken, onCompletion }: SampleOptions, n: number): NativeTokenListener | undefined {
+    if (onToken === undefined && onCompletion === undefined) return undefined;
     const streams = new Map<number, TextStream>();
-    return (sequences: Int32Array, tokens: Int32Array, logprobs: Float32Array) => {
-      const chunks = new Map<number, { tokens: number[]; logprobs: number[] }>();
+    const drawn = new Map<number, number[]>();
+    return (sequences, tokens, samplingLogprobs, reasons) => {
+      const chunks = new Map<number, { tokens: number[]; samplingLogprobs: number[] }>();
+      const ended = new Map<number, FinishReason>();
       sequences.forEach((sequence, i) => {
-        const chunk = chunks.get(sequence) ?? { tokens: [], logprobs: [] };
+        const chunk = chunks.get(sequence) ?? { tokens: [], samplingLogprobs: [] };
         chunks.set(sequence, chunk);
         chunk.tokens.push(tokens[i] as number);
-        chunk.logprobs.push(logprobs[i] as number);
+        chunk.samplingLogprobs.push(samplingLogprobs[i] as number);
+        const reason = finishReasons[reasons[i] as number] as FinishReason;
+        if (reason !== 'pending') ended.set(sequence, reason);
       });
       for (const [sequence, chunk] of chunks) {
-        const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
-        streams.set(sequence, stream);
-        onToken({
-          prompt: Math.floor(sequence / n),
-          completion: sequence % n,
-          ...chunk,
-          text: stream.push(chunk.tokens),
-        });
+        const which = { prompt: Math.floor(sequence / n), completion: sequence % n };
+        if (onToken) {
+          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
+          streams.set(sequence, stream);
+          onToken({ ...which, ...chunk, text: stream.push(chunk.tokens) });
+        }
+        if (!onCompletion) continue;
+        const all = drawn.get(sequence) ?? [];
+        drawn.set(sequence, all);
+        all.push(...chunk.tokens);
+        const finishReason = ended.get(sequence);
+        if (finishReason === undefined) continue;
+        drawn.delete(sequence);
+        const completed = Int32Array.from(all);
+        const text = this.tokenizer.decode(completed, { skipSpecial: true });
+        onCompletion({ ...which, text, tokens: completed, finishReason });
       }
     };
   }
@@ -556,6 +597,22 @@ export class Policy {
   resetPeakMemory(): void {
     this.#check();
     this.model.resetPeakMemory();
+  }
+
+  /** What of prompts was computed and what was found in the session. Comes after all calls made before. */
+  async cacheStatistics(): Promise<CacheStatistics> {
+    this.#check();
+    return this.#enqueue('cacheStatistics', undefined, async () => ({
+      bytes: await this.model.sessionBytes(),
+      tokensPrefilled: this.#tokensPrefilled,
+      tokensReused: this.#tokensReused,
+    }));
+  }
+
+  /** Counts tokens from 0 again. */
+  resetCacheStatistics(): void {
+    this.#tokensPrefilled = 0;
+    this.#tokensReused = 0;
   }
 
   /**
