@@ -7,7 +7,7 @@ namespace {
 
 constexpr size_t kAlignment = 256;  // bytes; a multiple of cache lines, vector widths and device transactions
 constexpr size_t kSmallestBlock = size_t{4} << 20;
-constexpr size_t kSmallLodger = size_t{64} << 20;
+constexpr size_t kSmallLodger = size_t{8} << 20;
 
 size_t aligned(size_t bytes) {
   return (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;

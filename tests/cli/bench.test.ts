@@ -40,6 +40,19 @@ test('writes what it measured', async () => {
   expect(report.steps[0].engines[0].runs[0].tokens).toBe(16);
 });
 
+test('--agent shows what a session saves', async () => {
+  const args = [...tiny, '--agent', '--minutes', '0.001', '--out', folder];
+  const { code, stdout, stderr } = await merf(args);
+  expect(stderr).toMatch(/4 episodes of 4 turns behind 8 tokens/);
+  expect(code).toBe(0);
+  // Three times 252 tokens of the environment's and the token drawn last; with none, all that there is by then.
+  expect(stdout).toMatch(/\| tokens prefilled \| 3052 \| 6\d{3} \| 2\.\d\d x \|/);
+  const [name] = /\S+-agent\.json/.exec(stderr) ?? [];
+  const report = JSON.parse(readFileSync(join(folder, (name as string).split('/').pop() as string), 'utf8'));
+  expect(report.session.length).toBe(report.plain.length);
+  expect(report.plain[0]).toMatchObject({ tokensReused: 0 });
+});
+
 test('--launches prints what steps launch and move', async () => {
   const { code, stdout, stderr } = await merf([
     ...['bench', '--device', 'cuda-emulated', '--launches', '--model', tinyModel],
@@ -56,7 +69,12 @@ test('--launches prints what steps launch and move', async () => {
 
 test.each([
   [['--peers', 'tlr'], 1, /llama\.cpp, trl, pytorch or none for --peers but received tlr/],
-  [['--profile', '--scaling'], 1, /one of --profile and --scaling/],
+  [
+    ['--profile', '--scaling'],
+    1,
+    /one of --profile, --scaling and --agent but received --profile and --scaling/,
+  ],
+  [['--agent', '--sizes', '1x8x1x256'], 1, /fewer than 256 tokens for --agent but received 256/],
   [['--launches'], 1, /--device cuda-emulated and --launches together but received --launches alone/],
   [['--device', 'cuda-emulated'], 1, /--launches together but received --device alone/],
   [['--sizes', '4x4'], 1, /--sizes but received 4x4/],

@@ -14,29 +14,35 @@ using namespace merf::test;
 
 namespace {
 
-ModelConfig config_of(DType dtype) {
+// Emulated kernels take their time, so what they get is small; the processor gets sizes that fill no block.
+bool is_slow(const Backend& backend) { return backend.info().name == "cuda-emulated"; }
+
+ModelConfig config_of(const Backend& backend, DType dtype) {
+  const bool small = is_slow(backend);
   ModelConfig c;
   c.architecture = "qwen2";
-  c.hidden_size = 88;
+  c.hidden_size = small ? 32 : 88;
   c.layers = 2;
-  c.heads = 6;
+  c.heads = small ? 4 : 6;
   c.kv_heads = 2;
-  c.head_size = 24;
-  c.mlp_size = 200;
+  c.head_size = small ? 16 : 24;
+  c.mlp_size = small ? 48 : 200;
   c.vocab_size = 203;
   c.max_positions = 700;
   c.tied_head = true;
   c.attention_bias = true;
   c.dtype = dtype;
-  for (int i = 0; i < 12; ++i) {
-    c.inverse_frequencies.push_back(static_cast<float>(std::pow(100.0, -i / 12.0)));
+  const int64_t half = c.head_size / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    c.inverse_frequencies.push_back(
+        static_cast<float>(std::pow(100.0, -static_cast<double>(i) / static_cast<double>(half))));
   }
   return c;
 }
 
 struct Fixture {
   explicit Fixture(Backend& backend, DType dtype = DType::f32)
-      : arena(backend), model(backend, arena, config_of(dtype), true) {
+      : arena(backend), model(backend, arena, config_of(backend, dtype), true) {
     model.initialize(7, 0.3f);
   }
   Arena arena;
@@ -161,20 +167,24 @@ TEST_CASE("turns of a session draw what they draw without one, and prefill their
                                      joined(motivation, tokens_from(3, 30)),
                                      joined(motivation, tokens_from(4, 1)), tokens_from(9, 33)};
       double widest = 0.0;
-      for (int turn = 0; turn < 4; ++turn) {
+      int64_t replies = 0;
+      if (is_slow(backend)) prompts.erase(prompts.begin() + 1, prompts.begin() + 3);
+      for (int turn = 0; turn < (is_slow(backend) ? 3 : 4); ++turn) {
         const int32_t group = turn == 0 ? 3 : 1;
         SampleRequest request = request_for(prompts, group, 21 + turn, static_cast<uint32_t>(1000 * turn));
         const SampleResult result = check_sample(session, prompts, request);
         check_same(backend, result, sample(plain.model, {}, request, Cancel(), nullptr));
         // The last token drawn has never been fed.
         const int64_t fresh = turn == 0 ? static_cast<int64_t>(request.tokens.size())
-                                        : static_cast<int64_t>(prompts.size()) * 6 + 66;
+                                        : replies + static_cast<int64_t>(prompts.size());
         CAPTURE(turn);
         CHECK(result.prefilled_tokens == fresh);
         CHECK((turn == 0) == (result.reused_tokens == 0));
         widest = std::max(widest, gap_to_score(plain.model, prompts, result));
         std::vector<Tokens> next;
+        replies = 0;
         for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
+          replies += static_cast<int64_t>(5 + s);
           // 5 tokens of the environment, and up to 11 more.
           next.push_back(joined(joined(prompts[s / static_cast<size_t>(group)], completion(result, s)),
                                 tokens_from(static_cast<int32_t>(50 + s), 5 + s)));
@@ -235,7 +245,8 @@ TEST_CASE("other prompts reuse what they begin with, and a change of the weights
       CHECK(f.model.optim_step({1e-2f}, 1).applied);
     });
     // Moments and gradients are no weights, and an update that is not applied changes none.
-    f.model.write("model.norm.weight", ParameterKind::gradient, std::vector<float>(88, NAN));
+    f.model.write("model.norm.weight", ParameterKind::gradient,
+                  std::vector<float>(static_cast<size_t>(f.model.config().hidden_size), NAN));
     CHECK(!f.model.optim_step({1e-2f}, 2).applied);
     CHECK(prefilled(rollout) == 3);
     session.clear();
@@ -300,24 +311,25 @@ TEST_CASE("any calls one after another, cut short or not, give what they give al
       const int64_t page_bytes = KvCache::page_bytes(f.model.config());
       Random random(17);
       int64_t reused = 0;
-      const int sessions = backend.info().name == "cpu" ? 12 : 3;
+      const int sessions = is_slow(backend) ? 1 : 12;
       for (int trial = 0; trial < sessions; ++trial) {
         Session session(f.model, random.below(3) ? int64_t{4} << 20 : random.below(20) * page_bytes);
         // Prompts grow out of prompts and their completions, cut anywhere.
         std::vector<Tokens> known = {tokens_from(trial, 50)};
-        for (int call = 0; call < 6; ++call) {
+        for (int call = 0; call < (is_slow(backend) ? 4 : 6); ++call) {
           std::vector<Tokens> prompts;
-          for (int p = static_cast<int>(1 + random.below(4)); p > 0; --p) {
+          for (int p = static_cast<int>(1 + random.below(is_slow(backend) ? 2 : 4)); p > 0; --p) {
             Tokens prompt = known[static_cast<size_t>(random.below(static_cast<int64_t>(known.size())))];
             prompt.resize(1 + static_cast<size_t>(random.below(static_cast<int64_t>(prompt.size()))));
             const size_t more = static_cast<size_t>(random.below(70));
             prompt = joined(prompt, tokens_from(static_cast<int32_t>(random.below(5)), more));
-            prompt.resize(std::min<size_t>(prompt.size(), 400));
+            prompt.resize(std::min<size_t>(prompt.size(), is_slow(backend) ? 110 : 400));
             prompts.push_back(prompt);
           }
           SampleRequest request =
               request_for(prompts, static_cast<int32_t>(1 + random.below(3)),
-                          static_cast<int32_t>(1 + random.below(50)), static_cast<uint32_t>(100 * call));
+                          static_cast<int32_t>(1 + random.below(is_slow(backend) ? 15 : 50)),
+                          static_cast<uint32_t>(100 * call));
           request.prefill_tokens = random.below(2) ? 0 : static_cast<int32_t>(20 + random.below(60));
           request.ahead = random.below(2) == 0;
           if (random.below(3) == 0) request.max_live_sequences = 2;
@@ -342,7 +354,7 @@ TEST_CASE("any calls one after another, cut short or not, give what they give al
           }
         }
       }
-      CHECK(reused > 100 * sessions);
+      CHECK(reused > 40 * sessions);
     }
   });
 }
@@ -355,7 +367,8 @@ TEST_CASE("prompts that take several passes give what they give in one") {
       for (int32_t p = 0; p < 5; ++p) prompts.push_back(joined(tokens_from(1, 100), tokens_from(2 + p, 45)));
       SampleRequest request = request_for(prompts, 2, 9);
       const SampleResult whole = sample(f.model, {}, request, Cancel(), nullptr);
-      for (const int32_t tokens : {150, 64, 33, 7}) {
+      for (const int32_t tokens :
+           is_slow(backend) ? std::vector<int32_t>{64} : std::vector<int32_t>{150, 64, 33, 7}) {
         request.prefill_tokens = tokens;
         const SampleResult result = sample(f.model, {}, request, Cancel(), nullptr);
         CHECK(result.prefilled_tokens == static_cast<int64_t>(request.tokens.size()));
@@ -370,43 +383,46 @@ TEST_CASE("a session stands in the arena's memory, and makes way") {
   for_each_backend([](Backend& backend) {
     Fixture f(backend);
     Session session(f.model);
-    const std::vector<Tokens> prompts = {tokens_from(1, 300), tokens_from(2, 290)};
-    const SampleRequest request = request_for(prompts, 4, 300);
+    const int32_t length = is_slow(backend) ? 50 : 300;
+    const std::vector<Tokens> prompts = {tokens_from(1, static_cast<size_t>(length)),
+                                         tokens_from(2, static_cast<size_t>(length - 10))};
+    const SampleRequest request = request_for(prompts, 4, is_slow(backend) ? 4 : 300);
     const auto reused = [&](Session& of) { return sample(of, {}, request, Cancel(), nullptr).reused_tokens; };
+    const int64_t known = 2 * length - 10 - 2;
     CHECK(reused(session) == 0);
     Batch batch;
     batch.tokens = joined(prompts[0], prompts[0]);
-    for (int32_t i = 0; i < 600; ++i) batch.positions.push_back(i);
-    batch.visible_until.assign(600, 600);
-    batch.source_rows = {3, 599};
+    for (int32_t i = 0; i < 2 * length; ++i) batch.positions.push_back(i);
+    batch.visible_until.assign(batch.tokens.size(), 2 * length);
+    batch.source_rows = {3, 2 * length - 1};
     batch.targets = {4, 5};
     BatchLoss loss;
     loss.options.kind = LossKind::cross_entropy;
     loss.weights = {1.0f, 1.0f};
-    // A small one stays beside a pass, and in its place in the arena takes no memory more than that.
+    // A small one stays beside a pass and takes no memory more than that, once and for all.
     f.model.score(batch, Cancel());
-    CHECK(reused(session) == 588);
+    CHECK(reused(session) == known);
     f.model.forward_backward(batch, loss, 0, Cancel());
-    CHECK(reused(session) == 588);
+    CHECK(reused(session) == known);
     f.model.zero_gradients();
     const size_t held = f.arena.held();
     for (int i = 0; i < 3; ++i) {
       f.model.forward_backward(batch, loss, 0, Cancel());
-      CHECK(reused(session) == 588);
+      CHECK(reused(session) == known);
     }
     CHECK(f.arena.held() == held);
     // It goes with the arena's memory,
     f.arena.free();
     CHECK(session.bytes() == 0);
     CHECK(reused(session) == 0);
-    CHECK(reused(session) == 588);
+    CHECK(reused(session) == known);
     // and where another model on the arena has a session.
-    Model other(backend, f.arena, config_of(DType::f32), false);
+    Model other(backend, f.arena, config_of(backend, DType::f32), false);
     other.initialize(7, 0.3f);
     Session others(other);
     CHECK(reused(others) == 0);
     CHECK(session.bytes() == 0);
-    CHECK(reused(others) == 588);
+    CHECK(reused(others) == known);
     CHECK(reused(session) == 0);
     CHECK(others.bytes() == 0);
   });
@@ -445,26 +461,26 @@ TEST_CASE("an arena's lodger stays while it may") {
     CHECK(arena.held() == 72 * kMiB);
     CHECK(holds(third, kMiB / 4, 1.0f));
     CHECK(arena.lodge(kMiB).data == third.data);
-    // A small one makes room and stays; a large one goes.
+    // A large one goes where the arena would have to grow, a small one moves.
     const uint64_t lodging = arena.lodging();
     arena.make_room(32 * kMiB);
-    CHECK(arena.lodging() == lodging);
-    arena.turn_out();
     CHECK(arena.lodging() == lodging + 1);
     CHECK(arena.held() == 32 * kMiB);
     write(arena.lodge(4 * kMiB), 4.0f);
     arena.make_room(28 * kMiB);
     CHECK(arena.held() == 32 * kMiB);
     arena.make_room(30 * kMiB);
+    CHECK(arena.lodging() == lodging + 1);
     CHECK(arena.held() == 36 * kMiB);
     CHECK(holds(arena.lodge(4 * kMiB), kMiB, 4.0f));
-    arena.reserve(100 * kMiB);
-    arena.lodge(65 * kMiB);
-    CHECK(arena.held() == 100 * kMiB / 100 * 100);
-    arena.make_room(30 * kMiB);
-    CHECK(arena.lodged() == 65 * kMiB);
-    arena.make_room(40 * kMiB);
+    arena.turn_out();
+    CHECK(arena.lodging() == lodging + 2);
+    arena.lodge(16 * kMiB);
+    arena.make_room(16 * kMiB);
+    CHECK(arena.lodged() == 16 * kMiB);
+    arena.make_room(17 * kMiB);
     CHECK(arena.lodged() == 0);
+    CHECK(arena.held() == 32 * kMiB);
     arena.free();
     CHECK(arena.held() == 0);
   });
