@@ -55,6 +55,8 @@ struct SampleResult {
   int64_t decode_steps = 0;      // that drew something
   int64_t cache_pages = 0;       // of the cache
   int64_t pinned_pages = 0;      // when all was done: 0
+  double prefill_seconds = 0.0;
+  double decode_seconds = 0.0;
 };
 
 // What a step drew: which completions, their tokens, the tokens' log-probabilities under the distribution drawn from,

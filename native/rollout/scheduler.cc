@@ -1,10 +1,19 @@
 #include "rollout/scheduler.h"
 
 #include <algorithm>
+#include <chrono>
 #include <numeric>
 #include <tuple>
 
 namespace merf {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
+}  // namespace
 
 Scheduler::Scheduler(Session& session, const TokenBytes& token_bytes, const SampleRequest& request,
                      const Cancel& cancel, const DrawCallback& on_draw)
@@ -31,9 +40,13 @@ SampleResult Scheduler::run() {
   find_prompts();
   make_buffers();
   make_kept();
+  const auto prefill_start = Clock::now();
   const bool prefilled = prefill();
   release_unused_segments();
+  result_.prefill_seconds = seconds_since(prefill_start);
+  const auto decode_start = Clock::now();
   if (prefilled) decode();
+  result_.decode_seconds = seconds_since(decode_start);
   finish();
   model_.keep(std::move(kept_));
   collect();
