@@ -2,7 +2,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
-import { merf, tinyModel } from './run.js';
+import { merf, root, tinyModel } from './run.js';
 
 const tiny = ['bench', '--model', tinyModel, '--sizes', '2x8x2x4'];
 
@@ -41,12 +41,13 @@ test('writes what it measured', async () => {
 });
 
 test('--agent shows what a session saves', async () => {
-  const args = [...tiny, '--agent', '--minutes', '0.001', '--out', folder];
+  const model = ['--model', join(root, 'models', 'merf-mini'), '--sizes', '1x8x2x4'];
+  const args = ['bench', ...model, '--agent', '--minutes', '0.001', '--out', folder];
   const { code, stdout, stderr } = await merf(args);
-  expect(stderr).toMatch(/4 episodes of 4 turns behind 8 tokens/);
+  expect(stderr).toMatch(/2 episodes of 4 turns behind 8 tokens/);
   expect(code).toBe(0);
-  // Three times 252 tokens of the environment's and the token drawn last; with none, all that there is by then.
-  expect(stdout).toMatch(/\| tokens prefilled \| 3052 \| 6\d{3} \| 2\.\d\d x \|/);
+  // Of each further turn 252 tokens of the environment's and the token that was drawn last; else all that is there by then.
+  expect(stdout).toMatch(/\| tokens prefilled \| 15\d\d \| 3\d{3} \| [12]\.\d\d x \|/);
   const [name] = /\S+-agent\.json/.exec(stderr) ?? [];
   const report = JSON.parse(readFileSync(join(folder, (name as string).split('/').pop() as string), 'utf8'));
   expect(report.session.length).toBe(report.plain.length);
@@ -74,7 +75,12 @@ test.each([
     1,
     /one of --profile, --scaling and --agent but received --profile and --scaling/,
   ],
-  [['--agent', '--sizes', '1x8x1x256'], 1, /fewer than 256 tokens for --agent but received 256/],
+  [
+    ['--agent', '--model', join(root, 'models', 'merf-mini'), '--sizes', '1x8x1x256'],
+    1,
+    /fewer than 256 tokens for --agent but received 256/,
+  ],
+  [['--agent'], 1, /at most 256 tokens, the model's context, but received 1032/],
   [['--launches'], 1, /--device cuda-emulated and --launches together but received --launches alone/],
   [['--device', 'cuda-emulated'], 1, /--launches together but received --device alone/],
   [['--sizes', '4x4'], 1, /--sizes but received 4x4/],
