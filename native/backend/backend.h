@@ -373,12 +373,13 @@ class Backend {
   // ---- sampling
   // logits [B, V] f32 (left unchanged). Row b draws with Philox4x32-10 keyed by (seed, keys[b]) at counter
   // positions[b] (native/backend/philox.h), so a draw does not depend on the batch. keys: [B] as 2 x i32 words,
-  // shape [B, 2], low word first. Outputs: tokens [B] i32; logprobs [B] f32 under the distribution drawn from
-  // (temperature and truncation; greedy: 0); raw_logprobs [B] f32 under softmax(logits); entropies [B] f32 of
+  // shape [B, 2], low word first. Outputs: tokens [B] i32; sampling_logprobs [B] f32 under the distribution drawn from
+  // (temperature and truncation; greedy: 0); logprobs [B] f32 under softmax(logits); entropies [B] f32 of
   // softmax(logits), or empty.
   virtual void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                             const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                             const Tensor& raw_logprobs, const Tensor& entropies) = 0;
+                             const SamplingOptions& options, const Tensor& tokens,
+                             const Tensor& sampling_logprobs, const Tensor& logprobs,
+                             const Tensor& entropies) = 0;
 
   // ids[b] = sources[b] < 0 ? -1 - sources[b] : drawn[sources[b]]: the tokens that a step is fed, given by the host or
   // drawn by the step before, whose rows were others. sources, ids [B], drawn [any] i32.

@@ -294,10 +294,10 @@ void ProfiledBackend::next_tokens(const Tensor& drawn, const Tensor& sources, co
 
 void ProfiledBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
                                     const SamplingOptions& options, const Tensor& tokens,
-                                    const Tensor& logprobs, const Tensor& raw_logprobs,
+                                    const Tensor& sampling_logprobs, const Tensor& logprobs,
                                     const Tensor& entropies) {
   timed("sample_tokens", {0.0, bytes_of({logits})}, [&] {
-    backend_->sample_tokens(logits, keys, positions, options, tokens, logprobs, raw_logprobs, entropies);
+    backend_->sample_tokens(logits, keys, positions, options, tokens, sampling_logprobs, logprobs, entropies);
   });
 }
 

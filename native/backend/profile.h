@@ -100,8 +100,8 @@ class ProfiledBackend final : public Backend {
   double policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
                      const LossOptions& options, const Tensor& coefficients) override;
   void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                     const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                     const Tensor& raw_logprobs, const Tensor& entropies) override;
+                     const SamplingOptions& options, const Tensor& tokens, const Tensor& sampling_logprobs,
+                     const Tensor& logprobs, const Tensor& entropies) override;
   void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) override;
   void group_advantages(const Tensor& rewards, const std::vector<int64_t>& group_offsets, AdvantageKind kind,
                         bool scale, float epsilon, const Tensor& advantages) override;

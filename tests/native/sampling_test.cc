@@ -12,7 +12,7 @@ namespace {
 
 struct Draws {
   std::vector<int32_t> tokens;
-  std::vector<float> logprobs, raw, entropies;
+  std::vector<float> sampling_logprobs, logprobs, entropies;
 };
 
 struct Rows {
@@ -25,12 +25,13 @@ struct Rows {
 Draws draw(Backend& backend, const Rows& rows, const SamplingOptions& options) {
   const int64_t n = rows.size();
   const Tensor tokens = backend.allocate(DType::i32, {n});
-  const Tensor logprobs = poisoned(backend, DType::f32, {n}), raw = poisoned(backend, DType::f32, {n});
+  const Tensor sampling_logprobs = poisoned(backend, DType::f32, {n}),
+               logprobs = poisoned(backend, DType::f32, {n});
   const Tensor entropies = poisoned(backend, DType::f32, {n});
   backend.sample_tokens(upload(backend, DType::f32, {n, rows.vocabulary}, rows.logits),
                         upload(backend, {n, 2}, rows.keys), upload(backend, {n}, rows.positions), options,
-                        tokens, logprobs, raw, entropies);
-  return {download_ints(backend, tokens), download(backend, logprobs), download(backend, raw),
+                        tokens, sampling_logprobs, logprobs, entropies);
+  return {download_ints(backend, tokens), download(backend, sampling_logprobs), download(backend, logprobs),
           download(backend, entropies)};
 }
 
@@ -152,7 +153,7 @@ std::string golden_file() {
 void write_golden(std::FILE* file, const GoldenCase& each, const Draws& draws) {
   for (size_t i = 0; i < draws.tokens.size(); ++i) {
     std::fprintf(file, "%s %zu %d %a %a %a\n", each.name.c_str(), i, draws.tokens[i],
-                 static_cast<double>(draws.logprobs[i]), static_cast<double>(draws.raw[i]),
+                 static_cast<double>(draws.sampling_logprobs[i]), static_cast<double>(draws.logprobs[i]),
                  static_cast<double>(draws.entropies[i]));
   }
 }
@@ -161,15 +162,15 @@ void write_golden(std::FILE* file, const GoldenCase& each, const Draws& draws) {
 Draws read_golden(std::istream& file, const GoldenCase& each) {
   Draws draws;
   for (int64_t i = 0; i < each.rows.size(); ++i) {
-    std::string name, logprob, raw, entropy;
+    std::string name, sampling_logprob, logprob, entropy;
     int64_t row = -1;
     int32_t token = -1;
-    file >> name >> row >> token >> logprob >> raw >> entropy;
+    file >> name >> row >> token >> sampling_logprob >> logprob >> entropy;
     REQUIRE_MESSAGE((file && name == each.name && row == i),
                     golden_file() << " lacks row " << i << " of " << each.name);
     draws.tokens.push_back(token);
+    draws.sampling_logprobs.push_back(std::strtof(sampling_logprob.c_str(), nullptr));
     draws.logprobs.push_back(std::strtof(logprob.c_str(), nullptr));
-    draws.raw.push_back(std::strtof(raw.c_str(), nullptr));
     draws.entropies.push_back(std::strtof(entropy.c_str(), nullptr));
   }
   return draws;
@@ -184,8 +185,8 @@ void check_same_draws(const Draws& actual, const Draws& expected) {
       CHECK(std::abs(a[i] - b[i]) <= tolerance * std::max(std::abs(b[i]), 0x1p-10f));
     }
   };
+  close(actual.sampling_logprobs, expected.sampling_logprobs, 0x1p-22f);
   close(actual.logprobs, expected.logprobs, 0x1p-22f);
-  close(actual.raw, expected.raw, 0x1p-22f);
   close(actual.entropies, expected.entropies, 1e-6f);
 }
 
@@ -215,18 +216,18 @@ TEST_CASE("draws follow the exact distribution of every filter") {
       const std::vector<double> raw = softmax(logits, 1.0);
       const Draws draws = draw(backend, rows, options);
       std::vector<int64_t> seen(logits.size(), 0);
-      std::vector<double> logprobs, raw_logprobs;
+      std::vector<double> sampling_logprobs, logprobs;
       int64_t outside = 0;
       for (const int32_t token : draws.tokens) {
         if (token < 0 || token >= 50 || p[token] == 0) ++outside;
         const size_t index = token < 0 || token >= 50 ? 0 : static_cast<size_t>(token);
         ++seen[index];
-        logprobs.push_back(std::log(p[index]));
-        raw_logprobs.push_back(std::log(raw[index]));
+        sampling_logprobs.push_back(std::log(p[index]));
+        logprobs.push_back(std::log(raw[index]));
       }
       REQUIRE(outside == 0);
+      CHECK(relative_error(draws.sampling_logprobs, sampling_logprobs) < 1e-6);
       CHECK(relative_error(draws.logprobs, logprobs) < 1e-6);
-      CHECK(relative_error(draws.raw, raw_logprobs) < 1e-6);
       double chi_square = 0;
       int degrees = -1;
       for (size_t i = 0; i < p.size(); ++i) {
@@ -271,7 +272,7 @@ TEST_CASE("a draw does not depend on the batch, the row or the threads") {
     }
     for (const Draws& draws : all) {
       CHECK(draws.tokens == all[0].tokens);
-      CHECK(same_bits(draws.logprobs, all[0].logprobs));
+      CHECK(same_bits(draws.sampling_logprobs, all[0].sampling_logprobs));
     }
     for_each_backend([&](Backend& backend) {
       for (const int64_t i : {0, 13, 36}) {
@@ -281,7 +282,7 @@ TEST_CASE("a draw does not depend on the batch, the row or the threads") {
                          {rows.positions[i]}};
         const Draws single = draw(backend, alone, options);
         CHECK(single.tokens[0] == all[0].tokens[i]);
-        CHECK(single.raw[0] == all[0].raw[i]);
+        CHECK(single.logprobs[0] == all[0].logprobs[i]);
       }
     });
   }
@@ -308,8 +309,8 @@ TEST_CASE("a long row gives the same alone, over several blocks of a GPU, and am
                          {rows.positions[i]}};
         const Draws single = draw(backend, alone, options);
         CHECK(single.tokens[0] == all.tokens[i]);
+        CHECK(single.sampling_logprobs[0] == all.sampling_logprobs[i]);
         CHECK(single.logprobs[0] == all.logprobs[i]);
-        CHECK(single.raw[0] == all.raw[i]);
         CHECK(single.entropies[0] == all.entropies[i]);
       }
     }
@@ -337,8 +338,8 @@ TEST_CASE("greedy takes the first maximum") {
     logits[300] = logits[301] = logits[776] = 9.0f;
     const Draws draws = draw(backend, one(logits), {0.0f, 5, 0.5f, 0.1f, 1});
     CHECK(draws.tokens[0] == 300);
-    CHECK(draws.logprobs[0] == 0.0f);
-    CHECK(draws.raw[0] == doctest::Approx(std::log(softmax(logits, 1.0)[300])));
+    CHECK(draws.sampling_logprobs[0] == 0.0f);
+    CHECK(draws.logprobs[0] == doctest::Approx(std::log(softmax(logits, 1.0)[300])));
   });
 }
 
@@ -351,8 +352,8 @@ TEST_CASE("entropy and log-probability at temperature 1 are those of the softmax
       for (const double x : p) entropy -= x > 0 ? x * std::log(x) : 0.0;
       const Draws draws = draw(backend, one(logits), {});
       CHECK(draws.entropies[0] == doctest::Approx(entropy).epsilon(1e-5).scale(1.0));
-      CHECK(draws.raw[0] == doctest::Approx(std::log(p[draws.tokens[0]])).epsilon(1e-6).scale(1.0));
-      CHECK(draws.logprobs[0] == draws.raw[0]);
+      CHECK(draws.logprobs[0] == doctest::Approx(std::log(p[draws.tokens[0]])).epsilon(1e-6).scale(1.0));
+      CHECK(draws.sampling_logprobs[0] == draws.logprobs[0]);
     }
   });
 }
@@ -367,7 +368,7 @@ TEST_CASE("filters keep ties together and at least the best token") {
       const Draws draws = draw(backend, repeated(tied, 3000), options);
       for (int64_t i = 0; i < 3000; ++i) {
         ++seen[draws.tokens[i]];
-        CHECK(draws.logprobs[i] == doctest::Approx(-std::log(3.0)));
+        CHECK(draws.sampling_logprobs[i] == doctest::Approx(-std::log(3.0)));
       }
       CHECK(seen[0] + seen[3] + seen[5] == 0);
       for (const int i : {1, 2, 4}) CHECK(std::abs(seen[i] - 1000) < 120);
@@ -375,7 +376,7 @@ TEST_CASE("filters keep ties together and at least the best token") {
     const std::vector<float> same(1000, -3.25f);
     for (const auto& [name, options] : filters()) {
       CAPTURE(name);
-      CHECK(draw(backend, one(same), options).logprobs[0] ==
+      CHECK(draw(backend, one(same), options).sampling_logprobs[0] ==
             doctest::Approx(-std::log(1000.0)).epsilon(1e-5));
     }
   });
@@ -467,16 +468,16 @@ TEST_CASE("extreme and forbidden logits") {
       const Draws draws = draw(backend, repeated(masked, 50), options);
       for (int i = 0; i < 50; ++i) {
         CHECK((draws.tokens[i] == 40 || draws.tokens[i] == 90));
-        CHECK(draws.logprobs[i] == doctest::Approx(-std::log(2.0)));
+        CHECK(draws.sampling_logprobs[i] == doctest::Approx(-std::log(2.0)));
         CHECK(draws.entropies[i] == doctest::Approx(std::log(2.0)));
       }
       const Draws huge = draw(backend, one({-3e38f, 3e38f, 0.0f, 2.9e38f}), options);
       CHECK(huge.tokens[0] == 1);
-      CHECK(huge.logprobs[0] == 0.0f);
+      CHECK(huge.sampling_logprobs[0] == 0.0f);
     }
     const Draws frozen = draw(backend, one({1.0f, 1.00001f, 0.5f}), {1e-38f, 0, 1.0f, 0.0f, 1});
     CHECK(frozen.tokens[0] == 1);
-    CHECK(frozen.logprobs[0] == 0.0f);
+    CHECK(frozen.sampling_logprobs[0] == 0.0f);
 
     for (const std::vector<float>& bad :
          {std::vector<float>{0, NAN, 1}, std::vector<float>{0, kInfinity, 1},
@@ -484,8 +485,8 @@ TEST_CASE("extreme and forbidden logits") {
       for (const float temperature : {0.0f, 1.0f}) {
         const Draws draws = draw(backend, one(bad), {temperature, 2, 0.9f, 0.1f, 1});
         CHECK(draws.tokens[0] == 0);
+        CHECK(std::isnan(draws.sampling_logprobs[0]));
         CHECK(std::isnan(draws.logprobs[0]));
-        CHECK(std::isnan(draws.raw[0]));
         CHECK(std::isnan(draws.entropies[0]));
       }
     }
@@ -503,7 +504,8 @@ TEST_CASE("thresholds are found among a large vocabulary") {
       const Draws draws = draw(backend, repeated(logits, n), options);
       for (int64_t i = 0; i < n; ++i) {
         REQUIRE(p[draws.tokens[i]] > 0);
-        CHECK(draws.logprobs[i] == doctest::Approx(std::log(p[draws.tokens[i]])).epsilon(1e-5).scale(1.0));
+        CHECK(draws.sampling_logprobs[i] ==
+              doctest::Approx(std::log(p[draws.tokens[i]])).epsilon(1e-5).scale(1.0));
       }
     }
   });

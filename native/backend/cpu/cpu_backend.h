@@ -104,8 +104,8 @@ class CpuBackend final : public Backend {
 
   // sampling.cc
   void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                     const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                     const Tensor& raw_logprobs, const Tensor& entropies) override;
+                     const SamplingOptions& options, const Tensor& tokens, const Tensor& sampling_logprobs,
+                     const Tensor& logprobs, const Tensor& entropies) override;
   void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) override;
 
   // group_advantages.cc

@@ -44,7 +44,7 @@ constexpr int64_t kWidestLanes = 16;  // of any target
 
 struct Drawn {
   int32_t token;
-  float logprob, raw_logprob, entropy;
+  float sampling_logprob, logprob, entropy;
 };
 
 // Finds thresholds on positive weights by their bits, which are ordered as the weights are: a histogram over the
@@ -311,7 +311,7 @@ Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions
   }
   if (options.temperature <= 0.0f) {
     drawn.token = static_cast<int32_t>(std::find(logits, logits + n, maximum) - logits);
-    drawn.raw_logprob = static_cast<float>(-raw_log_mass);
+    drawn.logprob = static_cast<float>(-raw_log_mass);
     return drawn;
   }
 
@@ -341,8 +341,9 @@ Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions
 
   drawn.token = static_cast<int32_t>(find_drawn(weights, n, threshold, uniform * mass));
   const double below = static_cast<double>(logits[drawn.token]) - static_cast<double>(maximum);
-  drawn.raw_logprob = static_cast<float>(below - raw_log_mass);
-  drawn.logprob = static_cast<float>(below / static_cast<double>(options.temperature) - std::log(mass));
+  drawn.logprob = static_cast<float>(below - raw_log_mass);
+  drawn.sampling_logprob =
+      static_cast<float>(below / static_cast<double>(options.temperature) - std::log(mass));
   return drawn;
 }
 
@@ -358,8 +359,9 @@ HWY_EXPORT(draw);
 }  // namespace
 
 void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                               const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                               const Tensor& raw_logprobs, const Tensor& entropies) {
+                               const SamplingOptions& options, const Tensor& tokens,
+                               const Tensor& sampling_logprobs, const Tensor& logprobs,
+                               const Tensor& entropies) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   if (rows == 0 || vocabulary == 0) return;
   const int threads = static_cast<int>(std::min<int64_t>(num_threads(), rows));
@@ -380,8 +382,8 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
           HWY_DYNAMIC_DISPATCH(draw)(logits.as<float>() + row * vocabulary, vocabulary, uniform, options,
                                      static_cast<bool>(entropies), own_weights, own_weights + room, search);
       tokens.as<int32_t>()[row] = drawn.token;
+      sampling_logprobs.as<float>()[row] = drawn.sampling_logprob;
       logprobs.as<float>()[row] = drawn.logprob;
-      raw_logprobs.as<float>()[row] = drawn.raw_logprob;
       if (entropies) entropies.as<float>()[row] = drawn.entropy;
     }
   }

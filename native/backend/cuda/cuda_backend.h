@@ -129,8 +129,8 @@ class CudaBackend final : public Backend {
 
   // sampling.cu
   void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                     const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                     const Tensor& raw_logprobs, const Tensor& entropies) override;
+                     const SamplingOptions& options, const Tensor& tokens, const Tensor& sampling_logprobs,
+                     const Tensor& logprobs, const Tensor& entropies) override;
 
   // decode_step.cu
   void next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) override;

@@ -285,8 +285,8 @@ struct Draw {
   const int32_t* keys;       // [rows, 2]
   const int32_t* positions;  // [rows]
   int32_t* tokens;           // all [rows]
+  float* sampling_logprobs;
   float* logprobs;
-  float* raw_logprobs;
   float* entropies;  // or null
 };
 
@@ -404,8 +404,9 @@ __device__ inline void draw_token(const Row& row, const uint64_t* kept, float ma
   }
   const double below = static_cast<double>(logit) - static_cast<double>(maximum);
   draw.tokens[b] = stretch.begin + 4 * lane + drawn_index - row.shift;
-  draw.raw_logprobs[b] = static_cast<float>(below - log(raw_mass));
-  draw.logprobs[b] = static_cast<float>(below / static_cast<double>(filters.temperature) - log(mass));
+  draw.logprobs[b] = static_cast<float>(below - log(raw_mass));
+  draw.sampling_logprobs[b] =
+      static_cast<float>(below / static_cast<double>(filters.temperature) - log(mass));
 }
 
 __device__ inline Histogram take_histogram(SharedMemory& shared) {
@@ -431,7 +432,7 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
   if (!is_finite(maximum)) {
     if (blockIdx.y > 0 || thread_index() > 0) return;
     draw.tokens[b] = 0;
-    draw.logprobs[b] = draw.raw_logprobs[b] = kNaN;
+    draw.sampling_logprobs[b] = draw.logprobs[b] = kNaN;
     if (draw.entropies != nullptr) draw.entropies[b] = kNaN;
     return;
   }
@@ -500,8 +501,8 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
       first = other < first ? other : first;
     }
     draw.tokens[b] = first - row.shift;
-    draw.logprobs[b] = 0.0f;
-    draw.raw_logprobs[b] = static_cast<float>(-log(raw_mass));
+    draw.sampling_logprobs[b] = 0.0f;
+    draw.logprobs[b] = static_cast<float>(-log(raw_mass));
   } else if (truncated) {
     const uint64_t* all = batch.histogram + b * kBins;
     for (int bin = thread_index(); bin < kBins; bin += thread_count()) {
@@ -617,8 +618,9 @@ __global__ void __launch_bounds__(kMaxThreads) list_kernel(Batch batch, Filters 
 }  // namespace
 
 void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
-                                const SamplingOptions& options, const Tensor& tokens, const Tensor& logprobs,
-                                const Tensor& raw_logprobs, const Tensor& entropies) {
+                                const SamplingOptions& options, const Tensor& tokens,
+                                const Tensor& sampling_logprobs, const Tensor& logprobs,
+                                const Tensor& entropies) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   if (rows == 0 || vocabulary == 0) return;
   constexpr double kLog2eExact = 1.44269504088896340736;
@@ -654,8 +656,8 @@ void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const 
   const Batch batch{
       logits.as<const float>(), static_cast<int>(vocabulary), works.as<RowWork>(),      maxima.as<float>(),
       first.as<int32_t>(),      kept.as<uint64_t>(),          histogram.as<uint64_t>(), list.as<Listed>()};
-  const Draw draw{keys.as<const int32_t>(), positions.as<const int32_t>(), tokens.as<int32_t>(),
-                  logprobs.as<float>(),     raw_logprobs.as<float>(),      entropies.as<float>()};
+  const Draw draw{keys.as<const int32_t>(),      positions.as<const int32_t>(), tokens.as<int32_t>(),
+                  sampling_logprobs.as<float>(), logprobs.as<float>(),          entropies.as<float>()};
   const dim3 grid = blocks(rows, parts);
   constexpr size_t kOfHistogram =
       2 * shared_bytes<uint32_t>(kBins) + shared_bytes<uint64_t>(2) + shared_bytes<uint64_t>(kMaxWarps);
