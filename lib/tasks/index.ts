@@ -1,4 +1,10 @@
-export { countdown } from './countdown/index.js';
+export { type CountdownOptions, countdown } from './countdown/index.js';
+export { countdownReward } from './countdown/reward.js';
+export {
+  type Puzzle as CountdownPuzzle,
+  type Rules as CountdownRules,
+  solve as solveCountdown,
+} from './countdown/solver.js';
 export {
   type Fields,
   generatedRows,
@@ -44,5 +50,12 @@ export {
   taskFactories,
   taskNames,
 } from './registry.js';
-export { search } from './search/index.js';
+export { Endpoint, type EndpointFormat, type EndpointOptions } from './search/endpoint.js';
+export { type SearchEnvironmentOptions, searchEnvironment } from './search/environment.js';
+export { type SearchOptions, search } from './search/index.js';
+export { isExactMatch, normalizeAnswer } from './search/normalize.js';
+export { PassageIndex, type Retriever } from './search/passage-index.js';
+export { type Passage, readCorpus } from './search/passages.js';
+export { type GoldenAnswers, searchReward } from './search/reward.js';
+export type { SearchRow } from './search/world.js';
 export type { LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';

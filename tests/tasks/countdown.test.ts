@@ -46,7 +46,9 @@ function combine(operation: Operation, [a, b]: Fraction, [c, d]: Fraction): Frac
   }
 }
 
-/** Every value that all the numbers make, by joining two after two in every way, as a text in lowest terms. */
+/**
+ * Every value that all the numbers make, by joining two after two in every way, as a text in lowest terms.
+ */
 function reachable(numbers: readonly number[], operations: readonly Operation[]): Set<string> {
   const found = new Set<string>();
   const visit = (values: readonly Fraction[]): void => {
@@ -374,6 +376,14 @@ describe('generated puzzles', () => {
       expect(drawPuzzle(new Random(seed), options)).toEqual(puzzle);
       const rules: Rules = { use: 'exactly-once', operations: options.operations };
       expect(solve(puzzle, rules)).toBeDefined();
+    }
+  });
+
+  test('multiply and divide by more than 1', () => {
+    const options = { ...settings, counts: [3], largestNumber: 4, operations: ['*', '/'] as const };
+    for (let seed = 0; seed < 200; seed++) {
+      const { numbers } = drawPuzzle(new Random(seed), options);
+      expect(numbers.filter((number) => number === 1)).toEqual([]);
     }
   });
 

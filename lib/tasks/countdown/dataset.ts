@@ -3,7 +3,8 @@ import type { Fields } from '../dataset.js';
 import { type Puzzle, problemOf } from './solver.js';
 
 /**
- * A row of the public data (Countdown-Tasks-3to4): columns `target` and `nums`, or `numbers` as its rewards call them.
+ * A row of the public data (Countdown-Tasks-3to4): columns `target` and `nums`, or `numbers` as its rewards
+ * call them.
  *
  * @throws Error that names the column at fault
  */

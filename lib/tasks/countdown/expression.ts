@@ -27,10 +27,10 @@ export const maxLength = 1000;
 export const maxNesting = 50;
 
 /**
- * Reads an arithmetic expression and evaluates it exactly: whole numbers in digits, + - * / (also as × · ⋅ ∗ ÷ ∕ − – and
- * as LaTeX's \times, \cdot, \div, \frac{}{}, \left and \right), signs, parentheses, one pair of $ … $, \( … \) or
- * \[ … \] around it all, and one number behind an equals sign. Everything else is refused, powers (`**`), decimal points,
- * thousands separators, floor division and products without a sign among it.
+ * Reads an arithmetic expression and evaluates it exactly: whole numbers in digits, + - * / (also as × · ⋅ ∗
+ * ÷ ∕ − – and as LaTeX's \times, \cdot, \div, \frac{}{}, \left and \right), signs, parentheses, one pair of $
+ * … $, \( … \) or \[ … \] around it all, and one number behind an equals sign. Everything else is refused,
+ * powers (`**`), decimal points, thousands separators, floor division and products without a sign among it.
  *
  * @returns undefined for text that is no such expression, is too long, nests too deep, or divides by zero
  */

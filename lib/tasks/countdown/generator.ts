@@ -19,9 +19,9 @@ const maxDraws = 100_000;
 const largestResult = 1e9;
 
 /**
- * A puzzle with a solution that uses every number once and whose every step is a positive whole number: numbers are
- * drawn, then joined two by two by random operations, and what comes out is the target where it is small enough and none
- * of the numbers. A division by 1 and a multiplication by 1 join nothing.
+ * A puzzle with a solution that uses every number once and whose every step is a positive whole number:
+ * numbers are drawn, then joined two by two by random operations, and what comes out is the target where it
+ * is small enough and none of the numbers. A division by 1 and a multiplication by 1 join nothing.
  *
  * @throws MerfError INVALID_ARGUMENT where the options leave too few puzzles to find one
  */
@@ -36,8 +36,8 @@ export function drawPuzzle(random: Random, options: GeneratorOptions): Puzzle {
   }
   throw new MerfError(
     'INVALID_ARGUMENT',
-    `Found no puzzle of ${count} numbers up to ${largestNumber} with ${operations.join(' ')} and a target up to ` +
-      `${largestTarget} in ${maxDraws} draws`,
+    `Found no puzzle of ${count} numbers up to ${largestNumber} with ${operations.join(' ')} and a target ` +
+      `up to ${largestTarget} in ${maxDraws} draws`,
   );
 }
 

@@ -54,12 +54,13 @@ const options = {
 export type CountdownOptions = z.input<z.ZodObject<typeof options>> & DataOptions;
 
 /**
- * CountDown: reach a target with given numbers, by + - * / and parentheses. Generated puzzles have a solution that uses
- * every number; files have the columns of the public data, Countdown-Tasks-3to4: `target` and `nums`.
+ * CountDown: reach a target with given numbers, by + - * / and parentheses. Generated puzzles have a solution
+ * that uses every number; files have the columns of the public data, Countdown-Tasks-3to4: `target` and
+ * `nums`.
  *
- * Each number is to be used exactly once by default. So has it TinyZero, which published that data: the prompt of its
- * `countdown.py` says that "each number can only be used once", and its reward compares the sorted numbers of the
- * equation with all the given ones.
+ * Each number is to be used exactly once by default. So has it TinyZero, which published that data: the
+ * prompt of its `countdown.py` says that "each number can only be used once", and its reward compares the
+ * sorted numbers of the equation with all the given ones.
  */
 export const countdown = defineTask({
   name: 'countdown',
@@ -103,13 +104,15 @@ export function instructionFor(rules: Rules): string {
   const last = rules.operations.at(-1) as Operation;
   return (
     `Reach the target with the given numbers: use ${usePhrases[rules.use]}, with ` +
-    `${listOperations(rules.operations)} and parentheses. First think between <think> and </think>. Then answer ` +
-    'between <answer> and </answer> with one expression, like this:\n' +
+    `${listOperations(rules.operations)} and parentheses. First think between <think> and </think>. Then ` +
+    'answer between <answer> and </answer> with one expression, like this:\n' +
     `<think>\nyour reasoning\n</think>\n<answer>\n(8 ${first} 4) ${last} 2\n</answer>`
   );
 }
 
-/** The greatest numbers and target must be ones that the solver takes, so that every smaller puzzle is too. */
+/**
+ * The greatest numbers and target must be ones that the solver takes, so that every smaller puzzle is too.
+ */
 function requireSolvable(settings: {
   counts: readonly number[];
   largestNumber: number;
@@ -122,7 +125,8 @@ function requireSolvable(settings: {
   throw new MerfError(
     'INVALID_ARGUMENT',
     'Expected a smaller largestNumber, largestTarget or count of numbers for the task countdown: ' +
-      `${count} numbers up to ${largestNumber} with a target up to ${largestTarget} are too much to be solved exactly`,
+      `${count} numbers up to ${largestNumber} with a target up to ${largestTarget} are too much to be ` +
+      'solved exactly',
   );
 }
 

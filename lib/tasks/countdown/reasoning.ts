@@ -20,9 +20,10 @@ export interface WorkedSolution {
 const maxFailures = 2;
 
 /**
- * A short search in words that ends at the target. Each attempt joins two of the numbers that are left until one is
- * left: the attempts that come first take the step whose result is nearest to the target, each another first step; where
- * none of them arrives, the last one is the given solution. Every equation is computed, so none can be wrong.
+ * A short search in words that ends at the target. Each attempt joins two of the numbers that are left until
+ * one is left: the attempts that come first take the step whose result is nearest to the target, each another
+ * first step; where none of them arrives, the last one is the given solution. Every equation is computed, so
+ * none can be wrong.
  */
 export function workedSolution(puzzle: Puzzle, rules: Rules, solution: Expression): WorkedSolution {
   const target = whole(puzzle.target);

@@ -7,8 +7,9 @@ import type { Puzzle, Rules, Use } from './solver.js';
 export type Verdict = 'right' | 'wrong-value' | 'wrong-numbers' | 'unreadable';
 
 /**
- * How an answer turns out. Numbers come before the value: an expression that reaches the target with numbers that are
- * not given, or with one used too often, is `wrong-numbers`. An "= …" behind it that does not hold is `wrong-value`.
+ * How an answer turns out. Numbers come before the value: an expression that reaches the target with numbers
+ * that are not given, or with one used too often, is `wrong-numbers`. An "= …" behind it that does not hold
+ * is `wrong-value`.
  */
 export function judgeAnswer(answer: string, puzzle: Puzzle, rules: Rules): Verdict {
   const reading = readExpression(answer);
@@ -43,9 +44,9 @@ export function listOperations(operations: readonly Operation[]): string {
 }
 
 /**
- * The reward of CountDown: format and correctness with the scores of the MeRF paper's knights and knaves (arXiv
- * 2506.18485). The public reward for the same data (TinyZero's `countdown.py`) distinguishes the same outcomes, but gives
- * 1, 0.1 and 0, and evaluates in floating point.
+ * The reward of CountDown: format and correctness with the scores of the MeRF paper's knights and knaves
+ * (arXiv 2506.18485). The public reward for the same data (TinyZero's `countdown.py`) distinguishes the same
+ * outcomes, but gives 1, 0.1 and 0, and evaluates in floating point.
  */
 export function countdownReward(rules: Rules): RewardSpec<Puzzle> {
   const phrase = usePhrases[rules.use];
@@ -60,7 +61,8 @@ export function countdownReward(rules: Rules): RewardSpec<Puzzle> {
             name: 'demanded',
             score: 1,
             sentence:
-              'if each of the tags <think>, </think>, <answer> and </answer> occurs exactly once, in this order',
+              'if each of the tags <think>, </think>, <answer> and </answer> occurs exactly once, ' +
+              'in this order',
           },
           { name: 'broken', score: -1, sentence: 'otherwise', implies: { correctness: 'unreadable' } },
         ],

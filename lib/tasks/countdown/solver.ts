@@ -22,10 +22,11 @@ export const allOperations: readonly Operation[] = ['+', '-', '*', '/'];
 export const maxNumbers = 6;
 
 /**
- * What is wrong with a puzzle, undefined where nothing is. Besides counts and signs that is a bound: the product of
- * `target + 1` and every `number + 1` must not exceed 2^53, so that the solver is exact. Reason: of every value that can
- * be made from some numbers, written as a fraction that is never reduced, numerator plus denominator stay within the
- * product of `number + 1` over those numbers; this holds for a number alone and is kept by each operation.
+ * What is wrong with a puzzle, undefined where nothing is. Besides counts and signs that is a bound: the
+ * product of `target + 1` and every `number + 1` must not exceed 2^53, so that the solver is exact. Reason:
+ * of every value that can be made from some numbers, written as a fraction that is never reduced, numerator
+ * plus denominator stay within the product of `number + 1` over those numbers; this holds for a number alone
+ * and is kept by each operation.
  */
 export function problemOf({ numbers, target }: Puzzle): string | undefined {
   if (numbers.length < 1 || numbers.length > maxNumbers) {
@@ -35,16 +36,20 @@ export function problemOf({ numbers, target }: Puzzle): string | undefined {
   if (wrong !== undefined) return `Expected positive whole numbers and target but found ${wrong}`;
   const bound = numbers.reduce((product, number) => product * (number + 1), target + 1);
   if (bound <= 2 ** 53) return undefined;
-  return 'Expected numbers and a target whose product, each increased by 1, is at most 2^53 but found greater ones';
+  return (
+    'Expected numbers and a target whose product, each increased by 1, is at most 2^53 ' +
+    'but found greater ones'
+  );
 }
 
 /**
- * An expression over the numbers with the target's value, undefined where there is none. One whose every intermediate
- * result is a positive whole number is preferred, and with `at-most-once` one of few numbers.
+ * An expression over the numbers with the target's value, undefined where there is none. One whose every
+ * intermediate result is a positive whole number is preferred, and with `at-most-once` one of few numbers.
  *
- * The search is goal-directed. The values of every subset of up to three numbers are enumerated once. To reach a goal
- * from a larger set, it is divided in two: for each value of the smaller part and each operation, the larger part has
- * one value left that it must reach, which is the next goal, and which three numbers reach is one look-up.
+ * The search is goal-directed. The values of every subset of up to three numbers are enumerated once. To
+ * reach a goal from a larger set, it is divided in two: for each value of the smaller part and each
+ * operation, the larger part has one value left that it must reach, which is the next goal, and which three
+ * numbers reach is one look-up.
  *
  * @throws MerfError INVALID_ARGUMENT for numbers that `problemOf` objects to
  */
@@ -82,7 +87,9 @@ interface Value {
   readonly expression: Expression;
 }
 
-/** Values by their quotient in double precision; the few different fractions that share one stand in one list. */
+/**
+ * Values by their quotient in double precision; the few different fractions that share one stand in one list.
+ */
 type Table = Map<number, Value[]>;
 
 /** Subsets of this size at most have tables. */

@@ -6,8 +6,8 @@ import type { SearchRow } from './world.js';
 const columns = ['answers', 'golden_answers', 'answer'] as const;
 
 /**
- * A row with the column `question` and the golden answers in `answers`, `golden_answers` (as in the question sets that
- * Search-R1 is trained on) or `answer`: a text, a number, or a list of them.
+ * A row with the column `question` and the golden answers in `answers`, `golden_answers` (as in the question
+ * sets that Search-R1 is trained on) or `answer`: a text, a number, or a list of them.
  *
  * @throws Error that names the column at fault
  */

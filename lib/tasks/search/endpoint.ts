@@ -28,7 +28,10 @@ export class Endpoint implements Retriever {
     this.#options = options;
   }
 
-  /** @throws MerfError ENVIRONMENT_FAILED that names the endpoint and what went wrong, ABORTED where `signal` fired */
+  /**
+   * @throws MerfError ENVIRONMENT_FAILED that names the endpoint and what went wrong, ABORTED where `signal`
+   * fired
+   */
   async search(query: string, count: number, signal?: AbortSignal): Promise<Passage[]> {
     const { url, format, timeoutSeconds } = this.#options;
     const timeout = AbortSignal.timeout(timeoutSeconds * 1000);

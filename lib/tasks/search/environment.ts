@@ -32,13 +32,14 @@ const search = /<search>((?:(?!<search>)[\s\S])*?)<\/search>/g;
 export function readAction(text: string): Action {
   const answer = text.indexOf('<answer>');
   if (answer >= 0 && text.indexOf('</answer>', answer) >= 0) return { kind: 'answer' };
-  if (text.endsWith('</answer>')) return { kind: 'refused', reason: unopened('answer') };
-  if (!text.includes('</search>')) return { kind: 'none' };
+  // A turn can go on behind the tag that ended it, with what its last token holds.
+  const answerEnd = text.lastIndexOf('</answer>');
+  const searchEnd = text.lastIndexOf('</search>');
+  if (answerEnd < 0 && searchEnd < 0) return { kind: 'none' };
+  if (answerEnd > searchEnd) return { kind: 'refused', reason: unopened('answer') };
   const searches = [...text.matchAll(search)];
   const query = searches.at(-1)?.[1]?.replace(/\s+/g, ' ').trim();
-  if (query === undefined) {
-    return { kind: 'refused', reason: unopened('search') };
-  }
+  if (query === undefined) return { kind: 'refused', reason: unopened('search') };
   if (query === '') return { kind: 'refused', reason: 'The query is empty.' };
   if (query.length > maxQuery) {
     return { kind: 'refused', reason: `The query has more than ${maxQuery} characters.` };
@@ -47,10 +48,13 @@ export function readAction(text: string): Action {
 }
 
 function unopened(name: string): string {
-  return `There is no ${name === 'search' ? 'query' : 'answer'}: the ${name} tag is closed, but was not opened.`;
+  const what = name === 'search' ? 'query' : 'answer';
+  return `There is no ${what}: the ${name} tag is closed, but was not opened.`;
 }
 
-/** What is appended to a turn: white space, and the text between the tags that no model is to write itself. */
+/**
+ * What is appended to a turn: white space, and the text between the tags that no model is to write itself.
+ */
 export function information(text: string): string {
   return `\n<information>\n${text}\n</information>\n`;
 }
@@ -66,11 +70,14 @@ export function formatPassages(passages: readonly Passage[], passageCharacters: 
     .join('\n');
 }
 
-/** Text of a passage on one line, without the tags that have a meaning here and without marks of special tokens. */
+/**
+ * Text of a passage on one line, without the tags that have a meaning here. Other tags lose their form too,
+ * since `</s>`, `<|im_end|>` and the like are tokens that end a turn.
+ */
 function harmless(text: string): string {
   return text
     .replace(/<\/?(?:think|search|information|answer)>/g, ' ')
-    .replaceAll('<|', '< |')
+    .replace(/<(?=[|/\p{L}_])/gu, '< ')
     .replace(/\s+/g, ' ')
     .trim();
 }
@@ -80,14 +87,14 @@ const lastSearch = 'This was the last search. Give the answer in the next turn.'
 const severalSearches = 'Write one search at a time. Only the last one is answered here.';
 const failed = 'The search failed. Try again, or answer with what you know.';
 const neither =
-  'That was neither a search nor an answer. Write a query between <search> and </search>, or the final answer between ' +
-  '<answer> and </answer>.';
+  'That was neither a search nor an answer. Write a query between <search> and </search>, or the final ' +
+  'answer between <answer> and </answer>.';
 
 /**
- * Answers the searches that the model writes in its turn, with what Search-R1 (arXiv 2503.09516) puts there: the passages
- * between `<information>` and `</information>`, inside the same turn of the assistant. What cannot be searched for is
- * answered by a sentence that says why. A turn that the model itself ended with neither a search nor an answer is answered
- * by the user; one that was cut for its length ends the episode.
+ * Answers the searches that the model writes in its turn, with what Search-R1 (arXiv 2503.09516) puts there:
+ * the passages between `<information>` and `</information>`, inside the same turn of the assistant. What
+ * cannot be searched for is answered by a sentence that says why. A turn that the model itself ended with
+ * neither a search nor an answer is answered by the user; one that was cut for its length ends the episode.
  */
 export function searchEnvironment(options: SearchEnvironmentOptions): Environment {
   const { retriever, topK, passageCharacters, maxTurns } = options;

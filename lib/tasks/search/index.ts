@@ -16,8 +16,8 @@ const options = {
     .optional()
     .meta({
       description:
-        'what is searched: a folder of .txt and .md files, or a .jsonl or .parquet file of passages (default: a made-up ' +
-        'world)',
+        'what is searched: a folder of .txt and .md files, or a .jsonl or .parquet file of passages ' +
+        '(default: a made-up world)',
       path: true,
     }),
   endpoint: z
@@ -48,9 +48,10 @@ const options = {
 export type SearchOptions = z.input<z.ZodObject<typeof options>> & DataOptions;
 
 /**
- * A search agent as in Search-R1 (arXiv 2503.09516): the model writes queries in its turn, reads what is found, and
- * answers a question. Questions come from files with `question` and golden answers, and are then looked up in a corpus or
- * at an endpoint; without any of these they are about a made-up world, whose passages are the corpus.
+ * A search agent as in Search-R1 (arXiv 2503.09516): the model writes queries in its turn, reads what is
+ * found, and answers a question. Questions come from files with `question` and golden answers, and are then
+ * looked up in a corpus or at an endpoint; without any of these they are about a made-up world, whose
+ * passages are the corpus.
  */
 export const search = defineTask({
   name: 'search',
@@ -68,7 +69,8 @@ export const search = defineTask({
     if (madeUp && chosen.data !== undefined) {
       throw new MerfError(
         'INVALID_ARGUMENT',
-        'Expected a corpus or an endpoint for the task search, in which the questions of data can be looked up',
+        'Expected a corpus or an endpoint for the task search, in which the questions of data can be ' +
+          'looked up',
       );
     }
     const world = madeUp ? makeWorld(chosen.world) : undefined;
@@ -115,10 +117,12 @@ export const search = defineTask({
 export function instructionFor(searches: number): string {
   const often = searches === 1 ? 'once' : `up to ${searches} times`;
   return (
-    'Answer the question. First think between <think> and </think>. Where you need to know more, write a query between ' +
-    '<search> and </search>; what is found then follows between <information> and </information>, and you think again. ' +
-    `You can search ${often}. In the end answer between <answer> and </answer> with a few words, like this:\n` +
-    '<think>\nyour reasoning\n</think>\n<search>\na query\n</search>\n<information>\nwhat is found\n</information>\n' +
-    '<think>\nyour reasoning\n</think>\n<answer>\nZoey Miller\n</answer>'
+    'Answer the question. First think between <think> and </think>. Where you need to know more, write a ' +
+    'query between <search> and </search>; what is found then follows between <information> and ' +
+    `</information>, and you think again. You can search ${often}. In the end answer between <answer> and ` +
+    '</answer> with a few words, like this:\n' +
+    '<think>\nyour reasoning\n</think>\n<search>\na query\n</search>\n' +
+    '<information>\nwhat is found\n</information>\n' +
+    '<think>\nyour reasoning\n</think>\n<answer>\nyour answer\n</answer>'
   );
 }

@@ -10,7 +10,10 @@ export interface Retriever {
   search(query: string, count: number, signal?: AbortSignal): Promise<readonly Passage[]>;
 }
 
-/** Term frequency saturation, length normalisation, and the floor that BM25+ adds for a term that occurs at all. */
+/**
+ * Term frequency saturation, length normalisation, and the floor that BM25+ adds for a term that occurs at
+ * all.
+ */
 const bm25 = { k: 1.2, b: 0.7, d: 0.5 };
 
 /**
@@ -19,24 +22,34 @@ const bm25 = { k: 1.2, b: 0.7, d: 0.5 };
  *     idf * (d + f * (k + 1) / (f + k * (1 - b + b * length / mean length)))
  *     idf = ln(1 + (N - n + 0.5) / (n + 0.5))
  *
- * with f the word's occurrences in title and text together, length the number of different words in them, n the passages
- * that have the word, and N all passages. MiniSearch,
- * which computes it, multiplies the sum by how many of the query's words occur; that would let passages full of "the"
- * and "of" overtake the one that has the name asked for, so it is divided out again.
+ * with f the word's occurrences in title and text together, length the number of different words in them, n
+ * the passages that have the word, and N all passages. MiniSearch, which computes it, multiplies the sum by
+ * how many of the query's words occur; that would let passages full of "the" and "of" overtake the one that
+ * has the name asked for, so it is divided out again. Words that more than half of the passages have are left
+ * out of a query that has others: they tell passages apart the least, as those of a list of stop words do,
+ * and looking them up takes the longest.
  */
 export class PassageIndex implements Retriever {
   readonly #passages: readonly Passage[];
-  readonly #index: MiniSearch<{ id: number; contents: string }>;
+  readonly #index: MiniSearch<{ id: number; words: string }>;
+  readonly #common: ReadonlySet<string>;
 
   constructor(passages: readonly Passage[]) {
     this.#passages = passages;
     this.#index = new MiniSearch({
-      fields: ['contents'],
-      tokenize: wordsOf,
-      processTerm: (term) => term,
+      fields: ['words'],
+      tokenize: (words) => words.split(' '),
+      processTerm: (word) => word,
       searchOptions: { combineWith: 'OR', bm25 },
     });
-    this.#index.addAll(passages.map(({ title, text }, id) => ({ id, contents: `${title}\n${text}` })));
+    const occurrences = new Map<string, number>();
+    for (const [id, { title, text }] of passages.entries()) {
+      const words = wordsOf(`${title}\n${text}`);
+      for (const word of new Set(words)) occurrences.set(word, (occurrences.get(word) ?? 0) + 1);
+      this.#index.add({ id, words: words.join(' ') });
+    }
+    const half = passages.length / 2;
+    this.#common = new Set([...occurrences].filter(([, count]) => count > half).map(([word]) => word));
   }
 
   get size(): number {
@@ -45,8 +58,11 @@ export class PassageIndex implements Retriever {
 
   /** Passages with their scores, the best first; those of equal score in the order of the corpus. */
   rank(query: string, count: number): { readonly passage: Passage; readonly score: number }[] {
+    const words = wordsOf(query);
+    if (words.length === 0) return [];
+    const telling = words.filter((word) => !this.#common.has(word));
     return this.#index
-      .search(query)
+      .search((telling.length > 0 ? telling : words).join(' '))
       .map(({ id, score, queryTerms }) => ({ id: id as number, score: score / queryTerms.length }))
       .sort((a, b) => b.score - a.score || a.id - b.id)
       .slice(0, count)

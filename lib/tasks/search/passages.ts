@@ -13,12 +13,12 @@ export interface Passage {
 }
 
 /**
- * The passages of a corpus: a folder of .txt and .md files, folders within it included, whose texts are divided into
- * passages of at most `passageCharacters` at paragraphs, sentences or words; or a .jsonl or .parquet file with one
- * passage a row, which stays whole.
+ * The passages of a corpus: a folder of .txt and .md files, folders within it included, whose texts are
+ * divided into passages of at most `passageCharacters` at paragraphs, sentences or words; or a .jsonl or
+ * .parquet file with one passage a row, which stays whole.
  *
- * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED for another kind of file, MALFORMED_FILE that names the line at fault,
- * EMPTY_DATASET
+ * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED for another kind of file, MALFORMED_FILE that names the line
+ *   at fault, EMPTY_DATASET
  */
 export async function readCorpus(path: string, passageCharacters: number): Promise<Passage[]> {
   let isFolder: boolean;
@@ -49,8 +49,8 @@ async function readTable(file: string): Promise<Passage[]> {
 }
 
 /**
- * A passage from the columns `text` and `title`, or `contents`, whose first line is the title where there is no column
- * of that name, as in the Wikipedia corpus of Search-R1. A column `id` is optional.
+ * A passage from the columns `text` and `title`, or `contents`, whose first line is the title where there is
+ * no column of that name, as in the Wikipedia corpus of Search-R1. A column `id` is optional.
  *
  * @throws Error that names the column at fault
  */
@@ -113,8 +113,8 @@ async function readFolder(folder: string, passageCharacters: number): Promise<Pa
 }
 
 /**
- * Divides a text into passages of at most `limit` characters. Whole paragraphs stay together as long as they fit;
- * a longer one is divided behind sentences, or between words, or where neither is possible at the limit.
+ * Divides a text into passages of at most `limit` characters. Whole paragraphs stay together as long as they
+ * fit; a longer one is divided behind sentences, or between words, or where neither is possible at the limit.
  */
 export function divide(text: string, limit: number): string[] {
   const passages: string[] = [];
@@ -138,13 +138,19 @@ export function divide(text: string, limit: number): string[] {
   return passages;
 }
 
-/** The text where it fits, or else its beginning up to a word's end, with an ellipsis; `limit` characters at most. */
+/**
+ * The text where it fits, or else its beginning up to a word's end, with an ellipsis; `limit` characters at
+ * most.
+ */
 export function shorten(text: string, limit: number): string {
   if (text.length <= limit) return text;
   return `${text.slice(0, breakBefore(text, limit - 1)).trim()}\u2026`;
 }
 
-/** Where to end a part of at most `limit` characters: behind a sentence in its second half, or else behind a word. */
+/**
+ * Where to end a part of at most `limit` characters: behind a sentence in its second half, or else behind a
+ * word.
+ */
 function breakBefore(text: string, limit: number): number {
   const part = text.slice(0, limit + 1);
   const half = limit / 2;

@@ -10,8 +10,9 @@ export interface GoldenAnswers {
 const tag = /<(\/?)(think|search|information|answer)>/g;
 
 /**
- * Whether a response is made of rounds of thinking and a query, as many as one likes, and at last thinking and an answer,
- * with nothing but white space outside of the tags and none of them within another or empty but for `<think>`.
+ * Whether a response is made of rounds of thinking and a query, as many as one likes, and at last thinking
+ * and an answer, with nothing but white space outside of the tags and none of them within another or empty
+ * but for `<think>`.
  *
  * @param text what the model wrote, its turns joined, without what the environment put between them
  */
@@ -36,9 +37,10 @@ export function hasSearchFormat(text: string): boolean {
 }
 
 /**
- * The reward of a search agent in the form of Search-R1 (Jin et al., arXiv 2503.09516 for the exact match, 2505.15117 for
- * the share of the format, which is 0.2 there as here): 1 for a right answer in the demanded format, 0.8 for a right one
- * in another, 0.2 for the format alone, 0 otherwise. What the environment wrote is no part of the response.
+ * The reward of a search agent in the form of Search-R1 (Jin et al., arXiv 2503.09516 for the exact match,
+ * 2505.15117 for the share of the format, which is 0.2 there as here): 1 for a right answer in the demanded
+ * format, 0.8 for a right one in another, 0.2 for the format alone, 0 otherwise. What the environment wrote
+ * is no part of the response.
  */
 export const searchReward: RewardSpec<GoldenAnswers> = new RewardSpec<GoldenAnswers>({
   name: 'search',
@@ -50,8 +52,8 @@ export const searchReward: RewardSpec<GoldenAnswers> = new RewardSpec<GoldenAnsw
           name: 'demanded',
           score: 0.2,
           sentence:
-            'if you write nothing but <think>reasoning</think> followed by <search>query</search>, as often as needed, ' +
-            'and at last <think>reasoning</think> followed by <answer>answer</answer>',
+            'if you write nothing but <think>reasoning</think> followed by <search>query</search>, as ' +
+            'often as needed, and at last <think>reasoning</think> followed by <answer>answer</answer>',
         },
         { name: 'broken', score: 0, sentence: 'otherwise' },
       ],
@@ -64,9 +66,10 @@ export const searchReward: RewardSpec<GoldenAnswers> = new RewardSpec<GoldenAnsw
           name: 'right',
           score: 0.8,
           sentence:
-            'if the last answer is right; case, punctuation and articles do not matter, every other word does',
+            'if the last answer is right; case, punctuation and articles do not matter, every other word ' +
+            'does',
         },
-        { name: 'wrong', score: 0, sentence: 'if it is not' },
+        { name: 'wrong', score: 0, sentence: 'if the last answer is not right' },
         { name: 'missing', score: 0, sentence: 'if there is no answer between <answer> and </answer>' },
       ],
       verify: ({ answer }, { answers }) => {

@@ -8,7 +8,10 @@ export interface SearchRow {
   readonly answers: readonly string[];
 }
 
-/** A question about a world, with the passages that hold what is needed, in the order in which they are needed. */
+/**
+ * A question about a world, with the passages that hold what is needed, in the order in which they are
+ * needed.
+ */
 export interface WorldQuestion extends SearchRow {
   readonly passages: readonly string[];
 }
@@ -40,22 +43,22 @@ const peopleCount = 96;
 
 const givenNames =
   'Ada Bela Clara Daniel Edith Emil Felix Grace Hugo Ida Jacob Lily Mira Noah Olga Samuel'.split(' ');
-const professions =
-  'baker carpenter clockmaker doctor farmer gardener glassblower judge mason painter potter sailor tailor teacher weaver'.split(
-    ' ',
-  );
+const professions = [
+  'baker carpenter clockmaker doctor farmer gardener glassblower',
+  'judge mason painter potter sailor tailor teacher weaver',
+].flatMap((line) => line.split(' '));
 const instruments = 'accordion bassoon cello clarinet drum fiddle flute guitar harp lute organ trumpet'.split(
   ' ',
 );
-const products =
-  'apples bells bricks candles carpets cheese cherries clocks gloves honey kites lamps mirrors paper pears ropes salt shoes'.split(
-    ' ',
-  );
+const products = [
+  'apples bells bricks candles carpets cheese cherries clocks gloves',
+  'honey kites lamps mirrors paper pears ropes salt shoes',
+].flatMap((line) => line.split(' '));
 
 /**
- * A world of people and towns with invented names, so that no model knows the answers without a search. The same seed
- * makes the same world. Every person and every town has one passage; questions ask for one fact, or for a fact about what
- * another fact leads to ("the mayor of Dorven"), which takes two searches.
+ * A world of people and towns with invented names, so that no model knows the answers without a search. The
+ * same seed makes the same world. Every person and every town has one passage; questions ask for one fact, or
+ * for a fact about what another fact leads to ("the mayor of Dorven"), which takes two searches.
  */
 export function makeWorld(seed: number | bigint): World {
   const random = new Random(seed);
@@ -87,15 +90,15 @@ export function makeWorld(seed: number | bigint): World {
 
 function personPassage({ name, town, born, profession, instrument }: Person): Passage {
   const text =
-    `${name} was born in the town of ${town.name} in ${born}. ${name} works as a ${profession} and plays the ` +
-    `${instrument}.`;
+    `${name} was born in the town of ${town.name} in ${born}. ${name} works as a ${profession} and ` +
+    `plays the ${instrument}.`;
   return { id: name, title: name, text };
 }
 
 function townPassage({ name, river, founded, product, mayor }: Town): Passage {
   const text =
-    `${name} is a town on the river ${river}. It was founded in ${founded} and is known for its ${product}. ` +
-    `The mayor of ${name} is ${mayor?.name}.`;
+    `${name} is a town on the river ${river}. It was founded in ${founded} and is known for its ` +
+    `${product}. The mayor of ${name} is ${mayor?.name}.`;
   return { id: name, title: name, text };
 }
 
