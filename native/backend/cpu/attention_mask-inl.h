@@ -11,7 +11,10 @@
 #include "backend/tensor.h"
 
 namespace merf {
+namespace {
 
+// Each file has a type of its own, so that what takes it is not shared between them and is inlined where it is
+// called once.
 struct AttentionShape {
   int64_t tokens, kv_heads, group, head_size;
   const int32_t* visible_until;
@@ -34,6 +37,7 @@ T* row_of(const HeadsView& view, int64_t token, int64_t head) {
   return static_cast<T*>(view.data) + token * view.row_stride + head * view.head_size;
 }
 
+}  // namespace
 }  // namespace merf
 
 #endif

@@ -34,8 +34,9 @@ __device__ inline float row_sum(float value, int threads, float* scratch) {
   return threads == kWarp ? warp_sum(value) : block_sum(value, scratch);
 }
 
-// x and y [rows, size], weight [size], rstd [rows]; rstd may be null. `threads` threads
-// a row, of which each takes N neighbouring elements at a time; rows wider than they can hold are read twice.
+// x and y [rows, size], weight [size], rstd [rows]; rstd may be null. `threads` threads a row, of which each
+// takes N neighbouring elements at a time; rows of single elements, and those wider than they can hold, are
+// read twice.
 template <typename X, typename Y, int N>
 __global__ void __launch_bounds__(kMaxRow)
     rms_norm_kernel(const X* x, const float* weight, float epsilon, Y* y, float* rstd, int64_t rows,
@@ -49,31 +50,36 @@ __global__ void __launch_bounds__(kMaxRow)
   x += row * size;
   y += row * size;
 
-  float held[kHeld / N][N];
+  // Single elements have an address each, which would take the registers that are to hold them.
+  constexpr bool kHolds = N > 1;
+  const bool again = !kHolds || size > round;
+  float held[kHolds ? kHeld / N : 1][N];
   float squares = 0.0f;
   for (int64_t begin = 0; begin < size; begin += round) {
-#pragma unroll
+#pragma unroll(kHolds ? kHeld / N : 4)
     for (int i = 0; i < kHeld / N; ++i) {
       const int64_t at = begin + (int64_t{i} * threads + member) * N;
       if (at >= size) continue;
-      load_floats(held[i], x + at);
+      float(&x_at)[N] = held[kHolds ? i : 0];
+      load_floats(x_at, x + at);
 #pragma unroll
-      for (int j = 0; j < N; ++j) squares = fmaf(held[i][j], held[i][j], squares);
+      for (int j = 0; j < N; ++j) squares = fmaf(x_at[j], x_at[j], squares);
     }
   }
   const float mean = row_sum(squares, threads, scratch) / static_cast<float>(size);
   const float scale = 1.0f / sqrtf(mean + epsilon);
   if (rstd != nullptr && member == 0) rstd[row] = scale;
   for (int64_t begin = 0; begin < size; begin += round) {
-#pragma unroll
+#pragma unroll(kHolds ? kHeld / N : 4)
     for (int i = 0; i < kHeld / N; ++i) {
       const int64_t at = begin + (int64_t{i} * threads + member) * N;
       if (at >= size) continue;
-      if (size > round) load_floats(held[i], x + at);
+      float(&x_at)[N] = held[kHolds ? i : 0];
+      if (again) load_floats(x_at, x + at);
       float factor[N];
       load_floats(factor, weight + at);
 #pragma unroll
-      for (int j = 0; j < N; ++j) factor[j] *= held[i][j] * scale;
+      for (int j = 0; j < N; ++j) factor[j] *= x_at[j] * scale;
       store_floats(y + at, factor);
     }
   }
