@@ -17,3 +17,4 @@ export {
   type ScorePart,
   type VerifierContext,
 } from './spec.js';
+export { inWorker, type WorkerOptions, type WorkerVerifier } from './worker.js';
