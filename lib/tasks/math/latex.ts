@@ -268,7 +268,7 @@ export function tokenize(text: string, joinThousands = false): Token[] {
   // A numeral and words in plain text, as "12 square feet"; and a mixed number, as "1 1/2".
   source = source
     .replace(
-      /^([^a-zA-Z\\]*[\d%)])\s*((?:[a-zA-Z]+[.,]?\s*)+)(\^\s*\{?\d\}?)?$/,
+      /^([^a-zA-Z\\]*[\d%)])\s*([a-zA-Z][a-zA-Z.,\s]*)(\^\s*\{?\d\}?)?$/,
       (whole, front, back, power) =>
         areWords(back) ? `${front}\\text{${back.trim()}}${power ?? ''}` : whole,
     )
