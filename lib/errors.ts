@@ -11,6 +11,9 @@ export type MerfErrorCode =
   | 'NON_FINITE'
   | 'VERIFIER_FAILED'
   | 'VERIFIER_TIMEOUT'
+  /** A task's environment threw, or gave what is no reply, and the run ends on that by its settings. */
+  | 'ENVIRONMENT_FAILED'
+  | 'ENVIRONMENT_TIMEOUT'
   | 'EMPTY_DATASET'
   /** The device cannot be used here; the message says what it lacks. */
   | 'DEVICE_UNAVAILABLE'
@@ -40,6 +43,8 @@ const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
   'NON_FINITE',
   'VERIFIER_FAILED',
   'VERIFIER_TIMEOUT',
+  'ENVIRONMENT_FAILED',
+  'ENVIRONMENT_TIMEOUT',
   'EMPTY_DATASET',
   'DEVICE_UNAVAILABLE',
   'DEVICE_FAILED',

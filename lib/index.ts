@@ -1,11 +1,10 @@
+// What the options of a task are declared with.
+export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
-export { defaultModel } from './cli/models.js';
 export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';
 export * as kernels from './kernels/index.js';
-export type { FinishReason } from './policy/index.js';
 export * from './policy/index.js';
-export type { ChatTurn } from './prompt/chat-template.js';
 export {
   formatMotivation,
   type Motivation,
@@ -16,5 +15,6 @@ export {
   parseMotivation,
 } from './prompt/motivation.js';
 export * from './reward/index.js';
+export * from './rollout/index.js';
 export * from './tasks/index.js';
 export * from './train/index.js';

@@ -1,10 +1,11 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
-import { defaultModel, packageRoot, shortPath } from '../lib/cli/models.js';
+import { shortPath } from '../lib/cli/paths.js';
 import { duration, percent, sparkline } from '../lib/cli/terminal.js';
 import { type Evaluation, evaluate } from '../lib/evaluate/index.js';
-import { Policy } from '../lib/policy/index.js';
+import { packageRoot } from '../lib/package-root.js';
+import { defaultModel, Policy } from '../lib/policy/index.js';
 import { knightsAndKnaves } from '../lib/tasks/knights-and-knaves/index.js';
 import { Trainer } from '../lib/train/trainer.js';
 
@@ -25,7 +26,7 @@ const seed = Number(values.seed);
 const started = performance.now();
 const elapsed = () => (performance.now() - started) / 1000;
 const live = process.stdout.isTTY === true;
-const task = await knightsAndKnaves({ people: 2 });
+const task = await knightsAndKnaves.open({ people: 2 });
 const testRows = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: puzzles }, (_, i) => testRows.at(i));
 const folder = join(packageRoot(), 'runs', 'demo');

@@ -34,8 +34,8 @@ const texts: string[] = [];
 for (let i = 0; i < tokenizerLessons; i++) {
   const { system, examples } = await corpus.lesson(i);
   texts.push(
-    system.content,
-    ...examples.flatMap(({ question, completion }) => [question.content, completion]),
+    system.content ?? '',
+    ...examples.flatMap(({ question, completion }) => [question.content ?? '', completion]),
   );
 }
 const policy = await Policy.create(modelConfig, tokenizerFiles(texts), {
@@ -48,7 +48,7 @@ console.log(
   `${(policy.parameterCount / 1e6).toFixed(2)} million parameters, ${policy.tokenizer.size} tokens`,
 );
 
-const task = await knightsAndKnaves({ people: 2 });
+const task = await knightsAndKnaves.open({ people: 2 });
 const source = task.rows({ split: 'test', seed: 1 });
 const heldOut = Array.from({ length: 256 }, (_, i) => source.at(i));
 

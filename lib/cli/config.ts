@@ -1,12 +1,12 @@
 import { existsSync, readFileSync } from 'node:fs';
-import { dirname, extname, isAbsolute, resolve } from 'node:path';
+import { dirname, extname, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { z } from 'zod';
 import { MerfError } from '../errors.js';
-import { importModule, type Task } from '../tasks/index.js';
-import { grpoSchema, parseSettings, setting, sftSchema } from '../train/settings.js';
-
-const isTask = (value: unknown) => typeof (value as Task | null)?.messages === 'function';
+import { metaOf, parseSettings, setting, toCamelCase } from '../settings.js';
+import { dataShape, importModule, type TaskFactory, type TaskOptions } from '../tasks/index.js';
+import { grpoSchema, sftSchema } from '../train/settings.js';
+import { isNamedTask, type NamedTask, type TaskChoice, taskPath } from './task.js';
 
 /** What every command that runs a model needs. */
 export const modelShape = {
@@ -14,6 +14,7 @@ export const modelShape = {
     group: 'Model',
     description:
       'a Hugging Face folder, a .gguf file or the folder of a run (default: the model that ships with merf)',
+    path: true,
   }),
   device: setting(z.string().default('auto'), {
     group: 'Model',
@@ -41,66 +42,68 @@ export const trainedShape = {
   }),
 };
 
-/** Which task, and what there is to choose about it. */
-export const taskShape = {
-  task: setting(z.union([z.string(), z.custom<Task>(isTask)], 'expected the name of a task or a task'), {
+/** Which task; its options are flags and keys beside it. */
+const taskShape = {
+  task: setting(z.custom<NamedTask>(isNamedTask, 'expected the name of a task or a task').optional(), {
     group: 'Task',
-    description: 'its name, or the path of a .ts or .js module that exports `task`',
-  }),
-  people: setting(z.union([z.int(), z.string(), z.array(z.int())]).optional(), {
-    group: 'Task',
-    description: 'knights-and-knaves: how many people, such as 3, 3-7 or 2,4 (default: 2)',
-  }),
-  depth: setting(z.int().optional(), {
-    group: 'Task',
-    description: 'knights-and-knaves: how deep the claims nest, 1 to 4 (default: 1)',
-  }),
-  data: setting(z.string().optional(), { group: 'Task', description: 'a .jsonl or .parquet file of rows' }),
-  testData: setting(z.string().optional(), {
-    group: 'Task',
-    description: 'rows to evaluate on (default: one in eight of the data, which training leaves out)',
+    description: 'its name (see merf tasks), or the path of a .ts or .js module that exports `task`',
   }),
 };
 
 const out = setting(z.string().optional(), {
   group: 'Run',
   description: "the run's folder (default: runs/TASK-TIME)",
+  path: true,
 });
 
-export const trainFileSchema = z.strictObject({
-  ...taskShape,
-  ...modelShape,
-  ...trainedShape,
-  out,
-  ...grpoSchema.shape,
-});
-export const sftFileSchema = z.strictObject({
-  ...taskShape,
-  task: setting(taskShape.task.optional(), {
-    group: 'Task',
-    description: 'a task that can demonstrate, or to evaluate on',
-  }),
-  ...modelShape,
-  ...trainedShape,
-  out,
-  ...sftSchema.shape,
-});
+/** The keys of a command that works on a task: those of `shape`, and the task's own options. */
+export function withTask<Shape extends z.ZodRawShape>(
+  shape: Shape,
+  factory: TaskFactory | undefined,
+): Record<string, z.ZodType> & Shape {
+  const options = factory?.options.shape ?? dataShape;
+  const twice = Object.keys(options).find((key) => key in shape || key in taskShape);
+  if (twice !== undefined) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected another name for the option ${twice} of the task ${factory?.name}: the command has one of that name`,
+    );
+  }
+  const grouped = Object.entries(options as Record<string, z.ZodType>).map(([key, schema]) => [
+    key,
+    metaOf(schema).group ? schema : schema.meta({ ...schema.meta(), group: 'Task' }),
+  ]);
+  return { ...taskShape, ...Object.fromEntries(grouped), ...shape };
+}
 
-type WithTask<C> = Omit<C, 'task'> & { task?: string | Task | Promise<Task> | undefined };
-export type TrainConfig = WithTask<z.input<typeof trainFileSchema>>;
-export type SftConfig = WithTask<z.input<typeof sftFileSchema>>;
+const trainShape = { ...modelShape, ...trainedShape, out, ...grpoSchema.shape };
+const sftShape = { ...modelShape, ...trainedShape, out, ...sftSchema.shape };
+
+/** The settings of `merf train` and of its config files, for a task. */
+export function trainSchema(factory: TaskFactory | undefined) {
+  return z.strictObject(withTask(trainShape, factory));
+}
+
+/** The settings of `merf sft` and of its config files, for a task. */
+export function sftFileSchema(factory: TaskFactory | undefined) {
+  return z.strictObject(withTask(sftShape, factory));
+}
+
+export type TrainSettings = z.output<z.ZodObject<typeof trainShape>> & TaskChoice;
+export type SftFileSettings = z.output<z.ZodObject<typeof sftShape>> & TaskChoice;
+
+type WithTask<Shape extends z.ZodRawShape> = z.input<z.ZodObject<Shape>> &
+  TaskOptions & { task?: NamedTask | Promise<NamedTask> | undefined };
+export type TrainConfig = WithTask<typeof trainShape>;
+export type SftConfig = WithTask<typeof sftShape>;
 
 /** For config files in TypeScript: `export const config = defineConfig({ task: 'knights-and-knaves', steps: 50 })`. */
 export function defineConfig<C extends TrainConfig | SftConfig>(config: C): C {
   return config;
 }
 
-/**
- * Reads a config file, .yaml, .yml, .json or a module that exports `config` (or a default). Keys may be written in
- * snake_case or camelCase; paths in it are relative to it.
- * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, INVALID_CONFIG
- */
-export async function readConfigFile(path: string, schema: z.ZodObject): Promise<Record<string, unknown>> {
+/** The keys and values of a config file, as they stand there but for promises, which are awaited. */
+export async function readConfigContent(path: string): Promise<Record<string, unknown>> {
   if (!existsSync(path)) throw new MerfError('FILE_NOT_FOUND', `No config file at ${path}`);
   let content: unknown;
   const extension = extname(path);
@@ -122,25 +125,32 @@ export async function readConfigFile(path: string, schema: z.ZodObject): Promise
   if (typeof content !== 'object' || content === null || Array.isArray(content)) {
     throw new MerfError('INVALID_CONFIG', `Expected keys and values in ${path}`);
   }
+  const awaited: Record<string, unknown> = {};
+  for (const [key, value] of Object.entries(content)) awaited[key] = await value;
+  const { task } = awaited;
+  if (typeof task === 'string') awaited.task = taskPath(task, dirname(path));
+  return awaited;
+}
+
+/**
+ * Reads a config file, .yaml, .yml, .json or a module that exports `config` (or a default). Keys may be written in
+ * snake_case or camelCase; paths in it are relative to it.
+ * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, INVALID_CONFIG
+ */
+export async function readConfigFile(path: string, schema: z.ZodObject): Promise<Record<string, unknown>> {
   // Checked once with the keys as they stand in the file, so that an error names what was written there.
-  const written = content as Record<string, unknown>;
   const config: Record<string, unknown> = {};
   const unknown: Record<string, unknown> = {};
-  for (const [key, value] of Object.entries(written)) {
+  for (const [key, value] of Object.entries(await readConfigContent(path))) {
     const name = toCamelCase(key);
     if (!(name in schema.shape)) unknown[key] = value;
     else if (name in config) throw new MerfError('INVALID_CONFIG', `In ${path}: ${key} stands there twice`);
-    else config[name] = await value;
+    else config[name] = value;
   }
   parseSettings(schema.partial(), { ...config, ...unknown }, path);
-  for (const key of ['model', 'data', 'testData', 'out', 'task'] as const) {
-    const value = config[key];
-    if (typeof value !== 'string' || isAbsolute(value)) continue;
-    if (key !== 'task' || extname(value) !== '') config[key] = resolve(dirname(path), value);
+  for (const [key, value] of Object.entries(config)) {
+    const isPath = metaOf(schema.shape[key] as z.ZodType).path === true;
+    if (isPath && typeof value === 'string') config[key] = resolve(dirname(path), value);
   }
   return config;
-}
-
-export function toCamelCase(key: string): string {
-  return key.replace(/[_-]([a-z0-9])/g, (_, letter: string) => letter.toUpperCase());
 }

@@ -1,8 +1,9 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import type { z } from 'zod';
+import { metaOf } from '../settings.js';
 
 type AnySchema = z.ZodType & {
-  def: { type: string; innerType?: AnySchema; defaultValue?: unknown; entries?: object };
+  def: { type: string; innerType?: AnySchema; in?: AnySchema; defaultValue?: unknown; entries?: object };
 };
 
 /**
@@ -12,18 +13,18 @@ type AnySchema = z.ZodType & {
  */
 export function addFlags(command: Command, shape: Record<string, z.ZodType>): void {
   for (const [key, field] of Object.entries(shape)) {
-    const meta = field.meta() as { group?: string; description?: string } | undefined;
+    const meta = metaOf(field);
     const { type, fallback } = unwrap(field as AnySchema);
-    const flag = key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
-    const text = meta?.description ?? '';
-    const shown = fallback === undefined || fallback === false ? '' : ` (default: ${show(fallback)})`;
+    const flag = flagName(key);
+    const text = meta.description ?? '';
+    const shown = defaultText(fallback, text);
     if (type.def.type === 'boolean') {
       // No value of its own until it is given: what is not given must not hide what a config file says.
       const on = new Option(`--${flag}`, `${text}${shown}`);
       const off = new Option(`--no-${flag}`, `turns --${flag} off`)
         .default(undefined)
         .hideHelp(fallback === false);
-      command.addOption(group(on, meta?.group)).addOption(group(off, meta?.group));
+      command.addOption(group(on, meta.group)).addOption(group(off, meta.group));
       continue;
     }
     const option = new Option(`--${flag} <${valueName(type)}>`, `${text}${shown}`);
@@ -35,8 +36,36 @@ export function addFlags(command: Command, shape: Record<string, z.ZodType>): vo
         element.def.type === 'number' ? list(value).map(number) : list(value),
       );
     }
-    command.addOption(group(option, meta?.group));
+    command.addOption(group(option, meta.group));
   }
+}
+
+/** The same flags as a list: each with its value's name, and what it means with its default. */
+export function describeOptions(
+  shape: Record<string, z.ZodType>,
+): { key: string; flag: string; description: string }[] {
+  return Object.entries(shape).map(([key, field]) => {
+    const { type, fallback } = unwrap(field as AnySchema);
+    const text = metaOf(field).description ?? '';
+    const choices =
+      type.def.type === 'enum' ? ` (${Object.values(type.def.entries as object).join(', ')})` : '';
+    const value = type.def.type === 'boolean' ? '' : ` <${valueName(type)}>`;
+    return {
+      key,
+      flag: `--${flagName(key)}${value}`,
+      description: `${text}${choices}${defaultText(fallback, text)}`,
+    };
+  });
+}
+
+function flagName(key: string): string {
+  return key.replace(/[A-Z]/g, (letter) => `-${letter.toLowerCase()}`);
+}
+
+/** The default in brackets, where there is one and the description does not say it already. */
+function defaultText(fallback: unknown, description: string): string {
+  if (fallback === undefined || fallback === false || description.includes('(default')) return '';
+  return ` (default: ${show(fallback)})`;
 }
 
 function group(option: Option, heading: string | undefined): Option {
@@ -46,9 +75,10 @@ function group(option: Option, heading: string | undefined): Option {
 function unwrap(schema: AnySchema): { type: AnySchema; fallback: unknown } {
   let type = schema;
   let fallback: unknown;
-  while (type.def.innerType) {
-    if (type.def.type === 'default') fallback = type.def.defaultValue;
-    type = type.def.innerType;
+  // A transformed value is given on the command line as it is before the transformation.
+  for (let inner = type.def.innerType ?? type.def.in; inner; inner = type.def.innerType ?? type.def.in) {
+    if (type.def.type === 'default' || type.def.type === 'prefault') fallback = type.def.defaultValue;
+    type = inner;
   }
   return { type, fallback };
 }

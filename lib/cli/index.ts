@@ -1,12 +1,19 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError } from 'commander';
+import { packageRoot } from '../package-root.js';
+import { toCamelCase } from '../settings.js';
+import { type TaskFactory, taskFactories } from '../tasks/index.js';
 import { addBench } from './commands/bench.js';
 import { addDoctor } from './commands/doctor.js';
 import { addEvaluate } from './commands/evaluate.js';
-import { addPrompt, addSample, addVerify } from './commands/prompting.js';
-import { addSft, addTrain } from './commands/training.js';
-import { packageRoot } from './models.js';
+import { addPrompt } from './commands/prompt.js';
+import { addSample } from './commands/sample.js';
+import { addSft } from './commands/sft.js';
+import { addTasks } from './commands/tasks.js';
+import { addTrain } from './commands/train.js';
+import { addVerify } from './commands/verify.js';
+import { taskOfArguments } from './task-of-arguments.js';
 
 /**
  * Runs the command line `args` (without node and script) and returns the exit code: 0, 1 for failures, 2 where the
@@ -20,10 +27,14 @@ export async function main(args: readonly string[]): Promise<number> {
   });
   process.exitCode = 0;
   try {
-    await program().parseAsync([...args], { from: 'user' });
+    await program(await taskOfArguments(args)).parseAsync([...args], { from: 'user' });
     return Number(process.exitCode);
   } catch (error) {
-    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
+    if (error instanceof CommanderError) {
+      if (error.exitCode === 0) return 0;
+      process.stderr.write(hintFor(error));
+      return 2;
+    }
     const { code } = error as { code?: unknown };
     const message = error instanceof Error ? error.message : String(error);
     const expected = typeof code === 'string';
@@ -33,7 +44,19 @@ export async function main(args: readonly string[]): Promise<number> {
   }
 }
 
-function program(): Command {
+/** Where an unknown flag is an option of a task that the command line does not name: which. */
+function hintFor({ code, message }: CommanderError): string {
+  const flag = code === 'commander.unknownOption' ? /'--([\w-]+)/.exec(message)?.[1] : undefined;
+  if (flag === undefined) return '';
+  const having = taskFactories().filter(({ options }) => toCamelCase(flag) in options.shape);
+  const names = having.map(({ name }) => name);
+  return names.length === 0
+    ? ''
+    : `merf: --${flag} is an option of the task ${names.join(', ')}: name it with --task\n`;
+}
+
+/** @param task whose options are flags of the commands that take a task */
+function program(task: TaskFactory | undefined): Command {
   const { version } = JSON.parse(readFileSync(join(packageRoot(), 'package.json'), 'utf8')) as {
     version: string;
   };
@@ -50,10 +73,12 @@ function program(): Command {
       '\nA first run, with the small model that ships with merf:\n' +
         '  merf train --task knights-and-knaves --people 2 --steps 20 --out runs/first\n' +
         '  merf evaluate --task knights-and-knaves --people 2 --model runs/first\n\n' +
-        'merf COMMAND --help says more about each.\n',
+        'merf COMMAND --help says more about each, and with --task NAME also what there is to choose about that task.\n',
     );
-  for (const add of [addTrain, addSft, addEvaluate, addSample, addPrompt, addVerify, addBench, addDoctor])
-    add(merf);
+  for (const add of [addTrain, addSft, addEvaluate]) add(merf, task);
+  addSample(merf);
+  for (const add of [addPrompt, addVerify]) add(merf, task);
+  for (const add of [addTasks, addBench, addDoctor]) add(merf);
   for (const command of [merf, ...merf.commands]) command.exitOverride();
   return merf;
 }

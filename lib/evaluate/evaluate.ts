@@ -1,36 +1,29 @@
 import { MerfError, throwIfAborted } from '../errors.js';
-import type { CompletionGroup, Policy } from '../policy/index.js';
-import { formatMotivation, type MotivationView } from '../prompt/motivation.js';
-import type { Score } from '../reward/index.js';
+import { formatMotivation } from '../prompt/motivation.js';
+import {
+  type CollectOptions,
+  collect,
+  type EpisodeGroup,
+  EpisodeTally,
+  type RolloutPolicy,
+} from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
 import { passAtK } from './pass-at-k.js';
-import { isCorrect, scoreGroups } from './score.js';
 
-export type EvaluatingPolicy = Pick<Policy, 'sample' | 'tokenizer'>;
-
-export interface EvaluateOptions<Row> {
+/** How episodes are drawn, and how many; see `CollectOptions` for what is not said here. */
+export interface EvaluateOptions<Row>
+  extends Omit<CollectOptions, 'n' | 'keepActivations' | 'onToken' | 'onTimes'> {
   /** Completions of each prompt (default 1). */
   samples?: number;
   /** The k of pass@k, none above `samples` (default: the powers of 2 up to it). */
   passAt?: readonly number[];
-  /** What the prompts say about the reward (default `none`). */
-  motivation?: MotivationView;
-  /** Longest completion, in tokens (default 256). */
-  maxTokens?: number;
-  /** Default 1; 0 is greedy. */
-  temperature?: number;
-  topK?: number;
-  topP?: number;
-  minP?: number;
-  stop?: readonly string[];
   /** The same seed draws the same completions, so that evaluations of one run differ by the weights alone. */
   seed?: number | bigint;
   /** Completions drawn in one batch (default 256). */
   batch?: number;
-  signal?: AbortSignal;
   onProgress?: (done: number, rows: number) => void;
-  /** Receives each row's prompt, completions and scores. */
-  onGroup?: (row: Row, prompt: string, group: CompletionGroup, scores: readonly Score[]) => void;
+  /** Receives the episodes of each row. */
+  onGroup?: (group: EpisodeGroup<Row>) => void;
 }
 
 export interface Evaluation {
@@ -49,33 +42,39 @@ export interface Evaluation {
   cases: Record<string, Record<string, number>>;
   /** pass@k by k, unbiased. */
   passAt: Record<string, number>;
-  /** Mean tokens of a completion. */
+  /** Mean tokens that the model drew in an episode. */
   length: number;
-  /** Share of completions that ran out of tokens. */
+  /** Share of episodes that ran out of tokens. */
   truncated: number;
+  /** Mean turns of the model in an episode, where the task has an environment. */
+  turns?: number;
+  /** Share of episodes in which the environment failed, where there is one. */
+  failures?: number;
   /** Mean entropy of the next-token distributions, in nats. */
   entropy: number;
   seconds: number;
 }
 
 /**
- * Samples completions of every row's prompt and scores them.
+ * Draws episodes of every row and judges them.
  * @throws MerfError EMPTY_DATASET without rows, INVALID_ARGUMENT, VERIFIER_FAILED, VERIFIER_TIMEOUT, ABORTED
  */
 export async function evaluate<Row>(
-  policy: EvaluatingPolicy,
+  policy: RolloutPolicy,
   task: Task<Row>,
   rows: readonly Row[],
   options: EvaluateOptions<Row> = {},
 ): Promise<Evaluation> {
   const {
     samples = 1,
-    motivation = 'none',
-    maxTokens = 256,
-    temperature = 1,
+    passAt = powersOfTwo(samples),
     seed = 0,
     batch = 256,
+    onProgress,
+    onGroup,
+    ...drawn
   } = options;
+  const { motivation = 'none', signal } = drawn;
   if (rows.length === 0) throw new MerfError('EMPTY_DATASET', 'Expected at least one row to evaluate on');
   if (!Number.isInteger(samples) || samples < 1) {
     throw new MerfError(
@@ -83,45 +82,27 @@ export async function evaluate<Row>(
       `Expected a positive integer for samples but received ${samples}`,
     );
   }
-  const passAt = options.passAt ?? powersOfTwo(samples);
   const started = performance.now();
   const corrects: number[] = [];
   const passes = passAt.map(() => 0);
-  const tally = new ScoreTally();
+  const tally = new EpisodeTally();
   const prompts = Math.max(1, Math.floor(batch / samples));
   for (let from = 0; from < rows.length; from += prompts) {
-    throwIfAborted(options.signal, 'evaluation');
-    const some = rows.slice(from, from + prompts);
-    const messages = some.map((row) => task.messages(row, motivation));
-    const texts = messages.map((m) => policy.tokenizer.applyChatTemplate(m, { addGenerationPrompt: true }));
-    const groups = await policy.sample(
-      messages.map((m) => ({ messages: m })),
-      {
-        n: samples,
-        maxTokens,
-        temperature,
-        ...(options.topK !== undefined && { topK: options.topK }),
-        ...(options.topP !== undefined && { topP: options.topP }),
-        ...(options.minP !== undefined && { minP: options.minP }),
-        ...(options.stop && { stop: [...options.stop] }),
-        // Each batch draws from a stream of its own, none of them that of a training step.
-        seed: (1n << 63n) | (BigInt.asUintN(39, BigInt(seed)) << 24n) | BigInt(from),
-        ...(options.signal && { signal: options.signal }),
-      },
-    );
-    throwIfAborted(options.signal, 'evaluation');
-    const scores = await scoreGroups(task, some, texts, groups, {
-      ...(options.signal && { signal: options.signal }),
+    throwIfAborted(signal, 'evaluation');
+    const groups = await collect(policy, task, rows.slice(from, from + prompts), {
+      ...drawn,
+      n: samples,
+      // Each batch draws from a stream of its own, none of them that of a training step.
+      seed: (1n << 63n) | (BigInt.asUintN(39, BigInt(seed)) << 24n) | BigInt(from),
     });
-    for (const [i, group] of groups.entries()) {
-      const groupScores = scores[i] as Score[];
-      tally.add(group, groupScores);
-      const correct = groupScores.filter((score) => isCorrect(task, score)).length;
+    for (const group of groups) {
+      tally.add(group);
+      const correct = group.episodes.filter(({ reward }) => task.spec.isHighest(reward)).length;
       corrects.push(correct / samples);
       for (const [j, k] of passAt.entries()) passes[j] = (passes[j] as number) + passAtK(samples, correct, k);
-      options.onGroup?.(some[i] as Row, texts[i] as string, group, groupScores);
+      onGroup?.(group);
     }
-    options.onProgress?.(Math.min(rows.length, from + prompts), rows.length);
+    onProgress?.(Math.min(rows.length, from + prompts), rows.length);
   }
   const accuracy = mean(corrects);
   const variance =
@@ -132,51 +113,10 @@ export async function evaluate<Row>(
     samples,
     accuracy,
     accuracyError: Math.sqrt(variance / corrects.length),
-    ...tally.summary(),
+    ...tally.summary({ environment: task.environment !== undefined }),
     passAt: Object.fromEntries(passAt.map((k, j) => [k, (passes[j] as number) / rows.length])),
     seconds: (performance.now() - started) / 1000,
   };
-}
-
-/** What completions and their scores come to on average. */
-export class ScoreTally {
-  #count = 0;
-  #reward = 0;
-  #tokens = 0;
-  #truncated = 0;
-  #entropy = 0;
-  readonly #parts: Record<string, number> = {};
-  readonly #cases: Record<string, Record<string, number>> = {};
-
-  add(group: CompletionGroup, scores: readonly Score[]): void {
-    for (const [i, completion] of group.completions.entries()) {
-      const score = scores[i] as Score;
-      this.#count += 1;
-      this.#reward += score.total;
-      this.#tokens += completion.tokens.length;
-      if (completion.finishReason === 'length') this.#truncated += 1;
-      for (const entropy of completion.entropies) this.#entropy += entropy;
-      for (const [name, part] of Object.entries(score.parts)) {
-        this.#parts[name] = (this.#parts[name] ?? 0) + part.score;
-        this.#cases[name] ??= {};
-        const cases = this.#cases[name];
-        cases[part.case] = (cases[part.case] ?? 0) + 1;
-      }
-    }
-  }
-
-  summary() {
-    const share = (sums: Record<string, number>) =>
-      Object.fromEntries(Object.entries(sums).map(([name, sum]) => [name, sum / this.#count]));
-    return {
-      reward: this.#reward / this.#count,
-      parts: share(this.#parts),
-      cases: Object.fromEntries(Object.entries(this.#cases).map(([name, counts]) => [name, share(counts)])),
-      length: this.#tokens / this.#count,
-      truncated: this.#truncated / this.#count,
-      entropy: this.#tokens > 0 ? this.#entropy / this.#tokens : 0,
-    };
-  }
 }
 
 function powersOfTwo(limit: number): number[] {

@@ -1,9 +1,9 @@
-export {
-  type EvaluateOptions,
-  type EvaluatingPolicy,
-  type Evaluation,
-  evaluate,
-  ScoreTally,
-} from './evaluate.js';
+export { type EvaluateOptions, type Evaluation, evaluate } from './evaluate.js';
 export { passAtK } from './pass-at-k.js';
-export { isCorrect, scoreGroups } from './score.js';
+export {
+  formatVerifyReport,
+  type RowProblem,
+  type VerifyOptions,
+  type VerifyReport,
+  verifyDataset,
+} from './verify.js';

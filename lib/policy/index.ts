@@ -1,6 +1,8 @@
 export type { OperatorTime } from '../native.js';
-export type { ChatTurn } from '../prompt/chat-template.js';
+export type { ChatMessage } from '../prompt/chat-template.js';
+export { type Branch, countTokens, forestOf } from './branches.js';
 export { configToJson, type ModelConfig } from './config.js';
+export { defaultModel } from './default-model.js';
 export type { DeviceDescription } from './devices.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
@@ -19,7 +21,7 @@ export type { RopeConfig } from './rope.js';
 export type {
   Completion,
   CompletionGroup,
-  FinishReason,
+  EndedCompletion,
   Prompt,
   SampleChunk,
   SampleOptions,

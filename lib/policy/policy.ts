@@ -6,6 +6,7 @@ import {
   native,
   type OperatorTime,
 } from '../native.js';
+import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
 import { chooseDevice, type DeviceDescription, gib, parameterBytes } from './devices.js';
@@ -24,7 +25,6 @@ import { openModel } from './model-files.js';
 import { inverseFrequencies } from './rope.js';
 import {
   type CompletionGroup,
-  type FinishReason,
   type Prompt,
   promptTokens,
   type SampleOptions,

@@ -1,6 +1,7 @@
 import { invalidArgument, MerfError } from '../errors.js';
 import type { NativeSampleRequest } from '../native.js';
-import type { ChatTurn } from '../prompt/chat-template.js';
+import type { ChatMessage } from '../prompt/chat-template.js';
+import type { FinishReason } from '../reward/completion.js';
 import { checkedTokens, packPrompts } from './forest.js';
 import type { Tokenizer } from './tokenizer.js';
 
@@ -8,13 +9,16 @@ import type { Tokenizer } from './tokenizer.js';
  * What to complete: text (encoded with the tokenizer's special tokens), token ids as they are, or a conversation that
  * the model's chat template writes and opens the assistant's turn of.
  */
-export type Prompt = string | ArrayLike<number> | { messages: readonly ChatTurn[] };
+export type Prompt = string | ArrayLike<number> | { messages: readonly ChatMessage[] };
 
 export interface SampleOptions {
   /** Completions of each prompt. Default 1. */
   n?: number | undefined;
-  /** The most tokens of a completion. Default 1024; never more than the context leaves after the prompt. */
-  maxTokens?: number | undefined;
+  /**
+   * The most tokens of a completion, of all prompts or [prompts]. Default 1024; never more than the context leaves after
+   * the prompt.
+   */
+  maxTokens?: number | ArrayLike<number> | undefined;
   /** 0 is greedy. Default 1. */
   temperature?: number | undefined;
   /** Draw from the k likeliest tokens; 0 (default) from all. */
@@ -30,6 +34,11 @@ export interface SampleOptions {
    * depends on the seed, its prompt's key and its index in the group, not on what else is in the batch.
    */
   keys?: ArrayLike<number> | undefined;
+  /**
+   * [prompts] the index of each prompt's first completion in the random stream, 0 to 2^32 - 1. Default: all 0. It gives
+   * completions that are drawn apart, such as the turns of an episode, streams of their own.
+   */
+  firstIndices?: ArrayLike<number> | undefined;
   /** A completion ends with the token in which one of these is completed; tokens and text include it. */
   stop?: readonly string[] | undefined;
   /** Token ids that end a completion beside the tokenizer's `eosIds`. */
@@ -48,6 +57,15 @@ export interface SampleOptions {
   signal?: AbortSignal | undefined;
   /** Called with tokens as they are drawn, at most once a decoding step; never waited for. */
   onToken?: ((chunk: SampleChunk) => void) | undefined;
+  /** Called when a completion has ended while others go on; never waited for. */
+  onCompletion?: ((ended: EndedCompletion) => void) | undefined;
+}
+
+/** A completion that has ended. */
+export interface EndedCompletion extends Pick<Completion, 'text' | 'tokens' | 'finishReason'> {
+  /** Which prompt, and which of its completions. */
+  prompt: number;
+  completion: number;
 }
 
 /** New tokens of one completion. */
@@ -61,8 +79,6 @@ export interface SampleChunk {
   /** What they add to the text, whole characters only and without special tokens. */
   text: string;
 }
-
-export type FinishReason = 'stop' | 'length' | 'stop_string';
 
 export interface Completion {
   /** The tokens' text without special tokens; a stop string is part of it. */
@@ -121,7 +137,15 @@ export function sampleRequest(
   limits: { vocabSize: number; contextLength: number },
 ): NativeSampleRequest {
   const n = integer('n', options.n, 1, 1, maxCompletions);
-  const maxTokens = integer('maxTokens', options.maxTokens, 1024, 1, 2 ** 31 - 1);
+  const most = perPrompt('maxTokens', options.maxTokens, prompts.length, 1024, 1, 2 ** 31 - 1);
+  const firstIndices = perPrompt(
+    'firstIndices',
+    options.firstIndices,
+    prompts.length,
+    0,
+    0,
+    0xffffffff - n + 1,
+  );
   if (n * prompts.length > maxCompletions) {
     throw invalidArgument('n', `at most ${maxCompletions} completions in all`, n * prompts.length);
   }
@@ -139,7 +163,7 @@ export function sampleRequest(
       throw invalidArgument(`keys[${p}]`, 'an integer from 0 to 2^32 - 1', key);
     }
     for (let i = 0; i < n; ++i) {
-      words[2 * (p * n + i)] = i;
+      words[2 * (p * n + i)] = (firstIndices[p] as number) + i;
       words[2 * (p * n + i) + 1] = key as number;
     }
   });
@@ -153,8 +177,8 @@ export function sampleRequest(
     counts: new Int32Array(prompts.length).fill(n),
     keys: words,
     seed: seedOf(options.seed ?? 0),
-    maxTokens: Int32Array.from(prompts, (prompt) =>
-      Math.min(maxTokens, limits.contextLength - prompt.length),
+    maxTokens: Int32Array.from(prompts, (prompt, p) =>
+      Math.min(most[p] as number, limits.contextLength - prompt.length),
     ),
     temperature: number(
       'temperature',
@@ -186,6 +210,26 @@ function integer(name: string, value: unknown, fallback: number, minimum: number
     throw invalidArgument(name, `an integer from ${minimum} to ${maximum}`, value);
   }
   return chosen;
+}
+
+/** One integer for all prompts, or one for each. */
+function perPrompt(
+  name: string,
+  value: unknown,
+  prompts: number,
+  fallback: number,
+  minimum: number,
+  maximum: number,
+): number[] {
+  if (typeof value !== 'object' || value === null) {
+    return new Array<number>(prompts).fill(
+      integer(name, value as number | undefined, fallback, minimum, maximum),
+    );
+  }
+  const values = value as ArrayLike<number>;
+  if (values.length !== prompts)
+    throw invalidArgument(name, `${prompts} numbers, one for each prompt,`, value);
+  return Array.from(values, (one, p) => integer(`${name}[${p}]`, one, fallback, minimum, maximum));
 }
 
 function number(

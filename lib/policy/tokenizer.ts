@@ -1,6 +1,6 @@
 import { Tokenizer as HuggingFaceTokenizer } from '@huggingface/tokenizers';
 import { invalidArgument, MerfError } from '../errors.js';
-import { ChatTemplate, type ChatTemplateOptions, type ChatTurn } from '../prompt/chat-template.js';
+import { type ChatMessage, ChatTemplate, type ChatTemplateOptions } from '../prompt/chat-template.js';
 import { malformed, unsupported } from './files.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
 
@@ -129,6 +129,18 @@ export class Tokenizer {
     return ids;
   }
 
+  /**
+   * `encode` of a text that goes on after other tokens: without the space that SentencePiece puts before a text's first
+   * word.
+   */
+  encodeContinuation(text: string): number[] {
+    if (!this.#stripsFirstSpace) return this.encode(text);
+    const before = '\n';
+    const start = this.encode(before);
+    const ids = this.encode(before + text);
+    return start.every((id, i) => ids[i] === id) ? ids.slice(start.length) : this.encode(text);
+  }
+
   /** `encode` with its special tokens, but no second begin-of-sequence token where the text brings one already. */
   encodePrompt(text: string): number[] {
     if (typeof text !== 'string') throw invalidArgument('prompt', 'a string', text);
@@ -180,7 +192,7 @@ export class Tokenizer {
    * The conversation as text, by the model's own template.
    * @throws MerfError UNSUPPORTED where the model has no chat template, INVALID_ARGUMENT where it refuses the messages
    */
-  applyChatTemplate(messages: readonly ChatTurn[], options: ChatTemplateOptions = {}): string {
+  applyChatTemplate(messages: readonly ChatMessage[], options: ChatTemplateOptions = {}): string {
     if (this.#template === undefined) {
       throw new MerfError(
         'UNSUPPORTED',

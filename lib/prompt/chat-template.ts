@@ -1,16 +1,22 @@
 import { Template } from '@huggingface/jinja';
 import { MerfError } from '../errors.js';
 
-/** One turn of a conversation; the roles that a template knows are mostly system, user and assistant. */
-export interface ChatTurn {
+/**
+ * A message of a conversation, as the model's chat template receives it: whatever it has beside role and content (a
+ * name, `tool_calls`, `tool_call_id`, ...) reaches the template unharmed.
+ */
+export interface ChatMessage {
+  /** Mostly system, user, assistant or tool; the template decides which it knows. */
   readonly role: string;
-  readonly content: string;
+  /** Text, or null for a message that has none, such as one of tool calls alone. */
+  readonly content: string | null;
+  readonly [key: string]: unknown;
 }
 
 export interface ChatTemplateOptions {
   /** Ends the text where the assistant is to speak. Default false. */
   addGenerationPrompt?: boolean;
-  /** Further variables of the template, such as `enable_thinking`. */
+  /** Further variables of the template, such as `enable_thinking` or `tools`. */
   variables?: Readonly<Record<string, unknown>>;
 }
 
@@ -39,13 +45,13 @@ export class ChatTemplate {
   /**
    * @throws MerfError INVALID_ARGUMENT where the template refuses the conversation, for instance its order of roles
    */
-  render(messages: readonly ChatTurn[], options: ChatTemplateOptions = {}): string {
+  render(messages: readonly ChatMessage[], options: ChatTemplateOptions = {}): string {
     checkMessages(messages);
     try {
       return this.#template.render({
         ...this.tokens,
         ...options.variables,
-        messages: messages.map(({ role, content }) => ({ role, content })),
+        messages,
         add_generation_prompt: options.addGenerationPrompt ?? false,
       });
     } catch (error) {
@@ -60,7 +66,7 @@ export class ChatTemplate {
   }
 }
 
-function checkMessages(messages: readonly ChatTurn[]): void {
+function checkMessages(messages: readonly ChatMessage[]): void {
   if (!Array.isArray(messages) || messages.length === 0) {
     throw new MerfError(
       'INVALID_ARGUMENT',
@@ -68,10 +74,11 @@ function checkMessages(messages: readonly ChatTurn[]): void {
     );
   }
   for (const [i, message] of messages.entries()) {
-    if (typeof message?.role !== 'string' || typeof message.content !== 'string') {
+    const { role, content } = (message ?? {}) as Partial<ChatMessage>;
+    if (typeof role !== 'string' || (typeof content !== 'string' && content !== null)) {
       throw new MerfError(
         'INVALID_ARGUMENT',
-        `Expected a role and a content, both strings, for messages[${i}]`,
+        `Expected a role of text, and a content of text or null, for messages[${i}]`,
       );
     }
   }

@@ -122,12 +122,13 @@ function checkSchedule(stages: MotivationSchedule): void {
  * The messages with the motivation as a paragraph of its own at the end of the system message; one is put in front
  * where there is none. An empty motivation leaves the messages as they are.
  */
-export function withMotivation<Message extends { readonly role: string; readonly content: string }>(
+export function withMotivation<Message extends { readonly role: string; readonly content: string | null }>(
   messages: readonly Message[],
   motivation: string,
 ): (Message | { role: 'system'; content: string })[] {
   if (motivation === '') return [...messages];
   const [first, ...rest] = messages;
   if (first?.role !== 'system') return [{ role: 'system', content: motivation }, ...messages];
-  return [{ ...first, content: `${first.content.trimEnd()}\n\n${motivation}` }, ...rest];
+  const content = `${first.content ?? ''}`.trimEnd();
+  return [{ ...first, content: content === '' ? motivation : `${content}\n\n${motivation}` }, ...rest];
 }

@@ -1,19 +1,31 @@
-/** How a completion ended; the words that `Policy.sample` uses. */
-export type FinishReason = 'stop' | 'length' | 'stop_string' | 'aborted';
+/**
+ * How a model's turn ended: with an end token, for want of room (`maxTokens`, or the context), at a stop string, or not
+ * yet.
+ */
+export type FinishReason = 'stop' | 'length' | 'stop_string' | 'pending';
 
-/** A completion as verifiers receive it. */
+/** A stretch of an episode after its prompt, by who wrote it. */
+export interface TurnText {
+  readonly role: 'model' | 'environment';
+  readonly text: string;
+}
+
+/** A completion as verifiers receive it. What is judged is what the model wrote, never what its environment did. */
 export interface ParsedCompletion {
   /** The response that is judged: `raw`, with a `<think>` in front where the prompt ended in an opened one. */
   readonly text: string;
-  /** What the model wrote, unchanged. */
+  /** What the model wrote, unchanged; its turns after one another where there are several. */
   readonly raw: string;
   /** Between the first `<think>` and the `</think>` after it, or to the end where it was never closed; trimmed. */
   readonly thinking?: string;
   /** Inside the last complete `<answer>` … `</answer>`, trimmed; it may be empty. */
   readonly answer?: string;
+  /** How the last turn of the model ended. */
   readonly finishReason: FinishReason;
-  /** Length of the completion in tokens, the end token included. */
+  /** Tokens that the model wrote, end tokens included. */
   readonly tokenCount: number;
+  /** All that follows the prompt, by who wrote it. */
+  readonly turns: readonly TurnText[];
 }
 
 export interface CompletionInput {
@@ -25,6 +37,8 @@ export interface CompletionInput {
   readonly finishReason?: FinishReason;
   /** Default 0. */
   readonly tokenCount?: number;
+  /** Default: one turn of the model, `raw`. */
+  readonly turns?: readonly TurnText[];
 }
 
 /** Finds the thinking and the answer in a completion. Never fails: what is not there is left out. */
@@ -40,6 +54,7 @@ export function parseCompletion(input: CompletionInput): ParsedCompletion {
     ...(answer === undefined ? {} : { answer }),
     finishReason: input.finishReason ?? 'stop',
     tokenCount: input.tokenCount ?? 0,
+    turns: input.turns ?? [{ role: 'model', text: input.raw }],
   };
 }
 

@@ -3,18 +3,19 @@ export {
   type FinishReason,
   type ParsedCompletion,
   parseCompletion,
+  type TurnText,
 } from './completion.js';
 export { formatScore } from './describe.js';
 export {
   type CaseComponent,
   type Component,
+  type JudgeOptions,
   type NumericComponent,
+  type Reward,
   type RewardCase,
+  type RewardPart,
   RewardSpec,
   type RewardSpecOptions,
-  type Score,
-  type ScoreOptions,
-  type ScorePart,
   type VerifierContext,
 } from './spec.js';
 export { inWorker, type WorkerOptions, type WorkerVerifier } from './worker.js';

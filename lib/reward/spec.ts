@@ -48,17 +48,17 @@ export interface NumericComponent<Row = unknown> {
 
 export type Component<Row = unknown> = CaseComponent<Row> | NumericComponent<Row>;
 
-export interface ScorePart {
+export interface RewardPart {
   /** The case's name; `measured` for a numeric component. */
   readonly case: string;
   readonly score: number;
 }
 
-export interface Score {
+export interface Reward {
   /** The sum of the parts. */
   readonly total: number;
   /** By component name. */
-  readonly parts: Readonly<Record<string, ScorePart>>;
+  readonly parts: Readonly<Record<string, RewardPart>>;
 }
 
 export interface RewardSpecOptions<Row> {
@@ -69,7 +69,7 @@ export interface RewardSpecOptions<Row> {
   readonly timeoutSeconds?: number;
 }
 
-export interface ScoreOptions {
+export interface JudgeOptions {
   /** How error messages name the row (default: its `id` or `index`, or the beginning of its JSON). */
   readonly label?: string;
   readonly signal?: AbortSignal;
@@ -123,16 +123,16 @@ export class RewardSpec<Row = unknown> {
    * @throws MerfError VERIFIER_FAILED where a verifier throws or returns what is no case or number of its component,
    * VERIFIER_TIMEOUT where it takes too long, ABORTED
    */
-  async score(completion: ParsedCompletion, row: Row, options: ScoreOptions = {}): Promise<Score> {
-    const parts: Record<string, ScorePart> = {};
+  async judge(completion: ParsedCompletion, row: Row, options: JudgeOptions = {}): Promise<Reward> {
+    const parts: Record<string, RewardPart> = {};
     const implied = new Map<string, string>();
     for (const component of this.components) {
       for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn;
-      throwIfAborted(options.signal, 'scoring');
+      throwIfAborted(options.signal, 'judging');
       const cases = Object.fromEntries(Object.entries(parts).map(([name, part]) => [name, part.case]));
       const verdict =
         implied.get(component.name) ?? (await this.#ask(component, completion, row, cases, options));
-      const part = this.#judge(component, verdict, row, options);
+      const part = this.#part(component, verdict, row, options);
       parts[component.name] = part;
       if ('cases' in component) {
         const chosen = component.cases.find((candidate) => candidate.name === part.case);
@@ -145,7 +145,7 @@ export class RewardSpec<Row = unknown> {
   }
 
   /**
-   * Every total that `score` can come to, highest first; undefined with a numeric component, where they are not a
+   * Every total that `judge` can come to, highest first; undefined with a numeric component, where they are not a
    * finite set.
    *
    * @param components the totals of these alone (default: all)
@@ -158,7 +158,7 @@ export class RewardSpec<Row = unknown> {
   }
 
   /**
-   * The least and the greatest total that `score` can come to.
+   * The least and the greatest total that `judge` can come to.
    *
    * @param components the totals of these alone (default: all)
    */
@@ -181,9 +181,9 @@ export class RewardSpec<Row = unknown> {
     return this.bounds(this.#decisive()).greatest;
   }
 
-  /** Whether a score of this specification is the highest, see `highest`. */
-  isHighest(score: Score): boolean {
-    return sum(this.#decisive().map((name) => score.parts[name]?.score ?? Number.NaN)) >= this.highest;
+  /** Whether a reward by this specification is the highest, see `highest`: whether the completion is correct. */
+  isHighest(reward: Reward): boolean {
+    return sum(this.#decisive().map((name) => reward.parts[name]?.score ?? Number.NaN)) >= this.highest;
   }
 
   #decisive(): string[] {
@@ -206,7 +206,7 @@ export class RewardSpec<Row = unknown> {
     completion: ParsedCompletion,
     row: Row,
     cases: Readonly<Record<string, string>>,
-    options: ScoreOptions,
+    options: JudgeOptions,
   ): Promise<string | number> {
     const controller = new AbortController();
     const signal = options.signal ? AbortSignal.any([options.signal, controller.signal]) : controller.signal;
@@ -215,7 +215,7 @@ export class RewardSpec<Row = unknown> {
         component.verify(completion, row, { cases, signal });
       return await runWithin(work, this.timeoutSeconds, options.signal);
     } catch (cause) {
-      throwIfAborted(options.signal, 'scoring');
+      throwIfAborted(options.signal, 'judging');
       const where = this.#locate(component, row, options);
       if (cause instanceof TimeLimitExceeded) {
         throw new MerfError(
@@ -230,7 +230,7 @@ export class RewardSpec<Row = unknown> {
     }
   }
 
-  #judge(component: Component<Row>, verdict: unknown, row: Row, options: ScoreOptions): ScorePart {
+  #part(component: Component<Row>, verdict: unknown, row: Row, options: JudgeOptions): RewardPart {
     if ('cases' in component) {
       const chosen = component.cases.find((candidate) => candidate.name === verdict);
       if (chosen) return { case: chosen.name, score: chosen.score };
@@ -251,7 +251,7 @@ export class RewardSpec<Row = unknown> {
     );
   }
 
-  #locate(component: Component<Row>, row: Row, options: ScoreOptions): string {
+  #locate(component: Component<Row>, row: Row, options: JudgeOptions): string {
     return `${component.name} (reward ${this.name}, row ${options.label ?? labelOf(row)})`;
   }
 }

@@ -167,23 +167,11 @@ export function splitOf(key: string): Split {
 }
 
 /**
- * The rows of a task's data files by split, undefined where the task has none. Without a file of test rows, one row
- * in eight of the data is held out.
+ * The rows with one in eight held out for tests.
  *
+ * @param name what the error calls the rows
  * @throws MerfError EMPTY_DATASET where a split has no row
  */
-export async function loadSplits<Row>(
-  files: { readonly data?: string | undefined; readonly testData?: string | undefined },
-  load: (file: string) => Promise<Row[]>,
-  identity: (row: Row) => string,
-): Promise<Readonly<Record<Split, Row[] | undefined>>> {
-  const all = files.data === undefined ? undefined : await load(files.data);
-  const test = files.testData === undefined ? undefined : await load(files.testData);
-  if (test || !all) return { train: all, test };
-  return splitRows(all, identity, files.data as string);
-}
-
-/** @param name what the error calls the rows */
 export function splitRows<Row>(
   rows: readonly Row[],
   identity: (row: Row) => string,

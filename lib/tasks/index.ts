@@ -8,7 +8,18 @@ export {
   splitOf,
   textField,
 } from './dataset.js';
-export { type Data, defineTask, type TaskDefinition } from './define.js';
+export {
+  type Data,
+  type DataOptions,
+  type Draw,
+  dataShape,
+  defineTask,
+  type PlainTaskDefinition,
+  type TaskDefinition,
+  type TaskFactory,
+  type TaskParts,
+} from './define.js';
+export type { Environment, ModelTurn, Reply } from './environment.js';
 export type { BinaryKind, Claim } from './knights-and-knaves/claim.js';
 export {
   type KnightsAndKnavesRow,
@@ -24,12 +35,12 @@ export {
 export { knightsAndKnavesReward } from './knights-and-knaves/reward.js';
 export { solve } from './knights-and-knaves/solver.js';
 export { Random } from './random.js';
-export { getTask, importModule, type TaskOptions, taskNames } from './registry.js';
-export type { ChatMessage, LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';
 export {
-  formatVerifyReport,
-  type RowProblem,
-  type VerifyOptions,
-  type VerifyReport,
-  verifyDataset,
-} from './verify.js';
+  getTask,
+  getTaskFactory,
+  importModule,
+  type TaskOptions,
+  taskFactories,
+  taskNames,
+} from './registry.js';
+export type { LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';

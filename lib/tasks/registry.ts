@@ -2,76 +2,81 @@ import { existsSync } from 'node:fs';
 import { extname, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { describeValue, MerfError } from '../errors.js';
-import { type KnightsAndKnavesOptions, knightsAndKnaves } from './knights-and-knaves/index.js';
+import { countdown } from './countdown/index.js';
+import { type DataOptions, type TaskFactory, whatIsNoTask } from './define.js';
+import { knightsAndKnaves } from './knights-and-knaves/index.js';
+import { search } from './search/index.js';
 import type { Task } from './task.js';
 
-/** The options of every named task together; those that a task does not have are refused. */
-export interface TaskOptions extends KnightsAndKnavesOptions {}
+const factories = {
+  'knights-and-knaves': knightsAndKnaves,
+  countdown,
+  search,
+} as const;
 
-interface Entry {
-  readonly options: readonly string[];
-  readonly make: (options: TaskOptions) => Promise<Task>;
+/** The tasks that ship with merf, by name. */
+type Factories = typeof factories;
+type OptionsOf<F> = F extends TaskFactory<infer _, infer Options> ? Options & DataOptions : never;
+type RowOf<F> = F extends TaskFactory<infer Row, infer _> ? Row : never;
+
+type AnyOptions = OptionsOf<Factories[keyof Factories]>;
+type KeysOf<T> = T extends T ? keyof T : never;
+type ValueOf<T, K> = T extends T ? (K extends keyof T ? T[K] : never) : never;
+
+/** The options of all tasks that ship with merf together. */
+export type TaskOptions = { [K in KeysOf<AnyOptions>]?: ValueOf<AnyOptions, K> };
+
+/** The tasks that ship with merf, before their options are known. */
+export function taskFactories(): readonly TaskFactory[] {
+  // Rows and options are a task's own business: whoever opens it by name has them checked by it.
+  return Object.values(factories) as unknown as readonly TaskFactory[];
 }
-
-const entries: ReadonlyMap<string, Entry> = new Map<string, Entry>([
-  ['knights-and-knaves', { options: ['people', 'depth', 'data', 'testData'], make: knightsAndKnaves }],
-]);
 
 /** The names that `getTask` knows. */
 export function taskNames(): string[] {
-  return [...entries.keys()];
+  return Object.keys(factories);
 }
 
 /**
- * A task by its name, or by the path of a module of the user's that exports a `task` made by `defineTask`, or a
- * function `task` of the options that returns one.
+ * A task before its options are known, by its name or by the path of a module of the user's that exports a `task` made
+ * by `defineTask`.
  *
  * @param name one of `taskNames()`, or a path that ends in .js, .mjs, .ts or .mts
- * @param options undefined values count as absent; a module whose `task` is no function takes none
- * @throws MerfError INVALID_ARGUMENT for an unknown name or option, FILE_NOT_FOUND, UNSUPPORTED, and what reading
- * the task's data throws
+ * @throws MerfError INVALID_ARGUMENT for an unknown name or a module without a task, FILE_NOT_FOUND, UNSUPPORTED
  */
-export async function getTask(name: string, options: TaskOptions = {}): Promise<Task> {
-  const given = Object.entries(options).filter(([, value]) => value !== undefined);
-  const isModule = ['.js', '.mjs', '.ts', '.mts'].includes(extname(name));
-  const entry = entries.get(name);
-  if (!entry && !isModule) {
+export async function getTaskFactory(name: string): Promise<TaskFactory> {
+  const factory = taskFactories().find((candidate) => candidate.name === name);
+  if (factory) return factory;
+  if (!['.js', '.mjs', '.ts', '.mts'].includes(extname(String(name)))) {
     throw new MerfError(
       'INVALID_ARGUMENT',
       `Expected one of ${taskNames().join(', ')}, or the path of a .ts or .js module, for task but received ` +
         describeValue(name),
     );
   }
-  const kept = Object.fromEntries(given);
-  if (!entry) return importTask(name, kept);
-  const unknown = given.find(([key]) => !entry.options.includes(key));
-  if (unknown) {
-    throw new MerfError(
-      'INVALID_ARGUMENT',
-      `Expected one of ${entry.options.join(', ')} for an option of the task ${name} but received ${unknown[0]}`,
-    );
-  }
-  return entry.make(kept);
+  const { task } = await importModule(name);
+  const wrong = whatIsNoTask(task);
+  if (wrong === undefined) return task as TaskFactory;
+  throw new MerfError(
+    'INVALID_ARGUMENT',
+    `Expected ${name} to export a "task" made by defineTask, but ${wrong}`,
+  );
 }
 
-async function importTask(path: string, options: TaskOptions): Promise<Task> {
-  const module = await importModule(path);
-  const [given] = Object.keys(options);
-  if (given !== undefined && typeof module.task !== 'function') {
-    throw new MerfError(
-      'INVALID_ARGUMENT',
-      `Expected no options for the task ${path}, which exports no function of them, but received ${given}`,
-    );
-  }
-  const task: unknown = await (typeof module.task === 'function' ? module.task(options) : module.task);
-  const wrong = whatIsNoTask(task);
-  if (wrong) {
-    throw new MerfError(
-      'INVALID_ARGUMENT',
-      `Expected ${path} to export a task made by defineTask, but ${wrong}`,
-    );
-  }
-  return task as Task;
+/**
+ * The task `name`, as `getTaskFactory` finds it, with these options.
+ *
+ * @param options undefined values count as absent
+ * @throws MerfError INVALID_ARGUMENT for an unknown name or option, FILE_NOT_FOUND, UNSUPPORTED, and what reading
+ * the task's data throws
+ */
+export function getTask<Name extends keyof Factories>(
+  name: Name,
+  options?: OptionsOf<Factories[Name]>,
+): Promise<Task<RowOf<Factories[Name]>>>;
+export function getTask(name: string, options?: Readonly<Record<string, unknown>>): Promise<Task>;
+export async function getTask(name: string, options: object = {}): Promise<Task<never>> {
+  return (await getTaskFactory(name)).open({ ...options }) as Promise<Task<never>>;
 }
 
 /**
@@ -123,14 +128,4 @@ async function importTsx(path: string): Promise<typeof import('tsx/esm/api')> {
       { cause },
     );
   }
-}
-
-function whatIsNoTask(task: unknown): string | undefined {
-  if (typeof task !== 'object' || task === null) return `its export "task" is ${describeValue(task)}`;
-  const { name, spec, messages, rows } = task as Partial<Task>;
-  if (typeof name !== 'string') return `its task's name is ${describeValue(name)}`;
-  if (typeof spec?.score !== 'function') return `its task's spec is ${describeValue(spec)}`;
-  if (typeof messages !== 'function') return `its task's messages is ${describeValue(messages)}`;
-  if (typeof rows !== 'function') return `its task's rows is ${describeValue(rows)}`;
-  return undefined;
 }

@@ -1,10 +1,7 @@
+import type { ChatMessage } from '../prompt/chat-template.js';
 import type { MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/spec.js';
-
-export interface ChatMessage {
-  readonly role: 'system' | 'user' | 'assistant';
-  readonly content: string;
-}
+import type { Environment } from './environment.js';
 
 /** Training rows, or the rows held out from them. */
 export type Split = 'train' | 'test';
@@ -41,6 +38,8 @@ export interface RowCheck<Row = unknown> {
 /** What a model is trained on: rows, the prompt that each becomes, and the reward of a completion. */
 export interface Task<Row = unknown> {
   readonly name: string;
+  /** The options that it was opened with, defaults included. */
+  readonly options: Readonly<Record<string, unknown>>;
   readonly spec: RewardSpec<Row>;
   /** The conversation so far. The motivation is a paragraph of its own at the end of the system message. */
   messages(row: Row, motivation: MotivationView): ChatMessage[];
@@ -54,6 +53,8 @@ export interface Task<Row = unknown> {
   reference?(row: Row): string;
   /** A completion with worked reasoning that gets the highest total, for supervised warm starts. */
   demonstrate?(row: Row): string;
+  /** What answers the model's turns, where an episode has several. */
+  readonly environment?: Environment<Row>;
   /** What `merf verify` finds out about a row beyond the reference answer. */
   readonly check?: RowCheck<Row>;
 }

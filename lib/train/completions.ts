@@ -1,7 +1,8 @@
 import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
-import type { Score } from '../reward/index.js';
-import { writeFileAtomically } from './files.js';
+import { writeFileAtomically } from '../atomic-files.js';
+import type { Reward } from '../reward/index.js';
+import { type EpisodeEnd, type EpisodeGroup, textOf } from '../rollout/index.js';
 
 /** One line of completions/step-000001.jsonl. */
 export interface CompletionRecord {
@@ -10,12 +11,50 @@ export interface CompletionRecord {
   promptIndex: number;
   completionIndex: number;
   prompt: string;
+  /** All that follows the prompt. */
   text: string;
+  /** The turns of an episode of several, by who wrote them. */
+  turns?: readonly { role: 'model' | 'environment'; text: string; tokens: number; failure?: string }[];
+  /** Tokens that the model drew. */
   tokens: number;
-  finishReason: string;
+  /** How the episode ended. */
+  finishReason: EpisodeEnd;
   reward: number;
-  parts: Score['parts'];
+  parts: Reward['parts'];
   advantage: number;
+}
+
+export function recordsOf(
+  groups: readonly EpisodeGroup[],
+  advantages: readonly number[][],
+  step: number,
+): CompletionRecord[] {
+  return groups.flatMap(({ prompt, episodes }, i) =>
+    episodes.map((episode, j) => {
+      const { turns, end, completion, reward } = episode;
+      const several = turns.length > 1 && {
+        turns: turns.map((turn) => ({
+          role: turn.role,
+          text: turn.text,
+          tokens: turn.tokens.length,
+          ...('failure' in turn && { failure: turn.failure }),
+        })),
+      };
+      return {
+        step,
+        promptIndex: i,
+        completionIndex: j,
+        prompt: prompt.text,
+        text: textOf(episode),
+        ...several,
+        tokens: completion.tokenCount,
+        finishReason: end,
+        reward: reward.total,
+        parts: reward.parts,
+        advantage: (advantages[i] as number[])[j] as number,
+      };
+    }),
+  );
 }
 
 /** Keeps every completion of every step: a JSONL file to query and a transcript to read. */

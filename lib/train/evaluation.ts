@@ -1,5 +1,6 @@
-import { type EvaluatingPolicy, type Evaluation, evaluate } from '../evaluate/index.js';
+import { type Evaluation, evaluate } from '../evaluate/index.js';
 import { motivationAt, parseMotivation } from '../prompt/motivation.js';
+import { limitsOf, type RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import type { TrainingEvent } from './loop.js';
 import type { EvaluationSettings } from './settings.js';
@@ -19,7 +20,7 @@ export function firstRows<Row>(source: RowSource<Row>, count: number): Row[] {
 
 /** The evaluation that is due after `step`, by view of the motivation; undefined where none is. */
 export async function evaluateDuringTraining<Row>(options: {
-  policy: EvaluatingPolicy;
+  policy: RolloutPolicy;
   task: Task<Row>;
   rows: readonly Row[];
   settings: EvaluationSettings;
@@ -37,11 +38,10 @@ export async function evaluateDuringTraining<Row>(options: {
       samples: settings.evaluateSamples,
       ...(settings.passAt && { passAt: settings.passAt }),
       motivation: motivationAt(parseMotivation(text), step),
-      maxTokens: settings.maxTokens,
+      ...limitsOf(settings),
       temperature: settings.evaluateTemperature,
-      ...(settings.stop && { stop: settings.stop }),
       seed: settings.seed,
-      ...(signal && { signal }),
+      signal,
     });
   }
   onEvent?.({ type: 'evaluation', step, results });

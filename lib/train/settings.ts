@@ -1,17 +1,6 @@
 import { z } from 'zod';
-import { MerfError } from '../errors.js';
-
-// Every setting carries what --help says about it and the heading it stands under. `matters: false` marks those
-// that leave the weights a run ends with unchanged, so that a resumed run may differ in them.
-interface Meta {
-  group: string;
-  description: string;
-  matters?: boolean;
-}
-
-export function setting<T extends z.ZodType>(schema: T, meta: Meta): T {
-  return schema.meta({ ...meta }) as T;
-}
+import { type LimitSettings, limitSettings } from '../rollout/index.js';
+import { setting } from '../settings.js';
 
 const count = z.int().min(1);
 const countOrNone = z.int().min(0);
@@ -120,7 +109,7 @@ export const grpoSchema = z.strictObject({
   ...run,
   promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
   groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
-  maxTokens: setting(count.default(256), { group: 'Rollout', description: 'longest completion, in tokens' }),
+  ...limitSettings('Rollout', true),
   temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),
   topK: setting(countOrNone.default(0), {
     group: 'Rollout',
@@ -133,10 +122,6 @@ export const grpoSchema = z.strictObject({
   minP: setting(share.default(0), {
     group: 'Rollout',
     description: "drop tokens below this share of the likeliest one's probability; 0: off",
-  }),
-  stop: setting(z.array(z.string().min(1)).optional(), {
-    group: 'Rollout',
-    description: 'strings that end a completion',
   }),
   keepActivations: setting(coefficient.default(0), {
     group: 'Rollout',
@@ -203,85 +188,16 @@ export const sftSchema = z.strictObject({
     group: 'Motivation',
     description: "what the prompts of a task's own demonstrations say about the reward; the views take turns",
   }),
-  maxTokens: setting(count.default(256), {
-    group: 'Evaluation',
-    description: 'longest completion of an evaluation, in tokens',
-    matters: false,
-  }),
+  ...limitSettings('Evaluation', false),
   ...optimizer,
   ...evaluation,
 });
 
 export type EvaluationSettings = Pick<
   SftSettings,
-  keyof typeof evaluation | 'maxTokens' | 'seed' | 'steps'
-> & {
-  stop?: string[] | undefined;
-};
+  keyof typeof evaluation | keyof LimitSettings | 'seed' | 'steps'
+>;
 export type GrpoSettings = z.output<typeof grpoSchema>;
 export type GrpoOptions = z.input<typeof grpoSchema>;
 export type SftSettings = z.output<typeof sftSchema>;
 export type SftOptions = z.input<typeof sftSchema>;
-
-/**
- * `options` with the defaults filled in.
- * @throws MerfError INVALID_CONFIG, naming each key that is wrong and, for an unknown one, the nearest that exists
- */
-export function parseSettings<S extends z.ZodObject>(
-  schema: S,
-  options: unknown,
-  where = 'the settings',
-): z.output<S> {
-  const result = schema.safeParse(options);
-  if (result.success) return result.data;
-  const problems = result.error.issues.map((issue) => {
-    if (issue.code === 'unrecognized_keys') {
-      return issue.keys.map((key) => unknownKey(key, Object.keys(schema.shape))).join('; ');
-    }
-    const key = issue.path.join('.');
-    const given = valueAt(options, issue.path);
-    return `${key}: ${issue.message}${given === undefined ? '' : `, but it was ${JSON.stringify(given)}`}`;
-  });
-  throw new MerfError('INVALID_CONFIG', `In ${where}: ${problems.join('; ')}`);
-}
-
-/** The keys of `schema` in which a resumed run may not differ from the run it goes on with. */
-export function keysThatMatter(schema: z.ZodObject): string[] {
-  return Object.entries(schema.shape)
-    .filter(([, field]) => (field as z.ZodType).meta()?.matters !== false)
-    .map(([key]) => key);
-}
-
-function valueAt(value: unknown, path: readonly PropertyKey[]): unknown {
-  let current: unknown = value;
-  for (const key of path) current = (current as Record<PropertyKey, unknown> | undefined)?.[key];
-  return current;
-}
-
-/** The message for a key that does not exist, in the way of writing (snake_case or camelCase) that it was given in. */
-export function unknownKey(key: string, known: readonly string[]): string {
-  const snake = key.includes('_');
-  const candidates = snake ? known.map(toSnakeCase) : known;
-  const nearest = candidates
-    .map((name) => ({ name, distance: editDistance(key, name) }))
-    .sort((a, b) => a.distance - b.distance)[0];
-  const near = nearest !== undefined && nearest.distance <= Math.max(2, key.length / 3);
-  return `unknown key "${key}"${near ? `; did you mean "${nearest.name}"?` : `; known keys: ${candidates.join(', ')}`}`;
-}
-
-export function toSnakeCase(key: string): string {
-  return key.replace(/[A-Z]/g, (letter) => `_${letter.toLowerCase()}`);
-}
-
-function editDistance(a: string, b: string): number {
-  let row = Array.from({ length: b.length + 1 }, (_, j) => j);
-  for (let i = 1; i <= a.length; i++) {
-    const next = [i];
-    for (let j = 1; j <= b.length; j++) {
-      const replaced = (row[j - 1] as number) + (a[i - 1] === b[j - 1] ? 0 : 1);
-      next.push(Math.min(replaced, (row[j] as number) + 1, (next[j - 1] as number) + 1));
-    }
-    row = next;
-  }
-  return row[b.length] as number;
-}

@@ -1,20 +1,16 @@
 import { z } from 'zod';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
+import { type Branch, countTokens, forestOf } from '../policy/index.js';
+import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, motivationAt, parseMotivation } from '../prompt/motivation.js';
-import {
-  type ChatMessage,
-  type RowSource,
-  readRows,
-  requireRows,
-  shuffledRows,
-  type Task,
-} from '../tasks/index.js';
+import { renderPrompt } from '../rollout/index.js';
+import { keysThatMatter, parseSettings } from '../settings.js';
+import { type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { contentHash } from './files.js';
-import { type Branch, countTokens, forestOf } from './forest.js';
+import { contentHash } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import { keysThatMatter, parseSettings, type SftOptions, type SftSettings, sftSchema } from './settings.js';
+import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
 import { skippedNotice, update } from './update.js';
 
@@ -181,13 +177,10 @@ export class SupervisedTrainer<Row = unknown> {
 
   #branch(example: Example): Branch {
     const { tokenizer, contextLength } = this.#options.policy;
-    const prompt =
-      'messages' in example
-        ? tokenizer.applyChatTemplate([...example.messages], { addGenerationPrompt: true })
-        : example.prompt;
-    const promptTokens = tokenizer.encodePrompt(prompt);
+    const prompt = renderPrompt(tokenizer, 'messages' in example ? example.messages : example.prompt);
+    const promptTokens = prompt.tokens;
     const tokens = [...tokenizer.encode(example.completion), endOfTurn(tokenizer)];
-    if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt);
+    if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
     const length = promptTokens.length + tokens.length;
     if (length > contextLength) {
       throw new MerfError(
@@ -216,7 +209,7 @@ function endOfTurn(tokenizer: TrainablePolicy['tokenizer']): number {
   return first !== undefined && tokenizer.eosIds.includes(first) ? first : fallback;
 }
 
-const messageSchema = z.object({ role: z.enum(['system', 'user', 'assistant']), content: z.string() });
+const messageSchema = z.looseObject({ role: z.string(), content: z.string().nullable() });
 const exampleSchema = z.union([
   z.object({ messages: z.array(messageSchema).min(1), completion: z.string().min(1) }),
   z.object({ prompt: z.string().min(1), completion: z.string().min(1) }),

@@ -1,8 +1,8 @@
 import { existsSync } from 'node:fs';
 import { join } from 'node:path';
-import { MerfError, throwIfAborted } from '../errors.js';
-import { type Evaluation, isCorrect, ScoreTally, scoreGroups } from '../evaluate/index.js';
-import type { CompletionGroup, Loss, Policy } from '../policy/index.js';
+import { MerfError } from '../errors.js';
+import type { Evaluation } from '../evaluate/index.js';
+import { countTokens, forestOf, type Loss, type Policy } from '../policy/index.js';
 import {
   formatMotivation,
   type Motivation,
@@ -10,36 +10,31 @@ import {
   motivationAt,
   parseMotivation,
 } from '../prompt/motivation.js';
-import type { Score } from '../reward/index.js';
+import {
+  branchesOf,
+  collect,
+  countDrawn,
+  type EpisodeGroup,
+  EpisodeTally,
+  limitsOf,
+  type RolloutPolicy,
+} from '../rollout/index.js';
+import { keysThatMatter, parseSettings } from '../settings.js';
 import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { groupAdvantages, standardDeviation } from './advantages.js';
-import { CompletionLog, type CompletionRecord } from './completions.js';
+import { CompletionLog, recordsOf } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { contentHash, fingerprint } from './files.js';
-import { type Branch, countTokens, forestOf } from './forest.js';
+import { contentHash, fingerprint } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import {
-  type GrpoOptions,
-  type GrpoSettings,
-  grpoSchema,
-  keysThatMatter,
-  parseSettings,
-} from './settings.js';
+import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
-export type TrainablePolicy = Pick<
-  Policy,
-  | 'sample'
-  | 'forwardBackward'
-  | 'optimStep'
-  | 'zeroGradients'
-  | 'tokenizer'
-  | 'contextLength'
-  | 'save'
-  | 'saveState'
-  | 'loadState'
-> &
+export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
+  Pick<
+    Policy,
+    'forwardBackward' | 'optimStep' | 'zeroGradients' | 'tokenizer' | 'save' | 'saveState' | 'loadState'
+  > &
   Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
@@ -71,12 +66,16 @@ export interface GrpoMetrics {
   /** Mean score of each component, and the share of completions in each of its cases. */
   parts: Record<string, number>;
   cases: Record<string, Record<string, number>>;
-  /** Share of completions that reach the highest total. */
+  /** Share of episodes that reach the highest total. */
   correct: number;
   /** Share of groups whose completions all have the same reward, which teach nothing. */
   uniformGroups: number;
+  /** Mean tokens that the model drew in an episode, and the share of episodes that ran out of them. */
   length: number;
   truncated: number;
+  /** Mean turns of the model in an episode, and the share in which the environment failed, where there is one. */
+  turns?: number;
+  failures?: number;
   entropy: number;
   loss: number | null;
   /** Mean k3 estimate against the reference; null without one. */
@@ -93,19 +92,13 @@ export interface GrpoMetrics {
   /** How often work of this step waited for the GPU's memory pool (see `Policy.memory`); on a GPU only. */
   memoryRetries?: number;
   seconds: number;
+  /** Of the engine and, where they took longer, of environments. */
   rolloutSeconds: number;
-  scoringSeconds: number;
+  /** What verifiers took beyond the rollout, which they run beside. */
+  judgingSeconds: number;
   trainingSeconds: number;
   /** By view of the motivation, where the step was followed by an evaluation. */
   evaluation?: Record<string, Evaluation>;
-}
-
-/** The completions of a step, all in the order of its prompts, and what became of them. */
-interface Rollout {
-  prompts: readonly string[];
-  groups: readonly CompletionGroup[];
-  scores: readonly Score[][];
-  advantages: readonly number[][];
 }
 
 const stepsBeforeAdvice = 3;
@@ -175,6 +168,7 @@ export class Trainer<Row = unknown> {
         ...modelIdentity(policy),
         task: task.name,
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
+        ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
         data: rows.fingerprint.slice(0, 16),
         ...(settings.motivation.includes('template:') && { template: contentHash([this.#motivation]) }),
       },
@@ -201,39 +195,29 @@ export class Trainer<Row = unknown> {
       const clock = new Stopwatch();
       const view = motivationAt(this.#motivation, step - 1);
       const rows = Array.from({ length: this.settings.promptsPerStep }, (_, i) => source.at(position + i));
-      const { prompts, groups } = await this.#sample(rows, view, step, signal);
-      const rolloutSeconds = clock.lap();
-
-      this.#emit({ type: 'phase', phase: 'scoring', step });
-      const { task } = this.#options;
-      const scores = await scoreGroups(task, rows, prompts, groups, { ...(signal && { signal }) });
-      const scoringSeconds = clock.lap();
+      const times = { rollout: 0, judging: 0 };
+      const groups = await this.#collect(rows, view, step, signal, times);
+      clock.lap();
 
       const { advantage: kind, scaleAdvantages: scale = true } = this.settings;
-      const rewards = scores.map((group) => group.map((score) => score.total));
-      const rollout: Rollout = {
-        prompts,
-        groups,
-        scores,
-        advantages: groupAdvantages(rewards, { kind, scale }),
-      };
-      const updates = await this.#update(rollout, step, signal, () => {
+      const rewards = groups.map(({ episodes }) => episodes.map(({ reward }) => reward.total));
+      const advantages = groupAdvantages(rewards, { kind, scale });
+      const updates = await this.#update(groups, advantages, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf(rollout, step));
-      const sampled = groups.flatMap((g) => g.completions).reduce((sum, c) => sum + c.tokens.length, 0);
+      this.#completions.write(step, recordsOf(groups, advantages, step));
       const metrics: Omit<GrpoMetrics, 'step'> = {
         motivation: formatMotivation(view),
-        ...this.#rewardMetrics(groups, scores, rewards),
+        ...this.#rewardMetrics(groups, rewards),
         ...updates.summary(),
         ...(this.settings.kl === 0 && { kl: null }),
-        rolloutTokensPerSecond: sampled / rolloutSeconds,
+        rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
         trainingTokensPerSecond: updates.tokens / trainingSeconds,
         seconds: clock.total(),
-        rolloutSeconds,
-        scoringSeconds,
+        rolloutSeconds: times.rollout,
+        judgingSeconds: times.judging,
         trainingSeconds,
       };
       return { metrics: { ...metrics }, position: position + rows.length };
@@ -242,34 +226,34 @@ export class Trainer<Row = unknown> {
     }
   }
 
-  async #sample(rows: readonly Row[], view: MotivationView, step: number, signal: AbortSignal | undefined) {
+  #collect(
+    rows: readonly Row[],
+    motivation: MotivationView,
+    step: number,
+    signal: AbortSignal | undefined,
+    times: { rollout: number; judging: number },
+  ): Promise<EpisodeGroup<Row>[]> {
     this.#emit({ type: 'phase', phase: 'rollout', step });
     const { policy, task } = this.#options;
-    const { groupSize, maxTokens, temperature, topK, topP, minP, stop, seed, keepActivations } =
-      this.settings;
-    const messages = rows.map((row) => task.messages(row, view));
-    const groups = await policy.sample(
-      messages.map((m) => ({ messages: m })),
-      {
-        n: groupSize,
-        maxTokens,
-        temperature,
-        topK,
-        topP,
-        minP,
-        stop,
-        seed: (BigInt(seed) << 32n) | BigInt(step),
-        keepActivations: Math.floor(keepActivations * 2 ** 30),
-        signal,
-      },
-    );
-    throwIfAborted(signal, `step ${step}`);
-    const prompts = messages.map((m) => policy.tokenizer.applyChatTemplate(m, { addGenerationPrompt: true }));
-    return { prompts, groups };
+    const { groupSize, temperature, topK, topP, minP, keepActivations, seed } = this.settings;
+    return collect(policy, task, rows, {
+      ...limitsOf(this.settings),
+      temperature,
+      topK,
+      topP,
+      minP,
+      n: groupSize,
+      motivation,
+      seed: (BigInt(seed) << 32n) | BigInt(step),
+      keepActivations: Math.floor(keepActivations * 2 ** 30),
+      signal,
+      onTimes: (taken) => Object.assign(times, taken),
+    });
   }
 
   async #update(
-    { groups, advantages }: Rollout,
+    groups: readonly EpisodeGroup<Row>[],
+    advantages: readonly number[][],
     step: number,
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
@@ -277,23 +261,19 @@ export class Trainer<Row = unknown> {
     this.#emit({ type: 'phase', phase: 'training', step });
     const { policy, reference } = this.#options;
     const { settings } = this;
-    const { promptsPerStep, groupSize, miniBatches, updatesPerRollout, maskTruncated } = settings;
+    const { promptsPerStep, miniBatches, updatesPerRollout, maskTruncated } = settings;
     const referenceLogprobs =
-      reference && settings.kl > 0 ? await scoreReference(reference, groups, signal) : undefined;
-    const branches = groups.map(
-      ({ promptTokens, completions }, i): Branch => ({
-        promptTokens,
-        completions: completions.map(({ tokens, logprobs, finishReason }, j) => ({
-          tokens,
-          train: {
-            advantage: advantages[i]?.[j],
-            logprobs,
-            referenceLogprobs: referenceLogprobs?.[i * groupSize + j],
-            ...(maskTruncated && finishReason === 'length' && { mask: new Uint8Array(tokens.length) }),
-          },
-        })),
-      }),
-    );
+      reference && settings.kl > 0
+        ? (await reference.score(forestOf(branchesOf(groups)), { ...(signal && { signal }) })).logprobs
+        : undefined;
+    const branches = branchesOf(groups, ({ group, episode, turn, tokens }) => {
+      const masked = maskTruncated && groups[group]?.episodes[episode]?.end === 'length';
+      return {
+        advantage: advantages[group]?.[episode],
+        referenceLogprobs: referenceLogprobs?.[turn],
+        ...(masked && { mask: new Uint8Array(tokens) }),
+      };
+    });
     const tally = new UpdateTally();
     const promptsPerUpdate = promptsPerStep / miniBatches;
     for (let pass = 0; pass < updatesPerRollout; pass++) {
@@ -307,14 +287,10 @@ export class Trainer<Row = unknown> {
     return tally;
   }
 
-  #rewardMetrics(
-    groups: readonly CompletionGroup[],
-    scores: readonly Score[][],
-    rewards: readonly number[][],
-  ) {
+  #rewardMetrics(groups: readonly EpisodeGroup<Row>[], rewards: readonly number[][]) {
     const { task } = this.#options;
-    const tally = new ScoreTally();
-    for (const [i, group] of groups.entries()) tally.add(group, scores[i] as Score[]);
+    const tally = new EpisodeTally();
+    for (const group of groups) tally.add(group);
     const uniform = rewards.filter((group) => group.every((reward) => reward === group[0])).length;
     this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
@@ -324,11 +300,11 @@ export class Trainer<Row = unknown> {
         `0: ${advice} other prompts, more completions of each or a higher temperature`;
       this.#emit({ type: 'notice', message });
     }
-    const all = scores.flat();
+    const all = groups.flatMap(({ episodes }) => episodes);
     return {
-      ...tally.summary(),
+      ...tally.summary({ environment: task.environment !== undefined }),
       rewardStd: standardDeviation(rewards.flat()),
-      correct: all.filter((score) => isCorrect(task, score)).length / all.length,
+      correct: all.filter(({ reward }) => task.spec.isHighest(reward)).length / all.length,
       uniformGroups: uniform / rewards.length,
     };
   }
@@ -358,39 +334,10 @@ export function modelIdentity(policy: { readonly path?: string }): Record<string
   return policy.path !== undefined && existsSync(policy.path) ? { model: fingerprint(policy.path) } : {};
 }
 
-async function scoreReference(
-  reference: ReferencePolicy,
-  groups: readonly CompletionGroup[],
-  signal?: AbortSignal,
-): Promise<Float32Array[]> {
-  const forest = forestOf(
-    groups.map(({ promptTokens, completions }) => ({
-      promptTokens,
-      completions: completions.map(({ tokens }) => ({ tokens, train: {} })),
-    })),
-  );
-  const { logprobs } = await reference.score(forest, { ...(signal && { signal }) });
-  return logprobs;
-}
-
-function recordsOf({ prompts, groups, scores, advantages }: Rollout, step: number): CompletionRecord[] {
-  return groups.flatMap((group, i) =>
-    group.completions.map((completion, j) => {
-      const { total: reward, parts } = (scores[i] as Score[])[j] as Score;
-      return {
-        step,
-        promptIndex: i,
-        completionIndex: j,
-        prompt: prompts[i] as string,
-        text: completion.text,
-        tokens: completion.tokens.length,
-        finishReason: completion.finishReason,
-        reward,
-        parts,
-        advantage: (advantages[i] as number[])[j] as number,
-      };
-    }),
-  );
+/** What of an environment a resumed run may not differ in: its limits and words, and the options of its task. */
+function environmentOf<Row>({ environment, options }: Task<Row>) {
+  const { data: _, testData: __, ...rest } = options;
+  return { options: rest, stop: environment?.stop, maxTurns: environment?.maxTurns };
 }
 
 /** The statistics of a step's updates: means over tokens, extremes over all. */

@@ -1,10 +1,10 @@
+import type { ChatMessage } from '../../lib/prompt/chat-template.js';
 import { withMotivation } from '../../lib/prompt/motivation.js';
 import { type ParsedCompletion, parseCompletion } from '../../lib/reward/completion.js';
 import type { CaseComponent, RewardSpec } from '../../lib/reward/spec.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';
 import { Random } from '../../lib/tasks/random.js';
-import type { ChatMessage } from '../../lib/tasks/task.js';
 import { drawStyle, type Habits, practice, type Style, usual, write } from './answers.js';
 import { drawRuleSet } from './rule-sets.js';
 
@@ -44,7 +44,7 @@ export class Corpus {
 
   constructor(readonly options: CorpusOptions) {
     const sources = [2, 3].map(async (people) =>
-      (await knightsAndKnaves({ people })).rows({ split: 'train', seed: options.seed }),
+      (await knightsAndKnaves.open({ people })).rows({ split: 'train', seed: options.seed }),
     );
     this.#rows = Promise.all(sources) as Promise<readonly { at(position: number): Puzzle }[]>;
   }

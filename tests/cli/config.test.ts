@@ -2,7 +2,8 @@ import { mkdirSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
-import { defineConfig, readConfigFile, trainFileSchema } from '../../lib/cli/config.js';
+import { defineConfig, readConfigFile, trainSchema } from '../../lib/cli/config.js';
+import { knightsAndKnaves } from '../../lib/tasks/index.js';
 import { fakeTask } from '../train/fake-task.js';
 
 let folder: string;
@@ -25,7 +26,7 @@ describe('readConfigFile', () => {
       'task: knights-and-knaves\ndata: data/train.jsonl\nmodel: ./model\nlearning_rate: 2e-5\ngroupSize: 4\n' +
         'evaluate_motivations: [none, full]\n',
     );
-    expect(await readConfigFile(file, trainFileSchema)).toEqual({
+    expect(await readConfigFile(file, trainSchema(knightsAndKnaves as never))).toEqual({
       task: 'knights-and-knaves',
       data: join(folder, 'data/train.jsonl'),
       model: join(folder, 'model'),
@@ -41,14 +42,14 @@ describe('readConfigFile', () => {
       ['named.mjs', `export const config = { task: ${task}, steps: 3 };`],
       ['default.mjs', `export default { task: ${task}, steps: 3 };`],
     ] as const) {
-      const config = await readConfigFile(write(name, text), trainFileSchema);
+      const config = await readConfigFile(write(name, text), trainSchema(knightsAndKnaves as never));
       expect(config).toMatchObject({ steps: 3, task: { name: 'own' } });
     }
   });
 
   test('refuses what is no task', async () => {
     const file = write('no-task.mjs', 'export const config = { task: { name: 3 } };');
-    await expect(readConfigFile(file, trainFileSchema)).rejects.toThrow(
+    await expect(readConfigFile(file, trainSchema(knightsAndKnaves as never))).rejects.toThrow(
       /task: expected the name of a task or a task/,
     );
   });

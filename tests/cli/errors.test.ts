@@ -34,7 +34,17 @@ describe('help', () => {
   test('names the commands and, of each, its flags with their defaults', async () => {
     const { stdout, code } = await merf(['--help']);
     expect(code).toBe(0);
-    for (const command of ['train', 'sft', 'evaluate', 'sample', 'prompt', 'verify', 'bench', 'doctor']) {
+    for (const command of [
+      'train',
+      'sft',
+      'evaluate',
+      'sample',
+      'prompt',
+      'verify',
+      'tasks',
+      'bench',
+      'doctor',
+    ]) {
       expect(stdout).toMatch(new RegExp(`^ +${command} `, 'm'));
     }
     const train = await merf(['train', '--help']);
@@ -51,6 +61,8 @@ describe('usage errors exit with 2', () => {
     [['train', '--step', '3'], /unknown option '--step'[\s\S]*--steps/],
     [['train', '--steps', 'many'], /'many' is invalid[\s\S]*number/],
     [['train', '--loss', 'ppo'], /'ppo' is invalid[\s\S]*grpo/],
+    [['train', '--people', '3'], /unknown option '--people'[\s\S]*option of the task knights-and-knaves/],
+    [['train', '--task', 'countdown', '--people', '3'], /unknown option '--people'/],
     [['sample'], /--prompt/],
   ])('%j', async (args, pattern) => {
     await fails(args, 2, pattern);
@@ -122,7 +134,7 @@ describe('what is not there', () => {
 
   test('the data of a task module', async () => {
     const library = JSON.stringify(join(root, 'lib', 'tasks', 'define.ts'));
-    const spec = "{ score() {}, describe: () => '' }";
+    const spec = "{ judge() {}, describe: () => '' }";
     const module = write(
       'no-data.mts',
       `import { defineTask } from ${library};\n` +

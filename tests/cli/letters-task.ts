@@ -2,7 +2,7 @@ import { RewardSpec } from '../../lib/reward/index.js';
 import { defineTask } from '../../lib/tasks/index.js';
 
 /** Wants as many letters as possible; short enough for a tiny model, and a random one gets different rewards. */
-export const task = await defineTask<{ word: string }>({
+export const task = defineTask<{ word: string }>({
   name: 'letters',
   spec: new RewardSpec({
     name: 'letters',

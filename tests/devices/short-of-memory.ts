@@ -1,8 +1,8 @@
 // Run by memory.test.ts in a process of its own, since the emulated GPU's memory is set by the environment: asks for
 // more than MERF_EMULATION_MEMORY has where that is set, then for what fits, and prints what came of it as JSON.
 
-import { defaultModel } from '../../lib/cli/models.js';
 import { MerfError } from '../../lib/errors.js';
+import { defaultModel } from '../../lib/policy/default-model.js';
 import { type Forest, type ModelConfig, openModel, Policy } from '../../lib/policy/index.js';
 
 // Many narrow layers: much memory for little work.

@@ -45,11 +45,11 @@ describe('evaluate', () => {
       maxTokens: 5,
       motivation: 'full',
       batch: 16,
-      onGroup: (_, prompt, group, scores) => {
-        expect(prompt).toContain('begins with b');
-        group.completions.forEach((completion, i) => {
-          seen.push({ text: completion.text, total: scores[i]?.total as number });
-        });
+      onGroup: ({ prompt, episodes }) => {
+        expect(prompt.text).toContain('begins with b');
+        for (const { completion, reward } of episodes) {
+          seen.push({ text: completion.text, total: reward.total });
+        }
       },
     });
     expect(seen).toHaveLength(200);

@@ -1,8 +1,8 @@
 import { existsSync, readdirSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, afterEach, beforeAll, describe, expect, test } from '@jest/globals';
+import { countTokens, forestOf } from '../../lib/policy/branches.js';
 import { type CompletionGroup, type Forest, Policy, type SampleChunk } from '../../lib/policy/index.js';
-import { countTokens, forestOf } from '../../lib/train/forest.js';
 import { relativeError } from '../support/compare.js';
 import {
   expectFailure,

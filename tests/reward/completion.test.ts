@@ -10,6 +10,7 @@ test('finds the thinking and the answer', () => {
     answer: '42',
     finishReason: 'stop',
     tokenCount: 9,
+    turns: [{ role: 'model', text: raw }],
   });
 });
 
@@ -31,6 +32,7 @@ test('leaves out what is not there', () => {
     text: 'hello',
     finishReason: 'stop',
     tokenCount: 0,
+    turns: [{ role: 'model', text: 'hello' }],
   });
   expect(parseCompletion({ raw: '<think>cut off' }).thinking).toBe('cut off');
   expect(parseCompletion({ raw: '<answer>cut off' }).answer).toBeUndefined();

@@ -88,7 +88,7 @@ describe('words and function agree', () => {
     for (let trial = 0; trial < 60; trial++) {
       const spec = randomSpec(random);
       const names = spec.components.map((component) => component.name);
-      const scores = await Promise.all(rowsOf(spec).map((row) => spec.score(completion, row)));
+      const scores = await Promise.all(rowsOf(spec).map((row) => spec.judge(completion, row)));
       const totals = sorted(scores.map((score) => score.total));
       expect(sorted(spec.totals() ?? [])).toEqual(totals);
       expect(spec.bounds()).toEqual({ least: totals[0], greatest: totals.at(-1) });
@@ -148,7 +148,7 @@ describe('score', () => {
         },
       ],
     });
-    expect(await spec.score(completion, { key: 'a' })).toEqual({
+    expect(await spec.judge(completion, { key: 'a' })).toEqual({
       total: 0.3,
       parts: { first: { case: 'a', score: 0.1 }, second: { case: 'only', score: 0.2 } },
     });
@@ -181,9 +181,9 @@ describe('score', () => {
         },
       ],
     });
-    expect((await spec.score(completion, 'shut')).total).toBe(-3);
+    expect((await spec.judge(completion, 'shut')).total).toBe(-3);
     expect(asked).toBe(0);
-    expect((await spec.score(completion, 'open')).total).toBe(3);
+    expect((await spec.judge(completion, 'open')).total).toBe(3);
     expect(asked).toBe(1);
     expect(spec.totals()).toEqual([3, -1, -3]);
     expect(spec.describe('full')).toContain('-1 point otherwise; the rest score is then -2 points.');
@@ -202,7 +202,7 @@ describe('score', () => {
         },
       ],
     });
-    expect(await spec.score(completion, 0.25)).toEqual({
+    expect(await spec.judge(completion, 0.25)).toEqual({
       total: 0.25,
       parts: { brevity: { case: 'measured', score: 0.25 } },
     });
@@ -211,10 +211,10 @@ describe('score', () => {
     expect(spec.describe('full')).toContain('from 0 to +0.5 points: the shorter the answer, the more.');
     expect(spec.describe('adverse')).toContain('from 0 to -0.5 points');
     expect(spec.highest).toBe(0.5);
-    expect(spec.isHighest(await spec.score(completion, 0.5))).toBe(true);
-    expect(spec.isHighest(await spec.score(completion, 0.4))).toBe(false);
+    expect(spec.isHighest(await spec.judge(completion, 0.5))).toBe(true);
+    expect(spec.isHighest(await spec.judge(completion, 0.4))).toBe(false);
     for (const wrong of [Number.NaN, 0.6, -0.1, Number.POSITIVE_INFINITY]) {
-      const error = await failureOf(() => spec.score(completion, wrong));
+      const error = await failureOf(() => spec.judge(completion, wrong));
       expect(error.code).toBe('VERIFIER_FAILED');
       expect(error.message).toContain(`from 0 to 0.5 from the verifier of brevity`);
       expect(error.message).toContain(String(wrong));
@@ -239,8 +239,8 @@ test('the highest score is a matter of cases where there are any', async () => {
   });
   expect(spec.highest).toBe(0.5);
   expect(spec.bounds()).toEqual({ least: -3, greatest: 1.5 });
-  expect(spec.isHighest(await spec.score(completion, { key: 'high', share: -1 }))).toBe(true);
-  expect(spec.isHighest(await spec.score(completion, { key: 'low', share: 1 }))).toBe(false);
+  expect(spec.isHighest(await spec.judge(completion, { key: 'high', share: -1 }))).toBe(true);
+  expect(spec.isHighest(await spec.judge(completion, { key: 'low', share: 1 }))).toBe(false);
 });
 
 test('many verifiers at once leave the event loop its turns', async () => {
@@ -255,7 +255,7 @@ test('many verifiers at once leave the event loop its turns', async () => {
     longest = Math.max(longest, performance.now() - last);
     last = performance.now();
   }, 1);
-  await Promise.all(Array.from({ length: 200 }, () => spec.score(completion, {})));
+  await Promise.all(Array.from({ length: 200 }, () => spec.judge(completion, {})));
   clearInterval(timer);
   expect(longest).toBeGreaterThan(0);
   expect(longest).toBeLessThan(200);
@@ -272,7 +272,7 @@ describe('verifiers that fail', () => {
         throw thrown;
       },
     ]) {
-      const error = await failureOf(() => yesOrNo(verify).score(completion, { id: 'q17' }));
+      const error = await failureOf(() => yesOrNo(verify).judge(completion, { id: 'q17' }));
       expect(error.code).toBe('VERIFIER_FAILED');
       expect(error.message).toBe('The verifier of agreement (reward test, row q17) threw: no such field');
       expect(error.cause).toBe(thrown);
@@ -280,14 +280,14 @@ describe('verifiers that fail', () => {
     const bare = await failureOf(() =>
       yesOrNo(() => {
         throw 'a string';
-      }).score(completion, { a: 1 }, { label: 'row 5' }),
+      }).judge(completion, { a: 1 }, { label: 'row 5' }),
     );
     expect(bare.message).toContain('row row 5) threw: a string');
   });
 
   test('by returning what is no case', async () => {
     for (const value of [Number.NaN, undefined, null, 'maybe', 1, true, {}]) {
-      const error = await failureOf(() => yesOrNo(() => value).score(completion, { q: 'Why?' }));
+      const error = await failureOf(() => yesOrNo(() => value).judge(completion, { q: 'Why?' }));
       expect(error.code).toBe('VERIFIER_FAILED');
       expect(error.message).toContain('one of the cases yes, no from the verifier of agreement');
       expect(error.message).toContain('{"q":"Why?"}');
@@ -305,11 +305,11 @@ describe('verifiers that fail', () => {
     ['a regular expression that backtracks', () => /^(a+)+$/.test(`${'a'.repeat(40)}b`)],
   ])('by hanging in %s', async (_, verify) => {
     const started = performance.now();
-    const error = await failureOf(() => yesOrNo(verify, 0.05).score(completion, { index: 3 }));
+    const error = await failureOf(() => yesOrNo(verify, 0.05).judge(completion, { index: 3 }));
     expect(error.code).toBe('VERIFIER_TIMEOUT');
     expect(error.message).toBe('The verifier of agreement (reward test, row 3) took longer than 0.05 s');
     expect(performance.now() - started).toBeLessThan(5000);
-    expect(await yesOrNo(() => 'yes').score(completion, {})).toMatchObject({ total: 1 });
+    expect(await yesOrNo(() => 'yes').judge(completion, {})).toMatchObject({ total: 1 });
   });
 
   test('are told by their signal when the time is up', async () => {
@@ -320,27 +320,27 @@ describe('verifiers that fail', () => {
       });
       return new Promise(() => {});
     }, 0.02);
-    await failureOf(() => spec.score(completion, {}));
+    await failureOf(() => spec.judge(completion, {}));
     expect(told).toBe(true);
   });
 
   test('abort ends the wait', async () => {
     const controller = new AbortController();
     const waiting = failureOf(() =>
-      yesOrNo(() => new Promise(() => {})).score(completion, {}, { signal: controller.signal }),
+      yesOrNo(() => new Promise(() => {})).judge(completion, {}, { signal: controller.signal }),
     );
     controller.abort();
     expect((await waiting).code).toBe('ABORTED');
     const early = await failureOf(() =>
-      yesOrNo(() => 'yes').score(completion, {}, { signal: controller.signal }),
+      yesOrNo(() => 'yes').judge(completion, {}, { signal: controller.signal }),
     );
     expect(early.code).toBe('ABORTED');
   });
 
   test('a verifier may score with another specification', async () => {
     const inner = yesOrNo(() => 'yes');
-    const outer = yesOrNo(async () => ((await inner.score(completion, {})).total === 1 ? 'yes' : 'no'));
-    expect((await outer.score(completion, {})).total).toBe(1);
+    const outer = yesOrNo(async () => ((await inner.judge(completion, {})).total === 1 ? 'yes' : 'no'));
+    expect((await outer.judge(completion, {})).total).toBe(1);
   });
 });
 

@@ -5,13 +5,14 @@ import { join } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
+import { formatVerifyReport, verifyDataset } from '../../lib/evaluate/verify.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
 import { RewardSpec } from '../../lib/reward/spec.js';
 import { generatedRows, readRows, requireRows, shuffledRows, splitOf } from '../../lib/tasks/dataset.js';
 import { defineTask } from '../../lib/tasks/define.js';
 import { knightsAndKnaves } from '../../lib/tasks/knights-and-knaves/index.js';
 import { getTask, taskNames } from '../../lib/tasks/registry.js';
-import { formatVerifyReport, verifyDataset } from '../../lib/tasks/verify.js';
+import { fakeTokenizer } from '../train/fake-policy.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'merf-tasks-'));
 afterAll(() => rmSync(folder, { recursive: true }));
@@ -167,7 +168,7 @@ describe('defineTask', () => {
     const task = await defineTask<Sum>({
       ...sumTask,
       data: (random) => ({ a: random.below(50), b: random.below(50) }),
-    });
+    }).open();
     const rows = task.rows({ split: 'train', seed: 1 });
     const order = [4, 0, 9, 4];
     expect(order.map((i) => rows.at(i))).toEqual(
@@ -187,11 +188,16 @@ describe('defineTask', () => {
   test('with a file, parsed, and with rows', async () => {
     const file = write('sums.jsonl', someSums.map((row) => JSON.stringify(row)).join('\n'));
     for (const data of [file, someSums]) {
-      const task = await defineTask<Sum>({ ...sumTask, data, parse: parseSum });
+      const task = await defineTask<Sum>({ ...sumTask, data, parse: parseSum }).open();
       const train = task.rows({ split: 'train', seed: 1 });
       const held = task.rows({ split: 'test', seed: 1 });
       expect((train.size ?? 0) + (held.size ?? 0)).toBe(someSums.length);
-      const tested = await defineTask<Sum>({ ...sumTask, data, testData: [{ a: 7, b: 7 }], parse: parseSum });
+      const tested = await defineTask<Sum>({
+        ...sumTask,
+        data,
+        testData: [{ a: 7, b: 7 }],
+        parse: parseSum,
+      }).open();
       expect(tested.rows({ split: 'train', seed: 1 }).size).toBe(someSums.length);
       expect(tested.rows({ split: 'test', seed: 1 }).at(0)).toEqual({ a: 7, b: 7 });
     }
@@ -199,12 +205,12 @@ describe('defineTask', () => {
 
   test('refuses data that cannot be', async () => {
     const wrong = write('wrong.jsonl', '{"a":1,"b":1}\n{"a":"1","b":1}');
-    const error = await failureOf(() => defineTask<Sum>({ ...sumTask, data: wrong, parse: parseSum }));
+    const error = await failureOf(() => defineTask<Sum>({ ...sumTask, data: wrong, parse: parseSum }).open());
     expect([error.code, error.message]).toEqual([
       'MALFORMED_FILE',
       `${wrong}, line 2: Expected a number in column a`,
     ]);
-    const few = await failureOf(() => defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }));
+    const few = await failureOf(() => defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }).open());
     expect([few.code, few.message]).toEqual(['EMPTY_DATASET', expect.stringContaining('give test rows')]);
     const none = await failureOf(() => defineTask<Sum>({ ...sumTask, data: 5 as never }));
     expect(none.code).toBe('INVALID_ARGUMENT');
@@ -230,8 +236,8 @@ describe('getTask', () => {
       expect.stringContaining('Expected one of knights-and-knaves'),
     ]);
     const option = await failureOf(() => getTask('knights-and-knaves', { poeple: 3 } as never));
-    expect(option.message).toContain('people, depth, data, testData');
-    expect(option.message).toContain('poeple');
+    expect(option.message).toContain('unknown key "poeple"; did you mean "people"?');
+    expect(option.code).toBe('INVALID_ARGUMENT');
   });
 
   test('names a module that is not there', async () => {
@@ -286,22 +292,32 @@ describe('a task in a module of the user', () => {
     expect(load(write('echo.ts', source))).toMatch(/^echo \[.*\+1\.25 points if it is the same/);
   });
 
-  test('may be a function of the options', () => {
+  test('may have options of its own, which are checked', () => {
     const withOptions = source
-      .replace('const task =', 'const task = ({ data }: { data: string }) =>')
-      .replace("'echo', spec", "'echo ' + data, spec");
+      .replace('messages: ({ n })', 'parse: undefined, messages: ({ n })')
+      .replace(
+        "name: 'echo', spec, data: (random) => ({ n: random.below(1000) }),",
+        "name: 'echo', options: { below: z.int().min(1) }, create: ({ below }) => ({ spec, data: (random) => ({ n: random.below(below) }),",
+      )
+      .replace(/\}\);$/, '}) });')
+      .replace('defineTask<Row>', 'defineTask')
+      .replace(
+        'interface Row',
+        `import { z } from ${JSON.stringify(import.meta.resolve('zod'))};\n interface Row`,
+      );
     const file = write('options.ts', withOptions);
-    expect(load(file, { data: 'here.jsonl' })).toMatch(/^echo here\.jsonl \[/);
-    const said = load(write('no-options.ts', source), { data: 'here.jsonl' });
-    expect(said).toMatch(/^INVALID_ARGUMENT Expected no options .* but received data/);
+    expect(load(file, { below: 1 })).toMatch(/^echo \[.*"content":"0"/);
+    expect(load(file, {})).toMatch(/^INVALID_ARGUMENT In the options of the task echo: below: .*number/);
+    const said = load(write('no-options.ts', source), { below: 1 });
+    expect(said).toMatch(/^INVALID_ARGUMENT In the options of the task echo: unknown key "below"/);
   });
 
   test.each([
-    ['exports-nothing.ts', 'export const other = 1;', 'its export "task" is undefined'],
-    ['no-spec.ts', 'export const task = { name: "x" };', "its task's spec is undefined"],
+    ['exports-nothing.ts', 'export const other = 1;', 'it is undefined'],
+    ['not-defined.ts', 'export const task = { name: "x" };', 'its open is undefined'],
     ['throws.ts', 'throw new Error("bad luck");', 'bad luck'],
     ['not-typescript.ts', 'const const', 'not-typescript.ts'],
-    ['plain.mjs', 'export const task = 7;', 'its export "task" is 7'],
+    ['plain.mjs', 'export const task = 7;', 'it is 7'],
   ])('%s is refused', (name, content, part) => {
     const said = load(write(name, content));
     expect(said).toMatch(/^INVALID_ARGUMENT /);
@@ -319,9 +335,9 @@ describe('verifyDataset', () => {
 
   test('finds nothing in a sound file', async () => {
     const file = write('sound.jsonl', '{"a":1,"b":2,"answer":3}\n{"a":2,"b":2,"answer":4}\n');
-    const task = await defineTask<Sum>({ ...definition, data: someSums });
+    const task = await defineTask<Sum>({ ...definition, data: someSums }).open();
     const report = await verifyDataset(task, file, {
-      countTokens: (messages) => messages.length * 10,
+      tokenizer: { ...fakeTokenizer, encode: () => Array<number>(20).fill(1) },
       maxPromptTokens: 20,
     });
     expect(report).toEqual({
@@ -352,9 +368,12 @@ describe('verifyDataset', () => {
       ...definition,
       data: someSums,
       check: { name: 'small', find: ({ a }) => (a > 100 ? `${a} is too big` : undefined) },
-    });
+    }).open();
     const report = await verifyDataset(task, file, {
-      countTokens: (messages) => messages.reduce((sum, { content }) => sum + content.length, 0),
+      tokenizer: {
+        ...fakeTokenizer,
+        applyChatTemplate: (messages) => messages.map(({ content }) => content).join(''),
+      },
       maxPromptTokens: sums.describe('full').length + 8,
     });
     const text = formatVerifyReport(report);
@@ -391,13 +410,13 @@ describe('verifyDataset', () => {
         },
       ],
     });
-    const task = await defineTask<Sum>({ ...definition, spec, data: someSums });
+    const task = await defineTask<Sum>({ ...definition, spec, data: someSums }).open();
     const report = await verifyDataset(task, write('one.jsonl', '{"a":1,"b":2}'));
     expect(report.problems[0]?.reason).toBe('The verifier of x (reward broken, row 1) threw: no');
   });
 
   test('knights and knaves: the solver against the solution', async () => {
-    const task = await knightsAndKnaves({ people: 3 });
+    const task = await knightsAndKnaves.open({ people: 3 });
     const rows = task.rows({ split: 'train', seed: 1 });
     const word = {
       knight: 'telling-truth',

@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
-import type { Score } from '../../lib/reward/spec.js';
+import type { Reward } from '../../lib/reward/spec.js';
 import { parseStatements } from '../../lib/tasks/knights-and-knaves/dataset.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';
 import { answerLines } from '../../lib/tasks/knights-and-knaves/reasoning.js';
@@ -16,7 +16,7 @@ const row = { names: ['Zoey', 'Owen'], solution: [true, false] };
 
 async function judge(raw: string, prompt?: string) {
   const completion = parseCompletion(prompt === undefined ? { raw } : { raw, prompt });
-  const { total, parts } = await knightsAndKnavesReward.score(completion, row);
+  const { total, parts } = await knightsAndKnavesReward.judge(completion, row);
   return [total, parts.format?.case, parts.correctness?.case];
 }
 
@@ -56,14 +56,14 @@ describe('the reward, rule by rule', () => {
     const both = { names: ['Zoey'], solution: [true] };
     const score = (answer: string) =>
       knightsAndKnavesReward
-        .score(parseCompletion({ raw: within(answer) }), both)
+        .judge(parseCompletion({ raw: within(answer) }), both)
         .then((s) => s.parts.correctness?.case);
     expect(await score('Zoey is a knight')).toBe('right');
     expect(await score('Zoey is not telling; Zoey is a knight')).toBe('right');
     expect(await score('Zoey is a knave, Zoey is a knight')).toBe('unreadable');
     const three = { names: ['Ann', 'Bob', 'Cy'], solution: [true, true, true] };
     const first = 'Ann is a knave Ann is a knight Bob is a knight';
-    expect((await knightsAndKnavesReward.score(parseCompletion({ raw: within(first) }), three)).total).toBe(
+    expect((await knightsAndKnavesReward.judge(parseCompletion({ raw: within(first) }), three)).total).toBe(
       -1,
     );
   });
@@ -97,7 +97,7 @@ describe('the reward, rule by rule', () => {
   test('names are taken literally', async () => {
     const odd = { names: ['A.B', 'C+ (x)'], solution: [true, false] };
     const score = async (text: string) =>
-      (await knightsAndKnavesReward.score(parseCompletion({ raw: within(text) }), odd)).total;
+      (await knightsAndKnavesReward.judge(parseCompletion({ raw: within(text) }), odd)).total;
     expect(await score('A.B is a knight, C+ (x) is a knave')).toBe(3);
     expect(await score('AxB is a knight, C+ (x) is a knave')).toBe(-1);
   });
@@ -120,7 +120,7 @@ describe('the motivation', () => {
       '</answer>',
     ];
     const random = new Random(11);
-    const scores: Score[] = [];
+    const scores: Reward[] = [];
     for (let trial = 0; trial < 3000; trial++) {
       const parts = [...skeleton];
       for (let edits = random.below(4); edits > 0; edits--) {
@@ -130,7 +130,7 @@ describe('the motivation', () => {
           ...(random.chance(0.7) ? [random.pick(pieces)] : []),
         );
       }
-      scores.push(await knightsAndKnavesReward.score(parseCompletion({ raw: parts.join('') }), row));
+      scores.push(await knightsAndKnavesReward.judge(parseCompletion({ raw: parts.join('') }), row));
     }
     const totals = sorted(scores.map((score) => score.total));
     expect(totals).toEqual([-3, -1, -0.5, 3]);
@@ -150,7 +150,7 @@ describe('the motivation', () => {
   });
 
   test('is a paragraph at the end of the same system message; the partial one has no word of format', async () => {
-    const task = await knightsAndKnaves();
+    const task = await knightsAndKnaves.open();
     const puzzle = task.rows({ split: 'train', seed: 1 }).at(0);
     const [system, user] = task.messages(puzzle, 'none');
     expect(system).toEqual({ role: 'system', content: knightsAndKnavesInstruction });
@@ -167,7 +167,7 @@ describe('the motivation', () => {
 
 describe('generated puzzles', () => {
   test('are the same for the same seed, differ otherwise, and have as many people as asked', async () => {
-    const task = await knightsAndKnaves({ people: '2-3,5' });
+    const task = await knightsAndKnaves.open({ people: '2-3,5' });
     const rows = task.rows({ split: 'train', seed: 5 });
     const again = task.rows({ split: 'train', seed: 5 });
     expect(again.at(7)).toEqual(rows.at(7));
@@ -179,7 +179,7 @@ describe('generated puzzles', () => {
   });
 
   test('no claims of the training split come up for the test', async () => {
-    const task = await knightsAndKnaves({ people: 2 });
+    const task = await knightsAndKnaves.open({ people: 2 });
     const seen = (split: 'train' | 'test', seed: number) => {
       const rows = task.rows({ split, seed });
       return new Set(Array.from({ length: 400 }, (_, i) => JSON.stringify(rows.at(i).statements)));
@@ -191,12 +191,12 @@ describe('generated puzzles', () => {
   });
 
   test('reference and demonstration get the highest total', async () => {
-    const task = await knightsAndKnaves({ people: [2, 4, 8], depth: 2 });
+    const task = await knightsAndKnaves.open({ people: [2, 4, 8], depth: 2 });
     const rows = task.rows({ split: 'test', seed: 3 });
     for (let i = 0; i < 40; i++) {
       for (const write of [task.reference, task.demonstrate]) {
         const raw = write?.(rows.at(i)) as string;
-        expect((await task.spec.score(parseCompletion({ raw }), rows.at(i))).total).toBe(3);
+        expect((await task.spec.judge(parseCompletion({ raw }), rows.at(i))).total).toBe(3);
       }
       expect(task.check?.find(rows.at(i))).toBeUndefined();
     }
@@ -216,9 +216,9 @@ describe('generated puzzles', () => {
     [true],
     [''],
   ])('refuses %j people', async (people) => {
-    await expect(knightsAndKnaves({ people: people as number })).rejects.toMatchObject({
+    await expect(knightsAndKnaves.open({ people: people as number })).rejects.toMatchObject({
       code: 'INVALID_ARGUMENT',
-      message: expect.stringContaining('for people'),
+      message: expect.stringContaining('people: expected numbers from 2 to 8'),
     });
   });
 });
@@ -274,26 +274,26 @@ if (!published) console.warn(`Skipped: the published puzzles are not there (${fo
   test.each(files)(
     '%s: the solver finds exactly the solution, and the answer in tags gets 3',
     async (name) => {
-      const task = await knightsAndKnaves();
+      const task = await knightsAndKnaves.open();
       const rows = await task.load(join(folder, name));
       expect(rows).toHaveLength(name.includes('train') ? 900 : 100);
       for (const row of rows) {
         expect(solve(row.statements)).toEqual([row.solution]);
         expect(row.answer).toBe(answerLines(row.names, row.solution));
         const completion = parseCompletion({ raw: `<think>…</think><answer>${row.answer}</answer>` });
-        expect((await task.spec.score(completion, row)).total).toBe(3);
+        expect((await task.spec.judge(completion, row)).total).toBe(3);
       }
     },
   );
 
   test('serve as a data set, with rows of their own held out or a test file', async () => {
     const data = join(folder, '3ppl-test.parquet');
-    const task = await knightsAndKnaves({ data });
+    const task = await knightsAndKnaves.open({ data });
     const train = task.rows({ split: 'train', seed: 1 });
     const held = task.rows({ split: 'test', seed: 1 });
     expect((train.size ?? 0) + (held.size ?? 0)).toBe(100);
     expect(held.size).toBeGreaterThan(3);
-    const both = await knightsAndKnaves({ data, testData: join(folder, '5ppl-test.parquet') });
+    const both = await knightsAndKnaves.open({ data, testData: join(folder, '5ppl-test.parquet') });
     expect(both.rows({ split: 'train', seed: 1 }).size).toBe(100);
     expect(both.rows({ split: 'test', seed: 1 }).at(0).names).toHaveLength(5);
   });
@@ -301,8 +301,8 @@ if (!published) console.warn(`Skipped: the published puzzles are not there (${fo
 
 test('a depth out of range is refused', async () => {
   for (const depth of [0, 5, 1.5]) {
-    const error = await knightsAndKnaves({ depth }).catch((e: unknown) => e);
+    const error = await knightsAndKnaves.open({ depth }).catch((e: unknown) => e);
     expect(error).toBeInstanceOf(MerfError);
-    expect((error as MerfError).message).toContain('for depth');
+    expect((error as MerfError).message).toContain('depth: ');
   }
 });

@@ -34,7 +34,7 @@ describe('the corpus of the model that ships', () => {
     for (let i = 0; i < 40; i++) lessons.push(await corpus.lesson(i));
     expect(await new Corpus(options).lesson(7)).toEqual(lessons[7]);
 
-    const held = (await knightsAndKnaves({ people: 2 })).rows({ split: 'test', seed: 1 });
+    const held = (await knightsAndKnaves.open({ people: 2 })).rows({ split: 'test', seed: 1 });
     const puzzle = held.at(0);
     expect(splitOf(JSON.stringify(puzzle.statements))).toBe('test');
     const questions = new Set(
@@ -48,7 +48,7 @@ describe('the corpus of the model that ships', () => {
     const random = new Random(1);
     for (let index = 0; index < 50; index++) {
       const puzzle = generatePuzzle({ people: 2 + (index % 2), seed: 2, index });
-      const score = await knightsAndKnavesReward.score(
+      const score = await knightsAndKnavesReward.judge(
         parseCompletion({ raw: write(best, puzzle, random) }),
         puzzle,
       );
@@ -64,7 +64,7 @@ describe('the corpus of the model that ships', () => {
       const puzzle = generatePuzzle({ people: 2, seed: 4, index });
       const raw = write(drawStyle(random, usual), puzzle, random);
       if (hasDemandedFormat(raw)) wellFormed++;
-      const { total } = await knightsAndKnavesReward.score(parseCompletion({ raw }), puzzle);
+      const { total } = await knightsAndKnavesReward.judge(parseCompletion({ raw }), puzzle);
       if (total === 3) right++;
     }
     expect(wellFormed / 600).toBeGreaterThan(0.55);
@@ -80,7 +80,7 @@ describe('the corpus of the model that ships', () => {
       const rules = drawRuleSet(random);
       texts.add(rules.describe('full'));
       const puzzle = generatePuzzle({ people: 2, seed: 6, index: i });
-      const score = await rules.score(
+      const score = await rules.judge(
         parseCompletion({ raw: write(drawStyle(random, usual), puzzle, random) }),
         puzzle,
       );
@@ -95,8 +95,8 @@ describe('the corpus of the model that ships', () => {
     for (let i = 0; i < 200; i++) {
       const { system, examples } = await corpus.lesson(i);
       texts.push(
-        system.content,
-        ...examples.flatMap(({ question, completion }) => [question.content, completion]),
+        system.content ?? '',
+        ...examples.flatMap(({ question, completion }) => [question.content ?? '', completion]),
       );
     }
     const tokenizer = new Tokenizer(tokenizerFiles(texts), 'test');

@@ -9,6 +9,24 @@ import type { TrainablePolicy } from '../../lib/train/trainer.js';
 export const alphabet = ['a', 'b', 'c', '|'];
 const eos = alphabet.length - 1;
 
+// A text that a completion may be is made of letters; a prompt's tokens are the codes of its characters.
+function lettersOrCodes(text: string): number[] {
+  const letters = [...text].map((c) => alphabet.indexOf(c));
+  return letters.includes(-1) ? fakeTokenizer.encode(text) : letters;
+}
+
+/** A tokenizer whose tokens are characters. */
+export const fakeTokenizer = {
+  applyChatTemplate: (messages: readonly { role: string; content: string | null }[]) =>
+    `${messages.map((m) => `${m.role}:${m.content}\n`).join('')}assistant:`,
+  encode: (text: string) => [...text].map((c) => c.charCodeAt(0)),
+  encodePrompt: (text: string) => [...text].map((c) => c.charCodeAt(0)),
+  encodeContinuation: (text: string) => [...text].map((c) => c.charCodeAt(0)),
+  decode: (ids: ArrayLike<number>) => String.fromCharCode(...Array.from(ids)),
+  eosIds: [eos],
+  hasChatTemplate: false,
+};
+
 /**
  * A policy of four logits, the same at every position, with exact gradients of the clipped loss and plain gradient
  * descent: small enough to check a trainer by hand, real enough to learn.
@@ -28,14 +46,7 @@ export class FakePolicy {
   onForwardBackward?: () => void;
   #calls = 0;
 
-  tokenizer = {
-    applyChatTemplate: (messages: readonly { role: string; content: string }[]) =>
-      `${messages.map((m) => `${m.role}:${m.content}\n`).join('')}assistant:`,
-    encode: (text: string) => [...text].map((c) => Math.max(0, alphabet.indexOf(c))),
-    encodePrompt: (text: string) => [...text].map((c) => c.charCodeAt(0)),
-    eosIds: [eos],
-    hasChatTemplate: false,
-  };
+  tokenizer = { ...fakeTokenizer, encode: lettersOrCodes };
 
   get asPolicy(): TrainablePolicy {
     return this as unknown as TrainablePolicy;
@@ -48,19 +59,19 @@ export class FakePolicy {
   }
 
   async sample(
-    prompts: { messages: { role: string; content: string }[] }[],
-    options: { n: number; maxTokens: number; seed: bigint; signal?: AbortSignal },
+    prompts: ArrayLike<number>[],
+    options: { n: number; maxTokens: number[]; seed: bigint; signal?: AbortSignal },
   ): Promise<CompletionGroup[]> {
     this.sampleCalls.push(options);
     await this.onSample?.();
     if (options.signal?.aborted) throw new MerfError('ABORTED', 'sampling was aborted');
     const logprobs = this.#logprobs();
-    return prompts.map(({ messages }, p) => ({
-      promptTokens: this.tokenizer.encodePrompt(this.tokenizer.applyChatTemplate(messages)),
+    return prompts.map((promptTokens, p) => ({
+      promptTokens: Array.from(promptTokens),
       completions: Array.from({ length: options.n }, (_, i) => {
         const random = new Random(options.seed, p * 1000 + i);
         const tokens: number[] = [];
-        while (tokens.length < options.maxTokens && tokens.at(-1) !== eos) {
+        while (tokens.length < (options.maxTokens[p] as number) && tokens.at(-1) !== eos) {
           let draw = random.uniform();
           let token = 0;
           while (token < eos && draw >= Math.exp(logprobs[token] as number)) {

@@ -37,5 +37,5 @@ export async function fakeTask(
     ],
     reference: () => 'b',
     demonstrate: () => 'bb',
-  });
+  }).open();
 }

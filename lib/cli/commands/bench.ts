@@ -3,9 +3,9 @@ import { join } from 'node:path';
 import { type Command, Option } from 'commander';
 import { MerfError } from '../../errors.js';
 import { native } from '../../native.js';
+import { packageRoot } from '../../package-root.js';
 import { importModule } from '../../tasks/index.js';
 import { list, positive } from '../flags.js';
-import { packageRoot } from '../models.js';
 
 /** The flags; benchmarks/index.ts says what they mean. */
 type BenchFlags = Record<string, unknown>;

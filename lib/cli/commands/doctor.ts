@@ -3,8 +3,8 @@ import { freemem, totalmem } from 'node:os';
 import type { Command } from 'commander';
 import { type NativeBackend, native } from '../../native.js';
 import { gib } from '../../policy/devices.js';
-import { openModel } from '../../policy/index.js';
-import { defaultModel, shortPath } from '../models.js';
+import { defaultModel, openModel } from '../../policy/index.js';
+import { shortPath } from '../paths.js';
 
 export function addDoctor(program: Command): void {
   program

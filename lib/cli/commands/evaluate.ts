@@ -1,25 +1,26 @@
 import { appendFileSync, writeFileSync } from 'node:fs';
 import type { Command } from 'commander';
+import { z } from 'zod';
 import { type Evaluation, evaluate } from '../../evaluate/index.js';
 import { Policy } from '../../policy/index.js';
 import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
+import { type LimitSettings, limitSettings, limitsOf, textOf } from '../../rollout/index.js';
+import { parseSettings } from '../../settings.js';
+import type { TaskFactory } from '../../tasks/index.js';
 import { firstRows } from '../../train/evaluation.js';
-import { modelShape, taskShape } from '../config.js';
+import { modelShape, withTask } from '../config.js';
 import { addFlags, list, number, whole } from '../flags.js';
-import { resolveModel, shortPath } from '../models.js';
+import { resolveModel, shortPath } from '../paths.js';
+import { deviceText, loadOptions, type ModelFlags } from '../policies.js';
+import { openTask, type TaskChoice } from '../task.js';
 import { evaluationLine } from '../terminal.js';
-import { deviceText, loadOptions, openTask, type TaskChoice } from './training.js';
 
-interface Flags extends TaskChoice {
-  model?: string;
-  device?: string;
-  dtype?: 'auto' | 'f32' | 'bf16';
-  threads?: number;
+interface Flags extends TaskChoice, ModelFlags, Partial<LimitSettings> {
+  data?: string;
   prompts: number;
   samples: number;
   passAt?: number[];
   motivation: string[];
-  maxTokens: number;
   temperature: number;
   topK?: number;
   topP?: number;
@@ -29,7 +30,7 @@ interface Flags extends TaskChoice {
   json?: boolean;
 }
 
-export function addEvaluate(program: Command): void {
+export function addEvaluate(program: Command, factory: TaskFactory | undefined): void {
   const command = program
     .command('evaluate')
     .summary("measure a model's accuracy on a task, with and without motivation in the prompt")
@@ -37,8 +38,8 @@ export function addEvaluate(program: Command): void {
       "Samples completions of a task's held-out prompts and reports accuracy, mean reward and its parts, pass@k and " +
         'the length of completions, for each view of the motivation. With --data, on all rows of that file.',
     );
-  const { testData: _, ...task } = taskShape;
-  addFlags(command, { ...task, ...modelShape });
+  const { testData: _, ...shape } = withTask(modelShape, factory);
+  addFlags(command, { ...shape, ...limitSettings('Evaluation', false) });
   command
     .optionsGroup('Evaluation:')
     .option('--prompts <n>', 'how many rows, the first of the held-out ones', whole(1), 100)
@@ -47,7 +48,6 @@ export function addEvaluate(program: Command): void {
       list(v).map(whole(1)),
     )
     .option('--motivation <list>', 'views of the motivation', list, ['none', 'full'])
-    .option('--max-tokens <n>', 'longest completion, in tokens', whole(1), 256)
     .option('--temperature <n>', 'sampling temperature; 0: greedy', number, 1)
     .option('--top-k <n>', 'draw among the k likeliest tokens; 0: off', whole(0))
     .option('--top-p <n>', 'draw among the likeliest tokens of this total probability; 1: off', number)
@@ -74,8 +74,9 @@ async function run(flags: Flags): Promise<void> {
       ? firstRows(await task.rows({ split: 'test', seed: 0 }), flags.prompts)
       : await task.load(data);
   const model = resolveModel(flags.model);
-  const policy = await Policy.load(model, loadOptions({ device: 'auto', dtype: 'auto', ...flags }, false));
+  const policy = await Policy.load(model, loadOptions(flags, false));
   if (flags.out !== undefined) writeFileSync(flags.out, '');
+  const limits = limitsOf(parseSettings(z.object(limitSettings('Evaluation', false)), flags, 'the flags'));
   const results: Evaluation[] = [];
   if (!flags.json) {
     const where = deviceText(policy);
@@ -86,26 +87,26 @@ async function run(flags: Flags): Promise<void> {
       samples: flags.samples,
       ...(flags.passAt && { passAt: flags.passAt }),
       motivation,
-      maxTokens: flags.maxTokens,
+      ...limits,
       temperature: flags.temperature,
-      ...(flags.topK !== undefined && { topK: flags.topK }),
-      ...(flags.topP !== undefined && { topP: flags.topP }),
-      ...(flags.minP !== undefined && { minP: flags.minP }),
+      topK: flags.topK,
+      topP: flags.topP,
+      minP: flags.minP,
       seed: flags.seed,
       onProgress: (done, all) => {
         if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
       },
-      onGroup: (_, prompt, group, scores) => {
+      onGroup: ({ prompt, episodes }) => {
         if (flags.out === undefined) return;
-        const lines = group.completions.map((completion, j) =>
+        const lines = episodes.map((episode) =>
           JSON.stringify({
             motivation: flags.motivation[i],
-            prompt,
-            text: completion.text,
-            tokens: completion.tokens.length,
-            finishReason: completion.finishReason,
-            reward: scores[j]?.total,
-            parts: scores[j]?.parts,
+            prompt: prompt.text,
+            text: textOf(episode),
+            tokens: episode.completion.tokenCount,
+            finishReason: episode.end,
+            reward: episode.reward.total,
+            parts: episode.reward.parts,
           }),
         );
         appendFileSync(flags.out, `${lines.join('\n')}\n`);

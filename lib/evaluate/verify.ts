@@ -1,14 +1,14 @@
 import { throwIfAborted } from '../errors.js';
 import type { MotivationView } from '../prompt/motivation.js';
-import { parseCompletion } from '../reward/completion.js';
 import { formatScore } from '../reward/describe.js';
-import { identityOf } from './dataset.js';
-import type { ChatMessage, Task } from './task.js';
+import { collect, type RolloutPolicy, type RolloutTokenizer, renderPrompt } from '../rollout/index.js';
+import { identityOf } from '../tasks/dataset.js';
+import type { Task } from '../tasks/index.js';
 
 export interface VerifyOptions {
-  /** Tokens of a prompt, chat template and all (default: its characters are counted and no limit is checked). */
-  readonly countTokens?: (messages: readonly ChatMessage[]) => number;
-  /** The longest prompt that leaves room for a completion, in tokens; needs `countTokens`. */
+  /** The model's, so that prompts are measured in its tokens (default: characters, of the messages' texts alone). */
+  readonly tokenizer?: RolloutTokenizer;
+  /** The longest prompt that leaves room for a completion, in tokens; needs `tokenizer`. */
   readonly maxPromptTokens?: number;
   /** The view of the motivation that the prompts show (default `full`, the longest). */
   readonly motivation?: MotivationView;
@@ -65,6 +65,7 @@ export async function verifyDataset<Row>(
 ): Promise<VerifyReport> {
   const loaded = await task.read(file);
   const { highest } = task.spec;
+  const { tokenizer = characters, motivation = 'full', signal } = options;
   const cases: Record<string, Record<string, number>> = {};
   for (const component of task.spec.components) {
     const names = 'cases' in component ? component.cases.map((option) => option.name) : ['measured'];
@@ -79,7 +80,7 @@ export async function verifyDataset<Row>(
   let passed = 0;
 
   for (const entry of loaded) {
-    throwIfAborted(options.signal, 'verifying');
+    throwIfAborted(signal, 'verifying');
     const { number, where } = entry;
     const report = (reason: string) => problems.push({ row: number, where, reason });
     if ('problem' in entry) {
@@ -88,35 +89,36 @@ export async function verifyDataset<Row>(
     }
     const { row } = entry;
     try {
-      const messages = task.messages(row, options.motivation ?? 'full');
-      const length =
-        options.countTokens?.(messages) ?? messages.reduce((sum, m) => sum + m.content.length, 0);
+      const [group] = task.reference
+        ? await collect(referencePolicy(tokenizer, task.reference(row)), task, [row], {
+            motivation,
+            labels: [String(number)],
+            signal,
+          })
+        : [{ prompt: renderPrompt(tokenizer, task.messages(row, motivation)), episodes: [] }];
+      const { prompt, episodes } = group as NonNullable<typeof group>;
+      const { length } = prompt.tokens;
       lengths.push(length);
-      if (options.countTokens && length > (options.maxPromptTokens ?? Number.POSITIVE_INFINITY)) {
+      if (options.tokenizer && length > (options.maxPromptTokens ?? Number.POSITIVE_INFINITY)) {
         overLimit++;
         report(`its prompt has ${length} tokens, ${options.maxPromptTokens} fit`);
       }
-      const key = identityOf(messages);
+      const key = identityOf(prompt.messages);
       const earlier = firstWith.get(key);
       if (earlier !== undefined) {
         duplicates++;
         report(`it has the prompt of ${earlier}`);
       } else firstWith.set(key, where);
-      if (task.reference) {
-        const completion = parseCompletion({ raw: task.reference(row) });
-        const score = await task.spec.score(completion, row, {
-          label: String(number),
-          ...(options.signal ? { signal: options.signal } : {}),
-        });
-        for (const [name, part] of Object.entries(score.parts)) {
+      for (const { reward } of episodes) {
+        for (const [name, part] of Object.entries(reward.parts)) {
           const counts = cases[name] as Record<string, number>;
           counts[part.case] = (counts[part.case] ?? 0) + 1;
         }
-        if (task.spec.isHighest(score)) atHighest++;
+        if (task.spec.isHighest(reward)) atHighest++;
         else {
-          const parts = Object.entries(score.parts).map(([name, part]) => `${name} ${part.case}`);
+          const parts = Object.entries(reward.parts).map(([name, part]) => `${name} ${part.case}`);
           report(
-            `its reference answer gets ${formatScore(score.total)} (${parts.join(', ')}), not ${formatScore(highest)}`,
+            `its reference answer gets ${formatScore(reward.total)} (${parts.join(', ')}), not ${formatScore(highest)}`,
           );
         }
       }
@@ -124,7 +126,7 @@ export async function verifyDataset<Row>(
       if (wrong === undefined) passed++;
       else report(wrong);
     } catch (error) {
-      throwIfAborted(options.signal, 'verifying');
+      throwIfAborted(signal, 'verifying');
       report(error instanceof Error ? error.message : String(error));
     }
   }
@@ -136,7 +138,7 @@ export async function verifyDataset<Row>(
     rows: loaded.length,
     ...(task.reference ? { references: { highest, atHighest, cases } } : {}),
     promptLengths: {
-      unit: options.countTokens ? 'tokens' : 'characters',
+      unit: options.tokenizer ? 'tokens' : 'characters',
       least: lengths[0] ?? 0,
       median: lengths[lengths.length >> 1] ?? 0,
       greatest: lengths.at(-1) ?? 0,
@@ -148,6 +150,43 @@ export async function verifyDataset<Row>(
     problems,
   };
 }
+
+/** A policy that has nothing to draw: its one completion of any prompt is `answer`. */
+function referencePolicy(tokenizer: RolloutTokenizer, answer: string): RolloutPolicy {
+  const tokens = Int32Array.from([...tokenizer.encode(answer), ...tokenizer.eosIds.slice(0, 1)]);
+  const certain = new Float32Array(tokens.length);
+  return {
+    tokenizer,
+    contextLength: Number.MAX_SAFE_INTEGER,
+    async sample(prompts) {
+      return prompts.map(() => ({
+        promptTokens: [],
+        completions: [
+          {
+            text: answer,
+            tokens,
+            logprobs: certain,
+            samplingLogprobs: certain,
+            entropies: certain,
+            finishReason: 'stop' as const,
+          },
+        ],
+      }));
+    },
+  };
+}
+
+const utf16 = (text: string) => Array.from({ length: text.length }, (_, i) => text.charCodeAt(i));
+
+/** A tokenizer whose tokens are the characters of the messages' texts. */
+const characters: RolloutTokenizer = {
+  applyChatTemplate: (messages) => messages.map(({ content }) => content ?? '').join(''),
+  encode: utf16,
+  encodePrompt: utf16,
+  encodeContinuation: utf16,
+  decode: (ids: ArrayLike<number>) => String.fromCharCode(...Array.from(ids)),
+  eosIds: [],
+};
 
 /** The report in words. @param maxProblems how many offending rows are listed (default 20) */
 export function formatVerifyReport(report: VerifyReport, maxProblems = 20): string {

@@ -1,8 +1,9 @@
-import type { Forest, Segment, TrainTarget } from '../policy/index.js';
+import type { Forest, Segment } from './forest.js';
 
+/** A prompt and what follows it, each of several turns a path of segments. */
 export interface Branch {
   promptTokens: ArrayLike<number>;
-  completions: { tokens: ArrayLike<number>; train?: TrainTarget }[];
+  completions: Segment[];
 }
 
 /**
@@ -15,7 +16,7 @@ export function forestOf(branches: readonly Branch[]): Forest {
   const children = branches.map(
     ({ promptTokens, completions }): Segment => ({
       tokens: slice(promptTokens, shared),
-      children: completions.map(({ tokens, train }) => ({ tokens, ...(train && { train }) })),
+      children: completions,
     }),
   );
   const first = prompts[0];

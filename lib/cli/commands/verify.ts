@@ -1,0 +1,54 @@
+import type { Command } from 'commander';
+import { formatVerifyReport, verifyDataset } from '../../evaluate/index.js';
+import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
+import type { TaskFactory } from '../../tasks/index.js';
+import { modelShape, withTask } from '../config.js';
+import { addFlags, whole } from '../flags.js';
+import { openTokenizer } from '../policies.js';
+import { openTask, type TaskChoice } from '../task.js';
+
+interface VerifyFlags extends TaskChoice {
+  model?: string;
+  motivation: string;
+  maxTokens: number;
+  problems: number;
+  json?: boolean;
+}
+
+export function addVerify(program: Command, factory: TaskFactory | undefined): void {
+  const command = program
+    .command('verify')
+    .summary('check a data set before spending a night on it')
+    .description(
+      'Checks every row of a data file: that it can be read, that its reference answer gets the highest total, that ' +
+        'its prompt and a completion fit the context, that it is there only once, and what the task itself can check ' +
+        '(for knights and knaves, the solver against the published solution). Exits with 1 where something is off.',
+    );
+  const { data: _, testData: __, ...shape } = withTask({ model: modelShape.model }, factory);
+  addFlags(command, shape);
+  command
+    .optionsGroup('Checks:')
+    .requiredOption('--data <file>', 'a .jsonl or .parquet file')
+    .option('--motivation <view>', 'the view that prompts are measured with', 'full')
+    .option('--max-tokens <n>', 'room that a prompt must leave for the completion, in tokens', whole(0), 256)
+    .option('--problems <n>', 'how many offending rows to list', whole(0), 20)
+    .option('--json', 'print the report as JSON')
+    .addHelpText('after', '\nExample:\n  merf verify --task knights-and-knaves --data 3ppl-test.parquet\n')
+    .action(verify);
+}
+
+async function verify(flags: VerifyFlags): Promise<void> {
+  const { data, ...choice } = flags;
+  const task = await openTask(choice);
+  const view = motivationAt(parseMotivation(flags.motivation), 0);
+  const { tokenizer, contextLength } = await openTokenizer(flags.model);
+  const report = await verifyDataset(task, data as string, {
+    motivation: view,
+    tokenizer,
+    maxPromptTokens: contextLength - flags.maxTokens,
+  });
+  process.stdout.write(
+    `${flags.json ? JSON.stringify(report, null, 2) : formatVerifyReport(report, flags.problems)}\n`,
+  );
+  if (report.problems.length > 0) process.exitCode = 1;
+}

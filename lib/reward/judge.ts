@@ -1,0 +1,33 @@
+import type { ParsedCompletion } from './completion.js';
+import type { JudgeOptions, Reward, RewardSpec } from './spec.js';
+
+/** How many completions are judged at once where nobody says. */
+export const defaultVerifiersAtOnce = 64;
+
+/**
+ * Judges completions as they come, a limited number of them at once: verifiers that ask servers or start processes
+ * would else flood them with a whole step's completions.
+ */
+export class Judge<Row> {
+  #running = 0;
+  readonly #waiting: (() => void)[] = [];
+
+  /** @param atOnce how many completions are judged at once, at least 1 */
+  constructor(
+    private readonly spec: RewardSpec<Row>,
+    private readonly atOnce: number,
+  ) {}
+
+  /** As RewardSpec.judge, once it is this completion's turn. */
+  async judge(completion: ParsedCompletion, row: Row, options: JudgeOptions = {}): Promise<Reward> {
+    if (this.#running >= this.atOnce) await new Promise<void>((resolve) => this.#waiting.push(resolve));
+    else this.#running++;
+    try {
+      return await this.spec.judge(completion, row, options);
+    } finally {
+      const next = this.#waiting.shift();
+      if (next) next();
+      else this.#running--;
+    }
+  }
+}

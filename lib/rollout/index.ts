@@ -1,0 +1,18 @@
+export { type CollectOptions, collect, type RolloutPolicy, type RolloutTask } from './collect.js';
+export {
+  type DrawnTurn,
+  drawnTurns,
+  type Episode,
+  type EpisodeEnd,
+  type EpisodeGroup,
+  type EpisodePrompt,
+  type GivenTurn,
+  type PlainEpisode,
+  type Turn,
+  textOf,
+} from './episode.js';
+export { type RolloutTokenizer, renderPrompt } from './prompt.js';
+export type { OnEnvironmentError } from './reply.js';
+export { type LimitSettings, limitSettings, limitsOf } from './settings.js';
+export { EpisodeTally } from './tally.js';
+export { branchesOf, countDrawn } from './targets.js';
