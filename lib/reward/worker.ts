@@ -2,7 +2,7 @@ import { existsSync } from 'node:fs';
 import { createRequire } from 'node:module';
 import { availableParallelism } from 'node:os';
 import { fileURLToPath, pathToFileURL } from 'node:url';
-import { Piscina } from 'piscina';
+import type { Piscina } from 'piscina';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { ParsedCompletion } from './completion.js';
 import type { VerifierContext } from './spec.js';
@@ -59,7 +59,7 @@ export function inWorker<Row = unknown, Verdict extends string | number = string
   const timeoutSeconds =
     options.timeoutSeconds === undefined ? undefined : positive('timeoutSeconds', options.timeoutSeconds);
 
-  let pool: Piscina<Job, string | number> | undefined;
+  let pool: Promise<Piscina<Job, string | number>> | undefined;
   const slots = new Slots(threads);
 
   return async (completion, row, { cases, signal }) => {
@@ -79,7 +79,7 @@ export function inWorker<Row = unknown, Verdict extends string | number = string
       }
       pool ??= startPool(url, threads, idleSeconds);
       const job: Job = { module: url.href, exportName, completion, row, cases };
-      return (await pool.run(job, { signal: controller.signal })) as Verdict;
+      return (await (await pool).run(job, { signal: controller.signal })) as Verdict;
     } catch (cause) {
       throwIfEnded(signal);
       if (isLate) {
@@ -144,7 +144,12 @@ class Slots {
   }
 }
 
-function startPool(module: URL, threads: number, idleSeconds: number): Piscina<Job, string | number> {
+async function startPool(
+  module: URL,
+  threads: number,
+  idleSeconds: number,
+): Promise<Piscina<Job, string | number>> {
+  const { Piscina } = await import('piscina');
   const own = locate(new URL('./worker-thread.js', import.meta.url));
   const isTypeScript = [own, module].some((url) => /\.m?ts$/.test(url.pathname));
   return new Piscina({

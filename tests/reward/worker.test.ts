@@ -43,12 +43,12 @@ describe('inWorker', () => {
     'ends a verifier in a %s in time, and goes on',
     async (text) => {
       const spec = reward(3);
-      expect((await spec.score(ask('fine'), {})).total).toBe(1);
+      expect((await spec.judge(ask('fine'), {})).total).toBe(1);
       const start = performance.now();
-      const error = await rejection(spec.score(ask(text), {}));
+      const error = await rejection(spec.judge(ask(text), {}));
       expect(error.code).toBe('VERIFIER_TIMEOUT');
       expect(performance.now() - start).toBeLessThan(6000);
-      expect((await spec.score(ask('fine'), {})).total).toBe(1);
+      expect((await spec.judge(ask('fine'), {})).total).toBe(1);
     },
     60_000,
   );
@@ -104,7 +104,7 @@ describe('inWorker', () => {
     const thrown = await rejection(verify(ask('throw'), {}, context()));
     expect(thrown).toMatchObject({ code: 'VERIFIER_FAILED', message: 'the row is odd' });
     const spec = reward(30);
-    expect((await rejection(spec.score(ask('throw'), { id: 7 }))).message).toBe(
+    expect((await rejection(spec.judge(ask('throw'), { id: 7 }))).message).toBe(
       'The verifier of correctness (reward threads, row 7) threw: the row is odd',
     );
     expect((await rejection(verify(ask('exit'), {}, context()))).message).toMatch(/exited with code: 3/);
