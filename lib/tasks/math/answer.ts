@@ -160,8 +160,28 @@ function parseRelation(tokens: readonly Token[], source: string): Answer | undef
   // "= 5" and "\approx 5" say 5.
   if (pieces[0]?.length === 0 && operators.length === 1 && pieces[1]) return parseAnswer(pieces[1]);
   if (operators.join() === '\\in') return parseAnswer(pieces[1] as Token[]);
-  return { kind: 'relation', source, operators, sides: pieces.map(parseAnswer) };
+  const sides = pieces.map(parseAnswer);
+  // Of "\sqrt{5} \approx 2.236" the exact value counts; "x \approx 2.236" has no other.
+  const rounded = operators.indexOf('\\approx');
+  if (rounded > 0 || (rounded === 0 && !isName(sides[0] as Answer))) {
+    const exact = sides.slice(0, rounded + 1);
+    if (exact.length === 1) return exact[0];
+    return { kind: 'relation', source, operators: operators.slice(0, rounded), sides: exact };
+  }
+  return { kind: 'relation', source, operators, sides };
 }
+
+/** Whether a side of an equation only names the other: `x`, `x_1`, `f(x)`, `(x, y)`, `AB`, `\angle A`, `\text{Area}`. */
+export function isName(side: Answer): boolean {
+  if (side.kind === 'words') return true;
+  if (side.kind === 'tuple') return side.items.every(isName);
+  return side.kind === 'quantity' && (namePattern.test(side.source) || figurePattern.test(side.source));
+}
+
+const namePattern = /^(?:[a-zA-Z]|\\[a-z]+)(?: _ \{ \S+ \})?(?: ')?(?: \( [a-zA-Z](?: , [a-zA-Z])* \))?$/;
+
+/** Angles and lines, by their points. */
+const figurePattern = /^(?:(?:m )?\\angle|[A-Z])(?: [A-Z]){1,3}$/;
 
 /** What stands in one pair of brackets as a whole. */
 function parseBracketed(tokens: readonly Token[], source: string): Answer | undefined {
@@ -220,7 +240,13 @@ function parseAlternatives(tokens: readonly Token[], source: string): Answer | u
   return { kind: 'list', source, items: [choose('+', '-'), choose('-', '+')] };
 }
 
-const currencies: Readonly<Record<string, string>> = { $: 'dollar', '£': 'pound', '€': 'euro', '¥': 'yen' };
+const currencies: Readonly<Record<string, string>> = {
+  $: 'dollar',
+  '¢': 'cent',
+  '£': 'pound',
+  '€': 'euro',
+  '¥': 'yen',
+};
 
 function parseQuantity(tokens: readonly Token[], source: string): Answer {
   const body = [...tokens];
@@ -274,11 +300,16 @@ function parseQuantity(tokens: readonly Token[], source: string): Answer {
   };
 }
 
-/** The base of `52_8` or `52_{\text{eight}}`-like numerals that are a numeral with a numeral as subscript. */
+/** The base of `52_8` or `52_{\text{eight}}`: a numeral with a number as its subscript. */
 function baseOf(body: readonly Token[]): string | undefined {
   if (body.length !== 5 || body[1] !== '_' || !/^\d+$/.test(body[0] as string)) return undefined;
-  return /^\d{1,2}$/.test(body[3] as string) ? (body[3] as string) : undefined;
+  const subscript = body[3] as string;
+  if (/^\d{1,2}$/.test(subscript)) return subscript;
+  const word = isWords(subscript) ? numberWords.indexOf(subscript.slice(1)) : -1;
+  return word < 2 ? undefined : String(word);
 }
+
+const numberWords = 'zero one two three four five six seven eight nine ten eleven twelve'.split(' ');
 
 const unitSynonyms: Readonly<Record<string, string>> = {
   centimeter: 'cm',

@@ -1,4 +1,4 @@
-import { type Answer, orderOperators, parseAnswer, type Quantity, type Relation } from './answer.js';
+import { type Answer, isName, orderOperators, parseAnswer, type Quantity, type Relation } from './answer.js';
 import { constant, type Expression, loadParser, parserNeeded, readExpression } from './expression.js';
 import { hasCommaThousands, type Token, tokenize, Unreadable } from './latex.js';
 import { areProportional, hasValue, haveSameValues, orderOf } from './sampling.js';
@@ -111,7 +111,8 @@ function choiceOf(text: string): Choice | undefined {
   if (text.length > 200) return undefined;
   const plain = text
     .replace(/\\(?:text|textbf|textrm|mathrm|mathbf|mbox|bf|rm)\b\s*/g, '')
-    .replace(/[{}$*]|\\[ ,;!()]|~/g, '')
+    .replace(/\\[ ,;!]|~/g, ' ')
+    .replace(/[{}$*]|\\[()]/g, '')
     .replace(/^\s*(?:option|choice|answer)\s+(?=\(?[A-J])/i, '')
     .trim();
   const isText = /^\\(?:text|textbf|textrm|mathrm|mbox)\s*\{\s*[A-J]\s*\}$/.test(text);
@@ -389,16 +390,6 @@ function valuesOf(list: Answer): Answer {
   });
   if (names.size !== 1 || !values.every((value) => value !== undefined)) return list;
   return { kind: 'list', source: values.map((value) => value.source).join(' , '), items: values };
-}
-
-/** Whether a side of an equation only names the other: `x`, `x_1`, `f(x)`, `\text{Area}`. */
-function isName(side: Answer): boolean {
-  if (side.kind === 'words') return true;
-  if (side.kind === 'tuple') return side.items.every(isName);
-  return (
-    side.kind === 'quantity' &&
-    /^(?:[a-zA-Z]|\\[a-z]+)(?: _ \{ \S+ \})?(?: ')?(?: \( [a-zA-Z](?: , [a-zA-Z])* \))?$/.test(side.source)
-  );
 }
 
 /** A chain of equations by its two ends, as "x = 2 + 3 = 5". */

@@ -237,7 +237,7 @@ const names: Readonly<Record<string, string>> = {
 const scanner =
   /\\(?:(?:operatorname|hspace|vspace)\*|[a-zA-Z]+|[\s\S])|\d+(?:\.(?:\d+|(?=\\overline)))?|\.\d+|[a-zA-Z]+|\s+|[\s\S]/gu;
 /** A numeral whose thousands are parted by what can part nothing else: `1{,}000`, `1,\!000`, `1\,000`, `10 000`. */
-const clearThousands = /(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s?\\!\s?|\\,|\\ | )\d{3})+(?![\d])/g;
+const clearThousands = /(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s?\\!\s?|\\[,;: ]| )\d{3})+(?![\d])/g;
 /** A whole answer that is one numeral with commas, perhaps with a sign, a currency or a unit around it. */
 const commaThousands = /(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])/g;
 
@@ -256,6 +256,9 @@ export function tokenize(text: string, joinThousands = false): Token[] {
   if (text.length > maxLength) throw new Unreadable('the answer is too long');
   let source = text
     .replace(unusual, (character) => characters[character] as string)
+    // Space between the rows of a matrix, and what Markdown sets in bold.
+    .replace(/(?<=\\\\)\s*\[-?[\d.]+\s?(?:pt|em|ex|mm|cm)\]/g, '')
+    .replace(/^\*\*|\*\*$/g, '')
     .replace(clearThousands, (numeral) => numeral.replace(/\D/g, ''))
     .trim();
   if (joinThousands) source = source.replace(commaThousands, (numeral) => numeral.replaceAll(',', ''));
