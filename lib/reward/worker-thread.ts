@@ -21,11 +21,11 @@ export async function runJob(job: Job): Promise<string | number> {
     const names = Object.keys(module).join(', ') || 'nothing';
     throw new Error(`Expected ${job.module} to export a function ${job.exportName} but it exports ${names}`);
   }
-  // The thread itself is ended when the time is up, so this signal never fires; a verifier may still hand it on.
+  // The thread itself is ended when the time is up, so this signal never fires; a verifier may still hand it
+  // on.
   const { signal } = new AbortController();
   const verdict = await (verifier as Verifier)(job.completion, job.row, { cases: job.cases, signal });
   if (typeof verdict === 'string' || typeof verdict === 'number') return verdict;
-  throw new Error(
-    `Expected text or a number from ${job.exportName} of ${job.module} but received ${describeValue(verdict)}`,
-  );
+  const where = `${job.exportName} of ${job.module}`;
+  throw new Error(`Expected text or a number from ${where} but received ${describeValue(verdict)}`);
 }

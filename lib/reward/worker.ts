@@ -12,8 +12,8 @@ export interface WorkerOptions {
   /** Number of verifications that run at once, each in a thread of its own (default: the number of cores). */
   readonly threads?: number;
   /**
-   * Seconds that one verification may run, its time in the queue not counted; then it fails with VERIFIER_TIMEOUT.
-   * The default is no limit but that of the reward, which fires the verifier's `signal`.
+   * Seconds that one verification may run, its time in the queue not counted; then it fails with
+   * VERIFIER_TIMEOUT. The default is no limit but that of the reward, which fires the verifier's `signal`.
    */
   readonly timeoutSeconds?: number;
   /** Seconds after which a thread without work is ended (default 60). */
@@ -28,21 +28,22 @@ export type WorkerVerifier<Row, Verdict extends string | number> = (
 ) => Promise<Verdict>;
 
 /**
- * A verifier that runs a module's export `(completion, row, { cases }) => verdict` in a worker thread. When `signal`
- * fires or the time limit is over the thread is ended, even in a loop that never yields, and a new one takes its
- * place; other verifications go on. Threads start with the first work, load the module once, and do not keep the
- * process alive.
+ * A verifier that runs a module's export `(completion, row, { cases }) => verdict` in a worker thread. When
+ * `signal` fires or the time limit is over the thread is ended, even in a loop that never yields, and a new
+ * one takes its place; other verifications go on. Threads start with the first work, load the module once,
+ * and do not keep the process alive.
  *
  *     verify: inWorker(new URL('./grade.js', import.meta.url), 'verify')
  *
  * The completion and the row are copied into the thread as `structuredClone` does: functions are refused, and
- * instances of classes arrive as plain objects. In TypeScript sources `./grade.js` may stand for `./grade.ts`.
+ * instances of classes arrive as plain objects. In TypeScript sources `./grade.js` may stand for
+ * `./grade.ts`.
  *
  * @param module URL of the module's file
  * @param exportName name of the exported function, which may be async
- * @throws MerfError INVALID_ARGUMENT, FILE_NOT_FOUND; the verifier itself rejects with VERIFIER_TIMEOUT, ABORTED, and
- * with VERIFIER_FAILED where the export throws (its message is kept), returns neither text nor a number, or ends its
- * thread, and where a completion or row cannot be copied
+ * @throws MerfError INVALID_ARGUMENT, FILE_NOT_FOUND; the verifier itself rejects with VERIFIER_TIMEOUT,
+ * ABORTED, and with VERIFIER_FAILED where the export throws (its message is kept), returns neither text nor a
+ * number, or ends its thread, and where a completion or row cannot be copied
  */
 export function inWorker<Row = unknown, Verdict extends string | number = string>(
   module: URL | string,
@@ -90,7 +91,7 @@ export function inWorker<Row = unknown, Verdict extends string | number = string
       if (name === 'DataCloneError') {
         throw new MerfError(
           'VERIFIER_FAILED',
-          `Expected a completion and a row that structuredClone can copy into a worker thread, but ${message}`,
+          `Expected a completion and a row that structuredClone copies into a thread, but ${message}`,
           { cause },
         );
       }
@@ -163,8 +164,8 @@ async function startPool(
 }
 
 /**
- * A module that lets a thread import TypeScript through tsx. tsx's own entry registers nothing in a thread, and a
- * tsconfig's path aliases could lead to sources of this library instead of to the one that runs.
+ * A module that lets a thread import TypeScript through tsx. tsx's own entry registers nothing in a thread,
+ * and a tsconfig's path aliases could lead to sources of this library instead of to the one that runs.
  */
 function typeScriptLoader(): string {
   const { resolve } = createRequire(import.meta.url);

@@ -117,7 +117,7 @@ describe('inWorker', () => {
     expect(uncopied).toMatchObject({
       code: 'VERIFIER_FAILED',
       message: expect.stringMatching(
-        /^Expected a completion and a row that structuredClone can copy.* could not be cloned/,
+        /^Expected a completion and a row that structuredClone copies.* could not be cloned/,
       ),
     });
     for (const [text, verdict] of [

@@ -112,6 +112,7 @@ const equal: Readonly<Record<string, Table>> = {
     ['(8,-2)', '\\left( 8, -2 \\right)'],
     ['\\left( 3, \\frac{\\pi}{2} \\right)', '(3,\\pi/2)'],
     ['\\langle 1,2\\rangle', '(1,2)'],
+    ['[1,2,3]', '(1,2,3)'],
     ['(x,y)=(1,2)', '(1,2)'],
     [
       '\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}',
@@ -298,7 +299,7 @@ describe('areEquivalent', () => {
     });
   }
 
-  test('takes the last side of an equation where a value is wanted, and no value for an equation', async () => {
+  test('takes the last side of an equation for a value, and no value for an equation', async () => {
     expect(await areEquivalent('m+n=113', '113')).toBe(true);
     expect(await areEquivalent('2+3=5', '5')).toBe(true);
     expect(await areEquivalent('m+n=113', 'm+n')).toBe(false);

@@ -140,7 +140,7 @@ describe('generated problems', () => {
   test('rows without a worked solution are not demonstrated', async () => {
     const task = await getTask('math');
     expect(() => task.demonstrate?.({ problem: 'How many?', answer: '1' })).toThrow(
-      'Expected rows with a worked solution to demonstrate but received one without: How many?',
+      'Expected a row with a worked solution to demonstrate but received How many?',
     );
   });
 });

@@ -1,4 +1,5 @@
-import { isWords, normalizeWords, type Token, Unreadable } from './latex.js';
+import { isWords, type Token, Unreadable } from './latex.js';
+import { canonicalUnit, currencies } from './units.js';
 
 /** An answer taken apart: what it is, down to the expressions, which `expression.ts` evaluates. */
 export type Answer = Words | List | FiniteSet | Tuple | Union | Matrix | Relation | Quantity;
@@ -65,20 +66,9 @@ const closers = new Set([')', ']', '}', '\\}', '\\rangle', '\\rfloor', '\\rceil'
 export const orderOperators = new Set(['<', '>', '\\le', '\\ge']);
 const relationOperators = new Set([
   ...orderOperators,
-  ...[
-    '=',
-    '\\ne',
-    '\\in',
-    '\\approx',
-    '\\equiv',
-    '\\sim',
-    '\\cong',
-    '\\subset',
-    '\\subseteq',
-    '\\to',
-    '\\notin',
-  ],
-  ...['\\perp', '\\parallel'],
+  ...'= \\ne \\in \\approx \\equiv \\sim \\cong \\subset \\subseteq \\to \\notin \\perp \\parallel'.split(
+    ' ',
+  ),
 ]);
 
 /** @throws Unreadable */
@@ -171,7 +161,10 @@ function parseRelation(tokens: readonly Token[], source: string): Answer | undef
   return { kind: 'relation', source, operators, sides };
 }
 
-/** Whether a side of an equation only names the other: `x`, `x_1`, `f(x)`, `(x, y)`, `AB`, `\angle A`, `\text{Area}`. */
+/**
+ * Whether a side of an equation only names the other: `x`, `x_1`, `f(x)`, `(x, y)`, `AB`, `\angle A`,
+ * `\text{Area}`.
+ */
 export function isName(side: Answer): boolean {
   if (side.kind === 'words') return true;
   if (side.kind === 'tuple') return side.items.every(isName);
@@ -182,6 +175,17 @@ const namePattern = /^(?:[a-zA-Z]|\\[a-z]+)(?: _ \{ \S+ \})?(?: ')?(?: \( [a-zA-
 
 /** Angles and lines, by their points. */
 const figurePattern = /^(?:(?:m )?\\angle|[A-Z])(?: [A-Z]){1,3}$/;
+
+const mirrored: Readonly<Record<string, string>> = { '<': '>', '>': '<', '\\le': '\\ge', '\\ge': '\\le' };
+
+/** The relation read from right to left: `2 < x` for `x > 2`. */
+export function reversed(relation: Relation): Relation {
+  return {
+    ...relation,
+    operators: relation.operators.map((operator) => mirrored[operator] ?? operator).reverse(),
+    sides: [...relation.sides].reverse(),
+  };
+}
 
 /** What stands in one pair of brackets as a whole. */
 function parseBracketed(tokens: readonly Token[], source: string): Answer | undefined {
@@ -223,7 +227,7 @@ function parseSet(inner: readonly Token[], source: string): Answer {
 
 function parseMatrix(open: Token, close: Token, inner: readonly Token[], source: string): Answer | undefined {
   const name = open.slice('\\begin{'.length, -1);
-  if (close !== `\\end{${name}}` || !/^(?:[pbBvV]?matrix|smallmatrix|array)$/.test(name)) return undefined;
+  if (close !== `\\end{${name}}` || !/^(?:[pbB]?matrix|smallmatrix|array)$/.test(name)) return undefined;
   const rows = split(inner, (token) => token === '\\\\').filter((row) => row.length > 0);
   return {
     kind: 'matrix',
@@ -239,14 +243,6 @@ function parseAlternatives(tokens: readonly Token[], source: string): Answer | u
     parseAnswer(tokens.map((token) => (token === '\\pm' ? plus : token === '\\mp' ? minus : token)));
   return { kind: 'list', source, items: [choose('+', '-'), choose('-', '+')] };
 }
-
-const currencies: Readonly<Record<string, string>> = {
-  $: 'dollar',
-  '¢': 'cent',
-  '£': 'pound',
-  '€': 'euro',
-  '¥': 'yen',
-};
 
 function parseQuantity(tokens: readonly Token[], source: string): Answer {
   const body = [...tokens];
@@ -310,55 +306,3 @@ function baseOf(body: readonly Token[]): string | undefined {
 }
 
 const numberWords = 'zero one two three four five six seven eight nine ten eleven twelve'.split(' ');
-
-const unitSynonyms: Readonly<Record<string, string>> = {
-  centimeter: 'cm',
-  centimetre: 'cm',
-  millimeter: 'mm',
-  millimetre: 'mm',
-  meter: 'm',
-  metre: 'm',
-  kilometer: 'km',
-  kilometre: 'km',
-  inche: 'inch',
-  in: 'inch',
-  foot: 'ft',
-  feet: 'ft',
-  yd: 'yard',
-  mi: 'mile',
-  gram: 'g',
-  kilogram: 'kg',
-  lb: 'pound',
-  hr: 'hour',
-  h: 'hour',
-  min: 'minute',
-  sec: 'second',
-  s: 'second',
-  usd: 'dollar',
-  buck: 'dollar',
-  deg: 'degree',
-  pct: 'percent',
-  percentage: 'percent',
-  liter: 'l',
-  litre: 'l',
-  mph: 'mile per hour',
-};
-
-/** A unit in one spelling: singular, abbreviated, with powers as `cm^2`. */
-function canonicalUnit(unit: string): string {
-  const words = normalizeWords(unit.replaceAll('/', ' per ')).split(' ');
-  const result: string[] = [];
-  let power = '';
-  for (const word of words) {
-    const [, name = '', exponent = ''] = /^(.*?)(\^\d+)?$/.exec(word) ?? [];
-    if (name === 'square' || name === 'sq') power = '^2';
-    else if (name === 'cubic' || name === 'cu') power = '^3';
-    else if (name !== '' && name !== 'of') {
-      const singular = name.length > 2 ? name.replace(/(?<!s)s$/, '') : name;
-      result.push(`${unitSynonyms[singular] ?? singular}${exponent || power}`);
-      power = '';
-    } else if (exponent !== '' && result.length > 0) result.push(`${result.pop()}${exponent}`);
-  }
-  if (power !== '') result.push(`unit${power}`);
-  return result.join(' ');
-}

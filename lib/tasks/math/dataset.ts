@@ -21,8 +21,8 @@ const problemColumns = ['prompt', 'problem', 'question'];
 const answerColumns = ['answer', 'solution'];
 
 /**
- * A row of published data: a problem and its answer, which may stand at the end of a worked solution, in the last
- * `\boxed{}` as in MATH or after `####` as in GSM8K.
+ * A row of published data: a problem and its answer, which may stand at the end of a worked solution, in the
+ * last `\boxed{}` as in MATH or after `####` as in GSM8K.
  *
  * @throws Error that names the column
  */

@@ -1,22 +1,33 @@
-import { type Answer, isName, orderOperators, parseAnswer, type Quantity, type Relation } from './answer.js';
+import {
+  type Answer,
+  isName,
+  orderOperators,
+  parseAnswer,
+  type Quantity,
+  type Relation,
+  reversed,
+  type Tuple,
+} from './answer.js';
+import { choiceOf, compareChoices } from './choice.js';
 import { constant, type Expression, loadParser, parserNeeded, readExpression } from './expression.js';
+import { type Interval, intervalsOf, isOrder, variableOf } from './intervals.js';
 import { hasCommaThousands, type Token, tokenize, Unreadable } from './latex.js';
 import { areProportional, hasValue, haveSameValues, orderOf } from './sampling.js';
 import { rational, renewBudget, TooMuchWork } from './value.js';
 
 export interface EquivalenceOptions {
   /**
-   * Largest relative difference of two constants that counts as none, such as 1e-4 for answers that may be rounded
-   * (default 0: a rounded decimal is another number than the fraction that it approximates).
+   * Largest relative difference of two constants that counts as none, such as 1e-4 for answers that may be
+   * rounded (default 0: a rounded decimal is another number than the fraction that it approximates).
    */
   readonly tolerance?: number;
 }
 
 /**
- * Whether an answer says the same as the reference: numbers in any notation, expressions with equal values, equations
- * and inequalities that say the same, sets and lists in any order, tuples and matrices entry by entry, intervals,
- * multiple choice, words. Units and percent signs may be left out; where both are there they must agree. Nothing is
- * run and nothing is rounded. False where nothing decides.
+ * Whether an answer says the same as the reference: numbers in any notation, expressions with equal values,
+ * equations and inequalities that say the same, sets and lists in any order, tuples and matrices entry by
+ * entry, intervals, multiple choice, words. Units and percent signs may be left out; where both are there
+ * they must agree. Nothing is run and nothing is rounded. False where nothing decides.
  *
  * @param answer LaTeX or plain text, as `extractAnswer` gives it
  * @param reference the known answer
@@ -98,58 +109,6 @@ function readingsOf(text: string): Answer[] {
   }
   return readings;
 }
-
-interface Choice {
-  readonly letter: string;
-  /** Whether the letter stands alone, without parentheses and without what it stands for. */
-  readonly isBare: boolean;
-  readonly isAlone: boolean;
-}
-
-/** The letter of a multiple choice: `(C)`, `\text{(C)}`, `C.`, `(C) 12`, `\textbf{C}`, `C`. */
-function choiceOf(text: string): Choice | undefined {
-  if (text.length > 200) return undefined;
-  const plain = text
-    .replace(/\\(?:text|textbf|textrm|mathrm|mathbf|mbox|bf|rm)\b\s*/g, '')
-    .replace(/\\[ ,;!]|~/g, ' ')
-    .replace(/[{}$*]|\\[()]/g, '')
-    .replace(/^\s*(?:option|choice|answer)\s+(?=\(?[A-J])/i, '')
-    .trim();
-  const isText = /^\\(?:text|textbf|textrm|mathrm|mbox)\s*\{\s*[A-J]\s*\}$/.test(text);
-  const inParentheses = /^\(([A-Ja-j])\)[.:]?(?:$|\s+[^\s+*/^=-])/.exec(plain)?.[1];
-  const letter = inParentheses ?? /^([A-J])(?:[).:](?:$|\s)|$)/.exec(plain)?.[1];
-  if (!letter) return undefined;
-  return {
-    letter: letter.toUpperCase(),
-    isBare: plain.length === 1 && !isText,
-    isAlone: /^\(?.\)?[.:]?$/.test(plain),
-  };
-}
-
-function compareChoices(answer: string, reference: string): boolean | undefined {
-  const wanted = choiceOf(reference);
-  if (!wanted) return undefined;
-  const given = choiceOf(answer);
-  if (!wanted.isAlone) return given && !given.isBare ? given.letter === wanted.letter : undefined;
-  if (given && !(given.isBare && wanted.isBare)) return given.letter === wanted.letter;
-  // A bare letter may be a variable as well.
-  return wanted.isBare ? undefined : false;
-}
-
-interface Interval {
-  readonly low: Answer;
-  readonly high: Answer;
-  readonly isLowClosed: boolean;
-  readonly isHighClosed: boolean;
-}
-
-const infinity: Quantity = { kind: 'quantity', source: '\\infty', body: ['\\infty'], isPercent: false };
-const minusInfinity: Quantity = {
-  kind: 'quantity',
-  source: '- \\infty',
-  body: ['-', '\\infty'],
-  isPercent: false,
-};
 
 /** Items of unordered collections beyond this number are compared in their order alone. */
 const maxUnordered = 24;
@@ -260,13 +219,13 @@ class Comparison {
       if (isSet) return this.#covers(left, right) && this.#covers(right, left);
       return this.#sameInAnyOrder(left, right, (x, y) => this.same(x, y));
     }
-    // A tuple is no set, and brackets say whether the ends of an interval belong to it.
+    // A tuple is no set, and the brackets around two numbers say whether the ends of an interval belong to
+    // it.
     if (a.kind === 'set' || b.kind === 'set') return false;
-    const isRound = (answer: Answer) =>
-      answer.kind !== 'tuple' || (answer.open !== '[' && answer.close !== ']');
-    if (a.kind === 'tuple' && b.kind === 'tuple' && isRound(a) !== isRound(b)) return false;
-    if (a.kind === 'tuple' && b.kind === 'tuple' && !isRound(a) && (a.open !== b.open || a.close !== b.close))
-      return false;
+    if (a.kind === 'tuple' && b.kind === 'tuple' && left.length === 2) {
+      const closed = ({ open, close }: Tuple) => `${open === '['} ${close === ']'}`;
+      if (closed(a) !== closed(b)) return false;
+    }
     return this.#sameInOrder(left, right);
   }
 
@@ -399,68 +358,11 @@ function shortened(relation: Relation): Relation {
   return { ...relation, operators: ['='], sides: [sides[0] as Answer, sides.at(-1) as Answer] };
 }
 
-const mirrored: Readonly<Record<string, string>> = { '<': '>', '>': '<', '\\le': '\\ge', '\\ge': '\\le' };
-
-function reversed(relation: Relation): Relation {
-  return {
-    ...relation,
-    operators: relation.operators.map((operator) => mirrored[operator] ?? operator).reverse(),
-    sides: [...relation.sides].reverse(),
-  };
-}
-
 function sidesOf(relation: Relation): readonly [Expression, Expression] | undefined {
   const [left, right] = relation.sides.map((side) =>
     side.kind === 'quantity' && !isSpecial(side.body) ? expressionOf(side.body) : undefined,
   );
   return left && right ? [left, right] : undefined;
-}
-
-function isOrder(relation: Relation): boolean {
-  return relation.operators.every((operator) => orderOperators.has(operator));
-}
-
-function isVariable(answer: Answer | undefined): answer is Quantity {
-  return answer?.kind === 'quantity' && /^(?:[a-zA-Z]|\\(?!infty|pi$)[a-z]+)$/.test(answer.source);
-}
-
-/** The variable that inequalities are about, where they name one. */
-function variableOf(answer: Answer): string | undefined {
-  if (answer.kind === 'list') return answer.items.map(variableOf).find((name) => name !== undefined);
-  return answer.kind === 'relation' ? answer.sides.find(isVariable)?.source : undefined;
-}
-
-/** The intervals that an answer is made of: brackets, unions of them, inequalities solved for one variable. */
-function intervalsOf(answer: Answer): Interval[] | undefined {
-  if (answer.kind === 'union' || answer.kind === 'list') {
-    const parts = (answer.kind === 'union' ? answer.parts : answer.items).map(intervalsOf);
-    if (answer.kind === 'list' && new Set(answer.items.map(variableOf)).size !== 1) return undefined;
-    return parts.every((part) => part !== undefined) ? parts.flat() : undefined;
-  }
-  if (answer.kind === 'tuple') {
-    const [low, high] = answer.items;
-    if (answer.items.length !== 2 || !low || !high || !/[([]/.test(answer.open)) return undefined;
-    return [{ low, high, isLowClosed: answer.open === '[', isHighClosed: answer.close === ']' }];
-  }
-  if (answer.kind !== 'relation' || !isOrder(answer)) return undefined;
-  const upward = answer.operators.every((operator) => operator === '<' || operator === '\\le');
-  const { operators, sides } = upward ? answer : reversed(answer);
-  if (!operators.every((operator) => operator === '<' || operator === '\\le')) return undefined;
-  const [first, second, third] = sides;
-  const isClosed = operators.map((operator) => operator === '\\le');
-  if (sides.length === 3 && first && third && isVariable(second)) {
-    return [
-      { low: first, high: third, isLowClosed: isClosed[0] === true, isHighClosed: isClosed[1] === true },
-    ];
-  }
-  if (sides.length !== 2 || !first || !second) return undefined;
-  if (isVariable(first)) {
-    return [{ low: minusInfinity, high: second, isLowClosed: false, isHighClosed: isClosed[0] === true }];
-  }
-  if (isVariable(second)) {
-    return [{ low: first, high: infinity, isLowClosed: isClosed[0] === true, isHighClosed: false }];
-  }
-  return undefined;
 }
 
 function rowsOf(answer: Answer): readonly (readonly Answer[])[] | undefined {
@@ -474,7 +376,10 @@ function itemsOf(answer: Answer): readonly Answer[] | undefined {
   return answer.kind === 'quantity' ? [answer] : undefined;
 }
 
-/** Numerals with a base: the same digits, or the same number in two bases. A base that one leaves out is the other's. */
+/**
+ * Numerals with a base: the same digits, or the same number in two bases. A base that one leaves out is the
+ * other's.
+ */
 function sameInBases(a: Quantity, b: Quantity): boolean {
   const [left, right] = [a.body[0] as string, b.body[0] as string];
   if (a.base === undefined || b.base === undefined || a.base === b.base) {

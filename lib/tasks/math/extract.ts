@@ -2,9 +2,9 @@
 const marks = /\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*\{?|\\.|[{}]/gs;
 
 /**
- * The final answer that a completion names: what is in the last complete `\boxed{…}` or `\fbox{…}`, inside the last
- * `<answer>` … `</answer>` where there are tags; without a box all that is between the tags, or what follows the last
- * `####`, as in GSM8K. Undefined where there is none or it is empty.
+ * The final answer that a completion names: what is in the last complete `\boxed{…}` or `\fbox{…}`, inside
+ * the last `<answer>` … `</answer>` where there are tags; without a box all that is between the tags, or what
+ * follows the last `####`, as in GSM8K. Undefined where there is none or it is empty.
  */
 export function extractAnswer(text: string): string | undefined {
   const tagged = lastTagged(text);
@@ -12,7 +12,9 @@ export function extractAnswer(text: string): string | undefined {
   return lastBoxed(text) ?? afterHashes(text);
 }
 
-/** The contents of the last box whose braces close, trimmed; `\boxed 42` counts up to the next space or `$`. */
+/**
+ * The contents of the last box whose braces close, trimmed; `\boxed 42` counts up to the next space or `$`.
+ */
 export function lastBoxed(text: string): string | undefined {
   let last: string | undefined;
   // Where each brace that is still open has its contents; undefined for those that open no box.

@@ -3,8 +3,8 @@ import { areEquivalent } from './equivalence.js';
 import { extractAnswer } from './extract.js';
 
 /**
- * The verifier of correctness, which runs in a worker thread: `right` where the answer after the reasoning says the
- * same as the known one, `unreadable` where there is none.
+ * The verifier of correctness, which runs in a worker thread: `right` where the answer after the reasoning
+ * says the same as the known one, `unreadable` where there is none.
  */
 export async function verify(
   completion: ParsedCompletion,

@@ -31,8 +31,9 @@ export const mathInstruction =
 export const mathInstructionBesidesBox = `${thinkFirst}answer.`;
 
 /**
- * Mathematics with a final answer in `\boxed{}`: any file of problems and answers, such as MATH500, AIME, AMC or GSM8K,
- * or generated word problems. Answers count where they say the same as the known one, in whatever notation.
+ * Mathematics with a final answer in `\boxed{}`: any file of problems and answers, such as MATH500, AIME, AMC
+ * or GSM8K, or generated word problems. Answers count where they say the same as the known one, in whatever
+ * notation.
  */
 export const math = defineTask({
   name: 'math',
@@ -52,7 +53,7 @@ export const math = defineTask({
       if (reasoning !== undefined) return completionOf(reasoning, answer);
       throw new MerfError(
         'INVALID_ARGUMENT',
-        `Expected rows with a worked solution to demonstrate but received one without: ${problem.slice(0, 80)}`,
+        `Expected a row with a worked solution to demonstrate but received ${problem.slice(0, 80)}`,
       );
     },
     check: {

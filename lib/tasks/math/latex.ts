@@ -65,8 +65,6 @@ const characters: Readonly<Record<string, string>> = {
   '，': ',',
   '（': '(',
   '）': ')',
-  '“': '"',
-  '”': '"',
   '’': "'",
 };
 const unusual = new RegExp(`[${Object.keys(characters).join('')}]`, 'gu');
@@ -80,7 +78,7 @@ const spellings: Readonly<Record<string, string>> = {
   '\\tbinom': '\\binom',
 };
 
-/** Commands that say the same as the token after the colon; an empty one says nothing. */
+/** Commands that say the same as the token after the colon. */
 const synonyms: Readonly<Record<string, string>> = {
   '\\leq': '\\le',
   '\\leqslant': '\\le',
@@ -119,102 +117,54 @@ const synonyms: Readonly<Record<string, string>> = {
   '\\arctg': '\\arctan',
   '\\tg': '\\tan',
   '\\ctg': '\\cot',
-  '\\left': '',
-  '\\right': '',
-  '\\bigl': '',
-  '\\bigr': '',
-  '\\Bigl': '',
-  '\\Bigr': '',
-  '\\biggl': '',
-  '\\biggr': '',
-  '\\big': '',
-  '\\Big': '',
-  '\\bigg': '',
-  '\\Bigg': '',
-  '\\displaystyle': '',
-  '\\textstyle': '',
-  '\\scriptstyle': '',
-  '\\limits': '',
-  '\\nolimits': '',
-  '\\quad': '',
-  '\\qquad': '',
-  '\\thinspace': '',
-  '\\enspace': '',
-  '\\bf': '',
-  '\\rm': '',
-  '\\it': '',
-  '\\cal': '',
-  '\\nonumber': '',
-  '\\strut': '',
-  '\\mathstrut': '',
-  '\\,': '',
-  '\\;': '',
-  '\\:': '',
-  '\\!': '',
-  '\\>': '',
-  '\\ ': '',
-  '\\\n': '',
-  '\\/': '',
-  '\\-': '',
-  '\\(': '',
-  '\\)': '',
-  '\\[': '',
-  '\\]': '',
-  '~': '',
 };
 
-/** Commands whose argument is set in upright letters: words, or a function's name. */
-const wordCommands = new Set([
-  ...['\\text', '\\textbf', '\\textit', '\\textrm', '\\textsf', '\\texttt', '\\textnormal', '\\textup'],
-  ...['\\mbox', '\\hbox', '\\emph', '\\mathrm', '\\operatorname', '\\operatorname*', '\\underline'],
-]);
-/** Commands whose argument is read as if they were not there. */
-const styleCommands = new Set([
-  ...['\\mathbf', '\\mathit', '\\mathsf', '\\mathtt', '\\boldsymbol', '\\bm', '\\mathcal', '\\mathnormal'],
-  ...[
-    '\\boxed',
-    '\\fbox',
-    '\\framebox',
-    '\\ensuremath',
-    '\\vec',
-    '\\textcolor',
-    '\\color',
-    '\\mathrel',
-    '\\mathbin',
-  ],
-]);
-/** Commands that vanish with their argument. */
-const spaceCommands = new Set([
-  '\\hspace',
-  '\\hspace*',
-  '\\vspace',
-  '\\phantom',
-  '\\hphantom',
-  '\\vphantom',
-  '\\label',
-]);
-/** Commands whose first argument is no part of the answer, as the name of a colour. */
-const colorCommands = new Set(['\\textcolor', '\\color']);
+function setOf(words: string): ReadonlySet<string> {
+  return new Set(words.split(' '));
+}
 
-const functions = new Set([
-  ...['sin', 'cos', 'tan', 'cot', 'sec', 'csc', 'arcsin', 'arccos', 'arctan', 'arccot', 'arcsec', 'arccsc'],
-  ...[
-    'sinh',
-    'cosh',
-    'tanh',
-    'coth',
-    'arcsinh',
-    'arccosh',
-    'arctanh',
-    'ln',
-    'log',
-    'exp',
-    'sqrt',
-    'gcd',
-    'lcm',
-  ],
-  ...['max', 'min', 'det'],
+/** Commands that say nothing: sizes, styles and space. */
+const silent = setOf(
+  '\\left \\right \\bigl \\bigr \\Bigl \\Bigr \\biggl \\biggr \\big \\Big \\bigg \\Bigg ' +
+    '\\displaystyle \\textstyle \\scriptstyle \\limits \\nolimits \\quad \\qquad \\thinspace ' +
+    '\\enspace \\bf \\rm \\it \\cal \\nonumber \\strut \\mathstrut',
+);
+const silentSigns = new Set([
+  '\\,',
+  '\\;',
+  '\\:',
+  '\\!',
+  '\\>',
+  '\\ ',
+  '\\\n',
+  '\\/',
+  '\\-',
+  '\\(',
+  '\\)',
+  '\\[',
+  '\\]',
+  '~',
 ]);
+
+/** Commands whose argument is set in upright letters: words, or the name of a function. */
+const wordCommands = setOf(
+  '\\text \\textbf \\textit \\textrm \\textsf \\texttt \\textnormal \\textup \\mbox \\hbox ' +
+    '\\emph \\mathrm \\operatorname \\operatorname* \\underline',
+);
+/** Commands whose argument is read as if they were not there. */
+const styleCommands = setOf(
+  '\\mathbf \\mathit \\mathsf \\mathtt \\boldsymbol \\bm \\mathcal \\mathnormal \\boxed \\fbox ' +
+    '\\framebox \\ensuremath \\vec \\textcolor \\color \\mathrel \\mathbin',
+);
+/** Commands that vanish with their argument. */
+const spaceCommands = setOf('\\hspace \\hspace* \\vspace \\phantom \\hphantom \\vphantom \\label');
+/** Commands whose first argument is no part of the answer, as the name of a colour. */
+const colorCommands = setOf('\\textcolor \\color');
+
+const functions = setOf(
+  'sin cos tan cot sec csc arcsin arccos arctan arccot arcsec arccsc sinh cosh tanh coth ' +
+    'arcsinh arccosh arctanh ln log exp sqrt gcd lcm max min det',
+);
 /** Names in plain text that stand for a command. */
 const names: Readonly<Record<string, string>> = {
   ...Object.fromEntries([...functions].map((name) => [name, `\\${name}`])),
@@ -234,9 +184,21 @@ const names: Readonly<Record<string, string>> = {
   frac: '\\frac',
 };
 
-const scanner =
-  /\\(?:(?:operatorname|hspace|vspace)\*|[a-zA-Z]+|[\s\S])|\d+(?:\.(?:\d+|(?=\\overline)))?|\.\d+|[a-zA-Z]+|\s+|[\s\S]/gu;
-/** A numeral whose thousands are parted by what can part nothing else: `1{,}000`, `1,\!000`, `1\,000`, `10 000`. */
+/** Commands, numerals (perhaps before repeating digits), words, white space, and any other character. */
+const scanner = new RegExp(
+  [
+    /\\(?:(?:operatorname|hspace|vspace)\*|[a-zA-Z]+|[\s\S])/,
+    /\d+(?:\.(?:\d+|(?=\\overline)))?|\.\d+/,
+    /[a-zA-Z]+|\s+|[\s\S]/,
+  ]
+    .map((pattern) => pattern.source)
+    .join('|'),
+  'gu',
+);
+/**
+ * A numeral whose thousands are parted by what can part nothing else: `1{,}000`, `1,\!000`, `1\,000`, `10
+ * 000`.
+ */
 const clearThousands = /(?<![\d.])\d{1,3}(?:(?:\{,\}|,\s?\\!\s?|\\[,;: ]| )\d{3})+(?![\d])/g;
 /** A whole answer that is one numeral with commas, perhaps with a sign, a currency or a unit around it. */
 const commaThousands = /(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])/g;
@@ -256,9 +218,9 @@ export function tokenize(text: string, joinThousands = false): Token[] {
   if (text.length > maxLength) throw new Unreadable('the answer is too long');
   let source = text
     .replace(unusual, (character) => characters[character] as string)
-    // Space between the rows of a matrix, and what Markdown sets in bold.
+    // Space between the rows of a matrix, what Markdown sets in bold, and quotation marks.
     .replace(/(?<=\\\\)\s*\[-?[\d.]+\s?(?:pt|em|ex|mm|cm)\]/g, '')
-    .replace(/^\*\*|\*\*$/g, '')
+    .replace(/^\*\*|\*\*$|["“”]/g, '')
     .replace(clearThousands, (numeral) => numeral.replace(/\D/g, ''))
     .trim();
   if (joinThousands) source = source.replace(commaThousands, (numeral) => numeral.replaceAll(',', ''));
@@ -284,7 +246,9 @@ export function tokenize(text: string, joinThousands = false): Token[] {
   return tokens;
 }
 
-/** The words of an answer that is nothing but words in plain text; a single letter or two may be variables. */
+/**
+ * The words of an answer that is nothing but words in plain text; a single letter or two may be variables.
+ */
 function plainWords(source: string): string | undefined {
   if (!/^[a-zA-Z][a-zA-Z\s'’.,-]*$/.test(source)) return undefined;
   return !source.includes(',') && areWords(source) ? normalizeWords(source) : undefined;
@@ -300,65 +264,12 @@ function isFunctional(word: string): boolean {
   return Object.hasOwn(names, word);
 }
 
-/** Short words that follow numbers as units and are no product of variables. */
-const unitWords = new Set([
-  ...[
-    'cm',
-    'mm',
-    'km',
-    'ft',
-    'kg',
-    'mg',
-    'lb',
-    'lbs',
-    'oz',
-    'hr',
-    'hrs',
-    'min',
-    'sec',
-    'mph',
-    'kph',
-    'mi',
-    'yd',
-    'pm',
-  ],
-  ...[
-    'am',
-    'usd',
-    'men',
-    'day',
-    'cat',
-    'dog',
-    'cup',
-    'sq',
-    'rad',
-    'deg',
-    'yrs',
-    'year',
-    'inch',
-    'pts',
-    'ways',
-    'odd',
-  ],
-  ...[
-    'yes',
-    'no',
-    'red',
-    'boy',
-    'girl',
-    'one',
-    'two',
-    'six',
-    'ten',
-    'mon',
-    'tue',
-    'wed',
-    'thu',
-    'fri',
-    'sat',
-    'sun',
-  ],
-]);
+/** Short words that follow numbers as units or answer by themselves, and are no product of variables. */
+const unitWords = setOf(
+  'cm mm km ft kg mg lb lbs oz hr hrs min sec mph kph mi yd pm am usd men day cat dog cup sq ' +
+    'rad deg yrs year inch pts ways odd yes no red boy girl one two six ten mon tue wed thu fri ' +
+    'sat sun',
+);
 
 export function normalizeWords(text: string): string {
   return text
@@ -458,8 +369,7 @@ class Reader {
       this.#position++;
       return;
     }
-    const token = synonyms[raw] ?? raw;
-    if (token !== '') tokens.push(token);
+    if (!silent.has(raw) && !silentSigns.has(raw)) tokens.push(synonyms[raw] ?? raw);
   }
 
   /** The rest of the group whose opening brace was read. */
@@ -477,7 +387,9 @@ class Reader {
     return this.#raw[this.#position];
   }
 
-  /** @param digits how many digits of a numeral without braces are taken, as TeX does; all of them by default */
+  /**
+   * @param digits how many digits of a numeral without braces are taken, as TeX does; all of them by default
+   */
   #argument(depth: number, digits?: number): Token[] {
     const raw = this.#next();
     if (raw === undefined || raw === '}') throw new Unreadable('an argument is missing');

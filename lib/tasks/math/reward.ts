@@ -5,8 +5,8 @@ import type { MathRow } from './dataset.js';
 import { lastBoxed } from './extract.js';
 
 /**
- * Whether `<think>` and `</think>` occur exactly once, in this order, and a box with something in it follows, whatever
- * stands around them.
+ * Whether `<think>` and `</think>` occur exactly once, in this order, and a box with something in it follows,
+ * whatever stands around them.
  */
 export function hasDemandedFormat(text: string): boolean {
   const open = text.indexOf('<think>');
@@ -23,8 +23,8 @@ const grade = inWorker<MathRow>(new URL('./grade.js', import.meta.url), 'verify'
 });
 
 /**
- * Format and correctness with the points of knights and knaves (arXiv 2506.18485): a wrong format leaves the answer
- * unread. Answers are compared in worker threads.
+ * Format and correctness with the points of knights and knaves (arXiv 2506.18485): a wrong format leaves the
+ * answer unread. Answers are compared in worker threads.
  */
 export const mathReward: RewardSpec<MathRow> = new RewardSpec({
   name: 'math',

@@ -23,9 +23,10 @@ type Verdict = boolean | undefined;
 type Judge = (values: readonly Value[], arithmetic: Arithmetic, assignment: Assignment) => Verdict;
 
 /**
- * Whether two expressions have the same values: exactly for rational ones, else to 40 digits, at random points where
- * there are variables. Variables are real, and points count where both sides have a value, which is a complex one
- * where the imaginary unit occurs or too few real ones exist. False where nothing can be decided.
+ * Whether two expressions have the same values: exactly for rational ones, else to 40 digits, at random
+ * points where there are variables. Variables are real, and points count where both sides have a value, which
+ * is a complex one where the imaginary unit occurs or too few real ones exist. False where nothing can be
+ * decided.
  *
  * @param tolerance largest relative difference of constants that counts as none
  */
@@ -46,8 +47,8 @@ export function haveSameValues(left: Expression, right: Expression, tolerance = 
 }
 
 /**
- * Whether two relations, each given by its two sides, say the same: their differences of sides are in one ratio,
- * whatever the variables are, and for inequalities a positive one.
+ * Whether two relations, each given by its two sides, say the same: their differences of sides are in one
+ * ratio, whatever the variables are, and for inequalities a positive one.
  */
 export function areProportional(
   left: readonly [Expression, Expression],
@@ -110,8 +111,8 @@ function sample(expressions: readonly Expression[], judge: Judge, needed = least
 }
 
 /**
- * Numbers of several kinds: of either sign, positive, between 0 and 1, whole. The denominators are odd, so that powers
- * of negative numbers have real values.
+ * Numbers of several kinds: of either sign, positive, between 0 and 1, whole. The denominators are odd, so
+ * that powers of negative numbers have real values.
  */
 const kinds: readonly ((random: Random) => Value)[] = [
   (random) => rational(BigInt(random.below(195) - 97), random.pick([3n, 7n, 11n, 13n])),

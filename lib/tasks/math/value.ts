@@ -1,9 +1,9 @@
 import { Decimal } from 'decimal.js';
 
 /**
- * A number: an exact rational wherever the operations allow it, else a decimal, else a complex one of two decimals.
- * An operation that has no value (a division by 0, a root that is not real where complex numbers are off, a result
- * too large to be exact) gives undefined.
+ * A number: an exact rational wherever the operations allow it, else a decimal, else a complex one of two
+ * decimals. An operation that has no value (a division by 0, a root that is not real where complex numbers
+ * are off, a result too large to be exact) gives undefined.
  */
 export type Value = Rational | Real | Complex;
 
@@ -27,7 +27,10 @@ export interface Complex {
 
 export type Maybe = Value | undefined;
 
-/** Exact numbers have at most so many bits; what would need more has no value, so that none is wrong in silence. */
+/**
+ * Exact numbers have at most so many bits; what would need more has no value, so that none is wrong in
+ * silence.
+ */
 const maxBits = 1 << 17;
 /** The largest number whose factorial is computed. */
 const maxFactorial = 2000;
@@ -172,7 +175,10 @@ export class Arithmetic {
     return this.exp(this.multiply(exponent, this.ln(base)));
   }
 
-  /** The root of a whole degree: exact where it is rational, the real one of a negative number for odd degrees. */
+  /**
+   * The root of a whole degree: exact where it is rational, the real one of a negative number for odd
+   * degrees.
+   */
   root(a: Maybe, degree: bigint): Maybe {
     if (!a || degree < 1n || degree > 10_000n) return undefined;
     if (degree === 1n) return a;
@@ -210,7 +216,10 @@ export class Arithmetic {
     return this.#complex(this.magnitude(a).ln(), this.#D.atan2(im, re));
   }
 
-  /** Exact where the logarithm is a whole number or a fraction with a small denominator, as of 8 to the base 4. */
+  /**
+   * Exact where the logarithm is a whole number or a fraction with a small denominator, as of 8 to the base
+   * 4.
+   */
   logarithm(a: Maybe, base: Maybe): Maybe {
     const result = this.divide(this.ln(a), this.ln(base));
     if (result?.kind !== 'real' || a?.kind !== 'rational' || base?.kind !== 'rational') return result;
@@ -304,7 +313,10 @@ export class Arithmetic {
     return a.kind === 'real' ? a.value.isZero() : a.re.isZero() && a.im.isZero();
   }
 
-  /** Negative, zero or positive as `a` is less than, equal to or greater than `b`; undefined for complex numbers. */
+  /**
+   * Negative, zero or positive as `a` is less than, equal to or greater than `b`; undefined for complex
+   * numbers.
+   */
   compare(a: Maybe, b: Maybe): number | undefined {
     if (!a || !b || a.kind === 'complex' || b.kind === 'complex') return undefined;
     if (a.kind === 'rational' && b.kind === 'rational') {
