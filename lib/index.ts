@@ -3,6 +3,11 @@ export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
 export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';
+export {
+  type AdvantageKind,
+  type GroupAdvantagesOptions,
+  groupAdvantages,
+} from './kernels/group-advantages.js';
 export * as kernels from './kernels/index.js';
 export * from './policy/index.js';
 export {

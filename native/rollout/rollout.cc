@@ -130,7 +130,7 @@ class Sampler {
     if (prefilled) decode();
     result_.decode_seconds = seconds_since(decode_start);
     finish_aborted();
-    model_.keep(std::move(kept_));
+    model_.set_activation_cache(std::move(kept_));
     collect();
     return std::move(result_);
   }
@@ -203,7 +203,7 @@ class Sampler {
   bool live_changed_ = true;
   Activations buffers_, step_activations_;
   bool staged_ = false;  // what is kept is put into its place at the end of a step
-  std::unique_ptr<KeptForward> kept_;
+  std::unique_ptr<ActivationCache> kept_;
   std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
   std::vector<int32_t> drawn_sequences_, drawn_tokens_;
@@ -285,7 +285,7 @@ void Sampler::make_buffers() {
 }
 
 void Sampler::make_kept() {
-  std::unique_ptr<KeptForward> before = model_.take_kept();
+  std::unique_ptr<ActivationCache> before = model_.take_activation_cache();
   if (request_.keep_bytes == 0) return;
   int64_t rows = 0;
   for (const PrefillPass& pass : split_prefill(request_.visible_until, kPrefillTokens)) {
@@ -293,9 +293,9 @@ void Sampler::make_kept() {
   }
   for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
   try {
-    std::vector<Tensor> gradients = model_.lend_gradients();
+    std::vector<Tensor> gradients = model_.borrow_gradients();
     const auto within = [&](int64_t count) {
-      return KeptForward::layers_within(request_.keep_bytes, config_, count, gradients);
+      return ActivationCache::layers_within(request_.keep_bytes, config_, count, gradients);
     };
     // New memory costs time, so there is room for the next prompts, which may be a little longer, and what there is serves
     // where it is not much less than could be.
@@ -310,7 +310,7 @@ void Sampler::make_kept() {
       return;
     }
     before.reset();
-    kept_ = std::make_unique<KeptForward>(backend_, config_, roomy, layers, std::move(gradients));
+    kept_ = std::make_unique<ActivationCache>(backend_, config_, roomy, layers, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
@@ -360,7 +360,7 @@ void Sampler::prefill_pass(const PrefillPass& pass) {
   const Forest forest = model_.upload_forest(tokens, positions, visible_until);
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
-  Activations activations = transformer.make_activations(arena_, forest.tokens, Holds::nothing);
+  Activations activations = transformer.make_activations(arena_, forest.tokens, SavedLayers::none);
   if (kept_) {
     activations = kept_->next(forest.tokens, activations);
     const int64_t first = kept_->used() - (pass.end - pass.begin);
@@ -548,7 +548,7 @@ void Sampler::decode() {
   if (waiting_.empty()) return;
   max_live_ = std::min(live_.capacity(), waiting_.size());
   const int64_t rows = recorder_.step_rows(static_cast<int64_t>(max_live_));
-  buffers_ = model_.transformer().make_activations(arena_, rows, Holds::nothing);
+  buffers_ = model_.transformer().make_activations(arena_, rows, SavedLayers::none);
   staged_ = kept_ && recorder_.records();
   if (staged_) kept_->stage(arena_, rows, buffers_);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
@@ -753,7 +753,7 @@ Error out_of_memory(const Error& error, Model& model, const SampleRequest& reque
   const int64_t logits = 2 * std::min(backend.info().logits_bytes, 4 * config.vocab_size * sequences);
   const int64_t fixed = longest * per_token + logits;
   Arena counted;
-  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), Holds::nothing);
+  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), SavedLayers::none);
   const int64_t activations = static_cast<int64_t>(counted.taken());
   const int64_t fit =
       count_that_fits(tokens, tokens * per_token + activations, backend.memory_free() - fixed);
