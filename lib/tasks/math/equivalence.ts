@@ -87,12 +87,13 @@ function compare(answer: string, reference: string, options: EquivalenceOptions)
   if (verdict !== undefined) return verdict;
   // Commas may part thousands or the items of a list; either reading will do where it fits the other answer.
   const comparison = new Comparison(options.tolerance ?? 0);
-  const readings = readingsOf(given);
   renewBudget(maxWork);
   try {
+    const readings = readingsOf(given);
     return readingsOf(wanted).some((right) => readings.some((left) => comparison.same(left, right)));
   } catch (error) {
-    if (error instanceof TooMuchWork) return false;
+    // An overflow of the stack or of a number's size is too much work as well.
+    if (error instanceof TooMuchWork || error instanceof RangeError) return false;
     throw error;
   }
 }

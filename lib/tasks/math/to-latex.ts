@@ -13,8 +13,8 @@ const passed: ReadonlySet<string> = new Set(
 const greek: ReadonlySet<string> = new Set(
   (
     '\\alpha \\beta \\gamma \\delta \\epsilon \\varepsilon \\zeta \\eta \\theta \\iota \\kappa \\lambda ' +
-    '\\mu \\nu \\xi \\rho \\sigma \\tau \\upsilon \\phi \\chi \\psi \\omega \\Gamma \\Delta \\Theta \\Lambda ' +
-    '\\Xi \\Sigma \\Phi \\Psi \\Omega \\ell'
+    '\\mu \\nu \\xi \\rho \\sigma \\tau \\upsilon \\phi \\chi \\psi \\omega \\Gamma \\Delta \\Theta ' +
+    '\\Lambda \\Xi \\Sigma \\Phi \\Psi \\Omega \\ell'
   ).split(' '),
 );
 /**
