@@ -3,6 +3,7 @@
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from 'merf';
+import { agentMarkdown, agentTurns, measureAgent, turnTokens } from './agent.js';
 import { bestRates, measureMatrixRates, operationsOf, peakRate, secondsOf } from './floor.js';
 import { launchesText } from './launches.js';
 import { measureOperators } from './operators.js';
@@ -27,8 +28,8 @@ export interface BenchOptions {
   /** Measured beside merf; `none` alone: no peers. Default: those that are installed. */
   peers?: string[];
   /**
-   * For all measured rounds together. Default 15, 10 where no peers are named, 8 for `scaling`. Peers that were named are
-   * measured at least once, whatever it takes.
+   * For all measured rounds together. Default 15, 10 where no peers are named, 8 for `scaling`, 5 for `agent`. Peers
+   * that were named are measured at least once, whatever it takes.
    */
   minutes?: number;
   /** Default: f32, and bf16 where the processor multiplies it in hardware. */
@@ -43,6 +44,8 @@ export interface BenchOptions {
   out?: string;
   profile?: boolean;
   scaling?: boolean;
+  /** Measures the rollout of episodes of several turns instead, with a session and without. */
+  agent?: boolean;
   /** Counts launches instead; with `device: 'cuda-emulated'` alone. */
   launches?: boolean;
   device?: string;
@@ -62,8 +65,12 @@ export async function bench(options: BenchOptions): Promise<boolean> {
     return true;
   }
   const { fastBf16, threads } = options.processor;
-  if (options.profile && options.scaling) {
-    throw new MerfError('INVALID_ARGUMENT', 'Expected one of --profile and --scaling but received both');
+  const alone = (['profile', 'scaling', 'agent'] as const).filter((name) => options[name]);
+  if (alone.length > 1) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected one of --profile, --scaling and --agent but received ${alone.map((name) => `--${name}`).join(' and ')}`,
+    );
   }
   const peers = choosePeers(options.peers);
   const sizes = options.sizes === undefined ? grpoSizes : parseSizes(options.sizes);
@@ -76,7 +83,9 @@ export async function bench(options: BenchOptions): Promise<boolean> {
   }
   const done = options.scaling
     ? await scaling(options, workload, fastest)
-    : await steps(options, workload, dtypes, peers);
+    : options.agent
+      ? await agent(options, workload, fastest)
+      : await steps(options, workload, dtypes, peers);
   say(`Done after ${Math.round((performance.now() - start) / 1000)} s`);
   return done;
 }
@@ -146,6 +155,33 @@ async function scaling(options: BenchOptions, workload: Workload, dtype: Dtype):
     '-scaling.md': text,
     '-scaling.json': `${JSON.stringify(json, null, 2)}\n`,
     ...(plot === undefined ? {} : { '-scaling.svg': plot }),
+  });
+  return true;
+}
+
+async function agent(options: BenchOptions, workload: Workload, dtype: Dtype): Promise<boolean> {
+  const { completionTokens, promptTokens } = workload.sizes;
+  if (completionTokens >= turnTokens) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected --sizes with completions of fewer than ${turnTokens} tokens for --agent but received ${completionTokens}`,
+    );
+  }
+  const tokens = promptTokens + agentTurns * turnTokens;
+  if (tokens > workload.config.maxPositions) {
+    throw new MerfError(
+      'CONTEXT_EXCEEDED',
+      `Expected episodes of at most ${workload.config.maxPositions} tokens, the model's context, but received ${tokens}`,
+    );
+  }
+  const machine = machineOf(options);
+  const measured = await measureAgent(workload, dtype, machine.threads, 60 * (options.minutes ?? 5));
+  const text = agentMarkdown(machine, workload, dtype, measured);
+  process.stdout.write(`\n${text}\n`);
+  const json = { ...machine, model: workload.title, dtype, ...workload.sizes, ...measured };
+  writeResults(machine.processor, options.out, {
+    '-agent.md': text,
+    '-agent.json': `${JSON.stringify(json, null, 2)}\n`,
   });
   return true;
 }

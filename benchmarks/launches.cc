@@ -80,14 +80,13 @@ Counts count_decode(const StepCase& each, bool runs) {
   const size_t live = static_cast<size_t>(each.forest.rows());
   std::optional<Counts> before, after;
   int drawn = 0;
-  sample(model, {}, request_of(each, 1), Cancel(),
-         [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>&, const std::vector<float>&) {
-           if (sequences.size() != live) return;
-           ++drawn;
-           cuda::emulation::pass_over_kernels(!runs || drawn != kDecodedTokens - 1);
-           if (drawn == kDecodedTokens - 1) before = cuda::emulation::counts();
-           if (drawn == kDecodedTokens) after = cuda::emulation::counts();
-         });
+  sample(model, {}, request_of(each, 1), Cancel(), [&](const Drawn& step) {
+    if (step.sequences.size() != live) return;
+    ++drawn;
+    cuda::emulation::pass_over_kernels(!runs || drawn != kDecodedTokens - 1);
+    if (drawn == kDecodedTokens - 1) before = cuda::emulation::counts();
+    if (drawn == kDecodedTokens) after = cuda::emulation::counts();
+  });
   if (!before || !after) throw Error("INTERNAL", "the completions were not decoded as one batch");
   return difference(*after, *before);
 }

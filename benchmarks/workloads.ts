@@ -84,7 +84,7 @@ export function promptsOf({ config: { vocabSize }, sizes }: Workload, common = 0
 /** Without end tokens, so that every completion has all its tokens. */
 export async function randomPolicy(
   { config, model }: Pick<Workload, 'config' | 'model'>,
-  options: { dtype: Dtype; threads: number; profile?: boolean },
+  options: { dtype: Dtype; threads: number; profile?: boolean; trainable?: boolean; sessionBytes?: number },
 ): Promise<Policy> {
   const { tokenizer } = await openModel(model ?? defaultModel());
   const endless = {

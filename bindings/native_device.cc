@@ -447,21 +447,21 @@ Napi::Value NativeDevice::sample_tokens(const Napi::CallbackInfo& info) {
     check_range(positions, "arguments.positions", 0, int64_t{1} << 31);
     const SamplingOptions options = to_sampling_options(object, "arguments");
     const State tokens = make_state(*engine_, DType::i32, {rows});
+    const State sampling_logprobs = make_state(*engine_, DType::f32, {rows});
     const State logprobs = make_state(*engine_, DType::f32, {rows});
-    const State raw_logprobs = make_state(*engine_, DType::f32, {rows});
     const State entropies = make_state(*engine_, DType::f32, {rows});
     return Environment::of(env).run(
         env, *engine_, nullptr,
         [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions), options, tokens,
-         logprobs, raw_logprobs, entropies]() -> Deliver {
+         sampling_logprobs, logprobs, entropies]() -> Deliver {
           Backend& backend = engine->backend();
           const int64_t rows = logits->shape[0];
           backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
-                                upload(backend, positions, {rows}), options, tokens->open(), logprobs->open(),
-                                raw_logprobs->open(), entropies->open());
+                                upload(backend, positions, {rows}), options, tokens->open(),
+                                sampling_logprobs->open(), logprobs->open(), entropies->open());
           return deliver_tensors({{"tokens", tokens},
                                   {"logprobs", logprobs},
-                                  {"rawLogprobs", raw_logprobs},
+                                  {"samplingLogprobs", sampling_logprobs},
                                   {"entropies", entropies}});
         });
   });

@@ -1,6 +1,5 @@
 #include "native_model.h"
 
-#include <cstring>
 #include <limits>
 
 #include "arguments.h"
@@ -8,123 +7,16 @@
 #include "environment.h"
 #include "model_arguments.h"
 #include "options.h"
-#include "rollout/rollout.h"
 
 namespace merf {
 namespace {
 
-constexpr int64_t kMostCompletions = int64_t{1} << 20;
 constexpr int64_t kMostLogits = int64_t{1} << 28;
 
 // Set while create() constructs an object, so that `new model.constructor()` makes none.
 thread_local std::shared_ptr<ModelState> constructing;
 
 Napi::Value undefined(Napi::Env env) { return env.Undefined(); }
-
-SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bool has_token_bytes) {
-  const Napi::Object object = to_object(value, "request");
-  SampleRequest r;
-  to_forest(object, "request", config, r.tokens, r.positions, r.visible_until);
-  r.prompt_rows = to_int32s(object.Get("promptRows"), "request.promptRows");
-  check_range(r.prompt_rows, "request.promptRows", 0, static_cast<int64_t>(r.tokens.size()));
-  r.counts = to_int32s(object.Get("counts"), "request.counts");
-  check_length(r.counts, "request.counts", r.prompt_rows.size(), "request.promptRows");
-  check_range(r.counts, "request.counts", 0, kMostCompletions + 1);
-  r.max_tokens = to_int32s(object.Get("maxTokens"), "request.maxTokens");
-  check_length(r.max_tokens, "request.maxTokens", r.prompt_rows.size(), "request.promptRows");
-  check_range(r.max_tokens, "request.maxTokens", 1, std::numeric_limits<int32_t>::max());
-  int64_t completions = 0;
-  for (int32_t count : r.counts) completions += count;
-  if (completions > kMostCompletions) {
-    refuse("at most " + std::to_string(kMostCompletions) + " completions", "request.counts",
-           std::to_string(completions));
-  }
-  r.keys = to_uint32s(object.Get("keys"), "request.keys");
-  check_length(r.keys, "request.keys", static_cast<size_t>(2 * completions), "two words for each completion");
-  r.options = to_sampling_options(object, "request");
-  r.stop_tokens = to_int32s(object.Get("stopTokens"), "request.stopTokens");
-  check_range(r.stop_tokens, "request.stopTokens", 0, int64_t{1} << 31);
-  const Napi::Array strings = to_array(object.Get("stopStrings"), "request.stopStrings");
-  for (uint32_t i = 0; i < strings.Length(); ++i) {
-    const std::string name = "request.stopStrings[" + std::to_string(i) + "]";
-    r.stop_strings.push_back(to_bytes(strings.Get(i), name));
-    if (r.stop_strings.back().empty()) refuse("at least one byte", name, "none");
-  }
-  if (!r.stop_strings.empty() && !has_token_bytes) {
-    refuse("setTokenBytes before it is used", "request.stopStrings", strings);
-  }
-  if (const Napi::Value keep = object.Get("keepBytes"); !keep.IsUndefined()) {
-    r.keep_bytes = to_integer(keep, "request.keepBytes", 0, int64_t{1} << 53);
-  }
-  r.max_live_sequences = static_cast<int32_t>(
-      to_integer(object.Get("maxLiveSequences"), "request.maxLiveSequences", 0, kMostCompletions));
-  return r;
-}
-
-// Tokens on their way to a listener: those of steps that come while the event loop is busy join what waits there.
-class TokenStream final : public Delivery, public std::enable_shared_from_this<TokenStream> {
- public:
-  TokenStream(std::shared_ptr<Mailbox> mailbox, uint32_t listener, std::shared_ptr<Cancel> cancel)
-      : mailbox_(std::move(mailbox)), listener_(listener), cancel_(std::move(cancel)) {}
-
-  void push(const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-            const std::vector<float>& logprobs) {
-    bool first = false;
-    {
-      std::lock_guard lock(mutex_);
-      first = sequences_.empty();
-      sequences_.insert(sequences_.end(), sequences.begin(), sequences.end());
-      tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
-      logprobs_.insert(logprobs_.end(), logprobs.begin(), logprobs.end());
-    }
-    if (first) mailbox_->post(shared_from_this());
-  }
-
-  void deliver(Napi::Env env) override {
-    std::vector<int32_t> sequences, tokens;
-    std::vector<float> logprobs;
-    {
-      std::lock_guard lock(mutex_);
-      sequences.swap(sequences_);
-      tokens.swap(tokens_);
-      logprobs.swap(logprobs_);
-    }
-    Environment::of(env).call_listener(
-        env, listener_,
-        {to_int32_array(env, std::move(sequences)), to_int32_array(env, std::move(tokens)),
-         to_float32_array(env, std::move(logprobs))},
-        cancel_);
-  }
-
- private:
-  std::shared_ptr<Mailbox> mailbox_;
-  uint32_t listener_;
-  std::shared_ptr<Cancel> cancel_;
-  std::mutex mutex_;
-  std::vector<int32_t> sequences_, tokens_;
-  std::vector<float> logprobs_;
-};
-
-Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
-  const Napi::Object object = Napi::Object::New(env);
-  object.Set("offsets", to_int32_array(env, std::move(result.offsets)));
-  object.Set("tokens", to_int32_array(env, std::move(result.tokens)));
-  object.Set("logprobs", to_float32_array(env, std::move(result.logprobs)));
-  object.Set("rawLogprobs", to_float32_array(env, std::move(result.raw_logprobs)));
-  object.Set("entropies", to_float32_array(env, std::move(result.entropies)));
-  const Napi::Uint8Array reasons = Napi::Uint8Array::New(env, result.finish_reasons.size());
-  if (!result.finish_reasons.empty()) {
-    std::memcpy(reasons.ArrayBuffer().Data(), result.finish_reasons.data(), result.finish_reasons.size());
-  }
-  object.Set("finishReasons", reasons);
-  object.Set("prefillTokens", static_cast<double>(result.prefill_tokens));
-  object.Set("decodeSteps", static_cast<double>(result.decode_steps));
-  const Napi::Object seconds = Napi::Object::New(env);
-  seconds.Set("prefill", result.prefill_seconds);
-  seconds.Set("decode", result.decode_seconds);
-  object.Set("seconds", seconds);
-  return object;
-}
 
 }  // namespace
 
@@ -144,6 +36,7 @@ void NativeModel::define(Napi::Env env) {
                       InstanceMethod<&NativeModel::zero_gradients>("zeroGradients"),
                       InstanceMethod<&NativeModel::optim_step>("optimStep"),
                       InstanceMethod<&NativeModel::sample>("sample"),
+                      InstanceMethod<&NativeModel::session_bytes>("sessionBytes"),
                       InstanceAccessor<&NativeModel::optimizer_step>("optimizerStep"),
                       InstanceMethod<&NativeModel::set_optimizer_step>("setOptimizerStep"),
                       InstanceMethod<&NativeModel::memory>("memory"),
@@ -169,6 +62,9 @@ Napi::Value NativeModel::create(const Napi::CallbackInfo& info) {
                       ? "Expected a processor with AVX2 or AVX-512 for exact: true but received one without"
                       : "Expected the device cpu for exact: true but received " + device.name +
                             ", where a token's bits depend on the batch");
+    }
+    if (!info[3].IsUndefined()) {
+      state->session_bytes = to_integer(info[3], "sessionBytes", 0, int64_t{1} << 53);
     }
     constructing = std::move(state);
     const Napi::Object model = Environment::of(env).model_class.New({});
@@ -388,38 +284,6 @@ Napi::Value NativeModel::optim_step(const Napi::CallbackInfo& info) {
             return object;
           };
         });
-  });
-}
-
-Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
-  const Napi::Env env = info.Env();
-  return promised(env, [&] {
-    SampleRequest request = to_request(info[0], state()->config, has_token_bytes_);
-    auto cancel = to_cancel(info[1], "cancel");
-    const Napi::Value on_tokens = info[2];
-    if (!on_tokens.IsUndefined() && !on_tokens.IsFunction()) refuse("a function", "onTokens", on_tokens);
-    Environment& environment = Environment::of(env);
-    uint32_t listener = 0;
-    std::shared_ptr<TokenStream> stream;
-    if (on_tokens.IsFunction()) {
-      listener = environment.add_listener(on_tokens.As<Napi::Function>());
-      stream = std::make_shared<TokenStream>(environment.mailbox(), listener, cancel);
-    }
-    return environment.run(
-        env, *state()->engine, cancel,
-        [state = state(), request = std::move(request), cancel, stream = std::move(stream)]() -> Deliver {
-          TokenCallback callback;
-          if (stream) {
-            callback = [&stream](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-                                 const std::vector<float>& logprobs) {
-              stream->push(sequences, tokens, logprobs);
-            };
-          }
-          auto result = std::make_shared<SampleResult>(
-              merf::sample(state->open(), state->token_bytes, request, *cancel, callback));
-          return [result](Napi::Env env) { return sample_result_to_js(env, std::move(*result)); };
-        },
-        listener);
   });
 }
 

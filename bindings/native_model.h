@@ -8,6 +8,7 @@
 
 #include "engine.h"
 #include "model/model.h"
+#include "rollout/session.h"
 #include "rollout/stop_strings.h"
 
 namespace merf {
@@ -18,11 +19,14 @@ struct ModelState {
   Engine* engine = nullptr;
   ModelConfig config;
   Training training{false};
-  TokenBytes token_bytes;        // engine thread only
-  std::unique_ptr<Model> model;  // engine thread only
+  TokenBytes token_bytes;            // engine thread only
+  std::unique_ptr<Model> model;      // engine thread only
+  int64_t session_bytes = -1;        // of keys and values between calls; below 0: what suits the device
+  std::unique_ptr<Session> session;  // engine thread only; of the model
   std::atomic<int64_t> optimizer_step{0};
 
   ~ModelState() {
+    session.reset();
     if (!model) return;
     model.reset();
     engine->remove_model();
@@ -35,12 +39,17 @@ struct ModelState {
     }
     return *model;
   }
+
+  Session& open_session() {
+    if (!session) session = std::make_unique<Session>(open(), session_bytes);
+    return *session;
+  }
 };
 
 class NativeModel : public Napi::ObjectWrap<NativeModel> {
  public:
   static void define(Napi::Env env);
-  // createModel(config, { name, threads, profile?, exact? }, training)
+  // createModel(config, { name, threads, profile?, exact? }, training, sessionBytes?)
   static Napi::Value create(const Napi::CallbackInfo& info);
 
   explicit NativeModel(const Napi::CallbackInfo& info);
@@ -59,6 +68,7 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::Value zero_gradients(const Napi::CallbackInfo& info);
   Napi::Value optim_step(const Napi::CallbackInfo& info);
   Napi::Value sample(const Napi::CallbackInfo& info);
+  Napi::Value session_bytes(const Napi::CallbackInfo& info);
   Napi::Value optimizer_step(const Napi::CallbackInfo& info);
   Napi::Value set_optimizer_step(const Napi::CallbackInfo& info);
   Napi::Value memory(const Napi::CallbackInfo& info);

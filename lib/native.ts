@@ -187,18 +187,29 @@ export interface NativeSampleResult {
   /** [S + 1], where each completion begins in the following. */
   offsets: Int32Array;
   tokens: Int32Array;
-  /** Under the distribution drawn from. */
-  logprobs: Float32Array;
   /** Under softmax(logits): what `score` gives and the importance ratio uses. */
-  rawLogprobs: Float32Array;
+  logprobs: Float32Array;
+  /** Under the distribution drawn from. */
+  samplingLogprobs: Float32Array;
   /** Of softmax(logits), in nats. */
   entropies: Float32Array;
-  /** [S] 0: stop token, 1: length, 2: stop string, 3: aborted */
+  /** [S] 0: stop token, 1: length, 2: stop string, 3: pending, which has not ended */
   finishReasons: Uint8Array;
-  prefillTokens: number;
-  decodeSteps: number;
-  seconds: { prefill: number; decode: number };
+  /** Distinct tokens of the prompts that were computed, and those whose keys and values the session had. */
+  tokensPrefilled: number;
+  tokensReused: number;
 }
+
+/**
+ * Hears of tokens drawn: which completions, their tokens, the tokens' log-probabilities under the distribution drawn
+ * from, and as of NativeSampleResult what ended the completion with the token.
+ */
+export type NativeTokenListener = (
+  sequences: Int32Array,
+  tokens: Int32Array,
+  samplingLogprobs: Float32Array,
+  finishReasons: Uint8Array,
+) => void;
 
 /** `merged`, which cannot be written: the value with its adapter in it. */
 export type ParameterKind = 'value' | 'gradient' | 'adam_m' | 'adam_v' | 'merged';
@@ -259,13 +270,15 @@ export interface NativeModel {
   /**
    * `onTokens` hears of every token drawn, at most once a decode step; steps that pass while the event loop is busy
    * come as one call. If it throws, sampling ends and the promise rejects with its error. A cancelled call resolves
-   * with what was drawn.
+   * with what was drawn. Until a weight changes, what a call computed of keys and values is not computed again.
    */
   sample(
     request: NativeSampleRequest,
     cancel: CancelToken,
-    onTokens?: (sequences: Int32Array, tokens: Int32Array, logprobs: Float32Array) => void,
+    onTokens?: NativeTokenListener,
   ): Promise<NativeSampleResult>;
+  /** Bytes of keys and values that the next `sample` may use again. */
+  sessionBytes(): Promise<number>;
   /**
    * Bytes of the device's memory in use by all models on it, and the most since `resetPeakMemory`. `retries`: as
    * `memoryRetries` of a NativeBackend.
@@ -319,7 +332,7 @@ export interface NativeDevice {
   ): Promise<{
     tokens: NativeTensor;
     logprobs: NativeTensor;
-    rawLogprobs: NativeTensor;
+    samplingLogprobs: NativeTensor;
     entropies: NativeTensor;
   }>;
   groupAdvantages(o: {
@@ -386,13 +399,15 @@ export interface NativeAddon {
   describeDevice(name: string): NativeBackend;
   /**
    * `training` false: no float32 masters, gradients and moments; a rank: these are had by low-rank adapters alone.
-   * The memory is taken by the first method that needs it.
+   * The memory is taken by the first method that needs it. `sessionBytes`: of keys and values that stay from one
+   * `sample` to the next at most; 0: none do; default: what suits the device.
    * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE, UNSUPPORTED
    */
   createModel(
     config: NativeModelConfig,
     device: NativeDeviceChoice,
     training: boolean | { loraRank: number; loraSeed: bigint },
+    sessionBytes?: number,
   ): NativeModel;
   openDevice(device: NativeDeviceChoice): NativeDevice;
   /** [R] */

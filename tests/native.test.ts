@@ -208,9 +208,10 @@ describe('a model', () => {
 
   test('samples what it scores, and streams it', async () => {
     const heard = new Map<number, number[]>();
-    const result = await model.sample(request, token(), (sequences, tokens, logprobs) => {
+    const result = await model.sample(request, token(), (sequences, tokens, logprobs, reasons) => {
       expect(tokens).toHaveLength(sequences.length);
       expect(logprobs).toHaveLength(sequences.length);
+      expect(reasons).toHaveLength(sequences.length);
       sequences.forEach((s, i) => {
         heard.set(s, [...(heard.get(s) ?? []), tokens[i] as number]);
       });
@@ -232,7 +233,7 @@ describe('a model', () => {
         token(),
       );
       logprobs.forEach((logprob, i) => {
-        expect(logprob).toBeCloseTo(result.rawLogprobs[s * 12 + i] as number, 4);
+        expect(logprob).toBeCloseTo(result.logprobs[s * 12 + i] as number, 4);
       });
     }
   });

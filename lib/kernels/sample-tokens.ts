@@ -22,10 +22,10 @@ export interface SampleTokensArguments {
 export interface SampledTokens {
   /** [B] i32 */
   tokens: Tensor<'i32'>;
-  /** [B] under the distribution drawn from, after temperature and truncation; 0 where greedy. */
-  logprobs: Tensor<'f32'>;
   /** [B] under softmax(logits): the one that an importance ratio compares. */
-  rawLogprobs: Tensor<'f32'>;
+  logprobs: Tensor<'f32'>;
+  /** [B] under the distribution drawn from, after temperature and truncation; 0 where greedy. */
+  samplingLogprobs: Tensor<'f32'>;
   /** [B] of softmax(logits), in nats. */
   entropies: Tensor<'f32'>;
 }
@@ -53,7 +53,7 @@ export async function sampleTokens(args: SampleTokensArguments): Promise<Sampled
   return {
     tokens: call.tensor(drawn.tokens),
     logprobs: call.tensor(drawn.logprobs),
-    rawLogprobs: call.tensor(drawn.rawLogprobs),
+    samplingLogprobs: call.tensor(drawn.samplingLogprobs),
     entropies: call.tensor(drawn.entropies),
   };
 }

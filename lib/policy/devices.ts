@@ -67,12 +67,15 @@ const autoBf16Parameters = 50_000_000;
  * @throws MerfError INVALID_ARGUMENT, DEVICE_UNAVAILABLE, UNSUPPORTED
  */
 export function placeModel(config: ModelConfig, options: DeviceOptions): PlacedModel {
-  const { threads = 0, trainable = true, dtype: wanted = 'auto', lora } = options;
+  const { threads = 0, trainable = true, dtype: wanted = 'auto', lora, sessionBytes } = options;
   if (!Number.isInteger(threads) || threads < 0 || threads > 4096) {
     throw invalidArgument('threads', 'an integer from 0 to 4096', threads);
   }
   if (!['auto', 'f32', 'bf16'].includes(wanted)) throw invalidArgument('dtype', 'auto, f32 or bf16', wanted);
   if (lora !== undefined) checkLora(lora, trainable, config);
+  if (sessionBytes !== undefined && !(Number.isSafeInteger(sessionBytes) && sessionBytes >= 0)) {
+    throw invalidArgument('sessionBytes', 'a non-negative integer', sessionBytes);
+  }
   const large = parameterCount(config) >= autoBf16Parameters;
   const dtypeOn = ({ fastBf16 }: { fastBf16: boolean }) =>
     wanted === 'auto' ? (fastBf16 && large ? 'bf16' : 'f32') : wanted;
@@ -89,6 +92,7 @@ export function placeModel(config: ModelConfig, options: DeviceOptions): PlacedM
     },
     { name: device.name, threads, profile: options.profile ?? false, exact: options.exact ?? false },
     lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
+    sessionBytes,
   );
   const { name, description, isa, memoryBytes } = device;
   const described = { name, description, isa, threads: threads || device.threads, memoryBytes, reason };

@@ -9,6 +9,7 @@ export type { TokenizerFiles } from './gguf-tokenizer.js';
 export type { Loss, LossStatistics, LossStats, PolicyLossType } from './loss.js';
 export { openModel, readTokenizerFiles } from './model-files.js';
 export type {
+  CacheStatistics,
   CreateOptions,
   DeviceOptions,
   LoraOptions,

@@ -27,6 +27,14 @@ export interface DeviceOptions {
    * UNSUPPORTED. Holds between updates of one policy on one machine. Default false.
    */
   exact?: boolean | undefined;
+  /**
+   * Bytes that keys and values may take between calls of `sample`. Until the weights change, what a call has
+   * computed of prompts and completions is not computed again by a later one, bit for bit where the device is
+   * exact: a second turn, an evaluation, a second sample of the same prompts pay for their new tokens alone.
+   * What was used longest ago goes first, and all of it where a gradient pass needs the memory. 0: nothing is
+   * kept. Default: an eighth of the device's memory.
+   */
+  sessionBytes?: number | undefined;
   /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
   profile?: boolean | undefined;
   signal?: AbortSignal | undefined;
@@ -115,4 +123,14 @@ export function checkMaxTokens(maxTokens: number | undefined): void {
 export function checkDirectory(directory: string): void {
   if (typeof directory !== 'string' || directory === '')
     throw invalidArgument('directory', 'a path', directory);
+}
+
+/** What sampling did with prompts' tokens since the policy was made or `resetCacheStatistics`. */
+export interface CacheStatistics {
+  /** Distinct tokens of the prompts of each call that were computed. */
+  tokensPrefilled: number;
+  /** Distinct tokens of the prompts of each call whose keys and values were there already. */
+  tokensReused: number;
+  /** Bytes of the keys and values that a later call may use. */
+  bytes: number;
 }

@@ -1,5 +1,11 @@
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
-import type { CancelToken, NativeModel, NativeSampleResult, OperatorTime } from '../native.js';
+import type {
+  CancelToken,
+  NativeModel,
+  NativeSampleResult,
+  NativeTokenListener,
+  OperatorTime,
+} from '../native.js';
 import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
 import { CallQueue, cancellable, withHint } from './calls.js';
@@ -10,6 +16,7 @@ import type { TokenizerFiles } from './gguf-tokenizer.js';
 import { checkTargets, emptyStatistics, type Loss, type LossStats, nativeLoss, resolveLoss } from './loss.js';
 import { openModel } from './model-files.js';
 import {
+  type CacheStatistics,
   type CreateOptions,
   checkDirectory,
   checkMaxTokens,
@@ -37,7 +44,7 @@ export interface Scores {
   entropies: Float32Array[];
 }
 
-const finishReasons: readonly (FinishReason | undefined)[] = ['stop', 'length', 'stop_string'];
+const finishReasons: readonly FinishReason[] = ['stop', 'length', 'stop_string', 'pending'];
 
 /**
  * A language model that samples, scores, accumulates gradients and updates itself. Calls run one after another in
@@ -57,6 +64,8 @@ export class Policy {
   private readonly model: NativeModel;
   readonly #calls: CallQueue;
   #hasTokenBytes = false;
+  #tokensPrefilled = 0;
+  #tokensReused = 0;
 
   private constructor(
     readonly config: Readonly<ModelConfig>,
@@ -136,7 +145,8 @@ export class Policy {
   // ---- the four primitives
 
   /**
-   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once.
+   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once, and what an
+   * earlier call has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
    * @returns groups in the order of the prompts
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED where a prompt fills the context, UNSUPPORTED where
    *   messages are given and the model has no chat template
@@ -150,7 +160,7 @@ export class Policy {
     const request = sampleRequest(tokens, options, this.tokenizer, limits);
     if (!this.trainable) request.keepBytes = 0;
     const n = request.counts[0] as number;
-    const onTokens = options.onToken && this.#streamer(options.onToken, n);
+    const onTokens = this.#streamer(options, n);
     const result = await this.#calls.enqueue('sampling', options.signal, async () => {
       if (request.stopStrings.length > 0 && !this.#hasTokenBytes) {
         const { bytes, offsets } = this.tokenizer.byteTable(this.config.vocabSize);
@@ -164,6 +174,8 @@ export class Policy {
       throwIfAborted(options.signal, 'sampling');
       return sampled;
     });
+    this.#tokensPrefilled += result.tokensPrefilled;
+    this.#tokensReused += result.tokensReused;
     return tokens.map((prompt, p) => ({
       promptTokens: Array.from(prompt),
       completions: Array.from({ length: n }, (_, i) => this.#completion(result, p * n + i)),
@@ -174,37 +186,51 @@ export class Policy {
     const start = result.offsets[sequence] as number;
     const end = result.offsets[sequence + 1] as number;
     const tokens = result.tokens.slice(start, end);
-    const finishReason = finishReasons[result.finishReasons[sequence] as number];
-    if (finishReason === undefined) throw new MerfError('ABORTED', 'sampling was aborted');
+    const finishReason = finishReasons[result.finishReasons[sequence] as number] as FinishReason;
+    if (finishReason === 'pending') throw new MerfError('ABORTED', 'sampling was aborted');
     return {
       text: this.tokenizer.decode(tokens, { skipSpecial: true }),
       tokens,
-      logprobs: result.rawLogprobs.slice(start, end),
-      samplingLogprobs: result.logprobs.slice(start, end),
+      logprobs: result.logprobs.slice(start, end),
+      samplingLogprobs: result.samplingLogprobs.slice(start, end),
       entropies: result.entropies.slice(start, end),
       finishReason,
     };
   }
 
-  #streamer(onToken: NonNullable<SampleOptions['onToken']>, n: number) {
+  /** Tells the listeners of `options` of tokens; undefined where there are none. */
+  #streamer({ onToken, onCompletion }: SampleOptions, n: number): NativeTokenListener | undefined {
+    if (onToken === undefined && onCompletion === undefined) return undefined;
     const streams = new Map<number, TextStream>();
-    return (sequences: Int32Array, tokens: Int32Array, logprobs: Float32Array) => {
-      const chunks = new Map<number, { tokens: number[]; logprobs: number[] }>();
+    const drawn = new Map<number, number[]>();
+    return (sequences, tokens, samplingLogprobs, reasons) => {
+      const chunks = new Map<number, { tokens: number[]; samplingLogprobs: number[] }>();
+      const ended = new Map<number, FinishReason>();
       sequences.forEach((sequence, i) => {
-        const chunk = chunks.get(sequence) ?? { tokens: [], logprobs: [] };
+        const chunk = chunks.get(sequence) ?? { tokens: [], samplingLogprobs: [] };
         chunks.set(sequence, chunk);
         chunk.tokens.push(tokens[i] as number);
-        chunk.logprobs.push(logprobs[i] as number);
+        chunk.samplingLogprobs.push(samplingLogprobs[i] as number);
+        const reason = finishReasons[reasons[i] as number] as FinishReason;
+        if (reason !== 'pending') ended.set(sequence, reason);
       });
       for (const [sequence, chunk] of chunks) {
-        const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
-        streams.set(sequence, stream);
-        onToken({
-          prompt: Math.floor(sequence / n),
-          completion: sequence % n,
-          ...chunk,
-          text: stream.push(chunk.tokens),
-        });
+        const which = { prompt: Math.floor(sequence / n), completion: sequence % n };
+        if (onToken) {
+          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
+          streams.set(sequence, stream);
+          onToken({ ...which, ...chunk, text: stream.push(chunk.tokens) });
+        }
+        if (!onCompletion) continue;
+        const all = drawn.get(sequence) ?? [];
+        drawn.set(sequence, all);
+        all.push(...chunk.tokens);
+        const finishReason = ended.get(sequence);
+        if (finishReason === undefined) continue;
+        drawn.delete(sequence);
+        const completed = Int32Array.from(all);
+        const text = this.tokenizer.decode(completed, { skipSpecial: true });
+        onCompletion({ ...which, text, tokens: completed, finishReason });
       }
     };
   }
@@ -405,6 +431,21 @@ export class Policy {
   resetPeakMemory(): void {
     this.#calls.check();
     this.model.resetPeakMemory();
+  }
+
+  /** What of prompts was computed and what was found in the session. Comes after all calls made before. */
+  async cacheStatistics(): Promise<CacheStatistics> {
+    return this.#calls.enqueue('cacheStatistics', undefined, async () => ({
+      bytes: await this.model.sessionBytes(),
+      tokensPrefilled: this.#tokensPrefilled,
+      tokensReused: this.#tokensReused,
+    }));
+  }
+
+  /** Counts tokens from 0 again. */
+  resetCacheStatistics(): void {
+    this.#tokensPrefilled = 0;
+    this.#tokensReused = 0;
   }
 
   /**

@@ -75,7 +75,7 @@ export interface SampleChunk {
   completion: number;
   tokens: number[];
   /** Under the distribution drawn from. */
-  logprobs: number[];
+  samplingLogprobs: number[];
   /** What they add to the text, whole characters only and without special tokens. */
   text: string;
 }

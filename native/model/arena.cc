@@ -7,6 +7,11 @@ namespace {
 
 constexpr size_t kAlignment = 256;  // bytes; a multiple of cache lines, vector widths and device transactions
 constexpr size_t kSmallestBlock = size_t{4} << 20;
+constexpr size_t kSmallLodger = size_t{8} << 20;
+
+size_t aligned(size_t bytes) {
+  return (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
+}
 
 }  // namespace
 
@@ -15,7 +20,7 @@ Tensor Arena::take(DType dtype, std::initializer_list<int64_t> shape) {
   tensor.dtype = dtype;
   tensor.rank = static_cast<int>(shape.size());
   std::copy(shape.begin(), shape.end(), tensor.shape.begin());
-  const size_t bytes = (std::max<size_t>(tensor.bytes(), 1) + kAlignment - 1) / kAlignment * kAlignment;
+  const size_t bytes = aligned(tensor.bytes());
   taken_ += bytes;
   most_ = std::max(most_, taken_);
   if (backend_ == nullptr) return tensor;
@@ -36,34 +41,71 @@ Tensor Arena::take(DType dtype, std::initializer_list<int64_t> shape) {
 
 void Arena::release(Mark mark) {
   block_ = mark.block;
-  offset_ = mark.offset;
+  offset_ = block_ == 0 ? std::max(mark.offset, floor_) : mark.offset;
   taken_ = mark.taken;
 }
 
 void Arena::reset() {
   release({});
-  if (blocks_.size() > 1) reserve(most_);
+  // Behind a lodger there may be a second block.
+  if (blocks_.size() > (floor_ > 0 ? 2 : 1)) reserve(most_);
 }
 
 void Arena::reserve(size_t bytes) {
-  if (blocks_.size() == 1 && blocks_[0].bytes() >= bytes) return;
+  const size_t behind = floor_ > 0 ? 1 : 0;  // the first block that is whole
+  if (blocks_.size() == 1 && blocks_[0].bytes() - floor_ >= bytes) return;
+  if (blocks_.size() == behind + 1 && blocks_[behind].bytes() >= bytes) return;
   most_ = std::max(most_, bytes);
-  blocks_.clear();
+  blocks_.resize(std::min(blocks_.size(), behind));
   blocks_.push_back(backend_->allocate(DType::f32, {static_cast<int64_t>(most_ / sizeof(float))}));
 }
 
 size_t Arena::held() const {
-  size_t bytes = 0;
+  size_t bytes = floor_ > 0 ? 0 : lodged();
   for (const Tensor& block : blocks_) bytes += block.bytes();
   return bytes;
 }
 
 void Arena::free() {
+  turn_out();
   release({});
   blocks_.clear();
   most_ = 0;
   // What they were made over has gone, and where memory is wanted theirs is too.
   if (backend_ != nullptr) backend_->release_recordings();
+}
+
+Tensor Arena::lodge(size_t bytes) {
+  bytes = aligned(bytes);
+  if (bytes <= lodged()) return lodger_;
+  const int64_t words = static_cast<int64_t>(bytes / sizeof(float));
+  const Tensor before = lodger_;
+  const bool in_front = !blocks_.empty() && blocks_[0].bytes() >= bytes;
+  lodger_ = in_front ? blocks_[0].rows(0, words) : backend_->allocate(DType::f32, {words});
+  if (before && before.data != lodger_.data) {
+    backend_->copy(lodger_.rows(0, before.shape[0]), before);
+  }
+  floor_ = in_front ? bytes : 0;
+  release({});
+  return lodger_;
+}
+
+void Arena::turn_out() {
+  if (!lodger_) return;
+  lodger_ = Tensor();
+  ++lodging_;
+  floor_ = 0;
+}
+
+void Arena::make_room(size_t bytes) {
+  if (!lodger_ || (floor_ > 0 && blocks_[0].bytes() - floor_ >= bytes)) return;
+  if (lodged() > kSmallLodger) return turn_out();
+  if (floor_ == 0) return;
+  const Tensor own = backend_->allocate(DType::f32, {lodger_.shape[0]});
+  backend_->copy(own, lodger_);
+  lodger_ = own;
+  floor_ = 0;
+  release({});
 }
 
 int64_t count_that_fits(int64_t count, int64_t needed, int64_t available) {

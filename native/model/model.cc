@@ -85,7 +85,8 @@ void Model::require_trainable(const char* what) const {
 
 void Model::change_weights() {
   if (activation_cache_) activation_cache_->clear();
-  stale_ = true;
+  ++weights_version_;
+  arena_.turn_out();
 }
 
 std::vector<Tensor> Model::borrow_gradients() {
@@ -137,6 +138,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
     }
   }
   change_weights();
+  stale_ = true;
   arena_.reset();
   // The parts of a parameter one after another, and it is packed before the next, so that few values stand
   // beside their packed forms.
@@ -159,6 +161,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
 void Model::initialize(uint64_t seed, float standard_deviation) {
   constexpr int64_t kStretch = int64_t{1} << 20;
   change_weights();
+  stale_ = true;
   arena_.reset();
   std::vector<float> data;
   uint32_t stream = 0;
@@ -215,7 +218,10 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
     accumulates_ = true;
   }
   if (kind == ParameterKind::adam_m || kind == ParameterKind::adam_v) parameters_.make_moments();
-  if (kind == ParameterKind::value) change_weights();
+  if (kind == ParameterKind::value) {
+    change_weights();
+    stale_ = true;
+  }
   const Tensor& whole = kind == ParameterKind::value      ? parameters_.open_value(p)
                         : kind == ParameterKind::gradient ? p.gradient
                         : kind == ParameterKind::adam_m   ? p.adam_m
@@ -295,7 +301,15 @@ auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work
   try {
     arena_.reset();
     // The rest is for what is uploaded.
-    arena_.reserve(static_cast<size_t>(bytes / 32 * 33));
+    const size_t room = static_cast<size_t>(bytes / 32 * 33);
+    if (trains) arena_.make_room(room);
+    try {
+      arena_.reserve(room);
+    } catch (const Error& error) {
+      if (error.code != "OUT_OF_MEMORY" || arena_.lodged() == 0) throw;
+      arena_.turn_out();
+      arena_.reserve(room);
+    }
     return work();
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
@@ -446,7 +460,7 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
       adamw.gradient_scale =
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
-    if (activation_cache_) activation_cache_->clear();
+    change_weights();
     arena_.reset();
     parameters_.update(adamw, options.weight_decay);
   }

@@ -106,6 +106,8 @@ class Model {
   // Brings what operators read up to date with the values that were written; every method that needs it calls
   // it.
   void prepare();
+  // Names the weights as they are: another number after every change.
+  uint64_t weights_version() const { return weights_version_; }
 
   // Uploads into the arena.
   Tensor upload(const std::vector<int32_t>& data);
@@ -133,6 +135,7 @@ class Model {
   std::vector<float> compute_logits(const Batch& batch, const Cancel& cancel);
   Tensor hidden_of(const Forest& forest, const Cancel& cancel, const char* work);
   void require_trainable(const char* what) const;
+  // Before a change of a weight: what was computed with it goes.
   void change_weights();
   void initialize_adapters(uint64_t seed);
 
@@ -145,6 +148,7 @@ class Model {
   std::unique_ptr<ActivationCache> activation_cache_;
   std::unique_ptr<Recorder> recorder_;
   bool stale_ = true;  // the packed weights do not hold `value`
+  uint64_t weights_version_ = 0;
 };
 
 }  // namespace merf

@@ -24,7 +24,13 @@ PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
         last.end = segment;
         path.pop_back();
       }
-      tree.segments.push_back({i, 0, path.empty() ? -1 : path.back(), 0});
+      const int32_t parent = path.empty() ? -1 : path.back();
+      int32_t depth = 0;
+      if (parent >= 0) {
+        const PromptSegment& above = tree.segments[static_cast<size_t>(parent)];
+        depth = above.depth + above.tokens;
+      }
+      tree.segments.push_back({i, 0, parent, 0, depth});
       path.push_back(segment);
     }
     ++tree.segments.back().tokens;
@@ -37,36 +43,55 @@ PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
   return tree;
 }
 
-std::vector<PrefillPass> split_prefill(const std::vector<int32_t>& visible_until, int32_t budget) {
-  const int32_t tokens = static_cast<int32_t>(visible_until.size());
-  // seen[e]: how many tokens before e are visible to token e.
-  std::vector<int32_t> seen(visible_until.size() + 1, 0);
-  for (int32_t j = 0; j < tokens; ++j) {
-    ++seen[static_cast<size_t>(j) + 1];
-    --seen[static_cast<size_t>(visible_until[static_cast<size_t>(j)])];
-  }
-  int32_t sum = 0;
-  for (int32_t& s : seen) s = sum += s;
-  seen[static_cast<size_t>(tokens)] = 0;
-
+std::vector<PrefillPass> split_prefill(const PromptTree& tree, const std::vector<int32_t>& first_computed,
+                                       const PrefillLimits& limits) {
+  const size_t most = static_cast<size_t>(limits.tokens);
   std::vector<PrefillPass> passes;
-  for (int32_t begin = 0; begin < tokens;) {
-    PrefillPass pass;
-    pass.begin = begin;
-    for (int32_t j = 0; j < begin; ++j) {
-      if (visible_until[static_cast<size_t>(j)] > begin) pass.ancestors.push_back(j);
+  std::vector<int32_t> waiting, partials;  // tokens of paged passes, and how many stretches each attends to
+  PrefillPass whole;
+  const auto flush = [&] {
+    if (!whole.tokens.empty()) passes.push_back(std::move(whole));
+    whole = {};
+  };
+  const int32_t segments = static_cast<int32_t>(tree.segments.size());
+  for (const bool fresh : {true, false}) {
+    for (int32_t root = 0; root < segments; root = tree.segments[static_cast<size_t>(root)].end) {
+      if ((first_computed[static_cast<size_t>(root)] == 0) != fresh) continue;
+      std::vector<int32_t> tokens, stretches;
+      std::vector<int32_t> path;
+      for (int32_t s = root; s < tree.segments[static_cast<size_t>(root)].end; ++s) {
+        const PromptSegment& segment = tree.segments[static_cast<size_t>(s)];
+        while (!path.empty() && path.back() != segment.parent) path.pop_back();
+        path.push_back(s);
+        for (int32_t i = first_computed[static_cast<size_t>(s)]; i < segment.tokens; ++i) {
+          tokens.push_back(segment.first_token + i);
+          // Those of 256 tokens that lie before it, and ends of segments and pages.
+          stretches.push_back((segment.depth + i) / 256 + static_cast<int32_t>(path.size()) + 1);
+        }
+      }
+      size_t first = 0;  // token of a paged pass
+      if (fresh) {
+        if (whole.tokens.size() + tokens.size() > most) flush();
+        first = std::min(tokens.size(), most);
+        whole.tokens.insert(whole.tokens.end(), tokens.begin(),
+                            tokens.begin() + static_cast<std::ptrdiff_t>(first));
+      }
+      waiting.insert(waiting.end(), tokens.begin() + static_cast<std::ptrdiff_t>(first), tokens.end());
+      partials.insert(partials.end(), stretches.begin() + static_cast<std::ptrdiff_t>(first),
+                      stretches.end());
     }
-    const auto cheap = [&](int32_t e) { return seen[static_cast<size_t>(e)] <= budget / 4; };
-    const int64_t limit = int64_t{begin} + budget - static_cast<int64_t>(pass.ancestors.size());
-    int32_t end = static_cast<int32_t>(std::min<int64_t>(tokens, std::max<int64_t>(limit, begin + 1)));
-    const int32_t wanted = end;
-    while (end > begin && !cheap(end)) --end;
-    if (end == begin) {
-      end = wanted;
-      while (!cheap(end)) ++end;
+    flush();
+  }
+  for (size_t begin = 0; begin < waiting.size();) {
+    PrefillPass& pass = passes.emplace_back();
+    pass.paged = true;
+    size_t end = begin;
+    for (int64_t sum = 0; end < waiting.size() && end - begin < most; ++end) {
+      sum += partials[end];
+      if (end > begin && sum > limits.partials) break;
     }
-    pass.end = end;
-    passes.push_back(std::move(pass));
+    pass.tokens.assign(waiting.begin() + static_cast<std::ptrdiff_t>(begin),
+                       waiting.begin() + static_cast<std::ptrdiff_t>(end));
     begin = end;
   }
   return passes;

@@ -1,5 +1,4 @@
-// The segments of a packed forest of prompts: stretches of tokens that every completion under them sees whole. A
-// segment's keys and values fill pages of their own, which all of those completions share.
+// The segments of a packed forest of prompts: stretches of tokens that every completion under them sees whole.
 #pragma once
 
 #include <cstdint>
@@ -12,6 +11,7 @@ struct PromptSegment {
   int32_t tokens;
   int32_t parent;  // segment, or -1
   int32_t end;     // one past the last segment of this one's subtree; segments stand in depth-first order
+  int32_t depth;   // tokens before it on its path
 };
 
 struct PromptTree {
@@ -23,15 +23,21 @@ struct PromptTree {
 PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
                             const std::vector<int32_t>& prompt_rows);
 
-// One forward pass of a prefill: the tokens [begin, end), after those before them that they see.
+// One forward pass of a prefill. Where it is not paged, all that its tokens see is in it; else they attend to the cache,
+// which holds what earlier passes and calls computed.
 struct PrefillPass {
-  std::vector<int32_t> ancestors;  // computed again, since attention takes keys of the same pass only
-  int32_t begin;
-  int32_t end;
+  bool paged = false;
+  std::vector<int32_t> tokens;  // of the forest, rising within a tree
 };
 
-// Splits the forest into passes of about `budget` tokens, where little has to be computed again: a pass grows over
-// its budget rather than end where more than a quarter of it would be repeated.
-std::vector<PrefillPass> split_prefill(const std::vector<int32_t>& visible_until, int32_t budget);
+struct PrefillLimits {
+  int32_t tokens;    // of a pass, at most
+  int64_t partials;  // stretches of cached tokens that the tokens of a paged pass attend to, about
+};
+
+// The passes that compute of every segment the tokens from `first_computed[segment]` on. Trees that are computed whole
+// come first.
+std::vector<PrefillPass> split_prefill(const PromptTree& tree, const std::vector<int32_t>& first_computed,
+                                       const PrefillLimits& limits);
 
 }  // namespace merf

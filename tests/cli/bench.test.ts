@@ -2,7 +2,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, beforeAll, expect, test } from '@jest/globals';
-import { merf, tinyModel } from './run.js';
+import { merf, root, tinyModel } from './run.js';
 
 const tiny = ['bench', '--model', tinyModel, '--sizes', '2x8x2x4'];
 
@@ -40,6 +40,20 @@ test('writes what it measured', async () => {
   expect(report.steps[0].engines[0].runs[0].tokens).toBe(16);
 });
 
+test('--agent shows what a session saves', async () => {
+  const model = ['--model', join(root, 'models', 'merf-mini'), '--sizes', '1x8x2x4'];
+  const args = ['bench', ...model, '--agent', '--minutes', '0.001', '--out', folder];
+  const { code, stdout, stderr } = await merf(args);
+  expect(stderr).toMatch(/2 episodes of 4 turns behind 8 tokens/);
+  expect(code).toBe(0);
+  // Of each further turn 252 tokens of the environment's and the token that was drawn last; else all that is there by then.
+  expect(stdout).toMatch(/\| tokens prefilled \| 15\d\d \| 3\d{3} \| [12]\.\d\d x \|/);
+  const [name] = /\S+-agent\.json/.exec(stderr) ?? [];
+  const report = JSON.parse(readFileSync(join(folder, (name as string).split('/').pop() as string), 'utf8'));
+  expect(report.session.length).toBe(report.plain.length);
+  expect(report.plain[0]).toMatchObject({ tokensReused: 0 });
+});
+
 test('--launches prints what steps launch and move', async () => {
   const { code, stdout, stderr } = await merf([
     ...['bench', '--device', 'cuda-emulated', '--launches', '--model', tinyModel],
@@ -56,7 +70,17 @@ test('--launches prints what steps launch and move', async () => {
 
 test.each([
   [['--peers', 'tlr'], 1, /llama\.cpp, trl, pytorch or none for --peers but received tlr/],
-  [['--profile', '--scaling'], 1, /one of --profile and --scaling/],
+  [
+    ['--profile', '--scaling'],
+    1,
+    /one of --profile, --scaling and --agent but received --profile and --scaling/,
+  ],
+  [
+    ['--agent', '--model', join(root, 'models', 'merf-mini'), '--sizes', '1x8x1x256'],
+    1,
+    /fewer than 256 tokens for --agent but received 256/,
+  ],
+  [['--agent'], 1, /at most 256 tokens, the model's context, but received 1032/],
   [['--launches'], 1, /--device cuda-emulated and --launches together but received --launches alone/],
   [['--device', 'cuda-emulated'], 1, /--launches together but received --device alone/],
   [['--sizes', '4x4'], 1, /--sizes but received 4x4/],

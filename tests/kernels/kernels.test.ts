@@ -221,7 +221,7 @@ describe('sampling', () => {
     expect(chiSquare).toBeLessThan(16.3);
     const logprobs = Array.from(tokens, (t) => Math.log(probabilities[t] as number));
     expectClose(await drawn.logprobs.read(), logprobs);
-    expectClose(await drawn.rawLogprobs.read(), logprobs);
+    expectClose(await drawn.samplingLogprobs.read(), logprobs);
     const entropy = -probabilities.reduce((sum, p) => sum + p * Math.log(p), 0);
     expectClose(await drawn.entropies.read(), new Array(rows).fill(entropy));
     expect(Array.from(await (await sampleTokens(args)).tokens.read())).toEqual(Array.from(tokens));

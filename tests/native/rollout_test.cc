@@ -137,8 +137,8 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
       const SampleRequest request = make_request(3, 70);
       const SampleResult result = sample(f.model, {}, request, Cancel(), nullptr);
       REQUIRE(result.offsets.size() == 11);
-      CHECK(result.pages_left_in_use == 0);
-      CHECK(result.prefill_tokens == 113);
+      CHECK(result.pinned_pages == 0);
+      CHECK(result.prefilled_tokens == 113);
       CHECK(result.decode_steps == 69);
       const std::vector<size_t> prompt_of = {0, 0, 0, 1, 1, 1, 2, 3, 3, 3};
       double worst = 0.0;
@@ -148,7 +148,7 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
         const Scores scores = score_alone(f.model, request, result, prompt_of[s], s);
         for (size_t i = 0; i < scores.logprobs.size(); ++i) {
           const size_t at = static_cast<size_t>(result.offsets[s]) + i;
-          worst = std::max<double>(worst, std::fabs(scores.logprobs[i] - result.raw_logprobs[at]));
+          worst = std::max<double>(worst, std::fabs(scores.logprobs[i] - result.logprobs[at]));
           worst = std::max<double>(worst, std::fabs(scores.entropies[i] - result.entropies[at]));
         }
       }
@@ -173,7 +173,7 @@ TEST_CASE(
       double widest = 0.0;
       // `logprobs` are those of the completions from `first` on.
       const auto compare = [&](const std::vector<float>& logprobs, size_t first) {
-        const auto begin = drawn.raw_logprobs.begin() + drawn.offsets[first];
+        const auto begin = drawn.logprobs.begin() + drawn.offsets[first];
         const std::vector<float> expected(begin, begin + static_cast<std::ptrdiff_t>(logprobs.size()));
         for (size_t i = 0; i < logprobs.size(); ++i)
           widest = std::max<double>(widest, std::fabs(logprobs[i] - expected[i]));
@@ -183,12 +183,12 @@ TEST_CASE(
       SampleRequest narrow = together;
       narrow.max_live_sequences = 3;
       const SampleResult few = sample(f.model, {}, narrow, Cancel(), nullptr);
-      if (few.tokens == drawn.tokens) compare(few.raw_logprobs, 0);
+      if (few.tokens == drawn.tokens) compare(few.logprobs, 0);
       SampleRequest alone = together;
       alone.counts = {0, 1, 0, 0};
       alone.keys = {together.keys[6], together.keys[7]};
       const SampleResult one = sample(f.model, {}, alone, Cancel(), nullptr);
-      if (one.tokens == completion(drawn, 3)) compare(one.raw_logprobs, 3);
+      if (one.tokens == completion(drawn, 3)) compare(one.logprobs, 3);
       if (backend.info().exact) {
         CHECK(few.tokens == drawn.tokens);
         CHECK(one.tokens == completion(drawn, 3));
@@ -303,14 +303,14 @@ TEST_CASE("a completion does not depend on what else is in the batch, nor on whe
     const SampleResult few = sample(f.model, {}, narrow, Cancel(), nullptr);
     CHECK(few.tokens == expected.tokens);
     CHECK(few.decode_steps > expected.decode_steps);
-    CHECK(few.pages_left_in_use == 0);
+    CHECK(few.pinned_pages == 0);
 
     SampleRequest tight = together;
     tight.cache_bytes = 12 * KvCache::page_bytes(f.model.config());
     const SampleResult paged = sample(f.model, {}, tight, Cancel(), nullptr);
     CHECK(paged.tokens == expected.tokens);
     CHECK(paged.cache_pages == 12);
-    CHECK(paged.pages_left_in_use == 0);
+    CHECK(paged.pinned_pages == 0);
 
     SampleRequest alone = together;
     alone.counts = {0, 1, 0, 0};
@@ -338,7 +338,7 @@ TEST_CASE("completions end with a stop token, at a stop string, or at the end of
       CHECK(completion(with_tokens, s) == expected);
       CHECK(with_tokens.finish_reasons[s] == (found ? FinishReason::stop_token : FinishReason::length));
     }
-    CHECK(with_tokens.pages_left_in_use == 0);
+    CHECK(with_tokens.pinned_pages == 0);
 
     // Token t is the letters 'a' + t % 5 and 'A' + t % 3; the stop string lies across two or three tokens.
     TokenBytes bytes;
@@ -367,7 +367,7 @@ TEST_CASE("completions end with a stop token, at a stop string, or at the end of
       CHECK(with_strings.finish_reasons[s] == (found ? FinishReason::stop_string : FinishReason::length));
     }
     CHECK(stops > 0);
-    CHECK(with_strings.pages_left_in_use == 0);
+    CHECK(with_strings.pinned_pages == 0);
 
     SampleRequest endless = request;
     endless.max_tokens.assign(4, 1000000);
@@ -418,19 +418,26 @@ TEST_CASE("steps that are enqueued before the last one's draws are seen draw the
         SampleRequest asked = request;
         asked.ahead = ahead;
         std::vector<std::vector<int32_t>> heard(13);
-        results[ahead] = sample(f.model, bytes, asked, Cancel(),
-                                [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-                                    const std::vector<float>& logprobs) {
-                                  CHECK(!sequences.empty());
-                                  CHECK(sequences.size() == tokens.size());
-                                  CHECK(logprobs.size() == tokens.size());
-                                  for (size_t i = 0; i < tokens.size(); ++i) {
-                                    heard[static_cast<size_t>(sequences[i])].push_back(tokens[i]);
-                                  }
-                                });
+        std::vector<FinishReason> ended(13, FinishReason::pending);
+        results[ahead] = sample(f.model, bytes, asked, Cancel(), [&](const Drawn& drawn) {
+          const auto& [sequences, tokens, logprobs, reasons] = drawn;
+          CHECK(!sequences.empty());
+          CHECK(sequences.size() == tokens.size());
+          CHECK(logprobs.size() == tokens.size());
+          CHECK(reasons.size() == tokens.size());
+          for (size_t i = 0; i < tokens.size(); ++i) {
+            const size_t s = static_cast<size_t>(sequences[i]);
+            CHECK(ended[s] == FinishReason::pending);
+            ended[s] = reasons[i];
+            heard[s].push_back(tokens[i]);
+          }
+        });
         const SampleResult& result = results[ahead];
-        for (size_t s = 0; s + 1 < result.offsets.size(); ++s) CHECK(heard[s] == completion(result, s));
-        CHECK(result.pages_left_in_use == 0);
+        for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
+          CHECK(heard[s] == completion(result, s));
+          CHECK(ended[s] == result.finish_reasons[s]);
+        }
+        CHECK(result.pinned_pages == 0);
       }
       const auto& [expected, result] = results;
       CHECK(result.tokens == expected.tokens);
@@ -439,8 +446,8 @@ TEST_CASE("steps that are enqueued before the last one's draws are seen draw the
       CHECK(result.cache_pages == expected.cache_pages);
       // cuBLASLt sums in another order for another batch.
       if (backend.info().name != "cuda") {
+        CHECK(same_bits(result.sampling_logprobs, expected.sampling_logprobs));
         CHECK(same_bits(result.logprobs, expected.logprobs));
-        CHECK(same_bits(result.raw_logprobs, expected.raw_logprobs));
       }
       // Where a row stands in the batch shows in the last bits of a sum over it.
       CHECK(relative_error(result.entropies, expected.entropies) < 1e-5);
@@ -470,8 +477,8 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
       const SampleResult result = sample(f.model, {}, asked, Cancel(), nullptr);
       const SampleResult expected = sample(plain.model, {}, asked, Cancel(), nullptr);
       CHECK(result.tokens == expected.tokens);
-      CHECK((fused ? relative_error(result.logprobs, expected.logprobs) < 0.02
-                   : same_bits(result.logprobs, expected.logprobs)));
+      CHECK((fused ? relative_error(result.sampling_logprobs, expected.sampling_logprobs) < 0.02
+                   : same_bits(result.sampling_logprobs, expected.sampling_logprobs)));
       return result;
     };
     check(request);
@@ -563,19 +570,16 @@ TEST_CASE("a cancelled call returns what was drawn") {
       Cancel cancel;
       int steps = 0;
       size_t heard = 0;
-      const SampleResult result =
-          sample(f.model, {}, request, cancel,
-                 [&](const std::vector<int32_t>& sequences, const std::vector<int32_t>& tokens,
-                     const std::vector<float>& logprobs) {
-                   CHECK(sequences.size() == tokens.size());
-                   CHECK(logprobs.size() == tokens.size());
-                   heard += tokens.size();
-                   if (++steps == 10) cancel.request();
-                 });
+      const SampleResult result = sample(f.model, {}, request, cancel, [&](const Drawn& drawn) {
+        CHECK(drawn.sequences.size() == drawn.tokens.size());
+        CHECK(drawn.sampling_logprobs.size() == drawn.tokens.size());
+        heard += drawn.tokens.size();
+        if (++steps == 10) cancel.request();
+      });
       CHECK(heard == result.tokens.size());
-      CHECK(result.pages_left_in_use == 0);
+      CHECK(result.pinned_pages == 0);
       for (size_t s = 0; s + 1 < result.offsets.size(); ++s) {
-        CHECK(result.finish_reasons[s] == FinishReason::aborted);
+        CHECK(result.finish_reasons[s] == FinishReason::pending);
         auto expected = completion(whole, s);
         expected.resize(10);
         CHECK(completion(result, s) == expected);
@@ -585,25 +589,26 @@ TEST_CASE("a cancelled call returns what was drawn") {
       const SampleResult none = sample(f.model, {}, request, before, nullptr);
       CHECK(none.tokens.empty());
       CHECK(none.finish_reasons.size() == 7);
-      CHECK(none.pages_left_in_use == 0);
+      CHECK(none.pinned_pages == 0);
     }
   });
 }
 
-TEST_CASE("segments of prompts, and passes that split a forest where little is repeated") {
+TEST_CASE("segments of prompts, and passes that compute each token once behind all that it sees") {
   const SampleRequest r = make_request(1, 1);
   const PromptTree tree = make_prompt_tree(r.visible_until, r.prompt_rows);
   REQUIRE(tree.segments.size() == 5);
   const std::vector<std::vector<int32_t>> expected = {
-      {0, 70, -1, 4}, {70, 5, 0, 3}, {75, 33, 1, 3}, {108, 1, 0, 4}, {109, 4, -1, 5}};
+      {0, 70, -1, 4, 0}, {70, 5, 0, 3, 70}, {75, 33, 1, 3, 75}, {108, 1, 0, 4, 70}, {109, 4, -1, 5, 0}};
   for (size_t s = 0; s < expected.size(); ++s) {
     const PromptSegment& segment = tree.segments[s];
-    CHECK(std::vector<int32_t>{segment.first_token, segment.tokens, segment.parent, segment.end} ==
-          expected[s]);
+    CHECK(std::vector<int32_t>{segment.first_token, segment.tokens, segment.parent, segment.end,
+                               segment.depth} == expected[s]);
   }
   CHECK(tree.prompt_segments == std::vector<int32_t>{1, 2, 3, 4});
 
   Random random(3);
+  int whole = 0, paged = 0;
   for (int trial = 0; trial < 200; ++trial) {
     // A random forest, by the ends of random subtrees.
     const int32_t tokens = static_cast<int32_t>(1 + random.below(120));
@@ -611,23 +616,43 @@ TEST_CASE("segments of prompts, and passes that split a forest where little is r
     for (int32_t i = 0; i < tokens; ++i) {
       while (!open.empty() && open.back() <= i) open.pop_back();
       const int32_t most = open.empty() ? tokens : open.back();
+      // Roots now and then, and stretches of tokens between branches.
       visible_until[static_cast<size_t>(i)] =
           random.below(3) ? most : static_cast<int32_t>(i + 1 + random.below(most - i));
       open.push_back(visible_until[static_cast<size_t>(i)]);
     }
-    const int32_t budget = static_cast<int32_t>(4 + random.below(40));
-    int32_t next = 0;
-    for (const PrefillPass& pass : split_prefill(visible_until, budget)) {
-      CHECK(pass.begin == next);
-      CHECK(pass.end > pass.begin);
-      next = pass.end;
-      std::vector<int32_t> seen;
-      for (int32_t j = 0; j < pass.begin; ++j) {
-        if (visible_until[static_cast<size_t>(j)] > pass.begin) seen.push_back(j);
-      }
-      CHECK(pass.ancestors == seen);
-      CHECK(static_cast<int32_t>(pass.ancestors.size()) <= budget / 4);
+    const PromptTree trial_tree = make_prompt_tree(visible_until, {tokens - 1});
+    // Some of what stands at the front of each path is known.
+    std::vector<int32_t> first_computed;
+    std::vector<bool> known(static_cast<size_t>(tokens), false);
+    for (const PromptSegment& segment : trial_tree.segments) {
+      const bool may =
+          segment.parent < 0 || first_computed[static_cast<size_t>(segment.parent)] ==
+                                    trial_tree.segments[static_cast<size_t>(segment.parent)].tokens;
+      const int32_t count =
+          may && random.below(2) ? static_cast<int32_t>(random.below(segment.tokens + 1)) : 0;
+      first_computed.push_back(count);
+      for (int32_t i = 0; i < count; ++i) known[static_cast<size_t>(segment.first_token + i)] = true;
     }
-    CHECK(next == tokens);
+    const int32_t budget = static_cast<int32_t>(4 + random.below(40));
+    std::vector<bool> done = known;
+    for (const PrefillPass& pass : split_prefill(trial_tree, first_computed, {budget, 60})) {
+      CHECK(!pass.tokens.empty());
+      CHECK(static_cast<int32_t>(pass.tokens.size()) <= budget);
+      ++(pass.paged ? paged : whole);
+      const std::vector<bool> before = done;
+      for (const int32_t i : pass.tokens) {
+        CHECK(!done[static_cast<size_t>(i)]);
+        done[static_cast<size_t>(i)] = true;
+        for (int32_t j = 0; j < i; ++j) {
+          if (visible_until[static_cast<size_t>(j)] <= i) continue;
+          CHECK(done[static_cast<size_t>(j)]);
+          CHECK((pass.paged || !before[static_cast<size_t>(j)]));
+        }
+      }
+    }
+    CHECK(std::count(done.begin(), done.end(), true) == tokens);
   }
+  CHECK(whole > 50);
+  CHECK(paged > 50);
 }

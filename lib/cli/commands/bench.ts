@@ -28,7 +28,7 @@ export function addBench(program: Command): void {
     )
     .option(
       '--minutes <n>',
-      'for all measured rounds together (default: 15; 10 without --peers; 8 with --scaling)',
+      'for all measured rounds together (default: 15; 10 without --peers; 8 with --scaling, 5 with --agent)',
       positive,
     )
     .addOption(
@@ -44,6 +44,11 @@ export function addBench(program: Command): void {
     .option(
       '--scaling',
       "measures a step's cost against group, prompt and completion tokens and threads instead, and plots it",
+    )
+    .option(
+      '--agent',
+      'measures the rollout of episodes of four turns instead, with a session, which keeps what was computed from turn to ' +
+        'turn, and without',
     )
     .option(
       '--launches',
