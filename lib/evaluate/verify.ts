@@ -122,7 +122,7 @@ export async function verifyDataset<Row>(
           );
         }
       }
-      const wrong = task.check?.find(row);
+      const wrong = await task.check?.find(row);
       if (wrong === undefined) passed++;
       else report(wrong);
     } catch (error) {

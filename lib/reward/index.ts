@@ -18,3 +18,4 @@ export {
   type RewardSpecOptions,
   type VerifierContext,
 } from './spec.js';
+export { inWorker, type WorkerOptions, type WorkerVerifier } from './worker.js';

@@ -41,6 +41,10 @@ export {
 } from './knights-and-knaves/index.js';
 export { knightsAndKnavesReward } from './knights-and-knaves/reward.js';
 export { solve } from './knights-and-knaves/solver.js';
+export { areEquivalent, type EquivalenceOptions } from './math/equivalence.js';
+export { extractAnswer } from './math/extract.js';
+export { type MathOptions, math } from './math/index.js';
+export { mathReward } from './math/reward.js';
 export { Random } from './random.js';
 export {
   getTask,

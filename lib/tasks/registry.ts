@@ -5,12 +5,14 @@ import { describeValue, MerfError } from '../errors.js';
 import { countdown } from './countdown/index.js';
 import { type DataOptions, type TaskFactory, whatIsNoTask } from './define.js';
 import { knightsAndKnaves } from './knights-and-knaves/index.js';
+import { math } from './math/index.js';
 import { search } from './search/index.js';
 import type { Task } from './task.js';
 
 const factories = {
   'knights-and-knaves': knightsAndKnaves,
   countdown,
+  math,
   search,
 } as const;
 

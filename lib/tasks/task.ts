@@ -32,7 +32,7 @@ export interface RowCheck<Row = unknown> {
   /** What is checked, as in "solver agrees". */
   readonly name: string;
   /** What is wrong with the row, undefined where nothing is. */
-  find(row: Row): string | undefined;
+  find(row: Row): string | undefined | Promise<string | undefined>;
 }
 
 /** What a model is trained on: rows, the prompt that each becomes, and the reward of a completion. */

@@ -18,6 +18,7 @@ const searchFiles = [
 test.each<[string, readonly string[]]>([
   ['countdown', ['--numbers', '3', '--use', 'at-most-once']],
   ['countdown', ['--data', fixturePath('countdown/puzzles.parquet')]],
+  ['math', ['--problem-steps', '1']],
   ['search', ['--searches', '2']],
   ['search', searchFiles],
 ])('the shipped model trains two steps on %s with %j', async (task, options) => {
