@@ -13,12 +13,12 @@ namespace merf {
 
 constexpr uint32_t kBetween = 0x8000u;  // the lower half of a number exactly between two of bfloat16
 
-// As stored, in tensors of bf16.
+// A lower half as tensors of bf16 store it.
 struct LowerHalf {
   uint16_t bits;
 };
 
-// The upper one is to_bf16(value).
+// The lower half of a value whose upper one is to_bf16(value).
 MERF_HOST_DEVICE inline LowerHalf lower_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), lower = bits & 0xffffu, odd = bits >> 16 & 1u;
   return {static_cast<uint16_t>(lower == kBetween ? lower | odd : lower)};

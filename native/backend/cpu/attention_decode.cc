@@ -116,7 +116,7 @@ namespace HWY_NAMESPACE {
 // lines with every strip of rows that is multiplied, so that memory is read all the while.
 class PageFetcher {
  public:
-  // Of the keys those columns that the page's first `tokens` take, of the values their rows.
+  // Adds what the page's first `tokens` take: columns of keys, rows of values.
   template <typename Stored>
   void add_keys(const Stored* page, int64_t size, int64_t tokens) {
     add({page, size / kPerOperand<Stored>, lines_of(tokens), kPageTokens});
@@ -195,7 +195,7 @@ HWY_INLINE void widen_pairs(const Pair* from, int64_t n, float* upper, float* lo
   }
 }
 
-// The same page of keys as operands; only the columns of its first `tokens` have to be right.
+// A page of keys as operands; only the columns of its first `tokens` have to be right.
 template <typename Operand>
 HWY_INLINE const Operand* page_keys(const Operand* page, int64_t, int64_t, Operand*) {
   return page;
@@ -242,7 +242,8 @@ HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const O
   const int64_t whole = tokens / 2;
   multiply<Into::add>(rows, padded / kLanes, whole, weights, columns, 1, values, padded, output, padded);
   if (tokens % 2 == 0) return;
-  // Beside an odd last token lies whatever was in the page; its weight is 0, and 0 times it must be 0 too.
+  // The other half of an odd last pair is whatever was in the page: its weight is 0, and 0 times it must be
+  // 0.
   alignas(64) Operand last[kLanes];
   for (int64_t i = 0; i < padded; i += kLanes) {
     const hn::ScalableTag<Operand> d;
@@ -371,7 +372,7 @@ namespace merf {
 namespace {
 HWY_EXPORT(decode);
 
-// Where a page and head keep the elements of a token.
+// Writes the elements of a token to their places in a page and head.
 void write_token(const float* key, const float* value, int64_t size, int64_t offset, float* keys,
                  float* values) {
   for (int64_t d = 0; d < size; ++d) keys[d * kPageTokens + offset] = key[d];

@@ -22,7 +22,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-// After highway.h.
+// These come after highway.h, which they read.
 #include "backend/cpu/exact_sum-inl.h"
 #include "backend/cpu/load_store-inl.h"
 
@@ -30,7 +30,7 @@
 #define MERF_BACKEND_CPU_HEAD_ONCE_
 namespace merf {
 
-// Of one row of logits.
+// The statistics of one row of logits.
 struct RowStatistics {
   float max = 0.0f;
   double log_sum = 0.0;  // log of the sum of exp(x - max)
@@ -110,7 +110,7 @@ void row_gradient(const float* logits, int64_t size, const RowStatistics& statis
   const float log_sum = static_cast<float>(statistics.log_sum);
   const float shift = static_cast<float>(statistics.entropy - statistics.log_sum);
   const float scale = static_cast<float>(std::exp(-statistics.log_sum));
-  // Before the row is overwritten.
+  // Logits at the targets, kept before the row is overwritten.
   float at_targets[16];
   std::vector<float> more;
   float* values = at_targets;
@@ -175,7 +175,7 @@ HWY_EXPORT(rows_gradient);
 
 namespace {
 
-// Of the logits of a strip, and of their gradients that go through the backward products at once.
+// Bytes of a strip's logits, and of the gradients of logits that go through the backward products at once.
 constexpr int64_t kStripBytes = int64_t{12} << 20;
 constexpr int64_t kBlockBytes = int64_t{48} << 20;
 
@@ -246,7 +246,7 @@ class HeadBlocks {
       body(begin, std::min(sources(), begin + block_));
   }
 
-  // Of source rows [begin, end).
+  // Calls the body for every strip of source rows [begin, end).
   template <class Body>
   void for_strips(int64_t begin, int64_t end, Body&& body) {
     for (; begin < end; begin += strip_) body(begin, std::min(end, begin + strip_));

@@ -20,7 +20,7 @@ inline int64_t panel_depth(DType dtype, int64_t depth) {
 
 // Panels of W^T from a weight W [N, K]: the columns are its N outputs, the depth its K inputs.
 void pack_panels(int threads, DType dtype, const void* weight, int64_t n, int64_t k, void* panels);
-// And back.
+// Gives the weight W [N, K] back from its panels.
 void unpack_panels(int threads, DType dtype, const void* panels, int64_t n, int64_t k, void* weight);
 // Panels of rows [first, last) of W, from the panels of W^T: the columns are the K inputs, the depth is those outputs.
 // `first` is a multiple of kPanel.
@@ -36,8 +36,8 @@ void pack_columns(DType dtype, const void* y, int64_t m, int64_t n, int64_t firs
 // to[rows, columns] = tile [rows, kPanel], rows of `to` `stride` apart.
 void store_tile(const float* tile, int64_t rows, int64_t columns, float* to, int64_t stride);
 void store_tile(const float* tile, int64_t rows, int64_t columns, bf16* to, int64_t stride);
-// The same of all kPanel columns, past the cache: `to` and `stride` are multiples of a line, and hwy::FlushStream() comes
-// before another thread reads it.
+// Stores all kPanel columns of a tile past the cache: `to` and `stride` are multiples of a line, and
+// hwy::FlushStream() comes before another thread reads it.
 void stream_tile(const float* tile, int64_t rows, float* to, int64_t stride);
 
 }  // namespace merf

@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBatchThreads = 512;
 
-// One block. divisor: the sample standard deviation of rewards [count], plus epsilon.
+// Writes to `divisor` the sample standard deviation of rewards [count], plus epsilon. It runs as one block.
 __global__ void __launch_bounds__(kBatchThreads)
     batch_divisor_kernel(const float* rewards, int64_t count, double epsilon, double* divisor) {
   SharedMemory shared;
@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int64_t i = begin + lane_index(); i < end; i += kWarp) {
     const double centred = rewards[i] - mean;
-    // With epsilon 0 a group of equal rewards has no direction to push.
+    // A group of equal rewards has no direction to push, not even where epsilon is 0 and `factor` infinite.
     advantages[i] = centred == 0.0 ? 0.0f : static_cast<float>(centred * factor);
   }
 }

@@ -33,21 +33,23 @@ struct TileShape {
   static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
   static constexpr int kWarpsN = WarpsN;
 };
-// For many rows and for few: decoding reads all of a weight for 16 rows, which takes many bytes in flight.
+// Tiles from many rows to few. Decoding reads all of a weight for 16 rows, which takes many bytes in flight,
+// so the smallest tile has the most stages.
 template <typename T>
 using LargeTile =
     std::conditional_t<sizeof(T) == 2, TileShape<128, 128, 2, 2, 4>, TileShape<128, 128, 2, 4, 4>>;
 using MediumTile = TileShape<64, 64, 2, 2, 5>;
 using SmallTile = TileShape<16, 64, 1, 4, 8>;
 
-// The same for all tiles, so that all pad k alike: 64 bytes.
+// Depth of a tile along k: 64 bytes in all tiles, so that all of them pad k alike.
 template <typename T>
 constexpr int kTileDepth = 64 / static_cast<int>(sizeof(T));
 // Rows of a tile in shared memory are 16 bytes longer than they need be, against bank conflicts.
 template <typename T>
 constexpr int kPadding = kVector<T>;
 
-// One operand's tile in shared memory: as in global memory, rows are `extent` rows or columns of C, or steps of k.
+// One operand's tile in shared memory. Its rows are those of global memory: Extent rows or columns of C, or
+// steps of k.
 template <typename T, int Extent, bool RowsAreDepth>
 struct OperandTile {
   static constexpr int kRows = RowsAreDepth ? kTileDepth<T> : Extent;
@@ -165,7 +167,8 @@ __global__ void __launch_bounds__(Shape::kThreads, sizeof(T) == 2 ? 2 : 1)
   for (int step = 0; step < kStages - 1; ++step) fill(step);
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<kStages - 2>();
-    // This stage is there for all, and all are done with the one before, which the next copies overwrite.
+    // Behind this barrier the stage is there for all threads, and none reads the one that the next copies
+    // take.
     sync_block();
     fill(step + kStages - 1);
     const T* a = tiles_a + step % kStages * TileA::kSize;

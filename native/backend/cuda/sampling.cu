@@ -80,7 +80,7 @@ struct Row {
   int size;
 
   __device__ int end() const { return shift + size; }
-  // This lane's four of each of the warp's K steps from `begin` on, up to `limit`.
+  // Loads this lane's four logits of each of the warp's K steps from `begin` on, up to `limit`.
   template <int K>
   __device__ void load(float (&x)[K][4], int begin, int limit) const {
     const int own = begin + 4 * lane_index();
@@ -185,10 +185,11 @@ struct Histogram {
   }
   __device__ uint64_t at(int bin) const { return uint64_t{high[bin]} << 32 | low[bin]; }
 
-  // By one warp: the highest bin for which `above` and the bins from it on sum to `goal` or more, or to all there is
-  // where that is less. Found are the bin and the sum above it.
+  // Finds the highest bin for which `above` and the bins from it on sum to `goal` or more, or to all there is
+  // where that is less: the bin, and the sum above it. One warp calls it.
   __device__ void find(uint64_t above, uint64_t goal) const {
-    // First among 32 groups of 32 bins, the highest with lane 0, then among the bins of one.
+    // The search goes through 32 groups of 32 bins first, the highest with lane 0, then through the bins of
+    // one group.
     const int group = kWarp - 1 - lane_index();
     uint64_t sum = 0;
 #pragma unroll 4
@@ -214,8 +215,8 @@ constexpr uint32_t kLeastBits = std::bit_cast<uint32_t>(0x1p-34f);
 constexpr int kFirstShift = 19;
 __device__ inline uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) - kLeastBits; }
 
-// Where a search stands: the bits above `shift + 10` (or 9, of the last piece) are `prefix`, and weights whose bits there
-// are higher sum to `above`.
+// The state of a search: the bits above `shift + 10` (or 9, of the last piece) are `prefix`, and weights
+// whose bits there are higher sum to `above`.
 struct Search {
   int shift = kFirstShift;
   uint32_t prefix = 0;
@@ -253,7 +254,7 @@ __device__ inline float find_threshold(const Weights& weights, bool by_mass, uin
 
 // The units that top-p asks for of `units`; never none.
 __device__ inline uint64_t top_p_goal(float top_p, uint64_t units) {
-  // As whole units, since sums are.
+  // The goal is a whole number of units, since sums are.
   const double wanted = ceil(static_cast<double>(top_p) * mass_of(units) * 0x1p34);
   return wanted >= 1.0 ? static_cast<uint64_t>(wanted) : 1;
 }
@@ -633,7 +634,7 @@ void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const 
   filters.seed = options.seed;
   const bool truncated = options.temperature > 0.0f && (filters.top_k > 0 || filters.top_p < 1.0f);
 
-  // As many blocks for a row as the GPU has room for, and a warp for 16 or more logits of each of its lanes.
+  // A row gets as many blocks as the GPU has room for, and a warp for 16 or more logits of each of its lanes.
   const int64_t room = gpu().properties().multiprocessors * kBlocksEach;
   const int64_t most = std::clamp<int64_t>(vocabulary / kLeastPart, 1, kMaxParts);
   const int64_t parts = std::clamp<int64_t>(room / rows, 1, most);

@@ -1,6 +1,6 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
-// For tests, the environment says what it is like:
+// Environment variables say what the GPU is like, for tests:
 //   MERF_EMULATION_SEED     the order in which a block's threads run
 //   MERF_EMULATION_MEMORY   how many bytes it has
 //   MERF_EMULATION_SHORT    what finds no memory at its first try, each time: "an allocation", "a recording", or the
@@ -26,7 +26,8 @@
 namespace merf::cuda {
 namespace {
 
-// Where launches are counted they are an H100's, which has more of both: how work is cut depends on them.
+// Memory and multiprocessors are an H100's where launches are counted, since how work is cut depends on them,
+// and fewer elsewhere.
 constexpr size_t kMemory = size_t{emulation::kCounts ? 80 : 4} << 30;
 constexpr int kMultiprocessors = emulation::kCounts ? 132 : 2;
 constexpr size_t kCache = size_t{50} << 20;
@@ -46,7 +47,7 @@ struct Block {
   size_t bytes;
 };
 
-// As on the real one, all recordings use the same memory.
+// The memory that all recordings of a GPU share, as they do on a real one.
 struct RecordingMemory {
   ~RecordingMemory() {
     for (const Block& block : idle) emulation::free(block.data);
@@ -61,7 +62,7 @@ class EmulatedRecording final : public Recording {
   const std::shared_ptr<RecordingMemory> memory;
 };
 
-// As on a real one the bytes are there when somebody has waited for them, and not before.
+// A download whose bytes are there when somebody has waited for them, and not before, as on a real GPU.
 class EmulatedDownload final : public GpuDownload {
  public:
   // `enter` throws where the GPU is lost.
@@ -108,7 +109,7 @@ struct Gpu::State {
     failing_kernel.resize(colon);
   }
 
-  // As on a GPU, what failed a while ago shows in a call that waits, or moves memory, or allocates.
+  // Throws what failed a while ago: as on a GPU, it shows in a call that waits, moves memory or allocates.
   void enter(const char* what) {
     health.check();
     if (broken) health.lose(what, "an illegal memory access was encountered");
