@@ -1,3 +1,5 @@
+// What the options of a task are declared with.
+export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
 export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';

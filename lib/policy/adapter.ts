@@ -1,7 +1,8 @@
 import { join } from 'node:path';
+import { writeFolderAtomically } from '../atomic-files.js';
 import type { NativeModel } from '../native.js';
 import type { ModelConfig } from './config.js';
-import { type TensorToWrite, writeDirectory, writeJson, writeSafetensors } from './save.js';
+import { type TensorToWrite, writeJson, writeSafetensors } from './save.js';
 
 /** The modules, as Hugging Face names them, that each product stands for, with their rows. */
 function modulesOf(product: string, config: ModelConfig): [name: string, rows: number][] {
@@ -60,7 +61,7 @@ export async function saveAdapter(
       first += rows;
     }
   }
-  await writeDirectory(
+  await writeFolderAtomically(
     directory,
     async (beside) => {
       await writeSafetensors(
@@ -83,6 +84,6 @@ export async function saveAdapter(
         target_modules: [...targets],
       });
     },
-    () => false,
+    () => true,
   );
 }

@@ -1,10 +1,10 @@
-import { createHash, type Hash, randomBytes } from 'node:crypto';
-import { mkdir, open, readdir, rename, rm } from 'node:fs/promises';
-import { basename, dirname, join, resolve } from 'node:path';
-import { MerfError, throwIfAborted } from '../errors.js';
+import { createHash, type Hash } from 'node:crypto';
+import { open, writeFile } from 'node:fs/promises';
+import { join } from 'node:path';
+import { writeFolderAtomically } from '../atomic-files.js';
+import { throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
 import { configToJson, type ModelConfig } from './config.js';
-import { kindOf } from './files.js';
 import { safetensorsElementBytes, safetensorsHeader } from './safetensors.js';
 import type { Tokenizer } from './tokenizer.js';
 
@@ -61,64 +61,14 @@ export async function writeSafetensors(
         await write(new Uint8Array(cast.buffer, cast.byteOffset, cast.byteLength));
       }
     }
-    await file.sync();
   } finally {
     await file.close();
   }
   return { bytes: header.bytes.length + header.dataBytes, sha256: hash.digest('hex') };
 }
 
-/**
- * Fills a directory beside `directory` and moves its files into place. A directory that is already there keeps its
- * other files; those for which `isStale` says so are removed.
- */
-export async function writeDirectory(
-  directory: string,
-  fill: (beside: string) => Promise<void>,
-  isStale: (name: string) => boolean,
-): Promise<void> {
-  const target = resolve(directory);
-  const kind = await kindOf(target);
-  if (kind === 'file' || kind === 'other') {
-    throw new MerfError('INVALID_ARGUMENT', `Expected a directory to write to but ${directory} is a file`);
-  }
-  const beside = join(
-    dirname(target),
-    `.${basename(target)}.${process.pid}.${randomBytes(4).toString('hex')}`,
-  );
-  try {
-    await mkdir(beside, { recursive: true });
-    await fill(beside);
-    if (kind === 'absent') {
-      await rename(beside, target);
-      return;
-    }
-    const names = await readdir(beside);
-    for (const name of names) await rename(join(beside, name), join(target, name));
-    for (const name of await readdir(target)) {
-      if (isStale(name) && !names.includes(name)) await rm(join(target, name));
-    }
-  } catch (error) {
-    if ((error as NodeJS.ErrnoException).syscall === undefined) throw error;
-    const reason = (error as Error).message;
-    throw new MerfError('INVALID_ARGUMENT', `${directory} cannot be written: ${reason}`, { cause: error });
-  } finally {
-    await rm(beside, { recursive: true, force: true }).catch(() => undefined);
-  }
-}
-
 export async function writeJson(path: string, value: unknown): Promise<void> {
-  await writeText(path, `${JSON.stringify(value, null, 2)}\n`);
-}
-
-async function writeText(path: string, text: string): Promise<void> {
-  const file = await open(path, 'wx');
-  try {
-    await file.writeFile(text);
-    await file.sync();
-  } finally {
-    await file.close();
-  }
+  await writeFile(path, `${JSON.stringify(value, null, 2)}\n`);
 }
 
 /** The weights as a model without adapters has them. */
@@ -147,13 +97,13 @@ export async function saveModel(
   signal?: AbortSignal,
 ): Promise<void> {
   const isWeights = (name: string) => /^model(-\d+-of-\d+)?\.safetensors(\.index\.json)?$/.test(name);
-  await writeDirectory(
+  await writeFolderAtomically(
     directory,
     async (beside) => {
       await writeWeights(beside, contents, signal);
       await writeDescription(beside, contents);
     },
-    isWeights,
+    (name) => !isWeights(name),
   );
 }
 
@@ -209,11 +159,11 @@ async function writeDescription(directory: string, contents: SaveContents): Prom
       ? configToJson(config, dtype, { bos: tokenizer.bosId, eos: tokenizer.eosIds, pad: tokenizer.padId })
       : { ...configJson, ...('dtype' in configJson ? { dtype } : { torch_dtype: dtype }) },
   );
-  await writeText(join(directory, 'tokenizer.json'), JSON.stringify(files.tokenizer));
+  await writeFile(join(directory, 'tokenizer.json'), JSON.stringify(files.tokenizer));
   const template = files.chatTemplate === undefined ? {} : { chat_template: files.chatTemplate };
   await writeJson(join(directory, 'tokenizer_config.json'), { ...template, ...files.config });
   if (files.chatTemplate !== undefined)
-    await writeText(join(directory, 'chat_template.jinja'), files.chatTemplate);
+    await writeFile(join(directory, 'chat_template.jinja'), files.chatTemplate);
   if (files.generation !== undefined)
     await writeJson(join(directory, 'generation_config.json'), files.generation);
   if (files.specialTokensMap !== undefined) {

@@ -1,11 +1,12 @@
 import { createHash } from 'node:crypto';
 import { createReadStream } from 'node:fs';
 import { join } from 'node:path';
+import { writeFolderAtomically } from '../atomic-files.js';
 import { MerfError, throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
 import { Fields, fileSize, malformed, parseJsonObject, readRange, readTextIfPresent } from './files.js';
 import { readSafetensorsHeader } from './safetensors.js';
-import { writeDirectory, writeJson, writeSafetensors } from './save.js';
+import { writeJson, writeSafetensors } from './save.js';
 
 const format = 'merf-training-state';
 const version = 1;
@@ -18,7 +19,7 @@ export async function saveState(
   config: object,
   signal?: AbortSignal,
 ): Promise<void> {
-  await writeDirectory(
+  await writeFolderAtomically(
     directory,
     async (beside) => {
       const trained = model.parameters().filter((parameter) => parameter.trained);
@@ -44,7 +45,7 @@ export async function saveState(
         ...written,
       });
     },
-    () => false,
+    () => true,
   );
 }
 

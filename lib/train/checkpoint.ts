@@ -1,7 +1,7 @@
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
+import { isLeftover, writeFileAtomically, writeFolderAtomically } from '../atomic-files.js';
 import { MerfError } from '../errors.js';
-import { writeFileAtomically, writeFolderAtomically } from './files.js';
 
 /** What a policy must offer for its training state to be kept. */
 export interface StatefulPolicy {
@@ -66,7 +66,7 @@ export async function saveCheckpoint(
     writeFileAtomically(join(beside, 'progress.json'), `${JSON.stringify(progress, null, 2)}\n`);
   });
   for (const name of readdirSync(folder)) {
-    if (/^step-\d+\.(tmp|old)-/.test(name)) rmSync(join(folder, name), { recursive: true, force: true });
+    if (isLeftover(name, folderPattern)) rmSync(join(folder, name), { recursive: true, force: true });
   }
   for (const old of listCheckpoints(folder).slice(0, -keep))
     rmSync(old.path, { recursive: true, force: true });

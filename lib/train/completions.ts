@@ -1,8 +1,8 @@
 import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
+import { writeFileAtomically } from '../atomic-files.js';
 import type { Reward } from '../reward/index.js';
 import { type EpisodeEnd, type EpisodeGroup, textOf } from '../rollout/index.js';
-import { writeFileAtomically } from './files.js';
 
 /** One line of completions/step-000001.jsonl. */
 export interface CompletionRecord {

@@ -1,5 +1,6 @@
 import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
+import { writeFileAtomically, writeFolderAtomically } from '../atomic-files.js';
 import { describeValue, isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import {
@@ -9,7 +10,6 @@ import {
   type StatefulPolicy,
   saveCheckpoint,
 } from './checkpoint.js';
-import { writeFileAtomically, writeFolderAtomically } from './files.js';
 import { MetricsLog, type MetricsRow } from './metrics.js';
 
 export type Phase = 'rollout' | 'training' | 'evaluating' | 'saving';

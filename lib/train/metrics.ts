@@ -1,7 +1,7 @@
 import { appendFileSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { dirname } from 'node:path';
+import { writeFileAtomically } from '../atomic-files.js';
 import { MerfError } from '../errors.js';
-import { writeFileAtomically } from './files.js';
 
 /** One line of metrics.jsonl: a step and its numbers. Values that are not finite are written as null. */
 export interface MetricsRow {

@@ -8,7 +8,7 @@ import { renderPrompt } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
 import { type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { contentHash } from './files.js';
+import { contentHash } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';

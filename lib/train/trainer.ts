@@ -16,6 +16,7 @@ import {
   countDrawn,
   type EpisodeGroup,
   EpisodeTally,
+  limitsOf,
   type RolloutPolicy,
 } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
@@ -23,9 +24,9 @@ import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { groupAdvantages, standardDeviation } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { contentHash, fingerprint } from './files.js';
+import { contentHash, fingerprint } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import { type GrpoOptions, type GrpoSettings, grpoSchema, limitsOf } from './settings.js';
+import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */

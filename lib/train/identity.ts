@@ -1,61 +1,7 @@
 import { createHash } from 'node:crypto';
-import {
-  closeSync,
-  existsSync,
-  fsyncSync,
-  mkdirSync,
-  openSync,
-  readdirSync,
-  readSync,
-  renameSync,
-  rmSync,
-  statSync,
-  writeFileSync,
-} from 'node:fs';
+import { closeSync, existsSync, openSync, readdirSync, readSync, statSync } from 'node:fs';
 import { basename, join } from 'node:path';
 import { MerfError } from '../errors.js';
-
-/** Writes `text` beside `path` and renames it into place. */
-export function writeFileAtomically(path: string, text: string): void {
-  const beside = `${path}.tmp-${process.pid}`;
-  writeFileSync(beside, text);
-  renameSync(beside, path);
-}
-
-/** Fills a folder beside `path` through `fill`, then renames it into place; what stood there before is replaced. */
-export async function writeFolderAtomically(
-  path: string,
-  fill: (folder: string) => Promise<void>,
-): Promise<void> {
-  const beside = `${path}.tmp-${process.pid}`;
-  rmSync(beside, { recursive: true, force: true });
-  try {
-    mkdirSync(beside, { recursive: true });
-    await fill(beside);
-    flush(beside);
-  } catch (error) {
-    rmSync(beside, { recursive: true, force: true });
-    throw error;
-  }
-  const old = `${path}.old-${process.pid}`;
-  if (existsSync(path)) renameSync(path, old);
-  renameSync(beside, path);
-  rmSync(old, { recursive: true, force: true });
-}
-
-/** Has the files in `folder` on the disk, so that no power cut leaves a renamed folder with empty files. */
-function flush(folder: string): void {
-  for (const name of readdirSync(folder, { recursive: true }) as string[]) {
-    const path = join(folder, name);
-    if (!statSync(path).isFile()) continue;
-    const file = openSync(path, 'r+');
-    try {
-      fsyncSync(file);
-    } finally {
-      closeSync(file);
-    }
-  }
-}
 
 const blockBytes = 1 << 16;
 const sampledBlocks = 64;
