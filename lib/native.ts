@@ -31,7 +31,7 @@ export interface OperatorTime {
   seconds: number;
   /** Additions and multiplications of its products; 0 where it is bound by memory. */
   operations: number;
-  /** Bytes of its operands, each counted once; 0 where `operations` says what bounds it. */
+  /** Of its operands, each once; 0 where `operations` says what bounds it. */
   bytes: number;
 }
 
@@ -49,11 +49,11 @@ export interface NativeModelConfig {
   rmsNormEps: number;
   /** The language-model head is the embedding table. */
   tiedHead: boolean;
-  /** Whether the q, k and v projections have a bias. */
+  /** Of the q, k and v projections. */
   attentionBias: boolean;
-  /** Whether the o projection has a bias. */
+  /** Of the o projection. */
   outputBias: boolean;
-  /** Whether the gate, up and down projections have biases. */
+  /** Of the gate, up and down projections. */
   mlpBias: boolean;
   /** The context length, in tokens. */
   maxPositions: number;
@@ -68,7 +68,7 @@ export interface NativeModelConfig {
 
 /** The place of a parameter in a file. */
 export interface TensorSource {
-  /** The name that Hugging Face gives it, for instance model.layers.0.self_attn.q_proj.weight. */
+  /** As Hugging Face names it, for instance model.layers.0.self_attn.q_proj.weight. */
   name: string;
   path: string;
   /** Bytes. */
@@ -104,7 +104,7 @@ export interface NativeLossOptions {
   kind: NativeLossKind;
   clipLow: number;
   clipHigh: number;
-  /** Coefficient of the k3 estimator; above 0 it needs reference log-probabilities. */
+  /** Of the k3 estimator; above 0 it needs reference log-probabilities. */
   klCoefficient: number;
   entropyCoefficient: number;
 }
@@ -347,7 +347,7 @@ export interface NativeBackend {
 
 export interface NativeAddon {
   version: string;
-  /** Names of all devices that there are, whether this machine has them or not. */
+  /** Of all devices that there are, whether this machine has them or not. */
   deviceNames(): string[];
   /** Opens the device to look at it; says why where it cannot be used. */
   describeDevice(name: string): NativeBackend;

@@ -225,7 +225,7 @@ class Backend {
   virtual Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) = 0;
   virtual void upload(const Tensor& destination, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const Tensor& source, size_t bytes) = 0;  // synchronises
-  // Makes a place for downloads of up to `bytes` bytes. It must not outlive the backend.
+  // For downloads of up to `bytes` bytes. It must not outlive the backend.
   virtual std::unique_ptr<Download> make_download(size_t bytes) = 0;
   virtual void copy(const Tensor& destination, const Tensor& source) = 0;  // equal sizes and types
   virtual void zero(const Tensor& destination) = 0;
@@ -295,8 +295,8 @@ class Backend {
   virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
   virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
-  // Copies rows 0 to place[1] of every `from`, which has as many at least, to `to` from row place[0] on;
-  // place [2] i32. Rows are of an even number of bytes.
+  // For every copy: rows 0 to place[1] of `from` become those of `to` from row place[0] on; place [2] i32. At most all
+  // rows of `from`. Rows are of an even number of bytes.
   virtual void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) = 0;
 
   // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)

@@ -13,7 +13,7 @@ namespace merf {
 
 constexpr uint32_t kBetween = 0x8000u;  // the lower half of a number exactly between two of bfloat16
 
-// A lower half as tensors of bf16 store it.
+// As stored, in tensors of bf16.
 struct LowerHalf {
   uint16_t bits;
 };

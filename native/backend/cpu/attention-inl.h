@@ -345,7 +345,7 @@ HWY_INLINE hn::Vec<PairTag> store_step(FloatVec first, FloatVec second, Pair* to
   hn::StoreU(step, PairTag(), to);
   return both;
 }
-// Stores the vectors of two rows in both layouts: as one step, and each as a row.
+// The same in both layouts.
 HWY_INLINE void store_step_and_rows(FloatVec first, FloatVec second, Pair* step, Pair* first_row,
                                     Pair* second_row) {
   const hn::Half<PairTag> half;

@@ -55,7 +55,7 @@ void CpuBackend::group_advantages(const Tensor& rewards, const std::vector<int64
     }
     for (int64_t i = begin; i < end; ++i) {
       const double centred = reward[i] - group.mean;
-      // A group of equal rewards has no direction to push, not even where epsilon is 0 and `factor` infinite.
+      // With epsilon 0 a group of equal rewards has no direction to push.
       advantage[i] = centred == 0.0 ? 0.0f : static_cast<float>(centred * factor);
     }
   }

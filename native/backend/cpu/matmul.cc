@@ -24,17 +24,16 @@ namespace merf {
 
 namespace {
 
-// The number of rows that one kernel takes.
+// Of rows to one kernel.
 constexpr int64_t kRows = 64;
-// Bytes of the rows that stay in the second-level cache while panels pass by, and the most rows that do.
+// Of rows that stay in the second-level cache while panels pass by, and how many they are at most.
 constexpr int64_t kBlockBytes = int64_t{448} << 10;
 constexpr int64_t kMostBlockRows = 256;
-// Bytes of a panel that one kernel takes.
+// Of a panel to one kernel.
 constexpr int64_t kStretchBytes = int64_t{96} << 10;
-// Bytes of a weight that are turned at a time, for the gradient of its input.
+// Of a weight that is turned for the gradient of its input at a time.
 constexpr int64_t kTurnedBytes = int64_t{8} << 20;
-// Rows (tokens) that one kernel sums for a weight's gradient, the multiple they are of, and bytes of the
-// outputs that go with them.
+// Of a weight's gradient: rows (tokens) summed by one kernel, and outputs that go with them.
 constexpr int64_t kMostTokens = 1024;
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kOutputBytes = 384;

@@ -15,9 +15,8 @@ namespace {
 
 #ifdef MERF_XSMM
 
-// Initialises the library as the program is loaded, before there are other threads. The library asks in the
-// environment that OpenMP's threads be bound, which would bind programs that this one starts, all of their
-// threads, to one processor.
+// As the program is loaded, before there are other threads: the library asks in the environment that OpenMP's threads be
+// bound, which would bind programs that this one starts, all of their threads, to one processor.
 const bool kInitialized = [] {
   constexpr const char* kBinding = "OMP_PROC_BIND";
   const bool wanted = std::getenv(kBinding) != nullptr;

@@ -16,7 +16,7 @@ struct Lists {
   std::vector<int32_t> begins{0}, entries;
 };
 
-// How far the keys of a tile are seen: the least and the greatest of their visible_until.
+// Of keys in a tile, how far they are seen.
 struct Reach {
   int64_t least, most;
 };

@@ -11,10 +11,10 @@ namespace merf::cuda {
 namespace {
 
 constexpr int kOldestMajor = 8;  // compute capability 8.0, Ampere
-// A GPU with less free memory is refused, since nothing of use could be computed on it.
+// With less, nothing of use could be computed.
 constexpr size_t kLeastFree = size_t{128} << 20;
 
-// Numbers of cuda.h, which is not included here.
+// Of cuda.h.
 constexpr int kSuccess = 0;
 constexpr int kOutOfMemory = 2;
 constexpr int kNoDevice = 100;

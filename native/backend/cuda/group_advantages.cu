@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int64_t i = begin + lane_index(); i < end; i += kWarp) {
     const double centred = rewards[i] - mean;
-    // A group of equal rewards has no direction to push, not even where epsilon is 0 and `factor` infinite.
+    // With epsilon 0 a group of equal rewards has no direction to push.
     advantages[i] = centred == 0.0 ? 0.0f : static_cast<float>(centred * factor);
   }
 }

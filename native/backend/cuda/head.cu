@@ -44,8 +44,7 @@ struct RowState {
   float unused;
 };
 
-// What is known of one row of logits x. With m the greatest and S the sum of exp(x - m), log p = x - m - log
-// S.
+// Of one row of logits x: with m the greatest and S the sum of exp(x - m), log p = x - m - log S.
 struct RowStatistics {
   float max;    // m
   float scale;  // 1 / S
@@ -219,7 +218,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* out = dlogits + row * pitch;
   const int begin = by_source.offsets[row], end = by_source.offsets[row + 1];
 
-  // Every thread computes the same sums.
+  // The same in every thread.
   double coefficient_sum = 0.0, weight_sum = 0.0;
   bool any = false;
   for (int j = begin; j < end; ++j) {

@@ -254,7 +254,7 @@ __device__ inline float find_threshold(const Weights& weights, bool by_mass, uin
 
 // The units that top-p asks for of `units`; never none.
 __device__ inline uint64_t top_p_goal(float top_p, uint64_t units) {
-  // The goal is a whole number of units, since sums are.
+  // As whole units, since sums are.
   const double wanted = ceil(static_cast<double>(top_p) * mass_of(units) * 0x1p34);
   return wanted >= 1.0 ? static_cast<uint64_t>(wanted) : 1;
 }
@@ -634,7 +634,7 @@ void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const 
   filters.seed = options.seed;
   const bool truncated = options.temperature > 0.0f && (filters.top_k > 0 || filters.top_p < 1.0f);
 
-  // A row gets as many blocks as the GPU has room for, and a warp for 16 or more logits of each of its lanes.
+  // As many blocks for a row as the GPU has room for, and a warp for 16 or more logits of each of its lanes.
   const int64_t room = gpu().properties().multiprocessors * kBlocksEach;
   const int64_t most = std::clamp<int64_t>(vocabulary / kLeastPart, 1, kMaxParts);
   const int64_t parts = std::clamp<int64_t>(room / rows, 1, most);

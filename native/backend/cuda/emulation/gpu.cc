@@ -1,6 +1,6 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
-// Environment variables say what the GPU is like, for tests:
+// For tests, the environment says what it is like:
 //   MERF_EMULATION_SEED     the order in which a block's threads run
 //   MERF_EMULATION_MEMORY   how many bytes it has
 //   MERF_EMULATION_SHORT    what finds no memory at its first try, each time: "an allocation", "a recording", or the
@@ -47,7 +47,7 @@ struct Block {
   size_t bytes;
 };
 
-// The memory that all recordings of a GPU share, as they do on a real one.
+// As on the real one, all recordings use the same memory.
 struct RecordingMemory {
   ~RecordingMemory() {
     for (const Block& block : idle) emulation::free(block.data);
@@ -62,7 +62,7 @@ class EmulatedRecording final : public Recording {
   const std::shared_ptr<RecordingMemory> memory;
 };
 
-// A download whose bytes are there when somebody has waited for them, and not before, as on a real GPU.
+// As on a real one the bytes are there when somebody has waited for them, and not before.
 class EmulatedDownload final : public GpuDownload {
  public:
   // `enter` throws where the GPU is lost.
@@ -109,7 +109,7 @@ struct Gpu::State {
     failing_kernel.resize(colon);
   }
 
-  // Throws what failed a while ago: as on a GPU, it shows in a call that waits, moves memory or allocates.
+  // As on a GPU, what failed a while ago shows in a call that waits, or moves memory, or allocates.
   void enter(const char* what) {
     health.check();
     if (broken) health.lose(what, "an illegal memory access was encountered");

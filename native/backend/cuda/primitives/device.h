@@ -23,7 +23,7 @@ namespace merf::cuda {
 
 constexpr int kWarp = 32;
 
-// Indices of the thread in its block, of its lane and its warp, and counts. Blocks have one dimension.
+// Of the thread in its block, whose threads stand in one dimension.
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
 // The division is of unsigned numbers, where it is a shift.
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
@@ -31,7 +31,7 @@ __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp
 __device__ inline int thread_count() { return static_cast<int>(blockDim.x); }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }
 
-// Index of the thread in a grid of one dimension, and the number of threads in the grid.
+// Of the thread in a grid of one dimension, and the threads in it.
 __device__ inline int64_t grid_index() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t grid_size() { return int64_t{gridDim.x} * blockDim.x; }
 
