@@ -27,8 +27,8 @@ export interface BenchOptions {
   /** Measured beside merf; `none` alone: no peers. Default: those that are installed. */
   peers?: string[];
   /**
-   * Minutes that all measured rounds may take together. Default 15, 10 where no peers are named, 8 for
-   * `scaling`. Peers that were named are measured at least once, whatever it takes.
+   * For all measured rounds together. Default 15, 10 where no peers are named, 8 for `scaling`. Peers that were named are
+   * measured at least once, whatever it takes.
    */
   minutes?: number;
   /** Default: f32, and bf16 where the processor multiplies it in hardware. */
