@@ -169,4 +169,27 @@ describe('the drawing of the mask', () => {
   });
 });
 
+test('folders of lib import from those above them in the list', () => {
+  const architecture = texts.get('docs/architecture.md') as string;
+  const [, list] = /`lib\/`, from the bottom up[\s\S]*?\| --- \| --- \|\n([\s\S]*?)\n\n/.exec(
+    architecture,
+  ) as string[];
+  const order = (list as string).split('\n').map((line) => inlineCode(line.split('|')[1] as string));
+  const rankOf = (name: string) => order.findIndex((names) => names.includes(name));
+  const wrong: string[] = [];
+  for (const entry of readdirSync(join(root, 'lib'), { recursive: true, encoding: 'utf8' })) {
+    if (!entry.endsWith('.ts') || entry === 'index.ts') continue;
+    const from = entry.split('/')[0] as string;
+    if (rankOf(from) < 0) wrong.push(`${from} is not in the list`);
+    for (const [, path] of readFileSync(join(root, 'lib', entry), 'utf8').matchAll(
+      / from '(\.\.?\/[^']+)'/g,
+    )) {
+      const imported = join(dirname(entry), path as string).replace(/\.js$/, '.ts');
+      const to = imported.split('/')[0] as string;
+      if (to !== from && rankOf(to) >= rankOf(from)) wrong.push(`${entry} imports ${imported}`);
+    }
+  }
+  expect(wrong).toEqual([]);
+});
+
 afterAll(() => rmSync(join(root, 'build', 'docs'), { recursive: true, force: true }));
