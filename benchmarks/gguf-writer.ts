@@ -168,7 +168,7 @@ function writeWhole(file: number, bytes: Buffer): void {
   for (let at = 0; at < bytes.length; ) at += writeSync(file, bytes, at);
 }
 
-/** Of mean 0 and standard deviation 0.02 (Box-Muller over a linear congruential generator). */
+/** Normal numbers of mean 0 and standard deviation 0.02 (Box-Muller over a linear congruential generator). */
 function normals(count: number): Float32Array {
   let state = 1;
   const uniform = () => {

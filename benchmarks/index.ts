@@ -200,7 +200,7 @@ function machineOf({ processor }: BenchOptions): Machine {
 }
 
 /**
- * Those that were asked for, or else those that are installed.
+ * Chooses the peers that were asked for, or else those that are installed.
  * @throws MerfError UNSUPPORTED where one is unknown, or asked for and not installed
  */
 function choosePeers(names: readonly string[] | undefined): PeerName[] {

@@ -23,8 +23,8 @@ using cuda::emulation::Counts;
 using cuda::emulation::Traffic;
 using cuda::emulation::Transfers;
 
-// One thread of the host runs blocks in the order of their numbers: where kernels take places by integer atomics, which
-// sectors they touch depends on it.
+// The number of host threads. One runs blocks in the order of their numbers, on which depends which sectors a
+// kernel touches where it takes places by integer atomics.
 constexpr int kThreads = 1;
 
 // A step at a known moment: 64 completions that live, each with 6 tokens; or 16, so few that projections are fused.

@@ -61,7 +61,7 @@ function shapeOf(config: ModelConfig): string {
   return `shape:${[architecture, ...sizes, ...flags].join(',')}`;
 }
 
-/** As many at a time as the machine has threads, since one counts on one. */
+/** Runs `work` for as many names at a time as the machine has threads, since one count takes one thread. */
 async function inTurn<T>(names: readonly string[], work: (name: string) => Promise<T>): Promise<T[]> {
   const results = new Array<T>(names.length);
   let next = 0;

@@ -6,7 +6,7 @@ import { programPath, root, say } from './paths.js';
 import { findPeer, findPython } from './peers.js';
 import type { Dtype } from './workloads.js';
 
-/** As benchmarks/operators prints it. */
+/** A line that the program benchmarks/operators prints. */
 export interface OperatorLine {
   case: string;
   engine: string;
@@ -16,8 +16,8 @@ export interface OperatorLine {
 }
 
 /**
- * Beside PyTorch where that is installed and `peers` allows it; nothing where the program was not built, as in a package
- * without the sources.
+ * Measures the operators, beside PyTorch's where that is installed and `peers` allows it. There are no lines
+ * where the program was not built, as in a package without the sources.
  */
 export function measureOperators(
   dtype: Dtype,

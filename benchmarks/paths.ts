@@ -4,10 +4,10 @@ import { dirname, join } from 'node:path';
 /** The package's folder. */
 export const root = dirname(createRequire(import.meta.url).resolve('merf/package.json'));
 
-/** Of a program of benchmarks/CMakeLists.txt, which only a clone has built. */
+/** The path of a program of benchmarks/CMakeLists.txt, which only a clone has built. */
 export const programPath = (name: string) => join(root, 'build', 'Release', name);
 
-/** Where `npm run bench` puts the peers that it brings. */
+/** The folder in which `npm run bench` puts the peers that it brings. */
 export const peersFolder = join(root, 'build', 'peers');
 
 export const say = (line: string) => process.stderr.write(`${line}\n`);

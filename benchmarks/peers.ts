@@ -10,7 +10,7 @@ import { peersFolder, root } from './paths.js';
 import type { StepTimes } from './step.js';
 import type { Dtype, Workload } from './workloads.js';
 
-/** In the order in which they are run where none is named: the quickest first. */
+/** The peers in the order in which they are run where none is named: the quickest first. */
 export const peerNames = ['llama.cpp', 'trl', 'pytorch'] as const;
 export type PeerName = (typeof peerNames)[number];
 
@@ -22,7 +22,7 @@ export interface EngineSpec {
   /** The model's shape as transformers reads it. */
   config?: Record<string, unknown>;
   prompts?: number[][];
-  /** Of llama.cpp: a model of that shape, and the module that reads it. */
+  /** A model of that shape for llama.cpp, and the module that reads it. */
   gguf?: string;
   module?: string;
 }
@@ -104,7 +104,7 @@ export function findNodeLlamaCpp(): string | undefined {
 
 /** A running engine. Every failure is a MerfError that ends with the last line that the process wrote to stderr. */
 export class Engine {
-  /** As the engine states them: name and version. */
+  /** Versions of the libraries by name, as the engine states them. */
   versions: Record<string, string> = {};
   readonly #answers: AsyncIterator<string>;
   readonly #ended: Promise<string>;

@@ -1,4 +1,4 @@
-// Where the time of a GRPO step goes, operator by operator.
+// Measures where the time of a GRPO step goes, operator by operator.
 import type { CompletionGroup, OperatorTime, Policy } from 'merf';
 import { say } from './paths.js';
 import { forestWith } from './step.js';
@@ -10,7 +10,10 @@ export interface Phase {
   operators: OperatorTime[];
 }
 
-/** Of one step, after two to warm up: the first finds out how much memory a step takes, the second touches it. */
+/**
+ * Profiles one step after two to warm up, of which the first finds out how much memory a step takes and the
+ * second touches it.
+ */
 export async function profileStep(workload: Workload, dtype: Dtype, threads: number): Promise<Phase[]> {
   say(`${workload.title}, ${dtype}: two steps to warm up, then the one that is shown`);
   const policy = await randomPolicy(workload, { dtype, threads, profile: true });

@@ -8,7 +8,7 @@ import { type EngineRuns, motivationTokens } from './rounds.js';
 import type { StepTimes } from './step.js';
 import type { Dtype, Sizes } from './workloads.js';
 
-/** Where a figure was measured. */
+/** The machine on which a figure was measured, and when. */
 export interface Machine {
   date: string;
   processor: string;
@@ -18,7 +18,7 @@ export interface Machine {
   versions: Record<string, string>;
 }
 
-/** Of one type. */
+/** The steps measured in one dtype. */
 export interface Steps {
   dtype: Dtype;
   /** Seconds; absent where there is no matrix rate. */
@@ -26,7 +26,7 @@ export interface Steps {
   engines: EngineRuns[];
   /** merf's steps with common tokens in front of all prompts. */
   motivation: StepTimes[];
-  /** merf's whose rollouts keep what the forward pass of the update would compute again. */
+  /** merf's steps whose rollouts keep what the forward pass of the update would compute again. */
   keeping?: EngineRuns[] | undefined;
 }
 
@@ -71,7 +71,7 @@ export interface Goal {
   what: string;
   value: number;
   wanted: number;
-  /** Whether the value must not be above what is wanted, or not below it. */
+  /** true: the value must not be above what is wanted; false: not below it. */
   most: boolean;
   unit: string;
 }

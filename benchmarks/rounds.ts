@@ -33,7 +33,7 @@ export interface RoundOptions {
   dtype: Dtype;
   threads: number;
   peers: readonly PeerName[];
-  /** Of all rounds together; the first is run whatever it takes, unless `strict`. */
+  /** Seconds that all rounds may take together; the first is run whatever it takes, unless `strict`. */
   seconds: number;
   /** Peers that would take longer are left out. */
   strict: boolean;

@@ -15,9 +15,9 @@ export interface Point {
 
 export interface Series {
   name: string;
-  /** Of x. */
+  /** What x counts. */
   title: string;
-  /** Figures are divided by it: a step's completions, or 1. */
+  /** What figures are divided by: a step's completions, or 1. */
   per: (sizes: Sizes) => number;
   unit: string;
 }
@@ -111,7 +111,7 @@ export function scalingMarkdown(
   return `${lines.join('\n')}\n`;
 }
 
-/** The same as a plot; undefined where vega and vega-lite are not installed. */
+/** The points as a plot, in SVG; undefined where vega and vega-lite are not installed. */
 export async function scalingPlot(points: readonly Point[], title: string): Promise<string | undefined> {
   let vega: typeof import('vega');
   let vegaLite: typeof import('vega-lite');

@@ -15,7 +15,7 @@ export interface Workload {
   /** Whose shape it is. */
   title: string;
   config: ModelConfig;
-  /** Where the shape came from; undefined: it is SmolLM2-135M's. */
+  /** The model whose shape it is; undefined: SmolLM2-135M's. */
   model: string | undefined;
   sizes: Sizes;
 }
@@ -81,7 +81,7 @@ export function promptsOf({ config: { vocabSize }, sizes }: Workload, common = 0
   ]);
 }
 
-/** Without end tokens, so that every completion has all its tokens. */
+/** A policy of random weights and no end tokens, so that every completion has all its tokens. */
 export async function randomPolicy(
   { config, model }: Pick<Workload, 'config' | 'model'>,
   options: { dtype: Dtype; threads: number; profile?: boolean; trainable?: boolean; sessionBytes?: number },

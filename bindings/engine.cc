@@ -10,7 +10,7 @@ namespace {
 
 struct Registry {
   std::mutex mutex;
-  // By the threads asked for and by those there are, and whether they profile.
+  // The engines by device, by the threads asked for as well as by those there are, and whether they profile.
   std::map<std::tuple<std::string, int, bool>, Engine*> engines;
 };
 

@@ -22,11 +22,11 @@ class Engine {
   static Engine& open(const std::string& device, int threads, bool profile = false);
 
   Backend& backend() { return *backend_; }
-  // The same, where it profiles its operators.
+  // The backend as one that profiles its operators; null where the engine does not.
   ProfiledBackend* profiled() { return profiled_; }
-  // For jobs only, as the two after it.
+  // arena, add_model and remove_model are for jobs only.
   Arena& arena() { return arena_; }
-  // Models in use; with the last one goes the memory of activations.
+  // Count the models in use; with the last one goes the memory of activations.
   void add_model() { ++models_; }
   void remove_model() {
     if (--models_ == 0) arena_.free();

@@ -34,7 +34,7 @@ class Environment::JobDelivery final : public Delivery {
 
   Napi::Promise promise() const { return deferred_.Promise(); }
 
-  // On the engine thread.
+  // Runs on the engine thread.
   void work() {
     try {
       deliver_ = work_();

@@ -17,12 +17,12 @@ struct TensorState {
   Engine* engine = nullptr;
   DType dtype = DType::f32;
   std::vector<int64_t> shape;
-  // For the engine thread only: the tensor, or why there is none.
+  // The tensor, or why there is none; only the engine thread touches them.
   Tensor tensor;
   std::optional<Error> failure;
 
   int64_t size() const;
-  // On the engine thread. Throws the failure, such as OUT_OF_MEMORY.
+  // Gives the tensor; called on the engine thread. Throws the failure, such as OUT_OF_MEMORY.
   const Tensor& open();
 };
 

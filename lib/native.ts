@@ -65,7 +65,7 @@ export interface NativeModelConfig {
   dtype: NativeDType;
 }
 
-/** Where a parameter lies in a file. */
+/** The place of a parameter in a file. */
 export interface TensorSource {
   /** The name that Hugging Face gives it, for instance model.layers.0.self_attn.q_proj.weight. */
   name: string;

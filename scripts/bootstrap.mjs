@@ -171,7 +171,7 @@ function installCudaCompiler(stamp) {
   if (pip.status !== 0) {
     throw new BootstrapError(`pip did not bring it (${pip.stderr?.trim().split('\n').pop() ?? pip.error})`);
   }
-  // Where nvcc looks for the runtime.
+  // nvcc looks for the runtime in lib64.
   symlinkSync('lib', join(dirname(dirname(toolkitCompiler)), 'lib64'));
   stamp.cudaToolkit = wanted;
   writeStamp(stamp);
@@ -240,7 +240,7 @@ function buildNative({ tests, cuda }, stamp) {
     ...(tests ? ['--CDMERF_BUILD_TESTS=ON'] : []),
     ...(compiler ? [`--CDCMAKE_CUDA_COMPILER=${compiler}`] : []),
   ]);
-  // One from an earlier build would fit the rest no longer.
+  // A plugin from an earlier build would not fit the rest any more.
   if (configuredCudaCompiler() === undefined) rmSync(cudaPlugin, { force: true });
   run(process.execPath, [...cmakeJs, 'build', ...quiet, '--parallel', String(availableParallelism())]);
   if (!existsSync(addon)) throw new BootstrapError(`the build left no ${addon}`);

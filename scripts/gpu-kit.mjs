@@ -89,7 +89,7 @@ function runtimePackages() {
   const visit = (path) => {
     for (const name of Object.keys(packages[path].dependencies ?? {})) {
       if (leftOut.includes(name)) continue;
-      // As Node looks for it: in the package's own node_modules, then in those of the folders above.
+      // Node looks for it in the package's own node_modules, then in those of the folders above.
       let folder = path;
       let place = join(folder, 'node_modules', name);
       while (!packages[place] && folder !== '') {

@@ -49,15 +49,17 @@ console.log(
 );
 
 const task = await knightsAndKnaves.open({ people: 2 });
-const source = task.rows({ split: 'test', seed: 1 });
+const source = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: 256 }, (_, i) => source.at(i));
 
-async function report(rows: number): Promise<void> {
+// Settings are those of `merf evaluate --prompts 256 --samples 2 --max-tokens 192 --seed 1`.
+async function report(policy: Policy, rows: number): Promise<void> {
   for (const motivation of ['none', 'full', 'adverse'] as const) {
     const result = await evaluate(policy, task, heldOut.slice(0, rows), {
       motivation,
       samples: 2,
       maxTokens: 192,
+      seed: 1,
     });
     const format = result.cases.format?.demanded ?? 0;
     console.log(
@@ -99,15 +101,15 @@ for (let step = 1; step <= steps; step++) {
     );
   }
   if (step % 500 === 0 && step !== steps) {
-    await report(64);
+    await report(policy, 64);
     await policy.save(values.out, { dtype: 'bf16' });
   }
 }
 
-await report(heldOut.length);
 await policy.save(values.out, { dtype: 'bf16' });
 policy.dispose();
 const stored = await Policy.load(values.out);
+await report(stored, heldOut.length);
 stored.dispose();
 const weights = join(values.out, 'model.safetensors');
 if (existsSync(weights)) {

@@ -27,7 +27,7 @@ async function runNativeTests() {
   }
   for (const { name, command } of programs) {
     process.stdout.write(`\nnative: ${name}\n`);
-    // With its seconds a test is named as soon as it is over: under emulation, some take a minute.
+    // --duration names a test as soon as it is over, with its seconds: under emulation, some take a minute.
     const program = spawn(command[0], [...command.slice(1), '--no-colors', '--duration=true'], {
       cwd: root,
       env: { GOMP_SPINCOUNT: '2000', ...process.env },

@@ -266,7 +266,7 @@ describe('a model', () => {
     alone.dispose();
     const next = native().createModel(config, { name: 'cpu', threads: 1 }, true);
     expect((await failure(() => next.readTensor('none', 'value'))).code).toBe('INVALID_ARGUMENT');
-    // With the last model of an engine goes everything but the new model's own weights.
+    // The last model of an engine takes everything with it but the new model's own weights.
     expect(next.memory().used).toBeLessThan(1e6);
     next.dispose();
   });
@@ -663,7 +663,7 @@ describe('ends', () => {
         console.log('end');
       })();`;
     expect(run(several)).toMatchObject({ status: 0, signal: null, stdout: `${'80\n'.repeat(12)}end\n` });
-    // Where a worker alone loads the addon, its end must not unload the engine's code.
+    // The end of a worker that alone has loaded the addon must not unload the engine's code.
     const alone = `${start} start('exit').then(() => setTimeout(() => console.log('end'), 200));`;
     expect(run(alone)).toMatchObject({ status: 0, signal: null, stdout: 'end\n' });
     rmSync(directory, { recursive: true });

@@ -65,7 +65,8 @@ Metrics run_step(Backend& backend, bool once, const StepCase& each, double matri
     backend.synchronize();
     if (!result.finite || !update.applied) throw Error("INTERNAL", "the loss or a gradient is not finite");
     if (i == first) {
-      // Before any update, what was sampled is scored alike.
+      // The weights have not changed since the tokens were sampled, so scoring gives the same
+      // log-probabilities.
       for (size_t r = 0; r < loss.old_logprobs.size(); ++r) {
         difference = std::max(
             difference, std::fabs(static_cast<double>(result.scores.logprobs[r] - loss.old_logprobs[r])));

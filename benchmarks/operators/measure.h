@@ -35,7 +35,7 @@ struct Arguments {
   std::vector<std::string> only;
 };
 
-// Both throw std::invalid_argument.
+// dtype_named and parse throw std::invalid_argument.
 inline DType dtype_named(const std::string& name) {
   if (name == "f32") return DType::f32;
   if (name == "bf16") return DType::bf16;

@@ -40,7 +40,7 @@ export function addFlags(command: Command, shape: Record<string, z.ZodType>): vo
   }
 }
 
-/** The same flags as a list: each with its value's name, and what it means with its default. */
+/** The flags of a shape as a list: each with its value's name, and what it means with its default. */
 export function describeOptions(
   shape: Record<string, z.ZodType>,
 ): { key: string; flag: string; description: string }[] {

@@ -54,7 +54,7 @@ function defaultOut(name: string): string {
   return join('runs', `${name}-${stamp}`);
 }
 
-/** As loadOptions, for the policy that is trained. */
+/** The options of `Policy.load` for the policy that is trained. */
 export function trainedOptions(settings: ModelFlags & { loraRank: number; seed: number; exact: boolean }) {
   const { loraRank: rank, seed, exact } = settings;
   return { ...loadOptions(settings, true), exact, ...(rank > 0 && { lora: { rank, seed } }) };

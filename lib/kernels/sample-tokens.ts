@@ -11,11 +11,11 @@ export interface SampleTokensArguments {
   seed: number | bigint;
   /** 0: the most likely token. Default 1. */
   temperature?: number | undefined;
-  /** Only the k most likely tokens; 0 (default): all. */
+  /** Draws from the k most likely tokens; 0 (default): from all. */
   topK?: number | undefined;
-  /** Only the most likely tokens that together reach this probability; 1 (default): all. */
+  /** Draws from the most likely tokens that together reach this probability; 1 (default): from all. */
   topP?: number | undefined;
-  /** Only tokens with at least this share of the most likely one's probability; 0 (default): all. */
+  /** Draws from tokens at least this likely relative to the most likely one; 0 (default): from all. */
   minP?: number | undefined;
 }
 

@@ -12,7 +12,7 @@ export interface DeviceDescription {
   isa: string;
   threads: number;
   memoryBytes: number;
-  /** Where `auto` chose the CPU: why not a GPU. */
+  /** Why `auto` chose the CPU and not a GPU; absent where it did not. */
   reason?: string | undefined;
 }
 

@@ -18,7 +18,7 @@ export class Judge<Row> {
     private readonly atOnce: number,
   ) {}
 
-  /** As RewardSpec.judge, once it is this completion's turn. */
+  /** Judges the completion as RewardSpec.judge does, once it is its turn. */
   async judge(completion: ParsedCompletion, row: Row, options: JudgeOptions = {}): Promise<Reward> {
     if (this.#running >= this.atOnce) await new Promise<void>((resolve) => this.#waiting.push(resolve));
     else this.#running++;

@@ -54,14 +54,14 @@ export interface CollectOptions {
   minP?: number | undefined;
   /** Strings that end a turn, beside those of the environment. */
   stop?: readonly string[] | undefined;
-  /** As of `Policy.sample`. An episode depends on it, its row's place among the rows and its own in the group. */
+  /** Seed of the draws. An episode depends on it, its row's place among the rows and its own in the group. */
   seed?: number | bigint | undefined;
-  /** As of `Policy.sample`; episodes of several turns leave it aside. */
+  /** Bytes to keep activations in, see `Policy.sample`; episodes of several turns leave them aside. */
   keepActivations?: number | undefined;
   /** How messages name the rows (default: a row's `id` or `index`, or the beginning of its JSON). */
   labels?: readonly string[] | undefined;
   signal?: AbortSignal | undefined;
-  /** As of `Policy.sample`, for the first turn: `prompt` counts the rows. */
+  /** Hears of tokens of the first turn as they are drawn, see `Policy.sample`: `prompt` counts the rows. */
   onToken?: ((chunk: SampleChunk) => void) | undefined;
   /** Told of how long the engine and the environments took, and how long judging took after them, in seconds. */
   onTimes?: ((times: { rollout: number; judging: number }) => void) | undefined;

@@ -10,8 +10,8 @@ export interface StatefulPolicy {
 }
 
 /**
- * Where a run stands after a step. All randomness is counter-based, keyed by the run's seed and these counters, so
- * with the policy's state they are everything that the next step depends on.
+ * The place of a run after a step. All randomness is counter-based, keyed by the run's seed and these
+ * counters, so with the policy's state they are everything that the next step depends on.
  */
 export interface Progress {
   /** Steps done. */

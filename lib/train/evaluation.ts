@@ -5,7 +5,7 @@ import type { RowSource, Task } from '../tasks/index.js';
 import type { TrainingEvent } from './loop.js';
 import type { EvaluationSettings } from './settings.js';
 
-// The same rows whatever the seed of a run, so that runs compare.
+// The order of held-out rows does not depend on a run's seed, so that runs compare.
 const heldOutSeed = 0;
 
 /** The first `count` rows that `task` holds out, or all where it has fewer. */

@@ -46,7 +46,7 @@ export interface SftMetrics {
   /** Completion tokens that the loss was taken over. */
   tokens: number;
   trainingTokensPerSecond: number;
-  /** As in GrpoMetrics. */
+  /** How often work of this step waited for the GPU's memory pool; on a GPU only. */
   memoryRetries?: number;
   seconds: number;
   evaluation?: Record<string, Evaluation>;
@@ -85,7 +85,7 @@ export class SupervisedTrainer<Row = unknown> {
     this.#options = options;
   }
 
-  /** As Trainer.run. */
+  /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;

@@ -92,12 +92,12 @@ export interface GrpoMetrics {
   /** How often work of this step waited for the GPU's memory pool (see `Policy.memory`); on a GPU only. */
   memoryRetries?: number;
   seconds: number;
-  /** Of the engine and, where they took longer, of environments. */
+  /** What the engine took and, where they took longer, environments. */
   rolloutSeconds: number;
   /** What verifiers took beyond the rollout, which they run beside. */
   judgingSeconds: number;
   trainingSeconds: number;
-  /** By view of the motivation, where the step was followed by an evaluation. */
+  /** Results by view of the motivation, where the step was followed by an evaluation. */
   evaluation?: Record<string, Evaluation>;
 }
 

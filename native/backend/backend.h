@@ -97,7 +97,8 @@ struct PagedLayer {
   Tensor values;
 };
 
-// Which cached tokens each decoding row attends to, made on the host once a step and shared by all layers.
+// DecodePlan says which cached tokens each decoding row attends to. It is made on the host once a step and
+// shared by all layers.
 // A run is a stretch of cached tokens that all of its rows see whole: the motivation's pages with every row of the
 // batch, a question's pages with the rows of its group, a completion's own pages with one row. The runs of a row
 // are merged in the order in which they stand here.
@@ -145,7 +146,7 @@ struct ProjectedHeads {
   Tensor positions;            // [T] i32
   Tensor inverse_frequencies;  // [head_size / 2] f32
   float rope_scale = 1.0f;     // as rope's attention_scale
-  // Where keys and values are stored beside, or null; slots [T] i32 as in cache_write.
+  // The cache that keys and values are stored in as well, or null; slots [T] i32 as in cache_write.
   const PagedLayer* cache = nullptr;
   Tensor slots;
 
@@ -324,8 +325,8 @@ class Backend {
   // Key j is visible to query i exactly when j <= i < visible_until[j] (visible_until [T] i32, host copy given beside
   // so that blocks can be skipped). q [T, q_heads], k and v [T, kv_heads], head_size a multiple of 8, f32|bf16;
   // query head h reads key/value head h / (q_heads / kv_heads). out: as q, may be strided; lse [q_heads, T] f32.
-  // Only queries from `first_query` on are asked for. What out and lse have for those before is left alone or becomes
-  // what it is for all queries.
+  // Only queries from `first_query` on are asked for. What out and lse have for the queries before them is
+  // left alone, or becomes what a call for all queries gives.
   virtual void attention(const HeadsView& q, const HeadsView& k, const HeadsView& v,
                          const Tensor& visible_until, const std::vector<int32_t>& visible_until_host,
                          float scale, const HeadsView& out, const Tensor& lse, int64_t first_query = 0) = 0;

@@ -18,7 +18,7 @@ struct LowerHalf {
   uint16_t bits;
 };
 
-// The upper one is to_bf16(value).
+// The lower half of a value whose upper one is to_bf16(value).
 MERF_HOST_DEVICE inline LowerHalf lower_half(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value), lower = bits & 0xffffu, odd = bits >> 16 & 1u;
   return {static_cast<uint16_t>(lower == kBetween ? lower | odd : lower)};

@@ -32,7 +32,7 @@ export const usual: Habits = {
   reversed: 0.1,
 };
 
-/** For the first part of training, which is to teach how to reason: mostly careful, and without mistakes. */
+/** The habits of the first part of training, which teaches how to reason: mostly careful, without mistakes. */
 export const practice: Habits = {
   ...usual,
   layout: { demanded: 0.76, unclosed: 0.06, swapped: 0.03, 'answer-only': 0.06, bare: 0.09 },

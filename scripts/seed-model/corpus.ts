@@ -10,7 +10,7 @@ import { drawRuleSet } from './rule-sets.js';
 
 /** Questions and answers under one system message. */
 export interface Lesson {
-  /** Whether it is one of those that practise careful reasoning. */
+  /** Whether the lesson practises careful reasoning. */
   readonly practice: boolean;
   readonly system: ChatMessage;
   readonly examples: readonly { readonly question: ChatMessage; readonly completion: string }[];
@@ -19,7 +19,7 @@ export interface Lesson {
 export interface CorpusOptions {
   readonly seed: number;
   readonly examplesPerLesson: number;
-  /** How many lessons come first in which careful reasoning is practised. */
+  /** How many lessons that practise careful reasoning come first. */
   readonly practiceLessons: number;
   /** Share of lessons whose system message states rules. */
   readonly withRules: number;

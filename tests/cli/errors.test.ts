@@ -16,7 +16,7 @@ function write(name: string, text: string): string {
   return path;
 }
 
-/** One clear line, no stack. */
+/** Expects the command to fail with that exit code and one clear line, no stack. */
 async function fails(args: readonly string[], code: number, ...patterns: RegExp[]) {
   const result = await merf(args);
   expect(

@@ -25,7 +25,7 @@ export function merf(
     cwd?: string;
     watch?: (stdout: string, child: ChildProcess) => void;
     input?: string;
-    /** On top of this process's environment. */
+    /** Variables added to this process's environment. */
     env?: Record<string, string>;
   } = {},
 ): Promise<Result> {

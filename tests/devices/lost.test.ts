@@ -56,7 +56,7 @@ describe('a run on a GPU', () => {
     expect(code).toBe(0);
     const retries = readMetrics(join(out, 'metrics.jsonl')).map(({ memoryRetries }) => Number(memoryRetries));
     expect(retries.length).toBe(2);
-    // As many in each step, not the sum of all.
+    // Each step counts its own retries, not the sum of all.
     expect(retries[0]).toBeGreaterThan(0);
     expect(retries[1]).toBe(retries[0]);
   }, 180_000);

@@ -19,7 +19,7 @@ function run(megabytes: number | undefined) {
 describe('a policy whose device runs out of memory', () => {
   test('says what would have fitted, gives back what it took and goes on as if nothing had been', () => {
     const short = run(12);
-    // Without the last token of each completion, which nothing depends on.
+    // The last token of each completion is left out of the count, since nothing depends on it.
     expect(short.training).toMatch(
       /^Could not allocate .* of memory on cuda-emulated: .*\. 3801 tokens at once need about \d+ MiB; about \d+ would fit \(maxTokens, or batchTokens of a trainer, sets how many\)$/,
     );
@@ -29,7 +29,7 @@ describe('a policy whose device runs out of memory', () => {
     );
     expect(short.fits).toBeUndefined();
     expect(short.left).toBeLessThanOrEqual(0);
-    // As after any failure in a batch: no update is made of a part of it.
+    // The gradient is 0, as after any failure in a batch: no update is made of a part of it.
     expect(short.gradientAfter).toBe(0);
 
     expect(short.again).toEqual(short.gradient);

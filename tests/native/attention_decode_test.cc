@@ -325,7 +325,7 @@ TEST_CASE("cached tokens go to their slots, and those without a slot nowhere") {
   for_each_backend([](Backend& backend) {
     for (const Shape& shape : {Shape{1, 1, 8}, Shape{3, 1, 24}, Shape{2, 1, 128}}) {
       for (const DType dtype : {DType::f32, DType::bf16}) {
-        // In rows that are wider than the heads, as in the output of a fused projection.
+        // Tokens stand in rows that are wider than the heads, as in the output of a fused projection.
         const int64_t tokens = 37, pages = 4, width = shape.kv_heads * shape.head_size, stride = 3 * width;
         std::vector<int32_t> slots(tokens, -1);
         for (int64_t t = 0; t < tokens; ++t) {

@@ -139,7 +139,7 @@ TEST_CASE("swiglu and its backward agree with float64") {
         const int64_t rows = 5;
         Random random(static_cast<uint64_t>(width) + 3);
         auto gate_up = random.normals(rows * 2 * width, 3.0);
-        // Where exp overflows float32, both ways.
+        // exp overflows float32 here, both ways.
         gate_up[0] = 120.0f;
         gate_up[2 * width] = -120.0f;
         gate_up = stored(gate_up, dtype);
@@ -492,7 +492,7 @@ TEST_CASE("a master in halves is the same master, and moves in the same way") {
               options);
           CHECK(same_bits(download(backend, half), download(backend, weight)));
           backend.join_master(half, lower, joined);
-          // But for masters that were moved.
+          // Masters that were moved on (halves.h) may differ in their last places.
           std::vector<float> a = download(backend, joined), b = download(backend, master);
           for (int64_t i = 0; i < n; ++i) {
             if (std::bit_cast<uint32_t>(a[i]) - std::bit_cast<uint32_t>(b[i]) <= 2) a[i] = b[i];

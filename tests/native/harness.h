@@ -35,7 +35,7 @@ inline std::vector<std::string> tested_devices() {
   return names.empty() ? backend_names() : names;
 }
 
-// For tests that need one device: TEST_CASE("..." * doctest::skip(!tests_device("cpu"))).
+// Whether the device is tested. For tests that need it: TEST_CASE("..." * doctest::skip(!tests_device("cpu"))).
 inline bool tests_device(const std::string& name) {
   const std::vector<std::string> names = tested_devices();
   return std::find(names.begin(), names.end(), name) != names.end();

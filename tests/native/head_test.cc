@@ -131,7 +131,7 @@ Outputs run(Backend& backend, const Problem& p, DType dtype, const LossOptions& 
   out.entropies = download(backend, entropies);
   out.dhidden = download(backend, dhidden);
   out.dhead = download(backend, dhead);
-  // It added to the ones that were there.
+  // The gradient was added to the ones that were there.
   for (float& value : out.dhead) value -= 1.0f;
   return out;
 }
@@ -171,7 +171,7 @@ void check_problem(Backend& backend, const Problem& p, DType dtype, const LossOp
   CHECK(relative_error(out.logprobs, expected.logprobs) < 1e-6);
   CHECK(relative_error(out.entropies, expected.entropies) < 1e-6);
   CHECK(out.loss == doctest::Approx(expected.loss).epsilon(1e-5));
-  // In bf16 the gradient of the logits is rounded before the products.
+  // The gradient of the logits is rounded before the products where they are in bf16.
   const double bound = dtype == DType::bf16 ? 1e-2 : 2e-5;
   check_gradient(hidden, out.dhidden, every, bound, [&](const std::vector<double>& values) {
     return evaluate(p, options, with_reference, values, head, &expected.logprobs).loss;
@@ -209,7 +209,7 @@ TEST_CASE("head_loss over several blocks of rows agrees with float64") {
 TEST_CASE("head_loss over several strips of a block of rows agrees with float64") {
   for_each_backend([](Backend& backend) {
     for (const DType dtype : {DType::f32, DType::bf16}) {
-      // With the last token, a target, among those whose gradients are looked at.
+      // These sizes have the last token, a target, among those whose gradients are looked at.
       const Problem p = make_problem(220, 3, 30016, 250, dtype, 86);
       for (const LossKind kind : {LossKind::policy_gradient_clip, LossKind::gspo})
         check_problem(backend, p, dtype, {kind, 0.2f, 0.28f, 0.1f, 0.1f}, true, 10005);
@@ -222,7 +222,8 @@ TEST_CASE("head_loss over large and odd vocabularies agrees with float64") {
     for (const DType dtype : {DType::f32, DType::bf16}) {
       const LossOptions options{LossKind::cispo, 0.2f, 0.28f, 0.1f, 0.1f};
       check_problem(backend, make_problem(5, 3, 1003, 8, dtype, 83), dtype, options, true, 7);
-      // With the last token among them, a target, beside whose gradient the reference's own error is small.
+      // These sizes have the last token among them, a target, beside whose gradient the reference's own error
+      // is small.
       check_problem(backend, make_problem(5, 3, 9001, 8, dtype, 84), dtype, options, true, 600);
     }
   });

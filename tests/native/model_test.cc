@@ -117,7 +117,7 @@ class Reference {
     double total = 0.0;
     std::map<int32_t, std::pair<double, int>> by_sequence;
     for (size_t r = 0; r < b.source_rows.size() && loss.options.kind == LossKind::gspo; ++r) {
-      // As TRL's masked mean, the ratio of a sequence leaves rows without a weight out.
+      // The ratio of a sequence leaves rows without a weight out, as TRL's masked mean does.
       if (loss.weights[r] == 0.0f) continue;
       auto& [sum, count] = by_sequence[loss.sequences[r]];
       sum += all[static_cast<size_t>(b.source_rows[r])][static_cast<size_t>(b.targets[r])] -
@@ -816,7 +816,7 @@ TEST_CASE("parameters are read from files, and files that lie are refused") {
         std::vector<float> values(weights.at(named.name).begin(), weights.at(named.name).end());
         TensorSource source{named.name, path, offset, named.size() * 4, "F32", named.shape, 0};
         if (named.name.ends_with("k_proj.weight")) {
-          // As llama's GGUF files have it: (head, i, half) in place of (head, half, i).
+          // llama's GGUF files have rows in the order (head, i, half) in place of (head, half, i).
           source.permuted_heads = 2;
           std::vector<float> interleaved(values.size());
           for (size_t head = 0; head < 2; ++head) {

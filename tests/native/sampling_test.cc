@@ -35,7 +35,7 @@ Draws draw(Backend& backend, const Rows& rows, const SamplingOptions& options) {
           download(backend, entropies)};
 }
 
-// The same logits n times, at n positions of one sequence.
+// Rows of equal logits at n positions of one sequence.
 Rows repeated(const std::vector<float>& logits, int64_t n) {
   Rows rows{{}, static_cast<int64_t>(logits.size()), {}, {}};
   for (int64_t i = 0; i < n; ++i) {

@@ -14,7 +14,7 @@ interface LossCase {
   loss: number;
   klMean?: number;
   clipFraction?: number;
-  /** By completion and token. */
+  /** Gradients of the log-probabilities by completion and token. */
   gradient: number[][];
 }
 

@@ -1,7 +1,7 @@
 import { expect, test } from '@jest/globals';
 import { chiSquareTail, chiSquareTest } from '../support/statistics.js';
 
-// From tables of the chi-square distribution.
+// The values are from tables of the chi-square distribution.
 test.each([
   [3.841459, 1, 0.05],
   [18.307038, 10, 0.05],

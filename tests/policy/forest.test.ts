@@ -43,7 +43,7 @@ function contexts(packed: PackedTokens): number[][] {
   );
 }
 
-/** The same from the trees alone: every scored token with all tokens of its path before it, in depth-first order. */
+/** The rows, from the trees alone: every scored token with its path before it, in depth-first order. */
 function bruteForce(forest: Forest): { context: number[]; target: number; segment: number; token: number }[] {
   const rows: { context: number[]; target: number; segment: number; token: number }[] = [];
   let trained = 0;

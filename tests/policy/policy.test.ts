@@ -381,7 +381,7 @@ describe('forwardBackward and optimStep', () => {
       ).rejects.toMatchObject({ code: 'ABORTED' });
       for (const gradient of (await gradients(policy)).values())
         expect(gradient.every((g) => g === 0)).toBe(true);
-      // Beside a completion that was not sampled.
+      // The forest then has a completion that was not sampled beside those that were.
       const train = { advantage: 1, logprobs: [-5, -5] };
       const more = [...sampled, { tokens: [30, 31], children: [{ tokens: [32, 33], train }] }];
       // Nothing depends on the last token of a completion.

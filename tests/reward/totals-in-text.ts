@@ -1,6 +1,6 @@
 /** What a motivation says, read back from its words alone. */
 export interface RulesInText {
-  /** By heading, the scores of each line with the scores that it sets elsewhere. */
+  /** The scores of each line by heading, with the scores that the line sets elsewhere. */
   readonly components: Map<string, { score: number; sets: Map<string, number> }[]>;
   /** The totals that the closing sentence lists; undefined where it lists none. */
   readonly listed: number[] | undefined;

@@ -241,7 +241,8 @@ describe('several turns', () => {
   });
 
   test('messages are written by the chat template, and thinking that it drops stays in what was drawn', async () => {
-    // As Qwen3's does: an assistant's words keep their thinking only behind the last question of the user's.
+    // Qwen3's template does this: an assistant's words keep their thinking only behind the last question of
+    // the user's.
     const droppingThoughts = [
       '{%- set ns = namespace(last=0) -%}',
       "{%- for m in messages -%}{%- if m.role == 'user' -%}{%- set ns.last = loop.index0 -%}{%- endif -%}{%- endfor -%}",

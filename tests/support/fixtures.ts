@@ -13,7 +13,7 @@ export interface FixtureTensor {
   shape: number[];
   /** Values of F32 tensors, bytes of U8 tensors. */
   data: Float32Array | Uint8Array;
-  /** Where its bytes lie in the file. */
+  /** The place of its bytes in the file. */
   offset: number;
   byteLength: number;
 }

@@ -124,7 +124,7 @@ describe('a run that is interrupted', () => {
         watch: (stdout, child) => {
           if (!begun && /^step 1\/9/m.test(stdout)) {
             begun = true;
-            // In the middle of a later step, not in the checkpoint between.
+            // The signal comes in the middle of a later step, not in the checkpoint between.
             setTimeout(() => child.kill('SIGINT'), 1000);
           }
           if (!warned && stdout.includes('gives up at once')) {

@@ -72,7 +72,7 @@ function deviceLines(device: NativeBackend): string[] {
   ];
 }
 
-/** As NVIDIA numbers its drivers; they themselves tell only the CUDA version that they are for. */
+/** The driver's version as NVIDIA numbers it; the driver tells only the CUDA version that it is for. */
 function driverVersion(): string[] {
   const file = '/proc/driver/nvidia/version';
   const version = existsSync(file) && /\s(\d+\.\d+(\.\d+)?)\s/.exec(readFileSync(file, 'utf8'))?.[1];

@@ -24,7 +24,7 @@ export function equals(left: Rational, right: Rational): boolean {
   return left.numerator === right.numerator && left.denominator === right.denominator;
 }
 
-/** As in "7", "-2" or "8/3". */
+/** Writes a number as "7", "-2" or "8/3". */
 export function formatRational({ numerator, denominator }: Rational): string {
   return denominator === 1n ? `${numerator}` : `${numerator}/${denominator}`;
 }

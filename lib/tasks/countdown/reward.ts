@@ -36,7 +36,7 @@ export const usePhrases: Readonly<Record<Use, string>> = {
   'at-most-once': 'given numbers only, each at most once',
 };
 
-/** As in "+, -, * and /". */
+/** Lists operations as in "+, -, * and /". */
 export function listOperations(operations: readonly Operation[]): string {
   return operations.length < 2
     ? operations.join('')

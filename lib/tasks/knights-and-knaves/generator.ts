@@ -29,7 +29,7 @@ export interface PuzzleOptions {
    */
   readonly depth?: number;
   readonly seed: number | bigint;
-  /** Which puzzle under the seed (default 0); none of the others need be generated for it. */
+  /** The puzzle's number under the seed (default 0); none of the others need be generated for it. */
   readonly index?: number;
   /** Names to draw from, at least as many as there are people (default: `defaultNames`). */
   readonly names?: readonly string[];

@@ -14,7 +14,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-// After highway.h.
+// load_store-inl.h comes after highway.h, which it reads.
 #include "backend/cpu/load_store-inl.h"
 
 HWY_BEFORE_NAMESPACE();

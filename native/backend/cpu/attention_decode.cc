@@ -243,7 +243,8 @@ HWY_INLINE void add_values(int64_t rows, int64_t tokens, int64_t padded, const O
   const int64_t whole = tokens / 2;
   multiply<Into::add>(rows, padded / kLanes, whole, weights, columns, 1, values, padded, output, padded);
   if (tokens % 2 == 0) return;
-  // Beside an odd last token lies whatever was in the page; its weight is 0, and 0 times it must be 0 too.
+  // The other half of an odd last pair is whatever was in the page: its weight is 0, and 0 times it must be
+  // 0.
   alignas(64) Operand last[kLanes];
   for (int64_t i = 0; i < padded; i += kLanes) {
     const hn::ScalableTag<Operand> d;
@@ -372,7 +373,7 @@ namespace merf {
 namespace {
 HWY_EXPORT(decode);
 
-// Where a page and head keep the elements of a token.
+// Writes the elements of a token to their places in a page and head.
 void write_token(const float* key, const float* value, int64_t size, int64_t offset, float* keys,
                  float* values) {
   for (int64_t d = 0; d < size; ++d) keys[d * kPageTokens + offset] = key[d];

@@ -15,7 +15,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-// After highway.h.
+// load_store-inl.h comes after highway.h, which it reads.
 #include "backend/cpu/load_store-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -80,7 +80,7 @@ void CpuBackend::store_rows(const std::vector<RowsCopy>& copies, const Tensor& p
 
 void CpuBackend::embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) {
   const auto& packed = static_cast<const CpuPackedWeight&>(table);
-  // Where products are computed in float32, so are the panels.
+  // Panels are of the type that products are computed in.
   const bool bf16_panels = packed.computed == DType::bf16;
   const int64_t size = packed.inputs, depth = panel_depth(packed.computed, size);
   const int32_t* id = ids.as<const int32_t>();

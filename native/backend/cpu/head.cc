@@ -22,7 +22,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-// After highway.h.
+// These come after highway.h, which they read.
 #include "backend/cpu/exact_sum-inl.h"
 #include "backend/cpu/load_store-inl.h"
 
@@ -110,7 +110,7 @@ void row_gradient(const float* logits, int64_t size, const RowStatistics& statis
   const float log_sum = static_cast<float>(statistics.log_sum);
   const float shift = static_cast<float>(statistics.entropy - statistics.log_sum);
   const float scale = static_cast<float>(std::exp(-statistics.log_sum));
-  // Before the row is overwritten.
+  // Logits at the targets, kept before the row is overwritten.
   float at_targets[16];
   std::vector<float> more;
   float* values = at_targets;

@@ -29,7 +29,7 @@ HWY_INLINE VF32 load(F32 d, const bf16* p) {
 }
 
 HWY_INLINE void store(F32 d, VF32 v, float* p) { hn::StoreU(v, d, p); }
-// To nearest, ties to even, as to_bf16.
+// Rounds to the nearest, ties to even, as to_bf16 does.
 HWY_INLINE void store(F32, VF32 v, bf16* p) {
   const hn::RebindToUnsigned<F32> du32;
   const hn::RebindToSigned<F32> di32;

@@ -20,7 +20,7 @@ inline int64_t panel_depth(DType dtype, int64_t depth) {
 
 // Panels of W^T from a weight W [N, K]: the columns are its N outputs, the depth its K inputs.
 void pack_panels(int threads, DType dtype, const void* weight, int64_t n, int64_t k, void* panels);
-// And back.
+// Gives the weight W [N, K] back from its panels.
 void unpack_panels(int threads, DType dtype, const void* panels, int64_t n, int64_t k, void* weight);
 // Panels of rows [first, last) of W, from the panels of W^T: the columns are the K inputs, the depth is those outputs.
 // `first` is a multiple of kPanel.

@@ -10,7 +10,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
-// After highway.h.
+// These come after highway.h, which they read.
 #include "backend/cpu/exp-inl.h"
 #include "backend/cpu/load_store-inl.h"
 
@@ -38,7 +38,7 @@ HWY_INLINE void for_vectors_together(F32 d, size_t n, Body&& body) {
   });
 }
 
-// From exp(-|x|), which cannot overflow.
+// The sigmoid is computed from exp(-|x|), which cannot overflow.
 template <int N>
 HWY_INLINE void sigmoid(F32 d, const VF32 (&x)[N], VF32 (&y)[N]) {
   const VF32 one = hn::Set(d, 1.0f);

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads, 1)
         }
       }
     };
-    // In the keys' and values' place, which no warp of this warpgroup reads any more.
+    // The sums are laid out where the keys and values stood, which no warp of this warpgroup reads any more.
     sync_threads(1 + group, kWarpgroup);
     finish(dkeys, p.scale, 0, keys, p.dk);
     finish(dvalues, 1.0f, 1, values, p.dv);
@@ -380,7 +380,7 @@ __global__ void __launch_bounds__(kThreads, 1)
     wgmma_wait<0>();
     wgmma_done(dqueries);
     const float scales[2] = {p.scale, p.scale};
-    // In the queries' place, which no warp of this warpgroup reads any more.
+    // The sums are laid out where the queries stood, which no warp of this warpgroup reads any more.
     sync_threads(1 + group, kWarpgroup);
     store_panels<kHead, kRows>(dqueries, scales, queries, first_row, p.dq, head, first_query, p.tokens);
   }

@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(Cut<kHead>::kThreads, 1)
       }
       scales[second] = 1.0f / total;
     }
-    // In the queries' place, which no warp of this warpgroup reads any more.
+    // The output is laid out where the queries stood, which no warp of this warpgroup reads any more.
     sync_threads(kOwnBarrier + group, kWarpgroup);
     store_panels<kHead, kQueries>(out, scales, queries, first_row, p.out, head, first_query, p.tokens);
   }

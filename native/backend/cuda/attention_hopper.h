@@ -7,7 +7,8 @@
 
 namespace merf::cuda {
 
-// Whether the GPU and the heads are such. An emulated one may have been given less shared memory than 9.0 has.
+// Whether this GPU has compute capability 9.0 and its shared memory, of which an emulated one may have been
+// given less, and the heads are bfloat16 of size 128 at most.
 inline bool attention_fits_hopper(CudaBackend& backend, const HeadsView& q) {
   const GpuProperties& gpu = backend.gpu().properties();
   return gpu.major == 9 && gpu.minor == 0 && gpu.shared_bytes >= size_t{227} << 10 &&

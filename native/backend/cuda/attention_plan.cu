@@ -144,7 +144,8 @@ const AttentionSchedule& AttentionPlan::by_key(CudaBackend& backend, int query_t
   }
   const Lists lists = make_lists(visible_until_, first_query_, true, query_tokens, key_tokens);
   const int64_t units = static_cast<int64_t>(lists.entries.size()) * group * kv_heads;
-  // At a quarter of what each block of threads has to do, the last to end is not far behind the others.
+  // A piece has at most a quarter of a block of threads' share of the work, so that the last block to end is
+  // not far behind the others.
   const int64_t most = std::max(kFewest, divide_up(units, 4 * blocks));
   schedules_.push_back(make_schedule(backend, lists, true, query_tokens, key_tokens, group, kv_heads, most));
   return schedules_.back();

@@ -150,7 +150,7 @@ class CudaBackend final : public Backend {
   void place_heads(const Tensor& sums, const Tensor& bias, const ProjectedHeads& out);
   friend class GpuRecorder;
 
-  // That of the last forest where it is the same.
+  // The plan for a forest: the last call's, where the forest is the same.
   AttentionPlan& plan_attention(const std::vector<int32_t>& visible_until, int64_t first_query);
 
   DeviceInfo info_;

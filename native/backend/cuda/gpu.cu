@@ -17,14 +17,14 @@ namespace {
 // The first GPU that CUDA_VISIBLE_DEVICES leaves, which is the one that require_gpu looked at.
 constexpr int kDevice = 0;
 
-// One for the process: its GPUs share a context, and with it their end.
+// The health of all GPUs of the process, which share a context, and with it their end.
 Health& health() {
   static Health* const only = new Health;
   return *only;
 }
 
-// Whether every later call will fail as well. Most such failures say so themselves; of the others the next harmless
-// call tells.
+// Whether a failure ends the context, so that every later call fails as well. Most failures that do are known
+// by their status; for the others the next harmless call tells.
 bool ends_context(cudaError_t status, cudaStream_t idle) {
   switch (status) {
     case cudaErrorIllegalAddress:
@@ -101,7 +101,7 @@ class GraphRecording final : public Recording {
   GraphRecording(cudaStream_t stream, std::shared_ptr<RecordingMemory> memory)
       : memory(std::move(memory)), stream_(stream) {}
   ~GraphRecording() override {
-    // Its last play may still run.
+    // The recording's last play may still run.
     cudaStreamSynchronize(stream_);
     if (graph != nullptr) cudaGraphExecDestroy(graph);
   }
@@ -130,7 +130,7 @@ struct Gpu::State {
   class PinnedDownload;
 
   ~State() {
-    // On a GPU that is lost these fail and do nothing else.
+    // These calls fail on a GPU that is lost, and do nothing else then.
     if (stream != nullptr) cudaStreamSynchronize(stream);
     recording.reset();
     for (cudaEvent_t event : part_free) {
@@ -386,7 +386,7 @@ void Gpu::free(void* data) noexcept {
   State& s = *state_;
   if (data == nullptr || health().lost()) return;
   if (!s.recording) {
-    // On any thread. Should it fail, so will the next call that can say so.
+    // Any thread may come here. Should the call fail, so will the next one that can say so.
     if (cudaFreeAsync(data, s.stream) != cudaSuccess) cudaGetLastError();
     return;
   }

@@ -47,7 +47,8 @@ struct GpuProperties {
   std::string runtime;  // that of the runtime linked in
 };
 
-// While it lives, the calling thread has the GPU that Gpu opens for its CUDA device, whichever it had chosen before.
+// Makes the GPU that Gpu opens the CUDA device of the calling thread for as long as the scope lives,
+// whichever the thread had chosen before.
 class DeviceScope {
  public:
 #if defined(MERF_CUDA_EMULATION)
@@ -74,14 +75,15 @@ class Gpu {
   const GpuProperties& properties() const { return properties_; }
   size_t free_bytes();
 
-  // Where a failure has ended the GPU's context, this and everything below but free throws DEVICE_LOST with the first
-  // failure. Asks the driver; `what` is the call that seems to have failed.
+  // Asks the driver whether the GPU's context still lives; `what` is the call that seems to have failed. Once
+  // a failure has ended the context, this and everything below but free throws DEVICE_LOST with the first
+  // failure.
   void check_alive(const char* what);
 
   // Whether `ask`, which says whether there was memory for it, succeeds: at once, or once the pool has given back what
   // it holds unused. `what` is what wants the memory.
   bool with_room(const char* what, const std::function<bool()>& ask);
-  // How often the second try was what succeeded.
+  // How often with_room succeeded only at its second try.
   int64_t memory_retries() const;
 
   // Memory in the order of the stream: it may be used by what is enqueued after allocate and before free. Null where

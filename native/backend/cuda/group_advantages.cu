@@ -12,7 +12,7 @@ namespace {
 constexpr int kThreads = 128;
 constexpr int kBatchThreads = 512;
 
-// One block. divisor: the sample standard deviation of rewards [count], plus epsilon.
+// Writes to `divisor` the sample standard deviation of rewards [count], plus epsilon. It runs as one block.
 __global__ void __launch_bounds__(kBatchThreads)
     batch_divisor_kernel(const float* rewards, int64_t count, double epsilon, double* divisor) {
   SharedMemory shared;

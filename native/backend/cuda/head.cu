@@ -116,7 +116,7 @@ struct RowSums {
     if (most > max) {
       const float lower = max - most;
       const float factor = fast_exp2(lower * kLog2e);
-      // Where nothing is left of them, `lower` may be infinite.
+      // A factor of 0 leaves nothing of the earlier sums, and `lower` may be infinite then.
       weighted = factor == 0.0f ? 0.0f : factor * fmaf(sum, lower, weighted);
       sum *= factor;
       max = most;
@@ -314,8 +314,9 @@ struct HeadPieces {
 };
 
 constexpr int64_t kMostRows = 2048;
-// From here on a block of whole rows is faster than strips, whose logits are computed twice: on an H100, 2048 rows by 49152
-// columns took 1.18 ms in blocks and 1.68 in strips, 2048 by 152064 6.2 and 6.0.
+// The number of rows from which on a block of whole rows is faster than strips, whose logits are computed
+// twice: on an H100, 2048 rows by 49152 columns took 1.18 ms in blocks and 1.68 in strips, 2048 by 152064 6.2
+// and 6.0.
 constexpr int64_t kManyRows = 896;
 constexpr int64_t kLeastColumns = 2048;  // of a strip: below, products are too small for a GPU
 
@@ -401,7 +402,7 @@ class HeadBlocks {
     }
   }
 
-  // Their loss rows, as enqueue_policy_loss takes them.
+  // The loss rows of the source rows from `begin` on, as enqueue_policy_loss takes them.
   const int32_t* loss_rows(int64_t begin) const { return order_.as<const int32_t>() + offsets_host_[begin]; }
   int64_t loss_row_count(int64_t begin, int64_t end) const {
     return offsets_host_[end] - offsets_host_[begin];

@@ -48,7 +48,8 @@ constexpr int kTileDepth = 64 / static_cast<int>(sizeof(T));
 template <typename T>
 constexpr int kPadding = kVector<T>;
 
-// One operand's tile in shared memory: as in global memory, rows are `extent` rows or columns of C, or steps of k.
+// One operand's tile in shared memory. Its rows are those of global memory: Extent rows or columns of C, or
+// steps of k.
 template <typename T, int Extent, bool RowsAreDepth>
 struct OperandTile {
   static constexpr int kRows = RowsAreDepth ? kTileDepth<T> : Extent;
@@ -166,7 +167,8 @@ __global__ void __launch_bounds__(Shape::kThreads, sizeof(T) == 2 ? 2 : 1)
   for (int step = 0; step < kStages - 1; ++step) fill(step);
   for (int step = 0; step < steps; ++step) {
     copy_async_wait<kStages - 2>();
-    // This stage is there for all, and all are done with the one before, which the next copies overwrite.
+    // Behind this barrier the stage is there for all threads, and none reads the one that the next copies
+    // take.
     sync_block();
     fill(step + kStages - 1);
     const T* a = tiles_a + step % kStages * TileA::kSize;

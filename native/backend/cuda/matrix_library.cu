@@ -277,7 +277,7 @@ class CublasLt final : public MatrixLibrary {
     const bool done = gpu_.with_room("a matrix product", run);
     plan->failures = done ? 0 : plan->failures + 1;
     if (done) return true;
-    // It may have been another's failure that ended the GPU.
+    // The failure that ended the GPU may have been another call's, which this then throws.
     gpu_.check_alive("a matrix product");
     if (status == kInvalidValue || status == kNotSupported || plan->failures == kMostFailures) {
       plan->usable = false;
@@ -328,7 +328,7 @@ class CublasLt final : public MatrixLibrary {
     const auto prefer = [&](int attribute, auto value) {
       return f_.set_preference(preference, attribute, &value, sizeof(value)) == kSuccess;
     };
-    // Where k is divided, its parts are summed in float32 and in a fixed order.
+    // Algorithms that divide k are held to sum its parts in float32 and in a fixed order.
     HeuristicResult result{};
     int found = 0;
     Status status = kSuccess;
@@ -345,7 +345,7 @@ class CublasLt final : public MatrixLibrary {
                    result.state == kSuccess;
     plan->algorithm = result.algorithm;
     f_.destroy_preference(preference);
-    // Without a bias every product is one that it should have.
+    // The library should have an algorithm for every product without a bias, so the lack of one is told.
     if (!plan->usable && !key.biased) {
       gpu_.check_alive("a matrix product");
       say_refused(key, status == kSuccess ? kNotSupported : status);
@@ -353,7 +353,7 @@ class CublasLt final : public MatrixLibrary {
     return plan;
   }
 
-  // Before algorithms are looked for, since they depend on how the bias is aligned.
+  // Has to come before algorithms are looked for, since they depend on how the bias is aligned.
   bool add_bias(const Plan& plan, const Product& product) const {
     const int32_t type = kFloat32;
     return f_.set_descriptor(plan.descriptor, kEpilogue, &kAddBias, sizeof(kAddBias)) == kSuccess &&

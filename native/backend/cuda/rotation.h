@@ -7,7 +7,8 @@
 
 namespace merf::cuda {
 
-// Within 1e-11 for |x| < 1e6: x is reduced to [-pi/4, pi/4] by a product exact enough there, then Taylor.
+// Sine and cosine within 1e-11 for |x| < 1e6. x is reduced to [-pi/4, pi/4], by a product exact enough there,
+// for a Taylor series.
 __device__ inline void sine_cosine(double x, double& sine, double& cosine) {
   const double turns = rint(x * 0.63661977236758134308);
   double r = fma(-turns, 1.57079632679489655800, x);

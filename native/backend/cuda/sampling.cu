@@ -80,7 +80,7 @@ struct Row {
   int size;
 
   __device__ int end() const { return shift + size; }
-  // This lane's four of each of the warp's K steps from `begin` on, up to `limit`.
+  // Loads this lane's four logits of each of the warp's K steps from `begin` on, up to `limit`.
   template <int K>
   __device__ void load(float (&x)[K][4], int begin, int limit) const {
     const int own = begin + 4 * lane_index();
@@ -185,10 +185,11 @@ struct Histogram {
   }
   __device__ uint64_t at(int bin) const { return uint64_t{high[bin]} << 32 | low[bin]; }
 
-  // By one warp: the highest bin for which `above` and the bins from it on sum to `goal` or more, or to all there is
-  // where that is less. Found are the bin and the sum above it.
+  // Finds the highest bin for which `above` and the bins from it on sum to `goal` or more, or to all there is
+  // where that is less: the bin, and the sum above it. One warp calls it.
   __device__ void find(uint64_t above, uint64_t goal) const {
-    // First among 32 groups of 32 bins, the highest with lane 0, then among the bins of one.
+    // The search goes through 32 groups of 32 bins first, the highest with lane 0, then through the bins of
+    // one group.
     const int group = kWarp - 1 - lane_index();
     uint64_t sum = 0;
 #pragma unroll 4
@@ -214,8 +215,8 @@ constexpr uint32_t kLeastBits = std::bit_cast<uint32_t>(0x1p-34f);
 constexpr int kFirstShift = 19;
 __device__ inline uint32_t key_of(float weight) { return std::bit_cast<uint32_t>(weight) - kLeastBits; }
 
-// Where a search stands: the bits above `shift + 10` (or 9, of the last piece) are `prefix`, and weights whose bits there
-// are higher sum to `above`.
+// The state of a search: the bits above `shift + 10` (or 9, of the last piece) are `prefix`, and weights
+// whose bits there are higher sum to `above`.
 struct Search {
   int shift = kFirstShift;
   uint32_t prefix = 0;

@@ -10,7 +10,7 @@ namespace {
 
 constexpr int kThreads = 1024;
 
-// One block.
+// Sums `count` values in one block.
 __global__ void __launch_bounds__(kThreads) sum_kernel(const double* values, int64_t count, double* sum) {
   SharedMemory shared;
   double* scratch = shared.take<double>(kThreads / kWarp);

@@ -96,7 +96,7 @@ inline bool says(const std::string& message, std::initializer_list<const char*> 
   return true;
 }
 
-// Under every order of threads, body(gpu) ends with an error that says all of the words.
+// Checks that body(gpu) ends with an error that says all of the words, under every order of threads.
 template <class Body>
 void check_refused(std::initializer_list<const char*> words, Body&& body) {
   for (const uint64_t seed : kSeeds) {

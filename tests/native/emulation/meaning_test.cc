@@ -2,11 +2,12 @@
 // concerned to the formulas of the PTX ISA.
 #include <numeric>
 
-// For the one processor that all of the emulation is compiled for: under -march=native highway can deduce a target that
-// its list for dispatch leaves out with this compiler (Zen 5 with g++ 12), which is an error.
+// highway compiles for the one processor that all of the emulation is compiled for: under -march=native it
+// can deduce a target that its list for dispatch leaves out with this compiler (Zen 5 with g++ 12), which is
+// an error.
 #define HWY_COMPILE_ONLY_STATIC
 #include "hwy/highway.h"
-// After highway.h.
+// exp-inl.h has to come after highway.h.
 #include "backend/cpu/exp-inl.h"
 #include "harness.h"
 

@@ -96,7 +96,8 @@ TEST_CASE("emulation: a missing barrier shows as results that depend on the orde
 }
 
 TEST_CASE("emulation: a missing barrier between a read and the next write shows too") {
-  // In the order of the threads' indices each reads before its neighbour writes, so that all looks well.
+  // Each thread reads before its neighbour writes where threads run in the order of their indices, so that
+  // all looks well.
   const auto shift = [](Gpu& gpu) {
     Array<float> values(gpu, numbers(kThreads + 1, 2)), out(gpu, kThreads);
     launch(

@@ -70,7 +70,8 @@ bool fits(const Descriptor& o, const Layout& a, const Layout& b, const Layout& d
 
 #define LIBRARY extern "C" __attribute__((visibility("default")))
 
-// For tests: the next `times` products fail with `status`; how many were computed.
+// Tests call these: the first lets the next `times` products fail with `status`, the second says how many
+// were computed.
 LIBRARY void fake_cublaslt_fail(int status, int times) {
   failing_status = status;
   failures = times;

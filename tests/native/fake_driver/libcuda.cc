@@ -18,7 +18,7 @@ size_t total_bytes() { return static_cast<size_t>(number("FAKE_CUDA_MEMORY", 819
 
 #define DRIVER extern "C" __attribute__((visibility("default")))
 
-// As cudaDriverGetVersion counts: 13000 is CUDA 13.0.
+// FAKE_CUDA_VERSION counts as cudaDriverGetVersion does: 13000 is CUDA 13.0.
 DRIVER int cuDriverGetVersion(int* version) {
   *version = static_cast<int>(number("FAKE_CUDA_VERSION", 13000));
   return 0;
@@ -40,7 +40,7 @@ DRIVER int cuDeviceGetName(char* name, int bytes, int) {
   std::snprintf(name, static_cast<size_t>(bytes), "NVIDIA Fake 80GB");
   return 0;
 }
-// 10 times the compute capability.
+// FAKE_CUDA_CAPABILITY is 10 times the compute capability.
 DRIVER int cuDeviceGetAttribute(int* value, int attribute, int) {
   const int capability = static_cast<int>(number("FAKE_CUDA_CAPABILITY", 90));
   *value = attribute == 75 ? capability / 10 : capability % 10;
@@ -50,7 +50,7 @@ DRIVER int cuDeviceTotalMem_v2(size_t* bytes, int) {
   *bytes = total_bytes();
   return 0;
 }
-// In MiB; -1: there is not even room for a context.
+// FAKE_CUDA_FREE is in MiB; -1: there is not even room for a context.
 DRIVER int cuDevicePrimaryCtxRetain(void** context, int) {
   static int only;
   *context = &only;

@@ -33,7 +33,7 @@ struct Counts {
   Transfers transfers;
 };
 
-// Since the process began.
+// What has been counted since the process began.
 Counts& counts();
 
 // Kernels are counted but not run, for what leads to the step that is looked at, and where launches are all that is asked
@@ -44,7 +44,8 @@ void pass_over_kernels(bool yes);
 
 constexpr bool kCounts = true;
 
-// Both count for the launch that runs. Addresses outside of the device's memory are passed over.
+// count_read and count_written count for the launch that runs. Addresses outside of the device's memory are
+// passed over.
 void count_read(const void* at, size_t bytes);
 void count_written(const void* at, size_t bytes);
 // Ends a launch: counts what was read and written since the last one's end.

@@ -137,7 +137,7 @@ struct Fiber {
   std::source_location location;
 };
 
-// Where one lane's fragments stand, on its stack: [blocks][registers].
+// Addresses of one lane's fragments on its stack, each [blocks][registers].
 struct MmaOperands {
   const uint32_t *a, *b;
   float* d;
@@ -359,7 +359,7 @@ int BlockRunner::take_ready() {
   return fiber;
 }
 
-// Which fiber goes on; kScheduler where none can, or the block is broken.
+// The fiber that goes on next; kScheduler where none can, or the block is broken.
 int BlockRunner::next_fiber() {
   const bool ready = ready_begin_ < ready_.size(), unstarted = started_ < unstarted_.size();
   if (!broken_.empty() || (!ready && !unstarted)) return kScheduler;
@@ -434,7 +434,7 @@ std::string BlockRunner::where(const std::source_location& at) const {
   return file.substr(file.rfind('/') + 1) + ":" + std::to_string(at.line());
 }
 
-// Until another thread puts this one back into ready_.
+// Suspends this thread until another one puts it back into ready_.
 void BlockRunner::wait(const char* operation, const std::source_location& at) {
   Fiber& self = *current;
   self.waits_at = operation;

@@ -26,7 +26,8 @@
 namespace merf::cuda {
 namespace {
 
-// Where launches are counted they are an H100's, which has more of both: how work is cut depends on them.
+// Memory and multiprocessors are an H100's where launches are counted, since how work is cut depends on them,
+// and fewer elsewhere.
 constexpr size_t kMemory = size_t{emulation::kCounts ? 80 : 4} << 30;
 constexpr int kMultiprocessors = emulation::kCounts ? 132 : 2;
 constexpr size_t kCache = size_t{50} << 20;

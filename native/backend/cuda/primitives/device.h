@@ -25,7 +25,7 @@ constexpr int kWarp = 32;
 
 // The thread's index in its block, whose threads stand in one dimension.
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
-// Divided while unsigned, where that is a shift.
+// The division is of unsigned numbers, where it is a shift.
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
 __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp); }
 __device__ inline int thread_count() { return static_cast<int>(blockDim.x); }

@@ -2,7 +2,7 @@
 // through tensor cores (mma.sync), float32 through ordinary fused multiply-adds, since tensor cores would round it to
 // TF32; kernels are written once for both.
 //
-// In lane l, with g = l / 4 and t = l % 4:
+// What lane l holds, with g = l / 4 and t = l % 4:
 //   accumulator: at[0], at[1] are D[g][2t], D[g][2t + 1]; at[2], at[3] the same columns of row g + 8
 //   A bfloat16:  at[0], at[1] are A[g], A[g + 8] at columns 2t, 2t + 1; at[2], at[3] the same rows 8 columns further
 //   B bfloat16:  at[0] is B[2t, 2t + 1][g]; at[1] the same 8 rows further

@@ -29,7 +29,7 @@ namespace merf::cuda {
 constexpr int kWarpgroup = 128;
 constexpr int kPanelColumns = 64;
 
-// Where element (row, column) of a matrix in panels of `rows` rows stands.
+// The offset of element (row, column) in a matrix of panels of `rows` rows.
 __device__ constexpr int panel_offset(int rows, int row, int column) {
   return column / kPanelColumns * rows * kPanelColumns + row * kPanelColumns +
          (((column % kPanelColumns / 8) ^ (row % 8)) * 8) + column % 8;
@@ -61,7 +61,7 @@ __device__ inline void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Pending) : "memory");
 }
 
-// One step of depth 16.
+// wgmma_step enqueues the product of one step of depth 16.
 
 #define MERF_WGMMA_D(n) "+f"(d[n].at[0]), "+f"(d[n].at[1]), "+f"(d[n].at[2]), "+f"(d[n].at[3])
 template <bool MnMajor>
@@ -158,7 +158,7 @@ __device__ inline void wgmma_first(Accumulator (&d)[16], uint64_t a, uint64_t b)
 #undef MERF_WGMMA_D
 #endif
 
-// After a wait for the product that makes d: keeps the compiler from reading d before.
+// Keeps the compiler from reading d earlier; it stands behind the wait for the product that makes d.
 template <int Blocks>
 __device__ inline void wgmma_done([[maybe_unused]] Accumulator (&d)[Blocks]) {
 #if !defined(MERF_CUDA_EMULATION)
