@@ -59,6 +59,7 @@ class Arena {
   Tensor lodger_;
   size_t floor_ =
       0;  // bytes at the front of the first block that are the lodger's; 0 where it has memory of its own
+  size_t most_behind_ = 0;  // the most that taken_ was behind it
   uint64_t lodging_ = 0;
 };
 

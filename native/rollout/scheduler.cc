@@ -255,9 +255,7 @@ void Scheduler::take_draws(const Step& step) {
     live_changed_ = live_changed_ || end != live_.end();
     live_.erase(end, live_.end());
   }
-  if (!on_draw_ || drawn_.sequences.empty()) return;
-  told_ = true;
-  on_draw_(drawn_);
+  if (on_draw_ && !drawn_.sequences.empty()) on_draw_(drawn_);
 }
 
 // Appends a token; whether it was the last.

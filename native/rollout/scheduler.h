@@ -35,8 +35,6 @@ class Scheduler {
   Scheduler(Session& session, const TokenBytes& token_bytes, const SampleRequest& request,
             const Cancel& cancel, const DrawCallback& on_draw);
   SampleResult run();
-  // Whether anybody has been told of a token.
-  bool told() const { return told_; }
 
  private:
   struct Sequence {
@@ -158,7 +156,6 @@ class Scheduler {
   std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
   Drawn drawn_;
-  bool told_ = false;
   SampleResult result_;
 };
 

@@ -480,6 +480,21 @@ TEST_CASE("an arena's lodger stays while it may") {
     CHECK(arena.lodged() == 16 * kMiB);
     arena.make_room(17 * kMiB);
     CHECK(arena.lodged() == 0);
+    arena.reserve(17 * kMiB);
+    arena.take(DType::f32, {int64_t{32} << 18});
+    CHECK(arena.held() == 32 * kMiB);
+    arena.reset();
+    // What finds no room behind it has a block of its own, which goes where one block will do again.
+    arena.lodge(30 * kMiB);
+    for (int i = 0; i < 3; ++i) {
+      arena.reset();
+      arena.take(DType::f32, {int64_t{5} << 18});
+      arena.take(DType::f32, {int64_t{3} << 18});
+      arena.take(DType::f32, {int64_t{3} << 18});
+    }
+    CHECK(arena.held() == 32 * kMiB + 11 * kMiB);
+    arena.turn_out();
+    arena.reserve(20 * kMiB);
     CHECK(arena.held() == 32 * kMiB);
     arena.free();
     CHECK(arena.held() == 0);
