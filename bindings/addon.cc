@@ -5,6 +5,7 @@
 #include "backend/backend.h"
 #include "cancel_token.h"
 #include "environment.h"
+#include "model_arguments.h"
 #include "native_device.h"
 #include "native_model.h"
 
@@ -59,6 +60,15 @@ Napi::Value describe_device(const Napi::CallbackInfo& info) {
   return checked(info.Env(), [&]() -> Napi::Value { return describe(info.Env(), to_text(info[0], "name")); });
 }
 
+Napi::Value compute_loss_weights(const Napi::CallbackInfo& info) {
+  return checked(info.Env(), [&]() -> Napi::Value {
+    const Napi::Object object = to_object(info[0], "arguments");
+    const auto sequences = to_int32s(object.Get("sequences"), "arguments.sequences");
+    check_sequences(sequences, "arguments.sequences");
+    return to_float32_array(info.Env(), to_loss_weights(object, "arguments", sequences));
+  });
+}
+
 Napi::Value cancel(const Napi::CallbackInfo& info) {
   return checked(info.Env(), [&]() -> Napi::Value {
     to_cancel(info[0], "token")->request();
@@ -85,6 +95,7 @@ Napi::Object initialize(Napi::Env env, Napi::Object exports) {
   exports.Set("describeDevice", Napi::Function::New<describe_device>(env, "describeDevice"));
   exports.Set("createModel", Napi::Function::New<&NativeModel::create>(env, "createModel"));
   exports.Set("openDevice", Napi::Function::New<&NativeDevice::create>(env, "openDevice"));
+  exports.Set("lossWeights", Napi::Function::New<compute_loss_weights>(env, "lossWeights"));
   exports.Set("createCancelToken", Napi::Function::New<create_cancel_token>(env, "createCancelToken"));
   exports.Set("cancel", Napi::Function::New<cancel>(env, "cancel"));
   return exports;

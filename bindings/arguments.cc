@@ -243,6 +243,14 @@ void check_finite(const std::vector<float>& values, const std::string& name) {
   }
 }
 
+void check_finite_or_nan(const std::vector<float>& values, const std::string& name) {
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (!std::isinf(values[i])) continue;
+    refuse("finite numbers, or NaN for those that are missing", name,
+           number_text(values[i]) + " at index " + std::to_string(i));
+  }
+}
+
 void check_visible_until(const std::vector<int32_t>& visible_until, const std::string& name) {
   const int64_t tokens = static_cast<int64_t>(visible_until.size());
   std::vector<int32_t> open;  // the ends of the stretches that token i is in

@@ -51,6 +51,8 @@ void check_length(const std::vector<T>& values, const std::string& name, size_t 
 // least <= every element < end
 void check_range(const std::vector<int32_t>& values, const std::string& name, int64_t least, int64_t end);
 void check_finite(const std::vector<float>& values, const std::string& name);
+// NaN stands for a value that is missing.
+void check_finite_or_nan(const std::vector<float>& values, const std::string& name);
 // i < visible_until[i] <= T, and the stretches [i, visible_until[i]) are nested.
 void check_visible_until(const std::vector<int32_t>& visible_until, const std::string& name);
 // Rising by at most 1 from 0.

@@ -63,7 +63,7 @@ class Environment {
   // and decides for itself what that means. `listener`, if not 0, is removed when the promise is settled.
   Napi::Value run(Napi::Env env, Engine& engine, std::shared_ptr<Cancel> cancel, Work work,
                   uint32_t listener = 0);
-  // As run, without a promise: for work that cannot fail.
+  // Runs work that cannot fail, so that it needs no promise.
   void post(Engine& engine, std::function<void()> work);
 
   Napi::Value make_error(Napi::Env env, const std::string& code, const std::string& message);
@@ -114,7 +114,7 @@ auto checked(Napi::Env env, Body&& body) -> decltype(body()) {
   }
 }
 
-// The same for what returns a promise: failures reject it.
+// Calls what returns a promise; failures reject it.
 template <typename Body>
 Napi::Value promised(Napi::Env env, Body&& body) {
   const auto reject = [&](napi_value error) -> Napi::Value {

@@ -2,9 +2,11 @@
 
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "arguments.h"
 #include "environment.h"
+#include "model_arguments.h"
 #include "options.h"
 
 namespace merf {
@@ -158,6 +160,27 @@ LossArguments to_loss(const Operands& operands, const Napi::Object& object, int6
     check_sequences(a.sequences, operands.path("sequences"));
   }
   return a;
+}
+
+// The statistics of a loss, whose rows come back from the device for them.
+LossStatistics statistics_of(Backend& backend, const LossOptions& options, const LossRows& rows,
+                             const std::vector<int32_t>& sequences, const Tensor& logprobs,
+                             const Tensor& entropies) {
+  const auto download = [&](const Tensor& tensor) {
+    std::vector<float> values(tensor ? static_cast<size_t>(tensor.size()) : 0);
+    if (tensor) backend.download(values.data(), tensor, tensor.bytes());
+    return values;
+  };
+  Scores scores{download(logprobs), download(entropies)};
+  // A mean of entropies that were not given is 0.
+  scores.entropies.resize(scores.logprobs.size(), 0.0f);
+  const BatchLoss loss{options,
+                       download(rows.weights),
+                       download(rows.advantages),
+                       download(rows.old_logprobs),
+                       download(rows.reference_logprobs),
+                       sequences};
+  return loss_statistics(loss, scores);
 }
 
 // Delivers named tensors as one object.
@@ -493,16 +516,29 @@ Napi::Value NativeDevice::policy_loss(const Napi::CallbackInfo& info) {
                                 ? operands.get("entropies", logprobs->shape, {DType::f32})
                                 : operands.get_optional("entropies", logprobs->shape, {DType::f32});
     const State coefficients = make_state(*engine_, DType::f32, logprobs->shape);
+    const bool with_statistics = to_bool(object.Get("statistics"), "arguments.statistics");
     return Environment::of(env).run(
         env, *engine_, nullptr,
-        [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients]() -> Deliver {
+        [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients,
+         with_statistics]() -> Deliver {
           Backend& backend = engine->backend();
-          const double value = backend.policy_loss(logprobs->open(), open(entropies), loss.open_rows(backend),
-                                                   loss.options, coefficients->open());
-          return [value, coefficients](Napi::Env env) -> Napi::Value {
+          const LossRows rows = loss.open_rows(backend);
+          const double value = backend.policy_loss(logprobs->open(), open(entropies), rows, loss.options,
+                                                   coefficients->open());
+          std::optional<LossStatistics> statistics;
+          if (with_statistics) {
+            statistics =
+                statistics_of(backend, loss.options, rows, loss.sequences, logprobs->open(), open(entropies));
+          }
+          return [value, coefficients, statistics](Napi::Env env) -> Napi::Value {
             const Napi::Object result = Napi::Object::New(env);
             result.Set("loss", value);
             result.Set("coefficients", NativeTensor::create(env, coefficients));
+            if (statistics) {
+              const Napi::Object object = Napi::Object::New(env);
+              set_statistics(object, *statistics);
+              result.Set("statistics", object);
+            }
             return result;
           };
         });

@@ -5,6 +5,7 @@
 #include "arguments.h"
 #include "cancel_token.h"
 #include "environment.h"
+#include "model_arguments.h"
 #include "options.h"
 
 namespace merf {
@@ -16,129 +17,6 @@ constexpr int64_t kMostLogits = int64_t{1} << 28;
 thread_local std::shared_ptr<ModelState> constructing;
 
 Napi::Value undefined(Napi::Env env) { return env.Undefined(); }
-
-ModelConfig to_config(const Napi::Value& value) {
-  const Napi::Object object = to_object(value, "config");
-  const auto integer = [&](const char* key, int64_t most) {
-    return to_integer(object.Get(key), std::string("config.") + key, 1, most);
-  };
-  const auto flag = [&](const char* key) { return to_bool(object.Get(key), std::string("config.") + key); };
-  ModelConfig c;
-  const std::vector<std::string> architectures = {"llama", "qwen2"};
-  c.architecture = architectures[to_choice(object.Get("architecture"), "config.architecture", architectures)];
-  c.hidden_size = integer("hiddenSize", 1 << 20);
-  c.layers = integer("layers", 10000);
-  c.heads = integer("heads", 1 << 14);
-  c.kv_heads = integer("kvHeads", 1 << 14);
-  c.head_size = integer("headSize", 1024);
-  c.mlp_size = integer("mlpSize", 1 << 22);
-  c.vocab_size = integer("vocabSize", 1 << 24);
-  c.max_positions = integer("maxPositions", kMostTokens);
-  c.rms_norm_epsilon = static_cast<float>(to_number(object.Get("rmsNormEps"), "config.rmsNormEps", 0.0, 1.0));
-  c.tied_head = flag("tiedHead");
-  c.attention_bias = flag("attentionBias");
-  c.output_bias = flag("outputBias");
-  c.mlp_bias = flag("mlpBias");
-  if (c.heads % c.kv_heads != 0) {
-    refuse("a divisor of config.heads, which is " + std::to_string(c.heads) + ",", "config.kvHeads",
-           std::to_string(c.kv_heads));
-  }
-  if (c.head_size % 8 != 0) refuse("a multiple of 8", "config.headSize", std::to_string(c.head_size));
-  const Napi::Object rope = to_object(object.Get("rope"), "config.rope");
-  c.inverse_frequencies = to_floats(rope.Get("inverseFrequencies"), "config.rope.inverseFrequencies");
-  check_length(c.inverse_frequencies, "config.rope.inverseFrequencies", static_cast<size_t>(c.head_size / 2),
-               "half of config.headSize");
-  check_finite(c.inverse_frequencies, "config.rope.inverseFrequencies");
-  c.rope_attention_scale = to_float(rope.Get("attentionScale"), "config.rope.attentionScale");
-  c.dtype = to_choice(object.Get("dtype"), "config.dtype", {"f32", "bf16"}) == 0 ? DType::f32 : DType::bf16;
-  return c;
-}
-
-Batch to_batch(const Napi::Value& value, const ModelConfig& config, bool with_targets) {
-  const Napi::Object object = to_object(value, "batch");
-  Batch batch;
-  to_forest(object, "batch", config, batch.tokens, batch.positions, batch.visible_until);
-  batch.source_rows = to_int32s(object.Get("sourceRows"), "batch.sourceRows");
-  if (batch.source_rows.empty() || static_cast<int64_t>(batch.source_rows.size()) > kMostTokens) {
-    refuse("1 to " + std::to_string(kMostTokens) + " rows", "batch.sourceRows",
-           std::to_string(batch.source_rows.size()));
-  }
-  check_range(batch.source_rows, "batch.sourceRows", 0, static_cast<int64_t>(batch.tokens.size()));
-  if (with_targets) {
-    batch.targets = to_int32s(object.Get("targets"), "batch.targets");
-    check_length(batch.targets, "batch.targets", batch.source_rows.size(), "batch.sourceRows");
-    check_range(batch.targets, "batch.targets", 0, config.vocab_size);
-  }
-  return batch;
-}
-
-BatchLoss to_loss(const Napi::Value& value, size_t rows) {
-  const Napi::Object object = to_object(value, "loss");
-  BatchLoss loss;
-  loss.options = to_loss_options(object, "loss");
-  const auto floats = [&](const char* key, bool required) {
-    const std::string name = std::string("loss.") + key;
-    const Napi::Value given = object.Get(key);
-    if (!required && given.IsUndefined()) return std::vector<float>();
-    std::vector<float> values = to_floats(given, name);
-    check_length(values, name, rows, "batch.sourceRows");
-    check_finite(values, name);
-    return values;
-  };
-  const bool has_ratio = loss.options.kind != LossKind::cross_entropy;
-  loss.weights = floats("weights", true);
-  loss.advantages = floats("advantages", has_ratio);
-  loss.old_logprobs = floats("oldLogprobs", has_ratio);
-  loss.reference_logprobs = floats("referenceLogprobs", loss.options.kl_coefficient > 0.0f);
-  if (loss.options.kind == LossKind::gspo) {
-    loss.sequences = to_int32s(object.Get("sequences"), "loss.sequences");
-    check_length(loss.sequences, "loss.sequences", rows, "batch.sourceRows");
-    check_sequences(loss.sequences, "loss.sequences");
-  }
-  return loss;
-}
-
-std::vector<TensorSource> to_sources(const Napi::Value& value) {
-  const Napi::Array array = to_array(value, "sources");
-  std::vector<TensorSource> sources;
-  for (uint32_t i = 0; i < array.Length(); ++i) {
-    const std::string name = "sources[" + std::to_string(i) + "]";
-    const Napi::Object object = to_object(array.Get(i), name);
-    constexpr int64_t most = int64_t{1} << 53;
-    TensorSource source;
-    source.name = to_text(object.Get("name"), name + ".name");
-    source.path = to_text(object.Get("path"), name + ".path");
-    source.offset = to_integer(object.Get("offset"), name + ".offset", 0, most);
-    source.byte_length = to_integer(object.Get("byteLength"), name + ".byteLength", 0, most);
-    source.encoding = to_text(object.Get("encoding"), name + ".encoding");
-    source.shape = to_shape(object.Get("shape"), name + ".shape");
-    const Napi::Value heads = object.Get("permutedHeads");
-    if (!heads.IsUndefined()) source.permuted_heads = to_integer(heads, name + ".permutedHeads", 1, 1 << 14);
-    sources.push_back(std::move(source));
-  }
-  return sources;
-}
-
-// true, false, or { loraRank, loraSeed }.
-Training to_training(const Napi::Value& value, const ModelConfig& config) {
-  if (value.IsBoolean()) return Training(value.As<Napi::Boolean>().Value());
-  const Napi::Object object = to_object(value, "training");
-  const int64_t most = std::min(config.hidden_size, config.mlp_size);
-  return Training::lora(to_integer(object.Get("loraRank"), "training.loraRank", 1, most),
-                        to_uint64(object.Get("loraSeed"), "training.loraSeed"));
-}
-
-ParameterKind to_kind(const Napi::Value& value) {
-  return static_cast<ParameterKind>(
-      to_choice(value, "kind", {"value", "gradient", "adam_m", "adam_v", "merged"}));
-}
-
-Napi::Object scores_to_js(Napi::Env env, Scores scores) {
-  const Napi::Object object = Napi::Object::New(env);
-  object.Set("logprobs", to_float32_array(env, std::move(scores.logprobs)));
-  object.Set("entropies", to_float32_array(env, std::move(scores.entropies)));
-  return object;
-}
 
 }  // namespace
 
@@ -342,10 +220,13 @@ Napi::Value NativeModel::score(const Napi::CallbackInfo& info) {
   return promised(info.Env(), [&] {
     Batch batch = to_batch(info[0], state()->config, true);
     auto cancel = to_cancel(info[1], "cancel");
+    const int64_t max_tokens = to_max_tokens(info[2]);
     return Environment::of(info.Env())
         .run(info.Env(), *state()->engine, cancel,
-             [state = state(), batch = std::move(batch), cancel]() -> Deliver {
-               auto scores = std::make_shared<Scores>(state->open().score(batch, *cancel));
+             [state = state(), batch = std::move(batch), max_tokens, cancel]() -> Deliver {
+               Model& model = state->open();
+               const int64_t most = max_tokens > 0 ? max_tokens : model.tokens_that_fit(false);
+               auto scores = std::make_shared<Scores>(model.score(batch, most, *cancel));
                return [scores](Napi::Env env) { return scores_to_js(env, std::move(*scores)); };
              });
   });
@@ -356,17 +237,20 @@ Napi::Value NativeModel::forward_backward(const Napi::CallbackInfo& info) {
     Batch batch = to_batch(info[0], trainable_state("forwardBackward")->config, true);
     BatchLoss loss = to_loss(info[1], batch.source_rows.size());
     auto cancel = to_cancel(info[2], "cancel");
-    const int64_t max_tokens = info[3].IsUndefined() ? 0 : to_integer(info[3], "maxTokens", 1, kMostTokens);
+    const int64_t max_tokens = to_max_tokens(info[3]);
     return Environment::of(info.Env())
         .run(info.Env(), *state()->engine, cancel,
              [state = state(), batch = std::move(batch), loss = std::move(loss), max_tokens,
               cancel]() -> Deliver {
-               auto result = std::make_shared<LossResult>(
-                   state->open().forward_backward(batch, loss, max_tokens, *cancel));
+               Model& model = state->open();
+               const int64_t most = max_tokens > 0 ? max_tokens : model.tokens_that_fit(true);
+               auto result = std::make_shared<LossResult>(model.forward_backward(batch, loss, most, *cancel));
                return [result](Napi::Env env) {
-                 const Napi::Object object = scores_to_js(env, std::move(result->scores));
+                 const Napi::Object object = Napi::Object::New(env);
                  object.Set("loss", result->loss);
                  object.Set("finite", result->finite);
+                 object.Set("logprobs", to_float32_array(env, std::move(result->scores.logprobs)));
+                 set_statistics(object, result->statistics);
                  return object;
                };
              });
@@ -387,21 +271,7 @@ Napi::Value NativeModel::zero_gradients(const Napi::CallbackInfo& info) {
 Napi::Value NativeModel::optim_step(const Napi::CallbackInfo& info) {
   return promised(info.Env(), [&] {
     const auto& shared = trainable_state("optimStep");
-    const Napi::Object object = to_object(info[0], "options");
-    constexpr double most = std::numeric_limits<float>::max();
-    const auto number = [&](const char* key, double greatest) {
-      return static_cast<float>(to_number(object.Get(key), std::string("options.") + key, 0.0, greatest));
-    };
-    OptimizerOptions options;
-    options.learning_rate = number("learningRate", most);
-    options.beta1 = number("beta1", 1.0);
-    options.beta2 = number("beta2", 1.0);
-    options.epsilon = number("epsilon", most);
-    options.weight_decay = number("weightDecay", most);
-    options.max_gradient_norm = number("maxGradNorm", most);
-    // 1 - beta^step divides the moments.
-    if (options.beta1 == 1.0f) refuse("a number below 1", "options.beta1", object.Get("beta1"));
-    if (options.beta2 == 1.0f) refuse("a number below 1", "options.beta2", object.Get("beta2"));
+    const OptimizerOptions options = to_optimizer_options(info[0]);
     return Environment::of(info.Env())
         .run(info.Env(), *shared->engine, nullptr, [state = shared, options]() -> Deliver {
           const int64_t step = state->optimizer_step + 1;

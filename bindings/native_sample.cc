@@ -5,6 +5,7 @@
 #include "arguments.h"
 #include "cancel_token.h"
 #include "environment.h"
+#include "model_arguments.h"
 #include "native_model.h"
 #include "options.h"
 #include "rollout/rollout.h"

@@ -37,23 +37,6 @@ SamplingOptions to_sampling_options(const Napi::Object& object, const std::strin
   return options;
 }
 
-void to_forest(const Napi::Object& object, const std::string& name, const ModelConfig& config,
-               std::vector<int32_t>& tokens, std::vector<int32_t>& positions,
-               std::vector<int32_t>& visible_until) {
-  tokens = to_int32s(object.Get("tokens"), name + ".tokens");
-  positions = to_int32s(object.Get("positions"), name + ".positions");
-  visible_until = to_int32s(object.Get("visibleUntil"), name + ".visibleUntil");
-  if (tokens.empty() || static_cast<int64_t>(tokens.size()) > kMostTokens) {
-    refuse("1 to " + std::to_string(kMostTokens) + " tokens", name + ".tokens",
-           std::to_string(tokens.size()));
-  }
-  check_length(positions, name + ".positions", tokens.size(), name + ".tokens");
-  check_length(visible_until, name + ".visibleUntil", tokens.size(), name + ".tokens");
-  check_range(tokens, name + ".tokens", 0, config.vocab_size);
-  check_range(positions, name + ".positions", 0, config.max_positions);
-  check_visible_until(visible_until, name + ".visibleUntil");
-}
-
 Engine& to_engine(const Napi::Value& value, const std::string& name) {
   const Napi::Object device = to_object(value, name);
   const std::string device_name = to_text(device.Get("name"), name + ".name");

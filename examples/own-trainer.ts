@@ -27,7 +27,7 @@ for (let step = 1; step <= steps; step++) {
   const rewards = groups.map(({ episodes }) => episodes.map(({ reward }) => reward.total));
 
   // 2. Advantage: each episode against the others of its group.
-  const advantages = groupAdvantages(rewards);
+  const advantages = await groupAdvantages(rewards);
 
   // 3. KL reference: how likely the weights at the start find the same tokens.
   const { logprobs } = await reference.score(forestOf(branchesOf(groups)));

@@ -1,6 +1,13 @@
+// What the options of a task are declared with.
+export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
 export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';
+export {
+  type AdvantageKind,
+  type GroupAdvantagesOptions,
+  groupAdvantages,
+} from './kernels/group-advantages.js';
 export * as kernels from './kernels/index.js';
 export * from './policy/index.js';
 export {

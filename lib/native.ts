@@ -31,12 +31,11 @@ export interface OperatorTime {
   seconds: number;
   /** Additions and multiplications of its products; 0 where it is bound by memory. */
   operations: number;
-  /** Of its operands, each once; 0 where `operations` says what bounds it. */
+  /** Bytes of its operands, each counted once; 0 where `operations` says what bounds it. */
   bytes: number;
 }
 
 export interface NativeModelConfig {
-  architecture: 'llama' | 'qwen2';
   hiddenSize: number;
   layers: number;
   heads: number;
@@ -49,11 +48,11 @@ export interface NativeModelConfig {
   rmsNormEps: number;
   /** The language-model head is the embedding table. */
   tiedHead: boolean;
-  /** Of the q, k and v projections. */
+  /** The q, k and v projections have biases. */
   attentionBias: boolean;
-  /** Of the o projection. */
+  /** The o projection has a bias. */
   outputBias: boolean;
-  /** Of the gate, up and down projections. */
+  /** The gate, up and down projections have biases. */
   mlpBias: boolean;
   /** The context length, in tokens. */
   maxPositions: number;
@@ -68,7 +67,7 @@ export interface NativeModelConfig {
 
 /** Where a parameter lies in a file. */
 export interface TensorSource {
-  /** As Hugging Face names it, for instance model.layers.0.self_attn.q_proj.weight. */
+  /** The name that Hugging Face gives it, for instance model.layers.0.self_attn.q_proj.weight. */
   name: string;
   path: string;
   /** Bytes. */
@@ -104,23 +103,49 @@ export interface NativeLossOptions {
   kind: NativeLossKind;
   clipLow: number;
   clipHigh: number;
-  /** Of the k3 estimator; above 0 it needs reference log-probabilities. */
+  /** Coefficient of the k3 estimator; above 0 it needs reference log-probabilities. */
   klCoefficient: number;
   entropyCoefficient: number;
 }
 
-/** The loss over a batch's R rows, the sum of weight times row loss; formulas in native/backend/backend.h. */
-export interface NativeLoss extends NativeLossOptions {
-  /** [R] */
-  weights: Float32Array;
+/** How the losses of rows become one number. */
+export interface NativeLossAggregation {
+  /**
+   * `token_mean`: the sum over all rows by their number. `sequence_mean`: the mean over a completion's rows, then the
+   * mean over completions. `constant`: the sum by completions times `maxTokens`.
+   */
+  aggregation: 'token_mean' | 'sequence_mean' | 'constant';
+  /** [R], which completion a row belongs to, rising from 0 by at most 1. */
+  sequences: Int32Array;
+  /** How many completions there are, those without rows included. */
+  completions: number;
+  /** For `constant`. */
+  maxTokens?: number | undefined;
+}
+
+/** The loss over a batch's R rows; formulas of a row's loss in native/backend/backend.h. */
+export interface NativeLoss extends NativeLossOptions, NativeLossAggregation {
   /** [R], not for cross_entropy. */
   advantages?: Float32Array | undefined;
-  /** [R], not for cross_entropy. */
+  /** [R], not for cross_entropy. NaN: the model as it is now stands in, and the ratio is 1. */
   oldLogprobs?: Float32Array | undefined;
-  /** [R] */
+  /** [R]. NaN: there is none, which is refused where `klCoefficient` is above 0. */
   referenceLogprobs?: Float32Array | undefined;
-  /** [R], which completion a row belongs to, rising from 0; gspo only. */
-  sequences?: Int32Array | undefined;
+}
+
+export interface NativeLossStatistics {
+  /** Rows, which all means below are over. */
+  tokens: number;
+  /** Mean k3 estimate of KL(policy || reference), in nats; 0 where no reference was given. */
+  kl: number;
+  /** Share of tokens whose ratio is clipped so that no gradient flows: below with A < 0, or above with A > 0. */
+  clipFraction: number;
+  clipLowFraction: number;
+  clipHighFraction: number;
+  /** The importance ratio by token, for gspo by completion; 1 where the loss has none. */
+  ratio: { mean: number; min: number; max: number };
+  /** Mean entropy of the next-token distribution, in nats. */
+  entropy: number;
 }
 
 export interface NativeSamplingOptions {
@@ -217,21 +242,25 @@ export interface NativeModel {
   setTokenBytes(bytes: Uint8Array, offsets: Int32Array): void;
   /** [R, vocabSize] row-major; at most 2^28 numbers. */
   logits(batch: Omit<NativeBatch, 'targets'>): Promise<Float32Array>;
+  /**
+   * `maxTokens` is the most tokens that go through the model at once, as far as segments divide the forest (default:
+   * as many as suit the device's memory); every token is computed once all the same.
+   */
   score(
     batch: NativeBatch,
     cancel: CancelToken,
+    maxTokens?: number,
   ): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
   /**
-   * Adds to the gradients. `maxTokens` is the most tokens whose activations are held at once, as far as segments divide
-   * it; every token is computed once all the same. Where the loss is not finite (`finite` is false) or the promise
-   * rejects, gradients are as before the call, or zero if any had been added to.
+   * Adds to the gradients; `maxTokens` as for `score`. Where the loss is not finite (`finite` is false) or the engine
+   * rejects, all gradients are zero, those of earlier calls included.
    */
   forwardBackward(
     batch: NativeBatch,
     loss: NativeLoss,
     cancel: CancelToken,
     maxTokens?: number,
-  ): Promise<{ loss: number; logprobs: Float32Array; entropies: Float32Array; finite: boolean }>;
+  ): Promise<NativeLossStatistics & { loss: number; finite: boolean; logprobs: Float32Array }>;
   zeroGradients(): Promise<void>;
   /** Gradients are zeroed either way; `applied` is false where their norm is not finite. */
   optimStep(options: NativeOptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }>;
@@ -314,8 +343,12 @@ export interface NativeDevice {
     epsilon: number;
   }): Promise<NativeTensor>;
   policyLoss(
-    o: NativeLossTensors & { logprobs: NativeTensor; entropies?: NativeTensor | undefined },
-  ): Promise<{ loss: number; coefficients: NativeTensor }>;
+    o: NativeLossTensors & {
+      logprobs: NativeTensor;
+      entropies?: NativeTensor | undefined;
+      statistics: boolean;
+    },
+  ): Promise<{ loss: number; coefficients: NativeTensor; statistics?: NativeLossStatistics }>;
   fusedPolicyLoss(
     o: NativeLossTensors & {
       hidden: NativeTensor;
@@ -360,7 +393,7 @@ export interface NativeBackend {
 
 export interface NativeAddon {
   version: string;
-  /** Of all devices that there are, whether this machine has them or not. */
+  /** Names of all devices that there are, whether this machine has them or not. */
   deviceNames(): string[];
   /** Opens the device to look at it; says why where it cannot be used. */
   describeDevice(name: string): NativeBackend;
@@ -377,6 +410,8 @@ export interface NativeAddon {
     sessionBytes?: number,
   ): NativeModel;
   openDevice(device: NativeDeviceChoice): NativeDevice;
+  /** [R] */
+  lossWeights(o: NativeLossAggregation): Float32Array;
   createCancelToken(): CancelToken;
   cancel(token: CancelToken): void;
 }

@@ -14,7 +14,6 @@ import {
 } from '../lib/native.js';
 
 const config: NativeModelConfig = {
-  architecture: 'qwen2',
   hiddenSize: 32,
   layers: 2,
   heads: 4,
@@ -46,7 +45,9 @@ const loss: NativeLoss = {
   clipHigh: 0.2,
   klCoefficient: 0,
   entropyCoefficient: 0,
-  weights: Float32Array.of(0.25, 0.25, 0.25, 0.25),
+  aggregation: 'token_mean',
+  sequences: Int32Array.of(0, 0, 1, 2),
+  completions: 3,
   advantages: Float32Array.of(1, 1, -1, -1),
   oldLogprobs: Float32Array.of(-3, -3, -3, -3),
 };
@@ -282,7 +283,6 @@ describe('bad arguments', () => {
   const nothing = [undefined, null, 7, 'text', [], () => 0, Symbol('s'), 3n];
 
   test.each<[string, object, string]>([
-    ['architecture', { architecture: 'mamba' }, 'config.architecture'],
     ['hidden size', { hiddenSize: 0 }, 'config.hiddenSize'],
     ['fraction', { layers: 1.5 }, 'config.layers'],
     ['heads', { kvHeads: 3 }, 'config.kvHeads'],
@@ -343,12 +343,21 @@ describe('bad arguments', () => {
     ['kind', { kind: 'ppo' }, 'kind'],
     ['clip range', { clipLow: -0.1 }, 'clipLow'],
     ['coefficient', { klCoefficient: Number.POSITIVE_INFINITY }, 'klCoefficient'],
-    ['no weights', { weights: undefined }, 'weights'],
-    ['too few weights', { weights: new Float32Array(3) }, 'weights'],
+    ['no aggregation', { aggregation: undefined }, 'aggregation'],
+    ['an unknown aggregation', { aggregation: 'median' }, 'aggregation'],
+    ['too few sequences', { sequences: i32(0, 1, 2) }, 'sequences'],
+    ['fewer completions than have rows', { completions: 2 }, 'completions'],
+    ['a constant without the most tokens', { aggregation: 'constant' }, 'maxTokens'],
+    ['infinite old log-probability', { oldLogprobs: Float32Array.of(1, Infinity, 1, 1) }, 'oldLogprobs'],
+    [
+      'a penalty without a reference',
+      { klCoefficient: 0.1, referenceLogprobs: Float32Array.of(-1, Number.NaN, -1, -1) },
+      'referenceLogprobs',
+    ],
     ['NaN', { advantages: Float32Array.of(1, Number.NaN, 1, 1) }, 'advantages'],
     ['no old log-probabilities', { oldLogprobs: undefined }, 'oldLogprobs'],
     ['no reference', { klCoefficient: 0.1 }, 'referenceLogprobs'],
-    ['gspo without sequences', { kind: 'gspo' }, 'sequences'],
+    ['gspo without sequences', { kind: 'gspo', sequences: undefined }, 'sequences'],
     ['sequences with a gap', { kind: 'gspo', sequences: i32(0, 0, 2, 2) }, 'sequences'],
   ])('of a loss: %s', async (_, changes, argument) => {
     const error = await failure(() =>

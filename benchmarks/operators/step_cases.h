@@ -23,7 +23,6 @@ inline ModelConfig config_of(const std::string& architecture, int64_t hidden, in
                              int64_t kv_heads, int64_t head_size, int64_t mlp, int64_t vocabulary, bool tied,
                              double rope_theta) {
   ModelConfig config;
-  config.architecture = architecture;
   config.hidden_size = hidden;
   config.layers = layers;
   config.heads = heads;

@@ -2,7 +2,8 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError } from 'commander';
 import { packageRoot } from '../package-root.js';
-import type { TaskFactory } from '../tasks/index.js';
+import { toCamelCase } from '../settings.js';
+import { type TaskFactory, taskFactories } from '../tasks/index.js';
 import { addBench } from './commands/bench.js';
 import { addDoctor } from './commands/doctor.js';
 import { addEvaluate } from './commands/evaluate.js';
@@ -25,18 +26,40 @@ export async function main(args: readonly string[]): Promise<number> {
     throw error;
   });
   process.exitCode = 0;
+  const task = await taskOfArguments(args);
   try {
-    await program(await taskOfArguments(args)).parseAsync([...args], { from: 'user' });
+    await program(task.factory).parseAsync([...args], { from: 'user' });
     return Number(process.exitCode);
   } catch (error) {
-    if (error instanceof CommanderError) return error.exitCode === 0 ? 0 : 2;
-    const { code } = error as { code?: unknown };
-    const message = error instanceof Error ? error.message : String(error);
-    const expected = typeof code === 'string';
-    process.stderr.write(`merf: ${message}${expected ? '' : ' (set MERF_DEBUG=1 to see where)'}\n`);
-    if (process.env.MERF_DEBUG && error instanceof Error) process.stderr.write(`${error.stack}\n`);
-    return code === 'ABORTED' ? 130 : 1;
+    if (!(error instanceof CommanderError)) return report(error);
+    if (error.exitCode === 0) return 0;
+    if (error.code === unknownOption && task.error !== undefined) return report(task.error);
+    process.stderr.write(hintFor(error));
+    return 2;
   }
+}
+
+/** Says what went wrong, in one line, and returns the exit code. */
+function report(error: unknown): number {
+  const { code } = error as { code?: unknown };
+  const message = error instanceof Error ? error.message : String(error);
+  const expected = typeof code === 'string';
+  process.stderr.write(`merf: ${message}${expected ? '' : ' (set MERF_DEBUG=1 to see where)'}\n`);
+  if (process.env.MERF_DEBUG && error instanceof Error) process.stderr.write(`${error.stack}\n`);
+  return code === 'ABORTED' ? 130 : 1;
+}
+
+const unknownOption = 'commander.unknownOption';
+
+/** Where an unknown flag is an option of a task that the command line does not name: which. */
+function hintFor({ code, message }: CommanderError): string {
+  const flag = code === unknownOption ? /'--([\w-]+)/.exec(message)?.[1] : undefined;
+  if (flag === undefined) return '';
+  const having = taskFactories().filter(({ options }) => toCamelCase(flag) in options.shape);
+  const names = having.map(({ name }) => name);
+  return names.length === 0
+    ? ''
+    : `merf: --${flag} is an option of the task ${names.join(', ')}: name it with --task\n`;
 }
 
 /** @param task whose options are flags of the commands that take a task */

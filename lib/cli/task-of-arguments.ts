@@ -6,15 +6,18 @@ import { isFactory, isOpened } from './task.js';
 
 /**
  * The task whose options a command line may hold: the one it names, else the one of its config file or of the run that
- * it resumes. Undefined where there is none, or none that can be read: the command itself says then what is wrong.
+ * it resumes. `factory` is undefined where there is none, and `error` says why where one cannot be read: the command
+ * itself comes to that too, unless it fails at a flag that the task would have had.
  */
-export async function taskOfArguments(args: readonly string[]): Promise<TaskFactory | undefined> {
+export async function taskOfArguments(
+  args: readonly string[],
+): Promise<{ factory: TaskFactory | undefined; error?: unknown }> {
   try {
     const task = argumentOf(args, 'task') ?? (await taskOfRun(args));
-    if (task === undefined || isOpened(task)) return undefined;
-    return isFactory(task) ? task : await getTaskFactory(task as string);
-  } catch {
-    return undefined;
+    if (task === undefined || isOpened(task)) return { factory: undefined };
+    return { factory: isFactory(task) ? task : await getTaskFactory(task as string) };
+  } catch (error) {
+    return { factory: undefined, error };
   }
 }
 

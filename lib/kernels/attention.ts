@@ -5,7 +5,7 @@ export interface AttentionArguments {
   q: Tensor<FloatDType>;
   /** [T, key/value heads, head size]; query heads are a multiple of them, as in grouped-query attention. */
   k: Tensor<FloatDType>;
-  /** As k. */
+  /** Has the shape and dtype of k. */
   v: Tensor<FloatDType>;
   /**
    * [T], the token forest's mask: key j is visible to query i exactly when j <= i < visibleUntil[j]. All T: one causal
@@ -17,7 +17,7 @@ export interface AttentionArguments {
 }
 
 export interface AttentionResult {
-  /** As q. */
+  /** Has the shape and dtype of q. */
   out: Tensor<FloatDType>;
   /** [query heads, T] f32, log-sum-exp of the scaled scores: what the backward needs. */
   lse: Tensor<FloatDType>;
@@ -50,7 +50,8 @@ export async function attention(args: AttentionArguments): Promise<AttentionResu
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
 export async function attentionBackward(
-  args: AttentionArguments & AttentionResult & { /** As q. */ dout: Tensor<FloatDType> },
+  args: AttentionArguments &
+    AttentionResult & { /** Has the shape and dtype of q. */ dout: Tensor<FloatDType> },
 ): Promise<AttentionGradients> {
   const call = kernelCall(args.q, 'q');
   const { dq, dk, dv } = await call.device.attentionBackward({

@@ -1,17 +1,22 @@
-import type { NativeLossKind } from '../native.js';
+import {
+  type NativeLossAggregation,
+  type NativeLossKind,
+  type NativeLossStatistics,
+  native,
+} from '../native.js';
 import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 /**
  * How a row's log-probability becomes loss, with ratio = exp(logprob - oldLogprob):
- * - `policy_gradient_clip` (default): -min(ratio A, clip(ratio, 1 - clipLow, 1 + clipHigh) A), as in PPO and GRPO
- *   (arXiv:1707.06347, arXiv:2402.03300)
+ * - `policy_gradient_clip` (default): -min(ratio A, clip(ratio, 1 - clipLow, 1 + clipHigh) A), as in PPO and
+ *   GRPO (arXiv:1707.06347, arXiv:2402.03300)
  * - `cispo`: -stop_gradient(min(ratio, 1 + clipHigh)) A logprob (arXiv:2506.13585)
  * - `gspo`: as policy_gradient_clip, with one ratio for a sequence, exp of the mean of its rows' differences
  *   (arXiv:2507.18071)
  * - `cross_entropy`: -logprob
  *
- * plus klCoefficient (exp(d) - d - 1) with d = referenceLogprob - logprob, the k3 estimator, minus entropyCoefficient
- * times the entropy. The loss is the sum of weights[r] times row r's.
+ * plus klCoefficient (exp(d) - d - 1) with d = referenceLogprob - logprob, the k3 estimator, minus
+ * entropyCoefficient times the entropy. The loss is the sum of weights[r] times row r's.
  */
 export interface PolicyLossOptions {
   kind?: NativeLossKind | undefined;
@@ -23,7 +28,10 @@ export interface PolicyLossOptions {
   klCoefficient?: number | undefined;
   /** Default 0. */
   entropyCoefficient?: number | undefined;
-  /** [R] f32. The normalisation of grpo, dapo, dr_grpo or bnpo lies in them; a row of weight 0 counts for nothing. */
+  /**
+   * [R] f32, as `lossWeights` gives them: the normalisation of grpo, dapo, dr_grpo or bnpo lies in them. A
+   * row of weight 0 counts for nothing.
+   */
   weights: Tensor<FloatDType>;
   /** [R] f32, not for cross_entropy. */
   advantages?: Tensor<FloatDType> | undefined;
@@ -40,6 +48,8 @@ export interface PolicyLossArguments extends PolicyLossOptions {
   logprobs: Tensor<FloatDType>;
   /** [R] f32, needed where entropyCoefficient is not 0. */
   entropies?: Tensor<FloatDType> | undefined;
+  /** Whether to compute statistics, for which the rows are read back from the device. Default false. */
+  statistics?: boolean | undefined;
 }
 
 export interface FusedPolicyLossArguments extends PolicyLossOptions {
@@ -71,25 +81,38 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
 }
 
 /**
+ * The weights [R] of rows, by which their losses become one:
+ * - `token_mean`: the mean over all rows (bnpo; DAPO, arXiv:2503.14476)
+ * - `sequence_mean`: the mean over a completion's rows, then the mean over completions (GRPO,
+ *   arXiv:2402.03300)
+ * - `constant`: the sum over rows, divided by completions times `maxTokens` (Dr. GRPO, arXiv:2503.20783)
+ * @throws MerfError INVALID_ARGUMENT
+ */
+export function lossWeights(args: NativeLossAggregation): Float32Array {
+  return native().lossWeights(args);
+}
+
+/**
  * The loss of given log-probabilities, and coefficients [R] f32: its derivative by each of them.
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
 export async function policyLoss(
   args: PolicyLossArguments,
-): Promise<{ loss: number; coefficients: Tensor<'f32'> }> {
+): Promise<{ loss: number; coefficients: Tensor<'f32'>; statistics?: NativeLossStatistics }> {
   const call = kernelCall(args.logprobs, 'logprobs');
-  const { loss, coefficients } = await call.device.policyLoss({
+  const { loss, coefficients, statistics } = await call.device.policyLoss({
     ...lossTensors(call, args),
     logprobs: call.handle(args.logprobs, 'logprobs'),
     entropies: call.optional(args.entropies, 'entropies'),
+    statistics: args.statistics ?? false,
   });
-  return { loss, coefficients: call.tensor(coefficients) };
+  return { loss, coefficients: call.tensor(coefficients), ...(statistics && { statistics }) };
 }
 
 /**
  * Head, log-softmax, loss and their backward in one, without ever holding rows x vocabulary.
- * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as weight,
- *   f32)
+ * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as
+ *   weight, f32)
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
  */
 export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{

@@ -7,8 +7,9 @@ export interface Branch {
 }
 
 /**
- * One tree of all branches: what their prompts begin with in common (the motivation, mostly) is the root, the rest
- * of each prompt a child of it, and its completions that one's children. Targets keep the order of the branches.
+ * One tree of all branches: what their prompts begin with in common (the motivation, mostly) is the root, the
+ * rest of each prompt a child of it, and its completions that one's children. Targets keep the order of the
+ * branches.
  */
 export function forestOf(branches: readonly Branch[]): Forest {
   const prompts = branches.map((branch) => branch.promptTokens);

@@ -6,6 +6,7 @@ import { llama3FromDivisors, type RopeConfig } from './rope.js';
 
 /** A llama or qwen2 transformer's shape, all sizes in elements. */
 export interface ModelConfig extends Omit<NativeModelConfig, 'rope' | 'dtype'> {
+  architecture: 'llama' | 'qwen2';
   rope: RopeConfig;
 }
 

@@ -11,7 +11,7 @@ export interface Segment {
 
 /** Per-token arrays have one element for each of the segment's tokens. */
 export interface TrainTarget {
-  /** Of the whole completion; needed by every loss but cross_entropy. */
+  /** The advantage of the whole completion; every loss but cross_entropy needs it. */
   advantage?: number | undefined;
   /** Untempered log-probabilities under the policy that drew the tokens (`Completion.logprobs`). */
   logprobs?: ArrayLike<number> | undefined;
@@ -33,42 +33,36 @@ export interface PackedTokens {
   visibleUntil: Int32Array;
 }
 
-/** Part of a forest that is computed at once, and its R loss rows. */
-export interface PackedBatch extends PackedTokens {
-  /** [R] the packed row whose logits predict, and the id predicted. */
-  sourceRows: Int32Array;
-  targets: Int32Array;
-  /** [R] which of the plan's targets a row belongs to, and which of its tokens is predicted. */
-  rowTarget: Int32Array;
-  rowToken: Int32Array;
-  /** [R] rising from 0, contiguous: the batch's completions. */
-  sequences: Int32Array;
-}
-
-/** A segment with a `train` target, in depth-first order. */
+/** A segment with a `train` target. */
 export interface Target {
   tokens: Int32Array;
   train: TrainTarget;
-  /** Which completion it belongs to: an index into `ForestPlan.sequenceLengths`. */
+  /** Which completion it belongs to, counted from 0 in the order in which they begin. */
   sequence: number;
   /** Indices of the tokens that are scored: mask is not 0 and a token stands before them. */
   active: Int32Array;
 }
 
-/** A forest checked, flattened and cut into batches. */
-export interface ForestPlan {
+/** A forest checked and packed, with a loss row for each active token of its R. */
+export interface PackedForest extends PackedTokens {
+  /** In depth-first order. */
   targets: Target[];
-  /** Active tokens of each completion. */
-  sequenceLengths: Int32Array;
-  batches: PackedBatch[];
+  /** How many completions there are, those without an active token included. */
+  completions: number;
+  /** [R] the packed row whose logits predict, and the id predicted. */
+  sourceRows: Int32Array;
+  predicted: Int32Array;
+  /** [R] which of the targets a row belongs to, and which of its tokens is predicted. */
+  rowTarget: Int32Array;
+  rowToken: Int32Array;
+  /** [R] rising from 0, contiguous: the completions that have active tokens. */
+  sequences: Int32Array;
 }
 
-export interface PlanOptions {
+export interface PackOptions {
   vocabSize: number;
   /** The most tokens that a path may hold. */
   contextLength: number;
-  /** Tokens of a batch, as far as they can be divided. */
-  maxTokens: number;
 }
 
 interface FlatSegment {
@@ -76,39 +70,39 @@ interface FlatSegment {
   tokens: Int32Array;
   /** Tokens before this segment on its path. */
   depth: number;
+  /** Index into the targets; -1 where it is none. */
   target: number;
-  /** The highest segment with a target on the path to here, itself included; -1 where there is none. */
-  unit: number;
 }
 
 const maxNesting = 10_000;
 
 /**
- * Checks a forest and cuts it into batches of about `maxTokens` tokens. Completions stay together under copies of
- * their ancestors, so that the batches' gradients add up to the whole forest's. A trained segment and all that hangs
- * under it are never separated; where they and their ancestors exceed `maxTokens`, the batch does too. Segments
- * without a target under or in them are left out. A root's first token is never a target: nothing predicts it.
+ * Checks a forest and packs it in depth-first order. Segments without a target in or under them are left out.
+ * A root's first token is never a target: nothing predicts it.
  * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED
  */
-export function planForest(forest: Forest, options: PlanOptions): ForestPlan {
-  const { segments, targets, sequenceLengths } = flatten(forest, options);
+export function packForest(forest: Forest, options: PackOptions): PackedForest {
+  const { segments, targets, completions } = flatten(forest, options);
   if (targets.length === 0) {
     throw new MerfError(
       'INVALID_ARGUMENT',
       'Expected at least one segment with a train target in the forest',
     );
   }
-  const batches = divide(segments, options.maxTokens).map((members) => packBatch(segments, targets, members));
-  return { targets, sequenceLengths, batches };
+  const { starts, ...packed } = packSegments(segments, withTargets(segments));
+  return { ...packed, targets, completions, ...lossRows(segments, targets, starts) };
 }
 
-function flatten(forest: Forest, { vocabSize, contextLength }: PlanOptions) {
+function flatten(forest: Forest, { vocabSize, contextLength }: PackOptions) {
   if (!Array.isArray(forest) || forest.length === 0)
     throw invalidArgument('forest', 'at least one segment', forest);
   const segments: FlatSegment[] = [];
   const targets: Target[] = [];
-  const sequences = new Map<number, { index: number; unit: number }>();
-  const lengths: number[] = [];
+  // By the number that its segments share: which completion it is, and its last segment so far.
+  const sequences = new Map<number, { index: number; last: number; nesting: number }>();
+  let completions = 0;
+  /** Segments above the one that is visited, and that itself, by how deep they are nested. */
+  const path: number[] = [];
 
   const stack = forest
     .map((segment, i) => ({ segment, parent: -1, nesting: 0, where: `forest[${i}]` }))
@@ -127,26 +121,21 @@ function flatten(forest: Forest, { vocabSize, contextLength }: PlanOptions) {
       );
     }
     const index = segments.length;
-    const trained = segment.train !== undefined;
-    const unit = above !== undefined && above.unit !== -1 ? above.unit : trained ? index : -1;
-    segments.push({ parent, tokens, depth, target: trained ? targets.length : -1, unit });
+    path[nesting] = index;
+    segments.push({ parent, tokens, depth, target: segment.train === undefined ? -1 : targets.length });
     if (segment.train !== undefined) {
       const active = activeTokens(segment.train, tokens.length, depth, `${where}.train`);
       const key = segment.train.sequence;
-      let sequence = key === undefined ? undefined : sequences.get(key);
-      if (sequence !== undefined && sequence.unit !== unit) {
+      const before = key === undefined ? undefined : sequences.get(key);
+      if (before !== undefined && !(before.nesting < nesting && path[before.nesting] === before.last)) {
         throw new MerfError(
           'INVALID_ARGUMENT',
           `Expected the segments of sequence ${key} on one path but ${where} is on another`,
         );
       }
-      if (sequence === undefined) {
-        sequence = { index: lengths.length, unit };
-        lengths.push(0);
-        if (key !== undefined) sequences.set(key, sequence);
-      }
-      lengths[sequence.index] = (lengths[sequence.index] as number) + active.length;
-      targets.push({ tokens, train: segment.train, sequence: sequence.index, active });
+      const sequence = before?.index ?? completions++;
+      if (key !== undefined) sequences.set(key, { index: sequence, last: index, nesting });
+      targets.push({ tokens, train: segment.train, sequence, active });
     }
     const children = segment.children ?? [];
     if (!Array.isArray(children))
@@ -156,7 +145,17 @@ function flatten(forest: Forest, { vocabSize, contextLength }: PlanOptions) {
       stack.push({ segment: child, parent: index, nesting: nesting + 1, where: `${where}.children[${i}]` });
     }
   }
-  return { segments, targets, sequenceLengths: Int32Array.from(lengths) };
+  return { segments, targets, completions };
+}
+
+/** Indices of the segments that have a target in or under them, in depth-first order. */
+function withTargets(segments: readonly FlatSegment[]): number[] {
+  const wanted = segments.map(({ target }) => target !== -1);
+  for (let i = segments.length - 1; i > 0; --i) {
+    const { parent } = segments[i] as FlatSegment;
+    if (wanted[i] && parent !== -1) wanted[parent] = true;
+  }
+  return Array.from(wanted.keys()).filter((i) => wanted[i]);
 }
 
 /** @throws MerfError INVALID_ARGUMENT naming the first that is no id of the vocabulary */
@@ -209,45 +208,6 @@ function activeTokens(train: TrainTarget, length: number, depth: number, where: 
   return Int32Array.from(active);
 }
 
-/** Members of each batch: indices of segments in depth-first order, every parent before its children. */
-function divide(segments: readonly FlatSegment[], maxTokens: number): number[][] {
-  const unitTokens = new Map<number, number>();
-  const unitMembers = new Map<number, number[]>();
-  segments.forEach(({ unit, tokens }, index) => {
-    if (unit === -1) return;
-    unitTokens.set(unit, (unitTokens.get(unit) ?? 0) + tokens.length);
-    const members = unitMembers.get(unit);
-    if (members === undefined) unitMembers.set(unit, [index]);
-    else members.push(index);
-  });
-  const lengthOf = (index: number) => (segments[index] as FlatSegment).tokens.length;
-
-  const batches: number[][] = [];
-  let members: number[] = [];
-  let present = new Set<number>();
-  let total = 0;
-  for (const [unit, own] of unitMembers) {
-    const ancestors: number[] = [];
-    for (let i = (segments[unit] as FlatSegment).parent; i !== -1; i = (segments[i] as FlatSegment).parent)
-      ancestors.unshift(i);
-    const ownTokens = unitTokens.get(unit) as number;
-    const added = ancestors.filter((i) => !present.has(i)).reduce((sum, i) => sum + lengthOf(i), ownTokens);
-    if (members.length > 0 && total + added > maxTokens) {
-      batches.push(members);
-      members = [];
-      present = new Set();
-      total = 0;
-    }
-    for (const i of [...ancestors.filter((ancestor) => !present.has(ancestor)), ...own]) {
-      members.push(i);
-      present.add(i);
-      total += lengthOf(i);
-    }
-  }
-  if (members.length > 0) batches.push(members);
-  return batches;
-}
-
 function packSegments(
   segments: readonly { parent: number; tokens: Int32Array; depth: number }[],
   members: readonly number[],
@@ -277,25 +237,20 @@ function packSegments(
   return { ...packed, starts };
 }
 
-function packBatch(
+function lossRows(
   segments: readonly FlatSegment[],
   targets: readonly Target[],
-  members: readonly number[],
-): PackedBatch {
-  const { starts, ...packed } = packSegments(segments, members);
-  const trained = members.filter((i) => segments[i]?.target !== -1);
-  const sequenceOf = (index: number) => (targets[(segments[index] as FlatSegment).target] as Target).sequence;
+  starts: ReadonlyMap<number, number>,
+) {
+  const targetOf = (index: number) => targets[(segments[index] as FlatSegment).target] as Target;
+  const trained = Array.from(segments.keys()).filter((i) => segments[i]?.target !== -1);
   // Rows of one completion stand together, also where another branches off between its turns.
-  trained.sort((a, b) => sequenceOf(a) - sequenceOf(b) || a - b);
+  trained.sort((a, b) => targetOf(a).sequence - targetOf(b).sequence || a - b);
 
-  const rows = trained.reduce(
-    (sum, i) => sum + (targets[(segments[i] as FlatSegment).target] as Target).active.length,
-    0,
-  );
-  const batch: PackedBatch = {
-    ...packed,
+  const rows = targets.reduce((sum, { active }) => sum + active.length, 0);
+  const packed = {
     sourceRows: new Int32Array(rows),
-    targets: new Int32Array(rows),
+    predicted: new Int32Array(rows),
     rowTarget: new Int32Array(rows),
     rowToken: new Int32Array(rows),
     sequences: new Int32Array(rows),
@@ -305,21 +260,21 @@ function packBatch(
   let last = -1;
   for (const index of trained) {
     const { parent, target: targetIndex } = segments[index] as FlatSegment;
-    const target = targets[targetIndex] as Target;
+    const target = targetOf(index);
     if (target.active.length === 0) continue;
     if (target.sequence !== last) ++sequence;
     last = target.sequence;
     const start = starts.get(index) as number;
     for (const token of target.active) {
-      batch.sourceRows[row] = token > 0 ? start + token - 1 : lastRow(segments, starts, parent);
-      batch.targets[row] = target.tokens[token] as number;
-      batch.rowTarget[row] = targetIndex;
-      batch.rowToken[row] = token;
-      batch.sequences[row] = sequence;
+      packed.sourceRows[row] = token > 0 ? start + token - 1 : lastRow(segments, starts, parent);
+      packed.predicted[row] = target.tokens[token] as number;
+      packed.rowTarget[row] = targetIndex;
+      packed.rowToken[row] = token;
+      packed.sequences[row] = sequence;
       ++row;
     }
   }
-  return batch;
+  return packed;
 }
 
 /** The row of the last token on the path that ends with segment `index`, past empty ones. */
@@ -342,8 +297,9 @@ interface TrieNode {
 }
 
 /**
- * Prompts as one forest in which what several begin with stands once: wherever prompts part, and wherever one ends, a
- * segment ends. `promptRows` [P] is the packed row of each prompt's last token; equal prompts share it.
+ * Prompts as one forest in which what several begin with stands once: wherever prompts part, and wherever one
+ * ends, a segment ends. `promptRows` [P] is the packed row of each prompt's last token; equal prompts share
+ * it.
  */
 export function packPrompts(prompts: readonly Int32Array[]): PackedTokens & { promptRows: Int32Array } {
   const nodes: TrieNode[] = [{ tokens: new Int32Array(0), parent: -1, children: new Map() }];

@@ -6,18 +6,17 @@ export { defaultModel } from './default-model.js';
 export type { DeviceDescription } from './devices.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
-export type { Loss, LossStats, PolicyLossType } from './loss.js';
+export type { Loss, LossStatistics, LossStats, PolicyLossType } from './loss.js';
 export { openModel, readTokenizerFiles } from './model-files.js';
-export {
-  type CacheStatistics,
-  type CreateOptions,
-  type DeviceOptions,
-  type LoraOptions,
-  type OptimizerOptions,
-  Policy,
-  type SaveOptions,
-  type Scores,
-} from './policy.js';
+export type {
+  CacheStatistics,
+  CreateOptions,
+  DeviceOptions,
+  LoraOptions,
+  OptimizerOptions,
+  SaveOptions,
+} from './options.js';
+export { Policy, type Scores } from './policy.js';
 export type { RopeConfig } from './rope.js';
 export type {
   Completion,

@@ -1,29 +1,30 @@
-import { invalidArgument, isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
-import {
-  type CancelToken,
-  type NativeModel,
-  type NativeSampleResult,
-  type NativeTokenListener,
-  native,
-  type OperatorTime,
+import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
+import type {
+  CancelToken,
+  NativeModel,
+  NativeSampleResult,
+  NativeTokenListener,
+  OperatorTime,
 } from '../native.js';
 import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
+import { CallQueue, cancellable, withHint } from './calls.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
-import { chooseDevice, type DeviceDescription, gib, parameterBytes } from './devices.js';
-import { checkedTokens, type Forest, type ForestPlan, type PackedBatch, planForest } from './forest.js';
+import { type DeviceDescription, gib, type PlacedModel, parameterBytes, placeModel } from './devices.js';
+import { checkedTokens, type Forest, type PackedForest, packForest } from './forest.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
-import {
-  checkTargets,
-  type Loss,
-  type LossStats,
-  lossStats,
-  nativeLoss,
-  resolveLoss,
-  sequenceWeights,
-} from './loss.js';
+import { checkTargets, emptyStatistics, type Loss, type LossStats, nativeLoss, resolveLoss } from './loss.js';
 import { openModel } from './model-files.js';
-import { inverseFrequencies } from './rope.js';
+import {
+  type CacheStatistics,
+  type CreateOptions,
+  checkDirectory,
+  checkMaxTokens,
+  type DeviceOptions,
+  type OptimizerOptions,
+  resolveOptimizer,
+  type SaveOptions,
+} from './options.js';
 import {
   type CompletionGroup,
   type Prompt,
@@ -36,104 +37,13 @@ import { defaultShardBytes, saveModel } from './save.js';
 import { loadState, saveState } from './state.js';
 import { TextStream, Tokenizer } from './tokenizer.js';
 
-export interface DeviceOptions {
-  /**
-   * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free memory;
-   * `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's kernels on the
-   * processor.
-   */
-  device?: string | undefined;
-  /**
-   * Of weights and activations; master weights, gradients and moments are always float32. `auto`: bf16 where the
-   * device multiplies it in hardware and the model has at least 50 million parameters (smaller ones gain little time
-   * from it and lose accuracy), else f32.
-   */
-  dtype?: 'auto' | 'f32' | 'bf16' | undefined;
-  /** CPU threads; 0 (default): all. */
-  threads?: number | undefined;
-  /** false: no gradients and no optimiser state, for sampling and scoring. Default true. */
-  trainable?: boolean | undefined;
-  /** Trains low-rank adapters on the projections of all layers and leaves the weights as they are. */
-  lora?: LoraOptions | undefined;
-  /**
-   * Insists that `sample`, `score` and `forwardBackward` give a token the same log-probability, bit for bit, whatever is
-   * in the batch beside it, so that the importance ratio of the first update is exactly 1. It costs nothing: the CPU
-   * computes in such orders anyhow, and a device that does not is refused with UNSUPPORTED. Holds between updates of one
-   * policy on one machine. Default false.
-   */
-  exact?: boolean | undefined;
-  /**
-   * Bytes that keys and values may take between calls of `sample`. Until the weights change, what a call has computed of
-   * prompts and completions is not computed again by a later one, bit for bit where the device is exact: a second turn, an
-   * evaluation, a second sample of the same prompts pay for their new tokens alone. What was used longest ago goes first,
-   * and all of it where a gradient pass needs the memory. 0: nothing is kept. Default: an eighth of the device's memory.
-   */
-  sessionBytes?: number | undefined;
-  /** Times every operator, for `takeProfile`; a call takes a little longer. Default false. */
-  profile?: boolean | undefined;
-  signal?: AbortSignal | undefined;
-}
-
-/**
- * y = x W^T + (x A^T) B^T with A [rank, inputs] and B [outputs, rank] (LoRA, https://arxiv.org/abs/2106.09685): gradients,
- * moments and float32 masters are those of A and B alone. Its scale is 1 (alpha equals the rank); B starts at 0. The
- * products q, k, v share an A, and so do gate and up.
- */
-export interface LoraOptions {
-  /** 1 to the smaller of the hidden and the MLP size; 8 to 64 are usual. */
-  rank: number;
-  /** Of the first values of A. Default 0. */
-  seed?: number | bigint | undefined;
-}
-
-export interface CreateOptions extends DeviceOptions {
-  /** Of the random weights. Default 0. */
-  seed?: number | bigint | undefined;
-  /** Of the matrices' normal distribution. Default 0.02. */
-  standardDeviation?: number | undefined;
-}
-
-export interface OptimizerOptions {
-  /** Positive, or 0 for no change. */
-  learningRate: number;
-  /** Default 0.9. */
-  beta1?: number | undefined;
-  /** Default 0.999. */
-  beta2?: number | undefined;
-  /** Default 1e-8. */
-  epsilon?: number | undefined;
-  /** Decoupled, on matrices alone. Default 0. */
-  weightDecay?: number | undefined;
-  /** Gradients are scaled down to this global norm; 0 (default): not clipped. */
-  maxGradNorm?: number | undefined;
-}
-
-export interface SaveOptions {
-  /** Of the stored weights. Default: the policy's. */
-  dtype?: 'f32' | 'bf16' | undefined;
-  /** Weights beyond this are divided into several files, with an index. Default 5 GB. */
-  maxShardBytes?: number | undefined;
-  signal?: AbortSignal | undefined;
-}
-
-/** What sampling did with prompts' tokens since the policy was made or `resetCacheStatistics`. */
-export interface CacheStatistics {
-  /** Distinct tokens of the prompts of each call that were computed. */
-  tokensPrefilled: number;
-  /** Distinct tokens of the prompts of each call whose keys and values were there already. */
-  tokensReused: number;
-  /** What keys and values that a later call may use take now. */
-  bytes: number;
-}
-
 export interface Scores {
   /** For each segment with a target in depth-first order: [tokens], 0 where a token is not scored. */
   logprobs: Float32Array[];
-  /** Of the next-token distribution, in nats; laid out as `logprobs`. */
+  /** Entropies of the next-token distributions, in nats; laid out as `logprobs`. */
   entropies: Float32Array[];
 }
 
-const autoBf16Parameters = 50_000_000;
 const finishReasons: readonly FinishReason[] = ['stop', 'length', 'stop_string', 'pending'];
 
 /**
@@ -146,8 +56,13 @@ const finishReasons: readonly FinishReason[] = ['stop', 'length', 'stop_string',
 export class Policy {
   readonly contextLength: number;
   readonly parameterCount: number;
-  #tail: Promise<unknown> = Promise.resolve();
-  #disposed = false;
+  readonly device: Readonly<DeviceDescription>;
+  readonly dtype: 'f32' | 'bf16';
+  readonly trainable: boolean;
+  /** The rank of its adapters; 0 where all weights are trained, or none. */
+  readonly loraRank: number;
+  private readonly model: NativeModel;
+  readonly #calls: CallQueue;
   #hasTokenBytes = false;
   #tokensPrefilled = 0;
   #tokensReused = 0;
@@ -155,18 +70,23 @@ export class Policy {
   private constructor(
     readonly config: Readonly<ModelConfig>,
     readonly tokenizer: Tokenizer,
-    readonly device: Readonly<DeviceDescription>,
-    readonly dtype: 'f32' | 'bf16',
-    readonly trainable: boolean,
-    /** The rank of its adapters; 0 where all weights are trained, or none. */
-    readonly loraRank: number,
+    placed: PlacedModel,
     /** Where it was loaded from; undefined for one that was created. */
     readonly path: string | undefined,
-    private readonly model: NativeModel,
     private readonly configJson: Record<string, unknown> | undefined,
   ) {
+    this.model = placed.model;
+    this.device = placed.device;
+    this.dtype = placed.dtype;
+    this.trainable = placed.trainable;
+    this.loraRank = placed.loraRank;
     this.contextLength = config.maxPositions;
     this.parameterCount = parameterCount(config);
+    const origin = path === undefined ? 'was created' : `was loaded from ${path}`;
+    this.#calls = new CallQueue(
+      'The policy',
+      `the policy, which ${origin}, is lost but for what was saved of it`,
+    );
   }
 
   /**
@@ -180,9 +100,10 @@ export class Policy {
     const tokenizer = new Tokenizer(files.tokenizer, path);
     checkVocabulary(tokenizer, files.config, path);
     throwIfAborted(options.signal, 'loading a model');
-    const policy = Policy.#make(files.config, tokenizer, options, path, files.configJson);
+    const placed = placeModel(files.config, options);
+    const policy = new Policy(files.config, tokenizer, placed, path, files.configJson);
     try {
-      await policy.#native('loading a model', options.signal, (cancel) =>
+      await cancellable('loading a model', options.signal, (cancel) =>
         policy.model.load(files.sources, cancel),
       );
     } catch (error) {
@@ -210,7 +131,8 @@ export class Policy {
     const tokenizer = new Tokenizer(tokenizerFiles, 'tokenizer');
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
-    const policy = Policy.#make(structuredClone(config), tokenizer, options, undefined, undefined);
+    const own = structuredClone(config);
+    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined);
     try {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
@@ -220,67 +142,17 @@ export class Policy {
     return policy;
   }
 
-  static #make(
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    options: DeviceOptions,
-    path: string | undefined,
-    configJson: Record<string, unknown> | undefined,
-  ): Policy {
-    const { threads = 0, trainable = true, dtype: wanted = 'auto', lora, sessionBytes } = options;
-    if (!Number.isInteger(threads) || threads < 0 || threads > 4096) {
-      throw invalidArgument('threads', 'an integer from 0 to 4096', threads);
-    }
-    if (!['auto', 'f32', 'bf16'].includes(wanted))
-      throw invalidArgument('dtype', 'auto, f32 or bf16', wanted);
-    if (lora !== undefined) checkLora(lora, trainable, config);
-    if (sessionBytes !== undefined && !(Number.isSafeInteger(sessionBytes) && sessionBytes >= 0)) {
-      throw invalidArgument('sessionBytes', 'a non-negative integer', sessionBytes);
-    }
-    const large = parameterCount(config) >= autoBf16Parameters;
-    const dtypeOn = ({ fastBf16 }: { fastBf16: boolean }) =>
-      wanted === 'auto' ? (fastBf16 && large ? 'bf16' : 'f32') : wanted;
-    const { device, reason } = chooseDevice(options.device ?? 'auto', (candidate) =>
-      parameterBytes(config, { dtype: dtypeOn(candidate), trainable, lora: lora !== undefined }),
-    );
-    const dtype = dtypeOn(device);
-    const { rope, ...sizes } = config;
-    const model = native().createModel(
-      {
-        ...sizes,
-        rope: { inverseFrequencies: inverseFrequencies(rope, config.headSize), attentionScale: 1 },
-        dtype,
-      },
-      { name: device.name, threads, profile: options.profile ?? false, exact: options.exact ?? false },
-      lora === undefined ? trainable : { loraRank: lora.rank, loraSeed: seedOf(lora.seed ?? 0) },
-      sessionBytes,
-    );
-    const { name, description, isa, memoryBytes } = device;
-    const described = { name, description, isa, threads: threads || device.threads, memoryBytes, reason };
-    return new Policy(
-      config,
-      tokenizer,
-      described,
-      dtype,
-      trainable,
-      lora?.rank ?? 0,
-      path,
-      model,
-      configJson,
-    );
-  }
-
   // ---- the four primitives
 
   /**
-   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once, and what an earlier call
-   * has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
+   * Draws completions, `n` for each prompt. What prompts begin with in common is computed once, and what an
+   * earlier call has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
    * @returns groups in the order of the prompts
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED where a prompt fills the context, UNSUPPORTED where
    *   messages are given and the model has no chat template
    */
   async sample(prompts: readonly Prompt[], options: SampleOptions = {}): Promise<CompletionGroup[]> {
-    this.#check();
+    this.#calls.check();
     if (!Array.isArray(prompts)) throw invalidArgument('prompts', 'an array', prompts);
     if (prompts.length === 0) return [];
     const limits = { vocabSize: this.config.vocabSize, contextLength: this.contextLength };
@@ -289,15 +161,18 @@ export class Policy {
     if (!this.trainable) request.keepBytes = 0;
     const n = request.counts[0] as number;
     const onTokens = this.#streamer(options, n);
-    const result = await this.#enqueue('sampling', options.signal, async () => {
+    const result = await this.#calls.enqueue('sampling', options.signal, async () => {
       if (request.stopStrings.length > 0 && !this.#hasTokenBytes) {
         const { bytes, offsets } = this.tokenizer.byteTable(this.config.vocabSize);
         this.model.setTokenBytes(bytes, offsets);
         this.#hasTokenBytes = true;
       }
-      return this.#native('sampling', options.signal, (cancel) =>
+      const sampled = await cancellable('sampling', options.signal, (cancel) =>
         this.model.sample(request, cancel, onTokens),
       );
+      // What was drawn until a signal fired is no answer.
+      throwIfAborted(options.signal, 'sampling');
+      return sampled;
     });
     this.#tokensPrefilled += result.tokensPrefilled;
     this.#tokensReused += result.tokensReused;
@@ -361,85 +236,59 @@ export class Policy {
   }
 
   /**
-   * Log-probabilities (untempered) and entropies of the tokens of all segments with a `train` target.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED
+   * Log-probabilities (untempered) and entropies of the tokens of all segments with a `train` target. `maxTokens`
+   * bounds the tokens that are computed at once, as far as segments divide the forest (default: so many that they take
+   * a fifth of the device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted
    */
   async score(
     forest: Forest,
     options: { maxTokens?: number | undefined; signal?: AbortSignal | undefined } = {},
   ): Promise<Scores> {
-    this.#check();
-    const plan = this.#plan(forest, options.maxTokens);
-    return this.#enqueue('scoring', options.signal, () => this.#score(plan, options.signal));
-  }
-
-  async #score(plan: ForestPlan, signal: AbortSignal | undefined): Promise<Scores> {
-    const scores = emptyScores(plan);
-    for (const batch of plan.batches) {
-      if (batch.targets.length === 0) continue;
-      scatter(
-        scores,
-        batch,
-        await this.#batch('scoring', signal, (cancel) => this.model.score(nativeBatch(batch), cancel)),
+    this.#calls.check();
+    const packed = this.#pack(forest, options.maxTokens);
+    return this.#calls.enqueue('scoring', options.signal, async () => {
+      if (packed.sourceRows.length === 0) {
+        return { logprobs: byTarget(packed), entropies: byTarget(packed) };
+      }
+      const { logprobs, entropies } = await this.#batch('scoring', options.signal, (cancel) =>
+        this.model.score(nativeBatch(packed), cancel, options.maxTokens),
       );
-    }
-    return scores;
+      return { logprobs: byTarget(packed, logprobs), entropies: byTarget(packed, entropies) };
+    });
   }
 
   /**
    * Adds the gradient of the loss over the forest to the gradients. `maxTokens` bounds the tokens whose activations are
    * held at once, as far as segments divide it (default: so many that they take a quarter of what weights, gradients
    * and moments do, and at least 512 MiB); every token is computed once whatever it is, and the gradient does not depend
-   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in, which costs a forward pass more.
+   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in: its ratio is 1. They come from
+   * the same forward pass, and cost the product with the head once more.
    *
-   * An abort, a loss that is not finite or a lack of memory leaves all gradients zeroed, those of earlier calls
-   * included, so that no update is made of a part of a batch.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE, OUT_OF_MEMORY, which says how many tokens would
-   *   have fitted, UNSUPPORTED where the policy is not trainable
+   * A loss that is not finite (`finite` is false then), an abort or a lack of memory leaves all gradients zeroed, those
+   * of earlier calls included, so that no update is made of a part of a batch. A signal that fires when all is done
+   * changes nothing.
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted,
+   *   UNSUPPORTED where the policy is not trainable
    */
   async forwardBackward(
     forest: Forest,
     loss: Loss,
     options: { maxTokens?: number | undefined; signal?: AbortSignal | undefined } = {},
   ): Promise<LossStats> {
-    this.#check();
+    this.#calls.check();
     this.#requireTrainable('forwardBackward');
     const resolved = resolveLoss(loss);
-    const { maxTokens = this.#heldTokens() } = options;
-    const plan = this.#plan(forest, maxTokens, Number.POSITIVE_INFINITY);
-    checkTargets(resolved, plan.targets);
-    const weights = sequenceWeights(resolved, plan.sequenceLengths);
-    const { signal } = options;
-    return this.#enqueue('forwardBackward', signal, async () => {
-      const needsOld = resolved.kind !== 'cross_entropy';
-      const missing = needsOld && plan.targets.some(({ train }) => train.logprobs === undefined);
-      const current = missing ? (await this.#score(this.#plan(forest, maxTokens), signal)).logprobs : [];
-      const old = needsOld
-        ? plan.targets.map(({ train }, i) => train.logprobs ?? (current[i] as Float32Array))
-        : [];
-      const scores = emptyScores(plan);
-      let total = 0;
-      try {
-        const [batch] = plan.batches;
-        if (batch !== undefined && batch.targets.length > 0) {
-          const rows = nativeLoss(resolved, plan, batch, weights, old);
-          const result = await this.#batch('forwardBackward', signal, (cancel) =>
-            this.model.forwardBackward(nativeBatch(batch), rows, cancel, maxTokens),
-          );
-          if (!result.finite) {
-            throw new MerfError(
-              'NON_FINITE',
-              `Expected a finite loss but it is ${result.loss}; the gradients were zeroed`,
-            );
-          }
-          total = result.loss;
-          scatter(scores, batch, result);
-        }
-      } catch (error) {
-        if (!this.#disposed && !isDeviceLost(error)) await this.model.zeroGradients();
-        throw error;
-      }
-      return lossStats(resolved, plan, old, { loss: total, ...scores });
+    const packed = this.#pack(forest, options.maxTokens);
+    checkTargets(resolved, packed.targets);
+    const rows = nativeLoss(resolved, packed);
+    // No signal for the queue: the engine has to hear of an abort in any case, since it zeroes the gradients then.
+    return this.#calls.enqueue('forwardBackward', undefined, async () => {
+      if (packed.sourceRows.length === 0) return { ...emptyStatistics(), logprobs: byTarget(packed) };
+      const { logprobs, ...stats } = await this.#batch('forwardBackward', options.signal, (cancel) =>
+        this.model.forwardBackward(nativeBatch(packed), rows, cancel, options.maxTokens),
+      );
+      return { ...stats, logprobs: byTarget(packed, logprobs) };
     });
   }
 
@@ -448,37 +297,22 @@ export class Policy {
    * gradients. Where their norm is not finite nothing is updated: `applied` is false.
    */
   async optimStep(options: OptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }> {
-    this.#check();
+    this.#calls.check();
     this.#requireTrainable('optimStep');
-    const {
-      learningRate,
-      beta1 = 0.9,
-      beta2 = 0.999,
-      epsilon = 1e-8,
-      weightDecay = 0,
-      maxGradNorm = 0,
-    } = options ?? {};
-    const checked = { learningRate, beta1, beta2, epsilon, weightDecay, maxGradNorm };
-    for (const [key, value] of Object.entries(checked)) {
-      if (typeof value !== 'number' || !Number.isFinite(value) || value < 0) {
-        throw invalidArgument(key, 'a non-negative number', value);
-      }
-    }
-    if (beta1 >= 1) throw invalidArgument('beta1', 'a number below 1', beta1);
-    if (beta2 >= 1) throw invalidArgument('beta2', 'a number below 1', beta2);
-    return this.#enqueue('optimStep', undefined, () => this.model.optimStep(checked));
+    const resolved = resolveOptimizer(options);
+    return this.#calls.enqueue('optimStep', undefined, () => this.model.optimStep(resolved));
   }
 
   /** Throws away the gradients added so far. */
   async zeroGradients(): Promise<void> {
-    this.#check();
+    this.#calls.check();
     this.#requireTrainable('zeroGradients');
-    return this.#enqueue('zeroGradients', undefined, () => this.model.zeroGradients());
+    return this.#calls.enqueue('zeroGradients', undefined, () => this.model.zeroGradients());
   }
 
   /** Updates applied so far. */
   get optimizerStep(): number {
-    this.#check();
+    this.#calls.check();
     return this.model.optimizerStep;
   }
 
@@ -491,13 +325,13 @@ export class Policy {
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
   async save(directory: string, options: SaveOptions = {}): Promise<void> {
-    this.#check();
+    this.#calls.check();
     checkDirectory(directory);
     const { dtype = this.dtype, maxShardBytes = defaultShardBytes, signal } = options;
     if (dtype !== 'f32' && dtype !== 'bf16') throw invalidArgument('dtype', 'f32 or bf16', dtype);
     if (!(maxShardBytes > 0)) throw invalidArgument('maxShardBytes', 'a positive number', maxShardBytes);
     const { model, config, tokenizer, configJson } = this;
-    await this.#enqueue('saving', signal, () =>
+    await this.#calls.enqueue('saving', signal, () =>
       saveModel(directory, { model, config, tokenizer, configJson, dtype, maxShardBytes }, signal),
     );
   }
@@ -508,13 +342,13 @@ export class Policy {
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written, UNSUPPORTED for a policy without `lora`
    */
   async saveAdapter(directory: string, options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
-    this.#check();
+    this.#calls.check();
     checkDirectory(directory);
     if (this.loraRank === 0) {
       throw new MerfError('UNSUPPORTED', 'saveAdapter needs a policy that was loaded with lora');
     }
     const { model, config, path, loraRank } = this;
-    await this.#enqueue('saving the adapter', options.signal, () =>
+    await this.#calls.enqueue('saving the adapter', options.signal, () =>
       saveAdapter(directory, { model, config, base: path, rank: loraRank }, options.signal),
     );
   }
@@ -524,10 +358,10 @@ export class Policy {
    * bit for bit.
    */
   async saveState(directory: string, options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
-    this.#check();
+    this.#calls.check();
     this.#requireTrainable('saveState');
     checkDirectory(directory);
-    await this.#enqueue('saving the state', options.signal, () =>
+    await this.#calls.enqueue('saving the state', options.signal, () =>
       saveState(directory, this.model, this.#identity(), options.signal),
     );
   }
@@ -537,10 +371,10 @@ export class Policy {
    * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, RESUME_MISMATCH naming what differs
    */
   async loadState(directory: string, options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
-    this.#check();
+    this.#calls.check();
     this.#requireTrainable('loadState');
     checkDirectory(directory);
-    await this.#enqueue('loading the state', options.signal, async () => {
+    await this.#calls.enqueue('loading the state', options.signal, async () => {
       await loadState(directory, this.model, this.#identity(), options.signal);
       await this.model.zeroGradients();
     });
@@ -550,7 +384,7 @@ export class Policy {
 
   /** Hugging Face names and shapes of all parameters. */
   parameters(): { name: string; shape: number[] }[] {
-    this.#check();
+    this.#calls.check();
     return this.model.parameters().map(({ name, shape }) => ({ name, shape }));
   }
 
@@ -562,13 +396,13 @@ export class Policy {
     name: string,
     kind: 'value' | 'gradient' | 'adam_m' | 'adam_v' | 'merged' = 'value',
   ): Promise<Float32Array> {
-    this.#check();
-    return this.#enqueue('readParameter', undefined, () => this.model.readTensor(name, kind));
+    this.#calls.check();
+    return this.#calls.enqueue('readParameter', undefined, () => this.model.readTensor(name, kind));
   }
 
   /** Logits after each token of one sequence, [tokens, vocabSize] row-major: for tests and small uses. */
   async logits(tokens: ArrayLike<number>): Promise<Float32Array> {
-    this.#check();
+    this.#calls.check();
     const ids = checkedTokens(tokens, this.config.vocabSize, 'tokens');
     if (ids.length === 0) throw invalidArgument('tokens', 'at least one token', tokens);
     if (ids.length > this.contextLength) {
@@ -579,7 +413,7 @@ export class Policy {
     }
     const rows = Int32Array.from(ids.keys());
     const visibleUntil = new Int32Array(ids.length).fill(ids.length);
-    return this.#enqueue('logits', undefined, () =>
+    return this.#calls.enqueue('logits', undefined, () =>
       this.model.logits({ tokens: ids, positions: rows, visibleUntil, sourceRows: rows }),
     );
   }
@@ -590,19 +424,18 @@ export class Policy {
    * is slow: a number that grows says that memory is short. The CPU has none.
    */
   memory(): { used: number; peak: number; retries?: number } {
-    this.#check();
+    this.#calls.check();
     return this.model.memory();
   }
 
   resetPeakMemory(): void {
-    this.#check();
+    this.#calls.check();
     this.model.resetPeakMemory();
   }
 
   /** What of prompts was computed and what was found in the session. Comes after all calls made before. */
   async cacheStatistics(): Promise<CacheStatistics> {
-    this.#check();
-    return this.#enqueue('cacheStatistics', undefined, async () => ({
+    return this.#calls.enqueue('cacheStatistics', undefined, async () => ({
       bytes: await this.model.sessionBytes(),
       tokensPrefilled: this.#tokensPrefilled,
       tokensReused: this.#tokensReused,
@@ -621,14 +454,14 @@ export class Policy {
    * @throws MerfError UNSUPPORTED where the policy was not loaded with `profile: true`
    */
   takeProfile(): OperatorTime[] {
-    this.#check();
+    this.#calls.check();
     return this.model.takeProfile();
   }
 
   /** Frees the model. What is running ends first; later calls reject with DISPOSED. */
   dispose(): void {
-    if (this.#disposed) return;
-    this.#disposed = true;
+    if (this.#calls.closed) return;
+    this.#calls.close();
     this.model.dispose();
   }
 
@@ -639,60 +472,14 @@ export class Policy {
 
   // ---- how calls run
 
-  #check(): void {
-    if (this.#disposed) throw new MerfError('DISPOSED', 'The policy was disposed');
-  }
-
   #requireTrainable(what: string): void {
     if (!this.trainable)
       throw new MerfError('UNSUPPORTED', `${what} needs a policy that was loaded with trainable: true`);
   }
 
-  #plan(
-    forest: Forest,
-    maxTokens: number | undefined,
-    planned = maxTokens ?? this.#batchTokens(),
-  ): ForestPlan {
-    if (maxTokens !== undefined && (!Number.isInteger(maxTokens) || maxTokens < 1)) {
-      throw invalidArgument('maxTokens', 'a positive integer', maxTokens);
-    }
-    return planForest(forest, {
-      vocabSize: this.config.vocabSize,
-      contextLength: this.contextLength,
-      maxTokens: planned,
-    });
-  }
-
-  /** Tokens whose activations a backward pass can hold in what `forwardBackward` says. */
-  #heldTokens(): number {
-    const { layers, hiddenSize, heads, kvHeads, headSize, mlpSize } = this.config;
-    const stored = 2 * (heads + kvHeads) * headSize + 2 * mlpSize;
-    const bytesPerToken = layers * (8 * hiddenSize + (this.dtype === 'bf16' ? 2 : 4) * stored);
-    const bytes = Math.max(2 ** 29, (this.loraRank === 0 ? 4 : 1) * this.parameterCount);
-    return Math.max(256, Math.floor(Math.min(bytes, this.device.memoryBytes / 5) / bytesPerToken));
-  }
-
-  /** Tokens whose activations fit a fifth of the device's memory. */
-  #batchTokens(): number {
-    const { layers, hiddenSize, heads, kvHeads, headSize, mlpSize } = this.config;
-    const perLayer = 6 * hiddenSize + 2 * (heads + 2 * kvHeads) * headSize + 4 * mlpSize;
-    const bytesPerToken = layers * perLayer * (this.dtype === 'bf16' ? 2 : 4);
-    return Math.min(32_768, Math.max(512, Math.floor(this.device.memoryBytes / 5 / bytesPerToken)));
-  }
-
-  /** Runs after all calls made before, whether they succeeded or not. */
-  #enqueue<T>(what: string, signal: AbortSignal | undefined, run: () => Promise<T>): Promise<T> {
-    const result = this.#tail.then(async () => {
-      this.#check();
-      throwIfAborted(signal, what);
-      try {
-        return await run();
-      } catch (error) {
-        throw this.#explainedLoss(error);
-      }
-    });
-    this.#tail = result.catch(() => undefined);
-    return result;
+  #pack(forest: Forest, maxTokens: number | undefined): PackedForest {
+    checkMaxTokens(maxTokens);
+    return packForest(forest, { vocabSize: this.config.vocabSize, contextLength: this.contextLength });
   }
 
   /** A native call over a batch whose size is the caller's choice. */
@@ -702,7 +489,7 @@ export class Policy {
     run: (cancel: CancelToken) => Promise<T>,
   ): Promise<T> {
     try {
-      return await this.#native(what, signal, run);
+      return await cancellable(what, signal, run);
     } catch (error) {
       throw withHint(error, 'maxTokens, or batchTokens of a trainer, sets how many');
     }
@@ -716,42 +503,6 @@ export class Policy {
     const less = trainable && loraRank === 0 ? ' to train; less with lora, or with trainable: false' : '';
     return withHint(error, `${millions} million parameters take at least ${gib(bytes)}${less}`);
   }
-
-  /** What became of the policy where its device was lost: it has nothing of its weights but there. */
-  #explainedLoss(error: unknown): unknown {
-    if (!isDeviceLost(error)) return error;
-    const origin = this.path === undefined ? 'was created' : `was loaded from ${this.path}`;
-    const message = `${error.message}: the policy, which ${origin}, is lost but for what was saved of it`;
-    return new MerfError('DEVICE_LOST', message, { cause: error });
-  }
-
-  /** A native call that ends early where the signal fires. */
-  async #native<T>(
-    what: string,
-    signal: AbortSignal | undefined,
-    run: (cancel: CancelToken) => Promise<T>,
-  ): Promise<T> {
-    throwIfAborted(signal, what);
-    const addon = native();
-    const token = addon.createCancelToken();
-    const onAbort = () => addon.cancel(token);
-    signal?.addEventListener('abort', onAbort, { once: true });
-    try {
-      const result = await run(token);
-      throwIfAborted(signal, what);
-      return result;
-    } catch (error) {
-      throwIfAborted(signal, what);
-      throw error;
-    } finally {
-      signal?.removeEventListener('abort', onAbort);
-    }
-  }
-}
-
-function withHint(error: unknown, hint: string): unknown {
-  if (!(error instanceof MerfError) || error.code !== 'OUT_OF_MEMORY') return error;
-  return new MerfError('OUT_OF_MEMORY', `${error.message} (${hint})`, { cause: error });
 }
 
 /** Every id that the tokenizer can give must have a row in the embedding table. */
@@ -764,37 +515,16 @@ function checkVocabulary(tokenizer: Tokenizer, config: ModelConfig, path: string
   }
 }
 
-function checkLora({ rank }: LoraOptions, trainable: boolean, config: ModelConfig): void {
-  if (!trainable) throw invalidArgument('lora', 'nothing where trainable is false', { rank });
-  const most = Math.min(config.hiddenSize, config.mlpSize);
-  if (!Number.isInteger(rank) || rank < 1 || rank > most) {
-    throw invalidArgument('lora.rank', `an integer from 1 to ${most}`, rank);
-  }
+function nativeBatch({ tokens, positions, visibleUntil, sourceRows, predicted }: PackedForest) {
+  return { tokens, positions, visibleUntil, sourceRows, targets: predicted };
 }
 
-function checkDirectory(directory: string): void {
-  if (typeof directory !== 'string' || directory === '')
-    throw invalidArgument('directory', 'a path', directory);
-}
-
-function nativeBatch({ tokens, positions, visibleUntil, sourceRows, targets }: PackedBatch) {
-  return { tokens, positions, visibleUntil, sourceRows, targets };
-}
-
-function emptyScores(plan: ForestPlan): Scores {
-  const zeros = () => plan.targets.map(({ tokens }) => new Float32Array(tokens.length));
-  return { logprobs: zeros(), entropies: zeros() };
-}
-
-function scatter(
-  scores: Scores,
-  batch: PackedBatch,
-  result: { logprobs: Float32Array; entropies: Float32Array },
-): void {
-  for (let row = 0; row < batch.rowTarget.length; ++row) {
-    const target = batch.rowTarget[row] as number;
-    const token = batch.rowToken[row] as number;
-    (scores.logprobs[target] as Float32Array)[token] = result.logprobs[row] as number;
-    (scores.entropies[target] as Float32Array)[token] = result.entropies[row] as number;
-  }
+/** The values of rows by target and token; 0 where a token has no row. */
+function byTarget(forest: PackedForest, rows?: Float32Array): Float32Array[] {
+  const values = forest.targets.map(({ tokens }) => new Float32Array(tokens.length));
+  rows?.forEach((value, row) => {
+    const target = values[forest.rowTarget[row] as number] as Float32Array;
+    target[forest.rowToken[row] as number] = value;
+  });
+  return values;
 }

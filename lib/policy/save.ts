@@ -11,7 +11,7 @@ import type { Tokenizer } from './tokenizer.js';
 /** Elements cast and written at once, so that the event loop is never held for long. */
 const chunkElements = 1 << 20;
 
-/** As transformers divides them. */
+/** Bytes of a shard at most; transformers divides weights at the same size. */
 export const defaultShardBytes = 5_000_000_000;
 
 export interface TensorToWrite {

@@ -278,8 +278,11 @@ class Collection<Row> {
   async #next(open: OpenEpisode, ended: EndedTurn): Promise<Next> {
     const { environment } = this.task;
     const { finishReason } = ended;
+    // The turn joins the others while its environment is at work: what is read after that would count it twice.
+    const before = [...open.turns];
+    const room = this.#room(open);
     const end = (how: EpisodeEnd): Next => {
-      const episode = this.#episode(open, ended, how);
+      const episode = this.#episode(open.row, before, ended, how);
       // Its failure has ended the rollout by the time that anyone awaits it.
       episode.catch(() => undefined);
       return { episode };
@@ -291,7 +294,7 @@ class Collection<Row> {
       if (open.drawn + 1 >= this.#maxTurns) return end(finishReason === 'stop' ? 'stop' : 'turns');
       const answer = await this.#answer(environment, open, ended);
       if ('turn' in answer) {
-        const left = this.#room(open) - ended.tokens.length - answer.turn.tokens.length;
+        const left = room - ended.tokens.length - answer.turn.tokens.length;
         // A reply that leaves the model no room to go on is left out.
         return left < 1 ? end('length') : answer;
       }
@@ -313,9 +316,8 @@ class Collection<Row> {
     return replyTo(environment, this.policy.tokenizer, turn, row, await open.state, options);
   }
 
-  /** Judges the episode that ends with `last`. */
-  async #episode(open: OpenEpisode, last: EndedTurn, end: EpisodeEnd): Promise<Judged> {
-    const { turns, row } = open;
+  /** Judges the episode that ends with `last` after `turns`. */
+  async #episode(row: number, turns: readonly Turn[], last: EndedTurn, end: EpisodeEnd): Promise<Judged> {
     const texts: TurnText[] = [...turns, { role: 'model' as const, text: last.text }];
     const drawn = turns.reduce((sum, turn) => sum + (turn.role === 'model' ? turn.tokens.length : 0), 0);
     const completion = parseCompletion({

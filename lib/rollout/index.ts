@@ -13,5 +13,6 @@ export {
 } from './episode.js';
 export { type RolloutTokenizer, renderPrompt } from './prompt.js';
 export type { OnEnvironmentError } from './reply.js';
+export { type LimitSettings, limitSettings, limitsOf } from './settings.js';
 export { EpisodeTally } from './tally.js';
 export { branchesOf, countDrawn } from './targets.js';

@@ -1,3 +1,4 @@
+export { countdown } from './countdown/index.js';
 export {
   type Fields,
   generatedRows,
@@ -43,4 +44,5 @@ export {
   taskFactories,
   taskNames,
 } from './registry.js';
+export { search } from './search/index.js';
 export type { LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';

@@ -2,12 +2,16 @@ import { existsSync } from 'node:fs';
 import { extname, resolve } from 'node:path';
 import { pathToFileURL } from 'node:url';
 import { describeValue, MerfError } from '../errors.js';
+import { countdown } from './countdown/index.js';
 import { type DataOptions, type TaskFactory, whatIsNoTask } from './define.js';
 import { knightsAndKnaves } from './knights-and-knaves/index.js';
+import { search } from './search/index.js';
 import type { Task } from './task.js';
 
 const factories = {
   'knights-and-knaves': knightsAndKnaves,
+  countdown,
+  search,
 } as const;
 
 /** The tasks that ship with merf, by name. */
@@ -17,9 +21,10 @@ type RowOf<F> = F extends TaskFactory<infer Row, infer _> ? Row : never;
 
 type AnyOptions = OptionsOf<Factories[keyof Factories]>;
 type KeysOf<T> = T extends T ? keyof T : never;
+type ValueOf<T, K> = T extends T ? (K extends keyof T ? T[K] : never) : never;
 
 /** The options of all tasks that ship with merf together. */
-export type TaskOptions = { [K in KeysOf<AnyOptions>]?: Extract<AnyOptions, { [P in K]?: unknown }>[K] };
+export type TaskOptions = { [K in KeysOf<AnyOptions>]?: ValueOf<AnyOptions, K> };
 
 /** The tasks that ship with merf, before their options are known. */
 export function taskFactories(): readonly TaskFactory[] {

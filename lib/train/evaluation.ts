@@ -1,9 +1,9 @@
 import { type Evaluation, evaluate } from '../evaluate/index.js';
 import { motivationAt, parseMotivation } from '../prompt/motivation.js';
-import type { RolloutPolicy } from '../rollout/index.js';
+import { limitsOf, type RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import type { TrainingEvent } from './loop.js';
-import { type EvaluationSettings, limitsOf } from './settings.js';
+import type { EvaluationSettings } from './settings.js';
 
 // The same rows whatever the seed of a run, so that runs compare.
 const heldOutSeed = 0;

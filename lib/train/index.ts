@@ -1,4 +1,3 @@
-export { type AdvantageKind, groupAdvantages } from './advantages.js';
 export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js';
 export type { CompletionRecord } from './completions.js';
 export { type Phase, type RunResult, readSavedRun, type SavedRun, type TrainingEvent } from './loop.js';

@@ -1,4 +1,5 @@
 import { z } from 'zod';
+import { type LimitSettings, limitSettings } from '../rollout/index.js';
 import { setting } from '../settings.js';
 
 const count = z.int().min(1);
@@ -103,60 +104,12 @@ const evaluation = {
   }),
 };
 
-const limits = (group: string, matters: boolean) => ({
-  maxTokens: setting(count.default(256), {
-    group,
-    description: 'longest completion, in tokens; of episodes of several turns, the longest turn',
-    matters,
-  }),
-  maxEpisodeTokens: setting(count.optional(), {
-    group,
-    description:
-      "longest episode of several turns, in tokens, its environment's included (default: what the context leaves)",
-    matters,
-  }),
-  maxTurns: setting(count.optional(), {
-    group,
-    description: "turns of the model in an episode at most (default: the environment's)",
-    matters,
-  }),
-  stop: setting(z.array(z.string().min(1)).optional(), {
-    group,
-    description: 'strings that end a completion',
-    matters,
-  }),
-  replySeconds: setting(positive.optional(), {
-    group,
-    description: "seconds that a reply of an environment may take (default: the environment's)",
-    matters: false,
-  }),
-  onEnvironmentError: setting(z.enum(['fail', 'end', 'report']).default('fail'), {
-    group,
-    description: 'an environment that fails ends the run, ends the episode, or is reported to the model',
-    matters,
-  }),
-  verifiersAtOnce: setting(count.default(64), {
-    group,
-    description: 'completions that are judged at once',
-    matters: false,
-  }),
-});
-
-type Limits = z.output<z.ZodObject<ReturnType<typeof limits>>>;
-
-/** The limits of episodes, as `collect` takes them. */
-export function limitsOf(settings: Limits): Limits {
-  const { maxTokens, maxEpisodeTokens, maxTurns, stop, replySeconds, onEnvironmentError, verifiersAtOnce } =
-    settings;
-  return { maxTokens, maxEpisodeTokens, maxTurns, stop, replySeconds, onEnvironmentError, verifiersAtOnce };
-}
-
 /** The settings of a GRPO run, with their defaults; keys that do not exist are refused. */
 export const grpoSchema = z.strictObject({
   ...run,
   promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
   groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
-  ...limits('Rollout', true),
+  ...limitSettings('Rollout', true),
   temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),
   topK: setting(countOrNone.default(0), {
     group: 'Rollout',
@@ -235,12 +188,15 @@ export const sftSchema = z.strictObject({
     group: 'Motivation',
     description: "what the prompts of a task's own demonstrations say about the reward; the views take turns",
   }),
-  ...limits('Evaluation', false),
+  ...limitSettings('Evaluation', false),
   ...optimizer,
   ...evaluation,
 });
 
-export type EvaluationSettings = Pick<SftSettings, keyof typeof evaluation | keyof Limits | 'seed' | 'steps'>;
+export type EvaluationSettings = Pick<
+  SftSettings,
+  keyof typeof evaluation | keyof LimitSettings | 'seed' | 'steps'
+>;
 export type GrpoSettings = z.output<typeof grpoSchema>;
 export type GrpoOptions = z.input<typeof grpoSchema>;
 export type SftSettings = z.output<typeof sftSchema>;

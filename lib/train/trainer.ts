@@ -2,6 +2,7 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
+import { groupAdvantages } from '../kernels/group-advantages.js';
 import { countTokens, forestOf, type Loss, type Policy } from '../policy/index.js';
 import {
   formatMotivation,
@@ -16,16 +17,16 @@ import {
   countDrawn,
   type EpisodeGroup,
   EpisodeTally,
+  limitsOf,
   type RolloutPolicy,
 } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
 import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
-import { groupAdvantages, standardDeviation } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
-import { type GrpoOptions, type GrpoSettings, grpoSchema, limitsOf } from './settings.js';
+import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
@@ -200,7 +201,7 @@ export class Trainer<Row = unknown> {
 
       const { advantage: kind, scaleAdvantages: scale = true } = this.settings;
       const rewards = groups.map(({ episodes }) => episodes.map(({ reward }) => reward.total));
-      const advantages = groupAdvantages(rewards, { kind, scale });
+      const advantages = await groupAdvantages(rewards, { kind, scale });
       const updates = await this.#update(groups, advantages, step, signal, () => {
         updated = true;
       });
@@ -387,6 +388,13 @@ class UpdateTally {
       ...counts,
     };
   }
+}
+
+/** The sample standard deviation (n - 1); 0 of fewer than two values. */
+function standardDeviation(values: readonly number[]): number {
+  if (values.length < 2) return 0;
+  const mean = values.reduce((sum, value) => sum + value, 0) / values.length;
+  return Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (values.length - 1));
 }
 
 class Stopwatch {

@@ -40,14 +40,11 @@ export async function update(
 ): Promise<UpdateResult> {
   const { step, signal, beforeUpdate } = options;
   const learningRate = learningRateAt(step, { kind: settings.schedule, ...settings });
-  const stats = await finiteOrUndefined(() =>
-    policy.forwardBackward(forest, loss, { maxTokens: settings.batchTokens, signal }),
-  );
+  const stats = await policy.forwardBackward(forest, loss, { maxTokens: settings.batchTokens, signal });
+  // Where the signal fires behind the last gradient, they wait for an update that does not come.
+  if (signal?.aborted) await policy.zeroGradients();
   throwIfAborted(signal, `step ${step}`);
-  if (stats === undefined || !Number.isFinite(stats.loss)) {
-    await policy.zeroGradients();
-    return { gradientNorm: Number.NaN, learningRate, skipped: 'loss' };
-  }
+  if (!stats.finite) return { gradientNorm: Number.NaN, learningRate, skipped: 'loss' };
   beforeUpdate();
   const { beta1, beta2, epsilon, weightDecay, maxGradNorm } = settings;
   const { gradientNorm, applied } = await policy.optimStep({
@@ -59,16 +56,6 @@ export async function update(
     maxGradNorm,
   });
   return { stats, gradientNorm, learningRate, ...(!applied && { skipped: 'gradient' }) };
-}
-
-/** What `work` gives, or undefined where its loss was not finite. */
-async function finiteOrUndefined<T>(work: () => Promise<T>): Promise<T | undefined> {
-  try {
-    return await work();
-  } catch (error) {
-    if ((error as { code?: unknown }).code === 'NON_FINITE') return undefined;
-    throw error;
-  }
 }
 
 export function skippedNotice(step: number, skipped: 'loss' | 'gradient'): string {

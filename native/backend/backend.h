@@ -224,7 +224,7 @@ class Backend {
   virtual Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) = 0;
   virtual void upload(const Tensor& destination, const void* host, size_t bytes) = 0;
   virtual void download(void* host, const Tensor& source, size_t bytes) = 0;  // synchronises
-  // For downloads of up to `bytes` bytes. It must not outlive the backend.
+  // Makes a place for downloads of up to `bytes` bytes. It must not outlive the backend.
   virtual std::unique_ptr<Download> make_download(size_t bytes) = 0;
   virtual void copy(const Tensor& destination, const Tensor& source) = 0;  // equal sizes and types
   virtual void zero(const Tensor& destination) = 0;
@@ -294,15 +294,14 @@ class Backend {
   virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
   virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
-  // For every copy: rows 0 to place[1] of `from` become those of `to` from row place[0] on; place [2] i32. At most all
-  // rows of `from`. Rows are of an even number of bytes.
+  // Copies rows 0 to place[1] of every `from` to the rows of its `to` from place[0] on; place [2] i32, place[1] at most
+  // the rows of `from`. Rows have an even number of bytes.
   virtual void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) = 0;
 
   // ---- RMSNorm: y = x * rstd * weight, rstd = 1 / sqrt(mean(x^2) + epsilon)
-  // Where `delta` [T, H] is given, x += delta first (the residual stream, in place). x f32|bf16; delta and y share a
-  // type, which may differ from x's; weight [H] f32; rstd [T] f32 (empty: not kept).
-  virtual void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-                        const Tensor& y, const Tensor& rstd) = 0;
+  // x and y f32|bf16, their types may differ; weight [H] f32; rstd [T] f32 (empty: not kept).
+  virtual void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+                        const Tensor& rstd) = 0;
   // dx[T, H] += gradient through the norm (dx of x's type); dweight[H] f32 +=, or empty: not wanted. dy of y's type.
   virtual void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                                  const Tensor& dx, const Tensor& dweight) = 0;

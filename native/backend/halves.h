@@ -13,7 +13,7 @@ namespace merf {
 
 constexpr uint32_t kBetween = 0x8000u;  // the lower half of a number exactly between two of bfloat16
 
-// As stored, in tensors of bf16.
+// A lower half as it is stored, in a tensor of bf16.
 struct LowerHalf {
   uint16_t bits;
 };

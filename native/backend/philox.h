@@ -1,5 +1,5 @@
 // Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
-// The same counter and key give the same words on every device.
+// A counter and a key give the same words on every device.
 #pragma once
 
 #include <cstdint>

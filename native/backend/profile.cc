@@ -184,10 +184,9 @@ void ProfiledBackend::store_rows(const std::vector<RowsCopy>& copies, const Tens
   timed("store_rows", {0.0, bytes}, [&] { backend_->store_rows(copies, place); });
 }
 
-void ProfiledBackend::rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-                               const Tensor& y, const Tensor& rstd) {
-  timed("rms_norm", {0.0, bytes_of({x, delta, y})},
-        [&] { backend_->rms_norm(x, delta, weight, epsilon, y, rstd); });
+void ProfiledBackend::rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+                               const Tensor& rstd) {
+  timed("rms_norm", {0.0, bytes_of({x, y})}, [&] { backend_->rms_norm(x, weight, epsilon, y, rstd); });
 }
 
 void ProfiledBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,

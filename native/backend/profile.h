@@ -67,7 +67,7 @@ class ProfiledBackend final : public Backend {
   void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
   void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) override;
-  void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
+  void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
                 const Tensor& rstd) override;
   void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                          const Tensor& dx, const Tensor& dweight) override;

@@ -28,7 +28,7 @@ HeadsView ProjectedHeads::view(int64_t first, int64_t count) const {
 
 void Backend::project_heads(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
                             const ProjectedHeads& out) {
-  rms_norm(in.x, Tensor(), in.weight, in.epsilon, in.normed, in.rstd);
+  rms_norm(in.x, in.weight, in.epsilon, in.normed, in.rstd);
   project(*this, in.normed, weight, low_rank, out.qkv, false);
   rope(out.view(0, out.heads + out.kv_heads), out.positions, out.inverse_frequencies, false, out.rope_scale);
   if (out.cache == nullptr) return;
@@ -38,7 +38,7 @@ void Backend::project_heads(const NormedRows& in, const AdaptedWeight& weight, c
 
 void Backend::project_gated(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
                             const Tensor& gate_up, bool, const Tensor& gated) {
-  rms_norm(in.x, Tensor(), in.weight, in.epsilon, in.normed, in.rstd);
+  rms_norm(in.x, in.weight, in.epsilon, in.normed, in.rstd);
   project(*this, in.normed, weight, low_rank, gate_up, false);
   swiglu(gate_up, gated);
 }

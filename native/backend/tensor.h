@@ -57,7 +57,7 @@ struct Tensor {
 
   // Rows [begin, end) of the leading dimension, sharing storage.
   Tensor rows(int64_t begin, int64_t end) const;
-  // The same elements under another shape of equal size.
+  // A tensor of these elements under another shape of equal size.
   Tensor view(std::initializer_list<int64_t> new_shape) const;
 };
 

@@ -1,5 +1,5 @@
-// Memory for activations: taken piece by piece, given back all at once, and kept between calls, so that a step
-// allocates nothing that an earlier step of its size had.
+// Memory for activations: taken piece by piece, given back all at once, and kept between calls, so that a
+// step allocates nothing that an earlier step of its size had.
 #pragma once
 
 #include <vector>
@@ -11,7 +11,7 @@ namespace merf {
 class Arena {
  public:
   explicit Arena(Backend& backend) : backend_(&backend) {}
-  // One that takes nothing and counts what would be taken.
+  // An arena without a backend takes nothing and counts what would be taken.
   Arena() = default;
 
   // Contents are undefined. The tensor is valid until release() to a mark before it.
@@ -29,18 +29,18 @@ class Arena {
   size_t held() const;
   // Gives everything back but what is lodged; where the last use spilled over several blocks, they become one.
   void reset();
-  // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only after the
-  // first reset() that follows, and then in memory that has not been touched before.
+  // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only
+  // after the first reset() that follows, and then in memory that has not been touched before.
   void reserve(size_t bytes);
-  // As reset, and returns the memory to the device, lodged or not, with that of recordings.
+  // Gives everything back, and returns the memory to the device, lodged or not, with that of recordings.
   void free();
 
-  // A lodger is memory that outlives reset(), such as keys and values between two rollouts. It stands in the arena's
-  // own memory where that has room, since whoever needs all of the arena can turn it out: so it makes no call's memory
-  // larger than it was. There is one at a time.
+  // A lodger is memory that outlives reset(), such as keys and values between two rollouts. It stands in the
+  // arena's own memory where that has room, since whoever needs all of the arena can turn it out: so it makes
+  // no call's memory larger than it was. There is one at a time.
 
-  // Lodges `bytes` (more than before, or the first), where nothing is taken: [bytes] as f32 words, which begin with what
-  // was lodged before. Throws OUT_OF_MEMORY, and leaves what there was.
+  // Lodges `bytes` (more than before, or the first), where nothing is taken: [bytes] as f32 words, which begin
+  // with what was lodged before. Throws OUT_OF_MEMORY, and leaves what there was.
   Tensor lodge(size_t bytes);
   size_t lodged() const { return lodger_ ? lodger_.bytes() : 0; }
   // Names the lodger that is there: another number once it has been turned out.
@@ -57,17 +57,18 @@ class Arena {
   size_t taken_ = 0;   // bytes given out, without what was left over at the ends of blocks
   size_t most_ = 0;    // the most that taken_ ever was
   Tensor lodger_;
-  size_t floor_ =
-      0;  // bytes at the front of the first block that are the lodger's; 0 where it has memory of its own
+  // Bytes at the front of the first block that are the lodger's; 0 where it has memory of its own.
+  size_t floor_ = 0;
   size_t most_behind_ = 0;  // the most that taken_ was behind it
   uint64_t lodging_ = 0;
 };
 
-// For messages: how many of `count` tokens, which need `needed` bytes together, would have fitted into `available`. In
-// two figures, with a part left for the temporaries of operators, and fewer than there were, since those did not fit.
+// Says for messages how many of `count` tokens, which need `needed` bytes together, would have fitted into
+// `available`: in two figures, with a part left for the temporaries of operators, and fewer than `count`,
+// which did not fit.
 int64_t count_that_fits(int64_t count, int64_t needed, int64_t available);
 
-// Gives back on leaving a scope what was taken in it.
+// Gives back, on leaving a scope, what was taken in it.
 class ArenaScope {
  public:
   explicit ArenaScope(Arena& arena) : arena_(arena), mark_(arena.mark()) {}

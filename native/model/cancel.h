@@ -10,7 +10,7 @@ namespace merf {
 class Cancel {
  public:
   void request() { requested_.store(true, std::memory_order_relaxed); }
-  // As request(), and nobody will look at the results or the state that is left behind: stop anywhere.
+  // Requests a stop anywhere: nobody will look at the results or at the state that is left behind.
   void abandon() {
     abandoned_.store(true, std::memory_order_relaxed);
     request();

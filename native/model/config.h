@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <string>
 #include <vector>
 
 #include "backend/tensor.h"
@@ -10,7 +9,6 @@
 namespace merf {
 
 struct ModelConfig {
-  std::string architecture;  // "llama" or "qwen2": which biases and scalings occur is in the fields below
   int64_t hidden_size = 0;
   int64_t layers = 0;
   int64_t heads = 0;

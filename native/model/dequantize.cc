@@ -1,5 +1,5 @@
-// Block layouts from ggml's quants; all numbers are little-endian. The order of multiplications is ggml's, so that the
-// values are its values to the bit.
+// Block layouts from ggml's quants; all numbers are little-endian. The order of multiplications is ggml's, so
+// that the values are its values to the bit.
 #include "model/dequantize.h"
 
 #include <bit>
@@ -13,8 +13,8 @@ namespace {
 
 uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
 
-// Without branches, so that rows of them are vectorised: the exponent is moved by a multiplication, which makes
-// normal numbers of denormal ones; infinity and NaN get their exponent back.
+// Without branches, so that rows of them are vectorised: the exponent is moved by a multiplication, which
+// makes normal numbers of denormal ones; infinity and NaN get their exponent back.
 float from_f16(uint16_t half) {
   const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fffu) << 13;
   const uint32_t scaled = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) * 0x1p112f);
@@ -60,7 +60,8 @@ void q4_k(const uint8_t* block, float* y) {
   }
 }
 
-// Sixteen sub-blocks of 16 with signed 8-bit scales; the lower 4 bits of the quants come first, then the upper 2.
+// Sixteen sub-blocks of 16 with signed 8-bit scales; the lower 4 bits of the quants come first, then the
+// upper 2.
 void q6_k(const uint8_t* block, float* y) {
   const float d = read_f16(block + 208);
   for (int half = 0; half < 2; ++half) {

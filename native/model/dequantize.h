@@ -7,7 +7,7 @@
 
 namespace merf {
 
-// As ggml defines them.
+// Encodings of a tensor's values in a file; ggml defines the quantised ones.
 enum class Encoding : uint8_t { F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q4_K, Q6_K };
 
 std::optional<Encoding> encoding_by_name(const std::string& name);

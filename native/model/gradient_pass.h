@@ -1,9 +1,10 @@
-// The loss of a batch and its gradients, frame by frame (frames.h).
+// The loss of a batch and its gradients, micro-batch by micro-batch (micro_batches.h).
 #pragma once
 
 #include <vector>
 
-#include "model/frames.h"
+#include "model/batch.h"
+#include "model/batch_loss.h"
 #include "model/model.h"
 
 namespace merf {
@@ -12,41 +13,37 @@ class GradientPass {
  public:
   GradientPass(Model& model, const Batch& batch, const BatchLoss& loss, const Cancel& cancel);
 
-  // Add the gradients. They end at the first frame whose loss is not finite.
-  void run(const std::vector<Frame>& frames) { run_all(frames, nullptr); }
-  // Of frames whose forward Model::kept() has, in rows[token]. They go together through the layers that it has, of each
-  // of which no more than one is held. Before others, since what is kept stands in gradients.
-  void run_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows);
-  LossResult result() { return std::move(result_); }
-  // Whether gradients have been added to.
-  bool begun() const { return begun_; }
+  // Adds the gradients of the micro-batches, until one's loss is not finite.
+  void run(const std::vector<MicroBatch>& micro_batches) { run_all(micro_batches, nullptr); }
+  // Does what run does, for micro-batches whose forward is in the model's activation cache, in rows[token].
+  // They go together through the layers that it has, and no more than one of these layers is held at once. It
+  // comes before run, since the cache stands in the gradients' memory.
+  void run_cached(const std::vector<MicroBatch>& micro_batches, const std::vector<int32_t>& rows);
+  LossResult result();
 
  private:
-  struct Held;
-  struct OpenFrame;
-  void run_all(const std::vector<Frame>& frames, const Held* above);
-  OpenFrame open(const Frame& frame, int64_t ancestors);
-  std::vector<OpenFrame> open_kept(const std::vector<Frame>& frames, const std::vector<int32_t>& rows,
-                                   int64_t ancestors);
-  // The frame's forward from `first_layer` on, what is under it, its loss, and its backward to there.
+  struct Ancestors;
+  struct OpenMicroBatch;
+  void run_all(const std::vector<MicroBatch>& micro_batches, const Ancestors* above);
+  OpenMicroBatch open(const MicroBatch& micro_batch, int64_t ancestors);
+  std::vector<OpenMicroBatch> open_cached(const std::vector<MicroBatch>& micro_batches,
+                                          const std::vector<int32_t>& rows, int64_t ancestors);
+  // The micro-batch's forward from `first_layer` on, what is under it, its loss, and its backward to there.
   template <class Children>
-  void run_layers(const OpenFrame& frame, const Held* above, size_t first_layer,
+  void run_layers(const OpenMicroBatch& micro_batch, const Ancestors* above, size_t first_layer,
                   const Children& run_children);
   Tensor take_dqkv(int64_t tokens);
-  // Before a layer's forward: the keys and values of the frames above.
+  // Puts the keys and values of the micro-batches above in place, before a layer's forward.
   void take_ancestors(size_t layer, const Activations& activations, const Activations* above);
-  void run_upper_layers(const std::vector<OpenFrame>& frames, const Held* above);
-  // Forward and backward of a kept layer.
-  void run_kept_layer(size_t layer, const OpenFrame& frame, const Activations* above,
-                      const Tensor& above_dqkv);
-  void backward_embeddings(const std::vector<OpenFrame>& frames);
-  // The loss rows that start from tokens [begin, end), in the order of the batch.
-  std::vector<int32_t> rows_of(int64_t begin, int64_t end) const;
-  int64_t first_source(const std::vector<int32_t>& rows, const Frame& frame) const;
-  bool has_rows(const Frame& frame) const;
-  Forest upload_forest(int64_t begin, int64_t end, int64_t ancestors);
-  // The loss of these rows, and dhidden; whether it is finite.
-  bool add_loss(const std::vector<int32_t>& rows, int64_t begin, const Tensor& hidden, const Tensor& dhidden);
+  void run_upper_layers(const std::vector<OpenMicroBatch>& micro_batches, const Ancestors* above);
+  // Runs forward and backward of a layer that the activation cache has.
+  void run_cached_layer(size_t layer, const OpenMicroBatch& micro_batch, const Activations* above,
+                        const Tensor& above_dqkv);
+  void backward_embeddings(const std::vector<OpenMicroBatch>& micro_batches);
+  // The old log-probabilities of rows; where they are missing, those that the model gives now.
+  std::vector<float> old_logprobs_of(const OpenMicroBatch& micro_batch, const Tensor& hidden);
+  // Adds the loss of the micro-batch's rows and writes dhidden; returns whether it is finite.
+  bool add_loss(const OpenMicroBatch& micro_batch, const Tensor& hidden, const Tensor& dhidden);
 
   Model& model_;
   Backend& backend_;
@@ -55,9 +52,8 @@ class GradientPass {
   const Batch& batch_;
   const BatchLoss& loss_;
   const Cancel& cancel_;
-  std::vector<int32_t> by_source_;  // rows by their source
+  const BatchReader reader_;
   LossResult result_;
-  bool begun_ = false;
 };
 
 }  // namespace merf

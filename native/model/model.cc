@@ -7,6 +7,7 @@
 #include "backend/in_words.h"
 #include "backend/philox.h"
 #include "model/gradient_pass.h"
+#include "model/score_pass.h"
 
 namespace merf {
 namespace {
@@ -17,7 +18,8 @@ std::string shape_text(const std::vector<int64_t>& shape) {
   return text + "]";
 }
 
-// Element `index` of the stream of standard normal numbers that belongs to (seed, stream): Box-Muller on Philox.
+// Element `index` of the stream of standard normal numbers that belongs to (seed, stream): Box-Muller on
+// Philox.
 void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std::vector<float>& out) {
   const PhiloxKey key{{static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)}};
   const int64_t quads = static_cast<int64_t>(out.size() + 3) / 4;
@@ -37,50 +39,14 @@ void fill_normal(uint64_t seed, uint32_t stream, int64_t first, float scale, std
   }
 }
 
-// Whether each token stands behind the first and not behind the last token that rows of one sequence start from: such
-// rows share a ratio, so they stay in one frame.
-std::vector<bool> within_sequences(const Batch& batch, const std::vector<int32_t>& sequences) {
-  std::vector<bool> within(batch.tokens.size(), false);
-  for (size_t begin = 0, end = 0; begin < sequences.size(); begin = end) {
-    while (end < sequences.size() && sequences[end] == sequences[begin]) ++end;
-    const auto [first, last] =
-        std::minmax_element(batch.source_rows.begin() + static_cast<std::ptrdiff_t>(begin),
-                            batch.source_rows.begin() + static_cast<std::ptrdiff_t>(end));
-    std::fill(within.begin() + *first + 1, within.begin() + *last + 1, true);
-  }
-  return within;
-}
-
-// The batch without tokens that no loss row depends on, such as every completion's last.
-Batch without_idle_tokens(const Batch& batch) {
-  const size_t tokens = batch.tokens.size();
-  // last[i]: the furthest loss row at or behind token i.
-  std::vector<int32_t> rows(batch.source_rows);
-  std::sort(rows.begin(), rows.end());
-  Batch out;
-  out.targets = batch.targets;
-  std::vector<int32_t> place(tokens + 1);  // how many tokens before this one stay
-  for (size_t i = 0; i < tokens; ++i) {
-    place[i] = static_cast<int32_t>(out.tokens.size());
-    const auto next = std::lower_bound(rows.begin(), rows.end(), static_cast<int32_t>(i));
-    if (next == rows.end() || *next >= batch.visible_until[i]) continue;
-    out.tokens.push_back(batch.tokens[i]);
-    out.positions.push_back(batch.positions[i]);
-    out.visible_until.push_back(batch.visible_until[i]);
-  }
-  place[tokens] = static_cast<int32_t>(out.tokens.size());
-  for (int32_t& until : out.visible_until) until = place[static_cast<size_t>(until)];
-  for (const int32_t row : batch.source_rows) out.source_rows.push_back(place[static_cast<size_t>(row)]);
-  return out;
-}
-
-// Whether a kept forward has every token of a frame and of those under it, whose rows in it these are; none: it has not.
-bool is_kept(const std::vector<int32_t>& rows, const Frame& frame) {
+// Whether the activation cache has every token of a micro-batch and of those under it. `rows` has each
+// token's row in the cache, or is empty where nothing is cached.
+bool is_cached(const std::vector<int32_t>& rows, const MicroBatch& micro_batch) {
   if (rows.empty()) return false;
   const auto missing = [](int32_t row) { return row < 0; };
-  if (std::any_of(rows.begin() + frame.begin, rows.begin() + frame.end, missing)) return false;
-  return std::all_of(frame.children.begin(), frame.children.end(),
-                     [&](const Frame& child) { return is_kept(rows, child); });
+  if (std::any_of(rows.begin() + micro_batch.begin, rows.begin() + micro_batch.end, missing)) return false;
+  return std::all_of(micro_batch.children.begin(), micro_batch.children.end(),
+                     [&](const MicroBatch& child) { return is_cached(rows, child); });
 }
 
 }  // namespace
@@ -118,20 +84,20 @@ void Model::require_trainable(const char* what) const {
 }
 
 void Model::change_weights() {
-  if (kept_) kept_->clear();
+  if (activation_cache_) activation_cache_->clear();
   ++weights_version_;
   arena_.turn_out();
 }
 
-std::vector<Tensor> Model::lend_gradients() {
-  give_back_gradients();
+std::vector<Tensor> Model::borrow_gradients() {
+  reclaim_gradients();
   if (accumulates_ || !parameters_.training().trainable) return {};
   parameters_.make_gradients();
   return parameters_.layer_gradients();
 }
 
-void Model::give_back_gradients() {
-  if (kept_ && kept_->borrows()) kept_->clear();
+void Model::reclaim_gradients() {
+  if (activation_cache_ && activation_cache_->borrows()) activation_cache_->clear();
 }
 
 Recorder& Model::recorder() {
@@ -174,8 +140,8 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
   change_weights();
   stale_ = true;
   arena_.reset();
-  // The parts of a parameter one after another, and it is packed before the next, so that few values stand beside
-  // their packed forms.
+  // The parts of a parameter one after another, and it is packed before the next, so that few values stand
+  // beside their packed forms.
   std::vector<std::pair<const NamedParameter*, const TensorSource*>> ordered;
   for (const TensorSource& source : sources) ordered.emplace_back(&parameters_.find(source.name), &source);
   std::sort(ordered.begin(), ordered.end());
@@ -225,7 +191,7 @@ std::vector<float> Model::read(const std::string& name, ParameterKind kind) {
     return data;
   }
   if (kind != ParameterKind::value) require_trainable("reading gradients and moments");
-  if (kind == ParameterKind::gradient) give_back_gradients();
+  if (kind == ParameterKind::gradient) reclaim_gradients();
   const Parameter& p = *named.parameter;
   const Tensor whole = kind == ParameterKind::value      ? parameters_.value_of(p)
                        : kind == ParameterKind::gradient ? p.gradient
@@ -247,7 +213,7 @@ void Model::write(const std::string& name, ParameterKind kind, const std::vector
     throw Error("INVALID_ARGUMENT", "Expected a parameter that is trained for name but received " + name);
   }
   if (kind == ParameterKind::gradient) {
-    give_back_gradients();
+    reclaim_gradients();
     parameters_.make_gradients();
     accumulates_ = true;
   }
@@ -288,9 +254,41 @@ Forest Model::upload_forest(const std::vector<int32_t>& tokens, const std::vecto
   return forest;
 }
 
+Forest Model::upload_forest(const Batch& batch) {
+  Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
+  forest.ancestors = static_cast<int64_t>(batch.visible_until.size()) - forest.tokens;
+  return forest;
+}
+
+void Model::download_scores(const Tensor& logprobs, const Tensor& entropies, const std::vector<int32_t>& rows,
+                            Scores& scores) {
+  std::vector<float> values(rows.size());
+  const auto scatter = [&](const Tensor& from, std::vector<float>& to) {
+    backend_.download(values.data(), from, from.bytes());
+    for (size_t i = 0; i < rows.size(); ++i) to[static_cast<size_t>(rows[i])] = values[i];
+  };
+  scatter(logprobs, scores.logprobs);
+  scatter(entropies, scores.entropies);
+}
+
+int64_t Model::tokens_that_fit(bool trains) const {
+  const ModelConfig& c = config_;
+  const int64_t size = static_cast<int64_t>(size_of(c.dtype)), most = backend_.info().memory_bytes / 5;
+  if (!trains) {
+    const int64_t elements = 6 * c.hidden_size + 2 * c.qkv_size() + 4 * c.mlp_size;
+    return std::clamp<int64_t>(most / (c.layers * elements * size), 512, 32768);
+  }
+  int64_t parameters = 0;
+  for (const NamedParameter& named : parameters_.named()) parameters += named.adapter ? 0 : named.size();
+  const int64_t state = parameters_.training().lora_rank == 0 ? 4 * parameters : parameters;
+  const int64_t elements = c.attention_size() + c.qkv_size() + 2 * c.mlp_size;
+  const int64_t bytes_per_token = c.layers * (8 * c.hidden_size + size * elements);
+  return std::max<int64_t>(256, std::min(std::max(int64_t{1} << 29, state), most) / bytes_per_token);
+}
+
 Tensor Model::hidden_of(const Forest& forest, const Cancel& cancel, const char* work) {
   const Tensor hidden = arena_.take(config_.dtype, {forest.tokens, config_.hidden_size});
-  Activations activations = transformer_.make_activations(arena_, forest.tokens, Holds::nothing);
+  Activations activations = transformer_.make_activations(arena_, forest.tokens, SavedLayers::none);
   ForestAttention attention(backend_, forest, transformer_.attention_scale());
   transformer_.forward(forest.ids, forest.positions, attention, activations, cancel, work);
   transformer_.final_norm(activations.output, hidden, Tensor());
@@ -302,7 +300,7 @@ auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work
   const bool made_gradients = trains && parameters_.make_gradients();
   try {
     arena_.reset();
-    // And what is uploaded.
+    // The rest is for what is uploaded.
     const size_t room = static_cast<size_t>(bytes / 32 * 33);
     if (trains) arena_.make_room(room);
     try {
@@ -320,33 +318,34 @@ auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work
   }
 }
 
-// Of the arena, in a pass over so many tokens at once.
-int64_t Model::activation_bytes(int64_t tokens, Holds holds, size_t first_layer) const {
+// Bytes of the arena that a pass over so many tokens at once takes.
+int64_t Model::activation_bytes(int64_t tokens, SavedLayers saved, size_t first_layer) const {
   Arena counted;
   counted.take(config_.dtype, {tokens, config_.hidden_size});  // hidden
-  transformer_.make_activations(counted, tokens, holds, 0, first_layer);
-  if (holds != Holds::nothing) {
+  transformer_.make_activations(counted, tokens, saved, 0, first_layer);
+  if (saved != SavedLayers::none) {
     counted.take(config_.dtype, {tokens, config_.hidden_size});  // dhidden
     transformer_.make_backward_buffers(counted, counted.take(DType::f32, {tokens, config_.hidden_size}));
   }
   return static_cast<int64_t>(counted.taken());
 }
 
-// The same where the forward is kept and frames go through its layers together, each with its own dx.
-int64_t Model::kept_activation_bytes(const std::vector<Frame>& frames) const {
+// Bytes of the arena that a pass over cached micro-batches takes. They go through the layers together, each
+// with its own dx.
+int64_t Model::cached_activation_bytes(const std::vector<MicroBatch>& micro_batches) const {
   int64_t tokens = 0;
-  for (const Frame& frame : frames) tokens += tokens_of(frame);
-  const int64_t at_once = tokens_at_once(frames);
+  for (const MicroBatch& micro_batch : micro_batches) tokens += tokens_of(micro_batch);
+  const int64_t at_once = tokens_at_once(micro_batches);
   return 4 * tokens * config_.hidden_size +
-         std::max(activation_bytes(at_once, Holds::one_layer),
-                  activation_bytes(at_once, Holds::all_layers, kept_->layers()));
+         std::max(activation_bytes(at_once, SavedLayers::one),
+                  activation_bytes(at_once, SavedLayers::all, activation_cache_->layers()));
 }
 
 // Gives the memory of activations back, and says what would have fitted.
 Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
   arena_.free();
   backend_.synchronize();
-  const int64_t needed = activation_bytes(tokens, trains ? Holds::all_layers : Holds::nothing);
+  const int64_t needed = activation_bytes(tokens, trains ? SavedLayers::all : SavedLayers::none);
   int64_t beside = 0;  // what does not depend on the tokens
   if (trains && !parameters_.has_gradients()) beside += 4 * parameters_.trained_size();
   const int64_t fit = count_that_fits(tokens, needed, backend_.memory_free() - beside);
@@ -359,49 +358,62 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
   prepare();
   const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
-  return within_memory(tokens, false, activation_bytes(tokens, Holds::nothing),
+  return within_memory(tokens, false, activation_bytes(tokens, SavedLayers::none),
                        [&] { return compute_logits(batch, cancel); });
 }
 
-Scores Model::score(const Batch& batch, const Cancel& cancel) {
+Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel) {
   prepare();
-  const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
-  return within_memory(tokens, false, activation_bytes(tokens, Holds::nothing),
-                       [&] { return compute_scores(batch, cancel); });
+  const Batch batch = without_idle_tokens(given);
+  const std::vector<MicroBatch> micro_batches = make_micro_batches(batch.visible_until, max_tokens, {});
+  return within_memory(tokens_at_once(micro_batches), false, ScorePass::bytes(*this, micro_batches), [&] {
+    ScorePass pass(*this, batch, cancel);
+    pass.run(micro_batches);
+    return pass.result();
+  });
 }
 
-LossResult Model::forward_backward(const Batch& given, const BatchLoss& loss, int64_t max_tokens,
+LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, int64_t max_tokens,
                                    const Cancel& cancel) {
   require_trainable("forwardBackward");
+  try {
+    LossResult result = compute_gradients(batch, loss, max_tokens, cancel);
+    if (!result.finite) zero_gradients();
+    return result;
+  } catch (...) {
+    // What was added already cannot be told from what earlier calls added. Gradients that are 0 stay, with
+    // what the activation cache has in their memory.
+    if (accumulates_) discard_gradients();
+    throw;
+  }
+}
+
+LossResult Model::compute_gradients(const Batch& given, const BatchLoss& loss, int64_t max_tokens,
+                                    const Cancel& cancel) {
   prepare();
   const Batch batch = without_idle_tokens(given);
   std::vector<bool> joined;
   if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);
   std::vector<int32_t> rows;
-  if (kept_ && kept_->used() > 0) rows = kept_->find(batch.tokens, batch.visible_until);
-  const std::vector<Frame> frames = make_frames(batch.visible_until, max_tokens, joined);
-  std::vector<Frame> kept, others;
-  for (const Frame& frame : frames) (is_kept(rows, frame) ? kept : others).push_back(frame);
-  // Else the gradients are free for these.
-  if (kept.empty()) give_back_gradients();
+  if (activation_cache_ && activation_cache_->used() > 0) {
+    rows = activation_cache_->find(batch.tokens, batch.visible_until);
+  }
+  const std::vector<MicroBatch> micro_batches = make_micro_batches(batch.visible_until, max_tokens, joined);
+  std::vector<MicroBatch> cached, others;
+  for (const MicroBatch& micro_batch : micro_batches) {
+    (is_cached(rows, micro_batch) ? cached : others).push_back(micro_batch);
+  }
+  // Where the cache serves nothing, the gradients' memory is free for these.
+  if (cached.empty()) reclaim_gradients();
   const int64_t bytes =
-      std::max(kept.empty() ? 0 : kept_activation_bytes(kept),
-               others.empty() ? 0 : activation_bytes(tokens_at_once(others), Holds::all_layers));
-  return within_memory(tokens_at_once(frames), true, bytes, [&] {
+      std::max(cached.empty() ? 0 : cached_activation_bytes(cached),
+               others.empty() ? 0 : activation_bytes(tokens_at_once(others), SavedLayers::all));
+  return within_memory(tokens_at_once(micro_batches), true, bytes, [&] {
     GradientPass pass(*this, batch, loss, cancel);
-    try {
-      if (!kept.empty()) pass.run_kept(kept, rows);
-      pass.run(others);
-    } catch (...) {
-      // What was added already cannot be taken back.
-      if (pass.begun()) zero_gradients();
-      throw;
-    }
-    accumulates_ = true;
-    give_back_gradients();
-    LossResult result = pass.result();
-    if (!result.finite) zero_gradients();
-    return result;
+    if (!cached.empty()) pass.run_cached(cached, rows);
+    pass.run(others);
+    reclaim_gradients();
+    return pass.result();
   });
 }
 
@@ -418,26 +430,10 @@ std::vector<float> Model::compute_logits(const Batch& batch, const Cancel& cance
   return out;
 }
 
-Scores Model::compute_scores(const Batch& batch, const Cancel& cancel) {
-  const Forest forest = upload_forest(batch.tokens, batch.positions, batch.visible_until);
-  const int64_t rows = static_cast<int64_t>(batch.source_rows.size());
-  const Tensor logprobs = arena_.take(DType::f32, {rows}), entropies = arena_.take(DType::f32, {rows});
-  const Tensor hidden = hidden_of(forest, cancel, "scoring");
-  cancel.check("scoring");
-  backend_.head_logprobs(hidden, *parameters_.head().packed, batch.source_rows, batch.targets, logprobs,
-                         entropies);
-  Scores scores;
-  scores.logprobs.resize(batch.source_rows.size());
-  scores.entropies.resize(batch.source_rows.size());
-  backend_.download(scores.logprobs.data(), logprobs, logprobs.bytes());
-  backend_.download(scores.entropies.data(), entropies, entropies.bytes());
-  return scores;
-}
-
 OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step) {
   require_trainable("optimStep");
   prepare();
-  give_back_gradients();
+  reclaim_gradients();
   parameters_.make_gradients();
   try {
     parameters_.make_moments();
@@ -460,7 +456,7 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
     adamw.epsilon = options.epsilon;
     adamw.step = step;
     if (options.max_gradient_norm > 0.0f) {
-      // As torch.nn.utils.clip_grad_norm_, whose denominator has this 1e-6.
+      // torch.nn.utils.clip_grad_norm_ has this 1e-6 in its denominator, too.
       adamw.gradient_scale =
           static_cast<float>(std::min(1.0, options.max_gradient_norm / (result.gradient_norm + 1e-6)));
     }
@@ -473,9 +469,17 @@ OptimizerResult Model::optim_step(const OptimizerOptions& options, int64_t step)
 }
 
 void Model::zero_gradients() {
-  give_back_gradients();
+  reclaim_gradients();
   parameters_.zero_gradients();
   accumulates_ = false;
+}
+
+void Model::discard_gradients() noexcept {
+  try {
+    zero_gradients();
+  } catch (const Error&) {
+    // The device has failed; whoever uses it next will be told.
+  }
 }
 
 }  // namespace merf

@@ -7,8 +7,8 @@ namespace {
 
 constexpr int64_t kStagedElements = int64_t{1} << 20;
 
-// Walks over all parameters of a model in their fixed order, giving `visit` each stored parameter's slot together
-// with its shape and its named slices (name and rows). One list serves allocation and naming.
+// Walks over all parameters of a model in their fixed order, giving `visit` each stored parameter's slot
+// together with its shape and its named slices (name and rows). One list serves allocation and naming.
 struct Slice {
   std::string name;
   int64_t rows;
@@ -166,7 +166,7 @@ const NamedParameter& Parameters::find(const std::string& name) const {
 bool Parameters::make_gradients() {
   if (has_gradients() || trained_.empty()) return false;
   try {
-    // Those of one layer follow each other.
+    // The parameters of one layer follow each other.
     for (auto first = trained_.begin(), last = first; first != trained_.end(); first = last) {
       const int64_t layer = (*first)->layer;
       int64_t elements = 0;
@@ -305,8 +305,8 @@ void Parameters::read_merged(const NamedParameter& named, float* data) {
 }
 
 void Parameters::update(const AdamWOptions& options, float weight_decay) {
-  // Matrices that products read as they are move where they lie; of the others as many in one call as have room for
-  // their copies.
+  // Matrices that products read as they are move where they lie; of the others as many in one call as have
+  // room for their copies.
   struct Staged {
     Parameter* parameter;
     Tensor copy;

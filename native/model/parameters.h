@@ -1,8 +1,8 @@
-// A model's parameters: what the products read, what the optimiser updates, and the names that Hugging Face gives
-// to their parts.
+// A model's parameters: what the products read, what the optimiser updates, and the names that Hugging Face
+// gives to their parts.
 //
-// q, k and v are one weight [(q heads + 2 kv heads) * head_size, H], gate and up are one weight [2F, H], so that each
-// is one product; their parts are slices of rows.
+// q, k and v are one weight [(q heads + 2 kv heads) * head_size, H], gate and up are one weight [2F, H], so
+// that each is one product; their parts are slices of rows.
 #pragma once
 
 #include <initializer_list>
@@ -32,9 +32,9 @@ struct Training {
   uint64_t lora_seed = 0;  // of the first values of every A
 };
 
-// One stored parameter. `value` is the float32 master, or of the model's dtype where it is a matrix that is not trained.
-// A matrix is kept in its packed form alone, with the lower half of its master (halves.h) where products read it in
-// bfloat16: `value` is empty then, but for the time between writing and the next use.
+// One stored parameter. `value` is the float32 master, or of the model's dtype where it is a matrix that is
+// not trained. A matrix is kept in its packed form alone, with the lower half of its master (halves.h) where
+// products read it in bfloat16: `value` is empty then, but for the time between writing and the next use.
 struct Parameter {
   std::vector<int64_t> shape;  // [N, K] of a matrix, [N] of a bias or a norm's weight
   int64_t layer = -1;          // that it is a part of; -1: of none
@@ -74,8 +74,8 @@ struct NamedParameter {
   Tensor slice(const Tensor& whole) const { return whole.rows(first_row, first_row + shape[0]); }
 };
 
-// LoRA: y += (x A^T) B^T beside the frozen y = x W^T. One for each product, so q, k and v share an A, and gate and up.
-// Its scale is 1 (alpha equals the rank).
+// LoRA: y += (x A^T) B^T beside the frozen y = x W^T. One for each product, so q, k and v share an A, and
+// gate and up. Its scale is 1 (alpha equals the rank).
 struct Adapter {
   Parameter a;  // [rank, K], at first uniform in +-1 / sqrt(K)
   Parameter b;  // [N, rank], at first 0
@@ -94,8 +94,8 @@ struct LayerParameters {
   Projection gate_up, down;
 };
 
-// The names and shapes of a model's parameters without the parameters: of what `config` describes, with adapters of
-// that rank where it is not 0.
+// The names and shapes of the parameters of the model that `config` describes, with adapters of that rank
+// where it is not 0. There need be no such model.
 std::vector<NamedParameter> name_parameters(const ModelConfig& config, int64_t lora_rank = 0);
 
 class Parameters {
@@ -110,7 +110,7 @@ class Parameters {
   Parameter& head() { return tied_ ? embedding : untied_head; }
 
   const std::vector<NamedParameter>& named() const { return named_; }
-  // Those that are trained.
+  // The parameters that are trained.
   const std::vector<Parameter*>& trained() const { return trained_; }
   const Training& training() const { return training_; }
 
@@ -122,8 +122,8 @@ class Parameters {
   // `value` to read, which may be made for this call.
   Tensor value_of(const Parameter& parameter) const;
 
-  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing. The gradients of a
-  // layer lie in one piece.
+  // Make what is missing, all of it or nothing, and fill it with zeros. Whether anything was missing. The
+  // gradients of a layer lie in one piece.
   bool make_gradients();
   bool make_moments();
   void drop_gradients();
@@ -142,7 +142,8 @@ class Parameters {
   // The value as a model without adapters has it: W + B A.
   void read_merged(const NamedParameter& named, float* data);
 
-  // One update of every parameter with the gradients times `options.gradient_scale`; weight decay on matrices only.
+  // One update of every parameter with the gradients times `options.gradient_scale`; weight decay on matrices
+  // only.
   void update(const AdamWOptions& options, float weight_decay);
   void zero_gradients();
 
@@ -153,8 +154,8 @@ class Parameters {
   const ModelConfig& config_;
   const Training training_;
   bool tied_;
-  // Where matrices in training stand for a moment on their way from the master to their packed form, or from there to
-  // the master and back; the largest has room in it.
+  // Where matrices in training stand for a moment on their way from the master to their packed form, or from
+  // there to the master and back; the largest has room in it.
   Arena& arena_;
   int64_t staged_size_ = 0;
   std::vector<Parameter*> all_, trained_;

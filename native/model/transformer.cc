@@ -6,7 +6,7 @@ namespace merf {
 
 namespace {
 
-// Those of the tokens from `first` on.
+// The rows of x for the tokens from `first` on; x may be empty.
 Tensor from_row(const Tensor& x, int64_t first) { return x && first > 0 ? x.rows(first, x.shape[0]) : x; }
 
 AdaptedWeight weight_of(const Projection& projection) {
@@ -25,7 +25,7 @@ void ForestAttention::attend(int64_t, const HeadsView& q, const HeadsView& k, co
 void Activations::shrink_to(int64_t rows, Activations& out) const {
   const auto first = [rows](const Tensor& t) { return t ? t.rows(0, rows) : t; };
   out.tokens = rows;
-  out.kept_layers = kept_layers;
+  out.saved_layers = saved_layers;
   out.layers.resize(layers.size());
   for (size_t i = 0; i < layers.size(); ++i) {
     const Layer& from = layers[i];
@@ -50,19 +50,19 @@ Transformer::Transformer(Backend& backend, const ModelConfig& config, Parameters
   attention_scale_ = 1.0f / std::sqrt(static_cast<float>(config.head_size));
 }
 
-Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds holds, int64_t ancestors,
+Activations Transformer::make_activations(Arena& arena, int64_t tokens, SavedLayers saved, int64_t ancestors,
                                           size_t first_layer) const {
   const ModelConfig& c = config_;
-  const bool keep = holds != Holds::nothing;
+  const bool saves = saved != SavedLayers::none;
   Activations a;
   a.tokens = tokens;
   a.ancestors = ancestors;
   a.layers.resize(static_cast<size_t>(c.layers));
-  if (keep) a.kept_layers = a.layers.size();
+  if (saves) a.saved_layers = a.layers.size();
   const auto residual = [&] { return arena.take(DType::f32, {tokens, c.hidden_size}); };
-  const auto rstd = [&] { return keep ? arena.take(DType::f32, {tokens}) : Tensor(); };
+  const auto rstd = [&] { return saves ? arena.take(DType::f32, {tokens}) : Tensor(); };
   for (size_t i = first_layer; i < a.layers.size(); ++i) {
-    if (holds != Holds::all_layers && i > 0) {
+    if (saved != SavedLayers::all && i > 0) {
       a.layers[i] = a.layers[0];
       continue;
     }
@@ -72,7 +72,7 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds ho
     l.qkv = arena.take(c.dtype, {ancestors + tokens, c.qkv_size()});
     l.attention_output = arena.take(c.dtype, {ancestors + tokens, c.attention_size()});
     l.lse = arena.take(DType::f32, {c.heads, ancestors + tokens});
-    l.mlp_input = keep ? residual() : l.attention_input;
+    l.mlp_input = saves ? residual() : l.attention_input;
     l.mlp_rstd = rstd();
     l.gate_up = arena.take(c.dtype, {tokens, 2 * c.mlp_size});
   }
@@ -80,11 +80,11 @@ Activations Transformer::make_activations(Arena& arena, int64_t tokens, Holds ho
   a.gated = arena.take(c.dtype, {tokens, c.mlp_size});
   const int64_t rank = parameters_.training().lora_rank;
   if (rank > 0) a.low_rank = arena.take(c.dtype, {tokens, rank});
-  if (!keep) {
+  if (!saves) {
     a.squares = arena.take(DType::f32, {tokens, (c.hidden_size + kSquaredColumns - 1) / kSquaredColumns});
   }
-  if (holds == Holds::one_layer) return a;
-  a.output = keep ? residual() : a.layers[0].attention_input;
+  if (saved == SavedLayers::one) return a;
+  a.output = saves ? residual() : a.layers[0].attention_input;
   a.output_rstd = rstd();
   return a;
 }
@@ -166,19 +166,19 @@ void Transformer::forward(const Tensor& ids, const Tensor& positions, AttentionS
     const LayerParameters& p = parameters_.layers[i];
     const Activations::Layer& a = activations.layers[i];
     const int64_t layer = static_cast<int64_t>(i), first = activations.first_row(i);
-    const CacheSlots kept = attention.cache_slots(layer);
+    const CacheSlots cached = attention.cache_slots(layer);
     backend_.project_heads(
         normed_rows(a.attention_input, p.attention_norm, a.attention_rstd, 0), weight_of(p.qkv),
         activations.low_rank,
         {activations.own(a.qkv), config_.heads, config_.kv_heads, config_.head_size, positions,
-         inverse_frequencies_, config_.rope_attention_scale, kept.cache, kept.slots});
+         inverse_frequencies_, config_.rope_attention_scale, cached.cache, cached.slots});
     const Heads heads = split(a.qkv);
     attention.attend(layer, heads.q, heads.k, heads.v, whole_heads(a.attention_output), a.lse, first);
     squared = add_product(p.output, activations.own(a.attention_output), activations, a.attention_input,
                           a.mlp_input, first);
     backend_.project_gated(normed_rows(a.mlp_input, p.mlp_norm, a.mlp_rstd, first), weight_of(p.gate_up),
                            from_row(activations.low_rank, first), from_row(a.gate_up, first),
-                           activations.keeps(i), from_row(activations.gated, first));
+                           activations.saves(i), from_row(activations.gated, first));
     squared =
         add_product(p.down, activations.gated, activations, a.mlp_input, activations.input_of(i + 1), first);
   }
@@ -189,7 +189,7 @@ void Transformer::complete(size_t layer, AttentionStep& attention, const Activat
   const Activations::Layer& a = activations.layers[layer];
   const int64_t first = activations.first_row(layer);
   const auto norm = [&](const Tensor& x, const Parameter& weight, const Tensor& normed, const Tensor& rstd) {
-    backend_.rms_norm(x, Tensor(), weight.value, config_.rms_norm_epsilon, normed, rstd);
+    backend_.rms_norm(x, weight.value, config_.rms_norm_epsilon, normed, rstd);
   };
   norm(a.attention_input, p.attention_norm, activations.normed, a.attention_rstd);
   const Heads heads = split(a.qkv);
@@ -202,7 +202,7 @@ void Transformer::complete(size_t layer, AttentionStep& attention, const Activat
 }
 
 void Transformer::final_norm(const Tensor& x, const Tensor& hidden, const Tensor& rstd) {
-  backend_.rms_norm(x, Tensor(), parameters_.final_norm.value, config_.rms_norm_epsilon, hidden, rstd);
+  backend_.rms_norm(x, parameters_.final_norm.value, config_.rms_norm_epsilon, hidden, rstd);
 }
 
 void Transformer::head(const Tensor& hidden, const Tensor& logits) {
@@ -242,7 +242,7 @@ void Transformer::backward_layer(size_t layer, const Forest& forest, const Activ
   backend_.swiglu(part(a.gate_up), gated);
   project_backward(p.down, parts.dx_cast, gated, parts, parts.dgated);
   backend_.swiglu_backward(parts.dgated, part(a.gate_up), parts.dgate_up);
-  backend_.rms_norm(part(a.mlp_input), none, p.mlp_norm.value, epsilon, normed, none);
+  backend_.rms_norm(part(a.mlp_input), p.mlp_norm.value, epsilon, normed, none);
   project_backward(p.gate_up, parts.dgate_up, normed, parts, parts.dnormed);
   backend_.rms_norm_backward(parts.dnormed, part(a.mlp_input), p.mlp_norm.value, part(a.mlp_rstd), parts.dx,
                              p.mlp_norm.gradient);
@@ -251,7 +251,7 @@ void Transformer::backward_layer(size_t layer, const Forest& forest, const Activ
   cast_dx();
   project_backward(p.output, parts.dx_cast, part(activations.own(a.attention_output)), parts,
                    part(activations.own(buffers.dattention)));
-  // What no query of these tokens has a gradient of.
+  // Rows that no query of these tokens has a gradient of are 0.
   if (ancestors + first > 0) {
     backend_.zero(buffers.dattention.rows(0, ancestors + first));
     backend_.zero(buffers.dqkv.rows(0, ancestors + first));
@@ -265,7 +265,7 @@ void Transformer::backward_layer(size_t layer, const Forest& forest, const Activ
   if (through_children) backend_.add(buffers.dqkv, through_children);
   if (of_ancestors) backend_.add(of_ancestors, buffers.dqkv.rows(0, ancestors));
   backend_.rope(split(own_dqkv).qk, forest.positions, inverse_frequencies_, true, c.rope_attention_scale);
-  backend_.rms_norm(a.attention_input, none, p.attention_norm.value, epsilon, activations.normed, none);
+  backend_.rms_norm(a.attention_input, p.attention_norm.value, epsilon, activations.normed, none);
   project_backward(p.qkv, own_dqkv, activations.normed, buffers, buffers.dnormed);
   backend_.rms_norm_backward(buffers.dnormed, a.attention_input, p.attention_norm.value, a.attention_rstd, dx,
                              p.attention_norm.gradient);

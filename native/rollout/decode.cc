@@ -34,7 +34,7 @@ void Scheduler::decode() {
   if (waiting_.empty()) return;
   max_live_ = std::min(live_.capacity(), waiting_.size());
   const int64_t rows = recorder_.step_rows(static_cast<int64_t>(max_live_));
-  buffers_ = model_.transformer().make_activations(arena_, rows, Holds::nothing);
+  buffers_ = model_.transformer().make_activations(arena_, rows, SavedLayers::none);
   staged_ = kept_ && recorder_.records();
   if (staged_) kept_->stage(arena_, rows, buffers_);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});

@@ -79,7 +79,8 @@ void Scheduler::prefill_pass(const PrefillPass& pass) {
   const Tensor ids = model_.upload(tokens), device_positions = model_.upload(positions);
   const Tensor device_slots = model_.upload(slots);
   Transformer& transformer = model_.transformer();
-  Activations activations = transformer.make_activations(arena_, static_cast<int64_t>(count), Holds::nothing);
+  Activations activations =
+      transformer.make_activations(arena_, static_cast<int64_t>(count), SavedLayers::none);
   if (kept_) {
     activations = kept_->next(static_cast<int64_t>(count), activations);
     const int64_t first = kept_->used() - static_cast<int64_t>(count);

@@ -25,7 +25,7 @@ Error out_of_memory(const Error& error, Model& model, const SampleRequest& reque
   const int64_t logits = 2 * std::min(backend.info().logits_bytes, 4 * config.vocab_size * sequences);
   const int64_t fixed = longest * per_token + logits;
   Arena counted;
-  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), Holds::nothing);
+  model.transformer().make_activations(counted, std::min<int64_t>(tokens, kPrefillTokens), SavedLayers::none);
   const int64_t activations = static_cast<int64_t>(counted.taken());
   const int64_t fit =
       count_that_fits(tokens, tokens * per_token + activations, backend.memory_free() - fixed);

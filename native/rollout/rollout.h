@@ -26,7 +26,7 @@ struct SampleRequest {
   std::vector<int32_t> stop_tokens;  // end a completion and stay in it
   std::vector<std::string> stop_strings;
   int32_t max_live_sequences = 0;  // decoded together at most; 0: kDefaultLiveSequences
-  // For what the backward of an update needs (Model::keep) at most; of as many layers as fit. Above 0 every token of the
+  // For what the backward of an update needs (Model::set_activation_cache) at most; of as many layers as fit. Above 0 every token of the
   // prompts is computed, whether the session has it or not.
   int64_t keep_bytes = 0;
   int64_t cache_bytes = 0;     // of keys and values at most, if that holds the prompts and one completion;

@@ -48,7 +48,7 @@ SampleResult Scheduler::run() {
   if (prefilled) decode();
   result_.decode_seconds = seconds_since(decode_start);
   finish();
-  model_.keep(std::move(kept_));
+  model_.set_activation_cache(std::move(kept_));
   collect();
   return std::move(result_);
 }
@@ -186,14 +186,14 @@ Session::Position Scheduler::end_of(const Place& place) const {
 }
 
 void Scheduler::make_kept() {
-  std::unique_ptr<KeptForward> before = model_.take_kept();
+  std::unique_ptr<ActivationCache> before = model_.take_activation_cache();
   if (request_.keep_bytes == 0) return;
   int64_t rows = static_cast<int64_t>(request_.tokens.size());
   for (const Sequence& sequence : sequences_) rows += sequence.max_tokens - 1;
   try {
-    std::vector<Tensor> gradients = model_.lend_gradients();
+    std::vector<Tensor> gradients = model_.borrow_gradients();
     const auto within = [&](int64_t count) {
-      return KeptForward::layers_within(request_.keep_bytes, config_, count, gradients);
+      return ActivationCache::layers_within(request_.keep_bytes, config_, count, gradients);
     };
     // New memory costs time, so there is room for the next prompts, which may be a little longer, and what there is serves
     // where it is not much less than could be.
@@ -208,7 +208,7 @@ void Scheduler::make_kept() {
       return;
     }
     before.reset();
-    kept_ = std::make_unique<KeptForward>(backend_, config_, roomy, layers, std::move(gradients));
+    kept_ = std::make_unique<ActivationCache>(backend_, config_, roomy, layers, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }

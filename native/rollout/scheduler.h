@@ -152,7 +152,7 @@ class Scheduler {
   bool live_changed_ = true;
   Activations buffers_, step_activations_;
   bool staged_ = false;  // what is kept is put into its place at the end of a step
-  std::unique_ptr<KeptForward> kept_;
+  std::unique_ptr<ActivationCache> kept_;
   std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
   Drawn drawn_;

@@ -61,6 +61,8 @@ describe('usage errors exit with 2', () => {
     [['train', '--step', '3'], /unknown option '--step'[\s\S]*--steps/],
     [['train', '--steps', 'many'], /'many' is invalid[\s\S]*number/],
     [['train', '--loss', 'ppo'], /'ppo' is invalid[\s\S]*grpo/],
+    [['train', '--people', '3'], /unknown option '--people'[\s\S]*option of the task knights-and-knaves/],
+    [['train', '--task', 'countdown', '--people', '3'], /unknown option '--people'/],
     [['sample'], /--prompt/],
   ])('%j', async (args, pattern) => {
     await fails(args, 2, pattern);

@@ -5,7 +5,9 @@ import {
   attentionBackward,
   type Device,
   fusedPolicyLoss,
+  type GroupAdvantagesArguments,
   groupAdvantages,
+  lossWeights,
   openDevice,
   policyLoss,
   sampleTokens,
@@ -285,7 +287,7 @@ describe('group advantages', () => {
       { rewards: 7 },
     ];
     for (const changes of cases) {
-      const args = { rewards: rewards(), groupOffsets, ...changes } as Parameters<typeof groupAdvantages>[0];
+      const args = { rewards: rewards(), groupOffsets, ...changes } as GroupAdvantagesArguments;
       expect((await failure(() => groupAdvantages(args))).code).toBe('INVALID_ARGUMENT');
     }
   });
@@ -315,6 +317,36 @@ describe('policy loss', () => {
     });
     expect(loss).toBeCloseTo(expected, 5);
     expectClose(await coefficients.read(), derivatives);
+  });
+
+  test('with its statistics, where they are asked for', async () => {
+    const entropies = device.tensor(Float32Array.of(1, 2, 3, 4, 5));
+    const args = { logprobs: device.tensor(now), entropies, ...rows() };
+    expect(await policyLoss(args)).not.toHaveProperty('statistics');
+    const { statistics } = await policyLoss({ ...args, statistics: true });
+    // The row of weight 0 counts for nothing.
+    const counted = [0, 1, 3, 4];
+    const ratios = counted.map((r) => Math.exp((now[r] as number) - (old[r] as number)));
+    expect(statistics).toMatchObject({ tokens: 4, entropy: 3, kl: 0, clipLowFraction: 0.25 });
+    expect(statistics?.clipHighFraction).toBe(0.25);
+    expect(statistics?.clipFraction).toBe(0.5);
+    expect(statistics?.ratio.mean).toBeCloseTo(ratios.reduce((sum, ratio) => sum + ratio, 0) / 4, 6);
+    expect(statistics?.ratio.min).toBeCloseTo(Math.min(...ratios), 6);
+    expect(statistics?.ratio.max).toBeCloseTo(Math.max(...ratios), 6);
+  });
+
+  test('weights rows by token, by completion or by a constant', async () => {
+    const rows = { sequences: Int32Array.of(0, 0, 0, 1, 1, 1, 1, 1), completions: 4 };
+    expectClose(lossWeights({ ...rows, aggregation: 'token_mean' }), new Array(8).fill(1 / 8), 1e-8);
+    const byCompletion = [...new Array(3).fill(1 / 12), ...new Array(5).fill(1 / 20)];
+    expectClose(lossWeights({ ...rows, aggregation: 'sequence_mean' }), byCompletion, 1e-8);
+    const constant = lossWeights({ ...rows, aggregation: 'constant', maxTokens: 16 });
+    expectClose(constant, new Array(8).fill(1 / 64), 1e-8);
+    const refused = await failure(() => lossWeights({ ...rows, aggregation: 'constant' }));
+    expect(refused).toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('maxTokens'),
+    });
   });
 
   test('fused with the head, and its gradients', async () => {

@@ -14,67 +14,56 @@ TEST_CASE("rms_norm and its backward agree with float64") {
     for (const int64_t width : kWidths) {
       for (const DType tx : kTypes) {
         for (const DType ty : kTypes) {
-          for (const bool with_delta : {false, true}) {
-            const int64_t rows = width == 33 ? 131 : 5;
-            CAPTURE(width);
-            CAPTURE(name_of(tx));
-            CAPTURE(name_of(ty));
-            CAPTURE(with_delta);
-            const float epsilon = 1e-5f;
-            Random random(static_cast<uint64_t>(width));
-            auto x = stored(random.normals(rows * width), tx);
-            const auto delta = stored(random.normals(rows * width), ty);
-            const auto weight = random.normals(width);
-            const Tensor dx0 = upload(backend, tx, {rows, width}, x);
-            const Tensor y = poisoned(backend, ty, {rows, width});
-            const Tensor rstd = poisoned(backend, DType::f32, {rows});
-            const Tensor tweight = upload(backend, DType::f32, {width}, weight);
-            backend.rms_norm(dx0, with_delta ? upload(backend, ty, {rows, width}, delta) : Tensor(), tweight,
-                             epsilon, y, rstd);
-            if (with_delta) {
-              for (size_t i = 0; i < x.size(); ++i) x[i] += delta[i];
-              x = stored(x, tx);
+          const int64_t rows = width == 33 ? 131 : 5;
+          CAPTURE(width);
+          CAPTURE(name_of(tx));
+          CAPTURE(name_of(ty));
+          const float epsilon = 1e-5f;
+          Random random(static_cast<uint64_t>(width));
+          const auto x = stored(random.normals(rows * width), tx);
+          const auto weight = random.normals(width);
+          const Tensor dx0 = upload(backend, tx, {rows, width}, x);
+          const Tensor y = poisoned(backend, ty, {rows, width});
+          const Tensor rstd = poisoned(backend, DType::f32, {rows});
+          const Tensor tweight = upload(backend, DType::f32, {width}, weight);
+          backend.rms_norm(dx0, tweight, epsilon, y, rstd);
+          CHECK(same_bits(download(backend, dx0), x));
+
+          const auto dy = stored(random.normals(rows * width), ty);
+          const auto dx_before = stored(random.normals(rows * width), tx);
+          const auto dweight_before = random.normals(width);
+          std::vector<double> expected_y(x.size()), expected_rstd(rows), expected_dx(x.size()),
+              expected_dweight(dweight_before.begin(), dweight_before.end());
+          for (int64_t t = 0; t < rows; ++t) {
+            double squares = 0.0, dot = 0.0;
+            for (int64_t i = 0; i < width; ++i) squares += std::pow(static_cast<double>(x[t * width + i]), 2);
+            const double scale = 1.0 / std::sqrt(squares / static_cast<double>(width) + epsilon);
+            expected_rstd[t] = scale;
+            for (int64_t i = 0; i < width; ++i) {
+              const double v = x[t * width + i];
+              expected_y[t * width + i] = v * scale * weight[i];
+              dot += static_cast<double>(dy[t * width + i]) * weight[i] * v;
+              expected_dweight[i] += dy[t * width + i] * v * scale;
             }
-            CHECK(same_bits(download(backend, dx0), x));
-
-            const auto dy = stored(random.normals(rows * width), ty);
-            const auto dx_before = stored(random.normals(rows * width), tx);
-            const auto dweight_before = random.normals(width);
-            std::vector<double> expected_y(x.size()), expected_rstd(rows), expected_dx(x.size()),
-                expected_dweight(dweight_before.begin(), dweight_before.end());
-            for (int64_t t = 0; t < rows; ++t) {
-              double squares = 0.0, dot = 0.0;
-              for (int64_t i = 0; i < width; ++i)
-                squares += std::pow(static_cast<double>(x[t * width + i]), 2);
-              const double scale = 1.0 / std::sqrt(squares / static_cast<double>(width) + epsilon);
-              expected_rstd[t] = scale;
-              for (int64_t i = 0; i < width; ++i) {
-                const double v = x[t * width + i];
-                expected_y[t * width + i] = v * scale * weight[i];
-                dot += static_cast<double>(dy[t * width + i]) * weight[i] * v;
-                expected_dweight[i] += dy[t * width + i] * v * scale;
-              }
-              for (int64_t i = 0; i < width; ++i) {
-                const double g = static_cast<double>(dy[t * width + i]) * weight[i];
-                expected_dx[t * width + i] =
-                    dx_before[t * width + i] +
-                    scale * (g - x[t * width + i] * scale * scale * dot / static_cast<double>(width));
-              }
+            for (int64_t i = 0; i < width; ++i) {
+              const double g = static_cast<double>(dy[t * width + i]) * weight[i];
+              expected_dx[t * width + i] =
+                  dx_before[t * width + i] +
+                  scale * (g - x[t * width + i] * scale * scale * dot / static_cast<double>(width));
             }
-            CHECK(relative_error(download(backend, y), expected_y) < tolerance(ty, 1e-6));
-            CHECK(relative_error(download(backend, rstd), expected_rstd) < 1e-6);
-
-            const Tensor dx = upload(backend, tx, {rows, width}, dx_before);
-            const Tensor dweight = upload(backend, DType::f32, {width}, dweight_before);
-            backend.rms_norm_backward(upload(backend, ty, {rows, width}, dy), dx0, tweight, rstd, dx,
-                                      dweight);
-            CHECK(relative_error(download(backend, dx), expected_dx) < tolerance(tx, 2e-6));
-            CHECK(relative_error(download(backend, dweight), expected_dweight) < 2e-6);
-
-            const Tensor again = poisoned(backend, ty, {rows, width});
-            backend.rms_norm(dx0, {}, tweight, epsilon, again, {});
-            CHECK(same_bits(download(backend, again), download(backend, y)));
           }
+          CHECK(relative_error(download(backend, y), expected_y) < tolerance(ty, 1e-6));
+          CHECK(relative_error(download(backend, rstd), expected_rstd) < 1e-6);
+
+          const Tensor dx = upload(backend, tx, {rows, width}, dx_before);
+          const Tensor dweight = upload(backend, DType::f32, {width}, dweight_before);
+          backend.rms_norm_backward(upload(backend, ty, {rows, width}, dy), dx0, tweight, rstd, dx, dweight);
+          CHECK(relative_error(download(backend, dx), expected_dx) < tolerance(tx, 2e-6));
+          CHECK(relative_error(download(backend, dweight), expected_dweight) < 2e-6);
+
+          const Tensor again = poisoned(backend, ty, {rows, width});
+          backend.rms_norm(dx0, tweight, epsilon, again, {});
+          CHECK(same_bits(download(backend, again), download(backend, y)));
         }
       }
     }
@@ -94,7 +83,7 @@ TEST_CASE("rms_norm takes rows wider than a block and more rows than blocks") {
       const Tensor rstd = poisoned(backend, DType::f32, {rows});
       const Tensor dx = upload(backend, DType::f32, {rows, width}, std::vector<float>(x.size(), 0.0f));
       const Tensor dweight = upload(backend, DType::f32, {width}, weight);
-      backend.rms_norm(tx, {}, tweight, 1e-5f, y, rstd);
+      backend.rms_norm(tx, tweight, 1e-5f, y, rstd);
       backend.rms_norm_backward(upload(backend, DType::f32, {rows, width}, dy), tx, tweight, rstd, dx,
                                 dweight);
       std::vector<double> expected_y(x.size()), expected_dx(x.size()),
@@ -128,7 +117,7 @@ TEST_CASE("operators on no tokens do nothing") {
       const Tensor weight = upload(backend, DType::f32, {width}, ones);
       const Tensor table = upload(backend, DType::f32, {1, width}, ones);
       const Tensor rstd = backend.allocate(DType::f32, {0});
-      backend.rms_norm(none, none, weight, 1e-5f, none, rstd);
+      backend.rms_norm(none, weight, 1e-5f, none, rstd);
       backend.rms_norm_backward(none, none, weight, rstd, none, weight);
       backend.add(none, none);
       backend.cast(none, backend.allocate(DType::f32, {0, width}));
@@ -336,7 +325,8 @@ TEST_CASE("what decoding repeats gives the same when it is recorded") {
     const auto packed = backend.pack_weight(table, false, true);
     const auto step = [&] {
       backend.embedding(ids, *packed, x);
-      backend.rms_norm(x, delta, weight, 1e-5f, y, {});
+      backend.add(x, delta);
+      backend.rms_norm(x, weight, 1e-5f, y, {});
       backend.rope({y.data, DType::bf16, rows, 9, 8, width}, ids, frequencies, false);
       backend.add(x, y);
       backend.gather_rows(x, picked, twice);
@@ -612,7 +602,7 @@ TEST_CASE("elementwise operators have the same bits whatever the number of threa
     const Tensor dx = upload(*backend, DType::f32, {rows, width}, random.normals(rows * width));
     const Tensor dweight = upload(*backend, DType::f32, {width}, random.normals(width));
     const Tensor half = poisoned(*backend, DType::f32, {rows, width / 2});
-    backend->rms_norm(x, {}, weight, 1e-6f, y, rstd);
+    backend->rms_norm(x, weight, 1e-6f, y, rstd);
     backend->rms_norm_backward(y, x, weight, rstd, dx, dweight);
     backend->swiglu(dx, half);
     const Tensor total = upload(*backend, DType::f32, {1},

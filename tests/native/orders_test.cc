@@ -206,7 +206,8 @@ TEST_CASE("orders: norms, embeddings, rope and elementwise operators") {
       for (size_t i = 0; i < frequency.size(); ++i) frequency[i] = 1.0f / static_cast<float>(1 + i);
 
       backend.embedding(ids, *backend.pack_weight(table, false, true), x);
-      backend.rms_norm(x, delta, weight, 1e-5f, y, rstd);
+      backend.add(x, delta);
+      backend.rms_norm(x, weight, 1e-5f, y, rstd);
       backend.rms_norm_backward(dy, x, weight, rstd, dx, dweight);
       backend.embedding_backward(ids, dy, dtable);
       backend.gather_rows(x, ids, picked);

@@ -17,7 +17,6 @@ namespace {
 
 ModelConfig config_of(DType dtype) {
   ModelConfig c;
-  c.architecture = "qwen2";
   c.hidden_size = 32;
   c.layers = 2;
   c.heads = 4;
@@ -105,7 +104,7 @@ Scores score_alone(Model& model, const SampleRequest& r, const SampleResult& res
   }
   for (size_t i = 0; i < batch.tokens.size(); ++i) batch.positions.push_back(static_cast<int32_t>(i));
   batch.visible_until.assign(batch.tokens.size(), static_cast<int32_t>(batch.tokens.size()));
-  return model.score(batch, Cancel());
+  return model.score(batch, 0, Cancel());
 }
 
 // The request's first prompt, of 75 tokens, once, with its completions under it.
@@ -199,11 +198,11 @@ TEST_CASE(
         compare(score_alone(f.model, together, drawn, prompt_of[s], s).logprobs, s);
 
       const Batch forest = first_prompt_with_completions(together, drawn, 3);
-      compare(f.model.score(forest, Cancel()).logprobs, 0);
+      compare(f.model.score(forest, 0, Cancel()).logprobs, 0);
       BatchLoss loss;
       loss.options.kind = LossKind::cross_entropy;
       loss.weights.assign(forest.targets.size(), 0.01f);
-      // At once, and frame by frame.
+      // At once, and one micro-batch after another.
       for (const int64_t most : {int64_t{0}, int64_t{150}}) {
         compare(f.model.forward_backward(forest, loss, most, Cancel()).scores.logprobs, 0);
       }
@@ -243,25 +242,27 @@ TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and giv
       const auto bytes_for = [&](size_t layers) {
         int64_t rows = static_cast<int64_t>(request.tokens.size()) + 10 * 19, bytes = 0;
         rows += rows / 16;
-        const std::vector<Tensor> lent = f.model.lend_gradients();
-        while (KeptForward::layers_within(bytes, f.model.config(), rows, lent) < layers) bytes += 1024;
+        const std::vector<Tensor> borrowed = f.model.borrow_gradients();
+        while (ActivationCache::layers_within(bytes, f.model.config(), rows, borrowed) < layers)
+          bytes += 1024;
         return bytes;
       };
       struct Case {
         size_t layers;
-        int64_t most;  // tokens: at once, and a frame for the prompt and others under it
+        int64_t most;  // tokens: at once, and a micro-batch for the prompt and others under it
       };
       for (const auto& [layers, most] : {Case{4, 0}, Case{4, 30}, Case{2, 30}, Case{1, 0}}) {
         request.keep_bytes = bytes_for(layers);
         CHECK(sample(f.model, {}, request, Cancel(), nullptr).tokens == drawn.tokens);
-        REQUIRE(f.model.kept() != nullptr);
-        CHECK(f.model.kept()->layers() == layers);
-        CHECK(f.model.kept()->borrows());
+        REQUIRE(f.model.activation_cache() != nullptr);
+        CHECK(f.model.activation_cache()->layers() == layers);
+        CHECK(f.model.activation_cache()->borrows());
         // All but the last token of each completion, which is never fed.
-        const std::vector<int32_t> rows = f.model.kept()->find(forest.tokens, forest.visible_until);
+        const std::vector<int32_t> rows =
+            f.model.activation_cache()->find(forest.tokens, forest.visible_until);
         CHECK(std::count(rows.begin(), rows.end(), -1) == 3);
         const LossResult result = f.model.forward_backward(forest, loss, most, Cancel());
-        CHECK(f.model.kept()->used() == 0);
+        CHECK(f.model.activation_cache()->used() == 0);
         CHECK(result.loss == doctest::Approx(computed.loss).epsilon(tolerance));
         const auto kept = gradients();
         for (size_t i = 0; i < kept.size(); ++i) {
@@ -280,8 +281,8 @@ TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and giv
       cancelled.request();
       sample(f.model, {}, request, Cancel(), nullptr);
       CHECK_THROWS_AS(f.model.forward_backward(forest, loss, 0, cancelled), Error);
-      CHECK(f.model.kept()->used() > 0);
-      f.model.score(forest, Cancel());
+      CHECK(f.model.activation_cache()->used() > 0);
+      f.model.score(forest, 0, Cancel());
       CHECK(f.model.optim_step({}, 1).gradient_norm == 0.0);
       for (const auto& gradient : gradients()) {
         CHECK(std::all_of(gradient.begin(), gradient.end(), [](float g) { return g == 0.0f; }));
@@ -507,11 +508,11 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
       BatchLoss loss;
       loss.options.kind = LossKind::cross_entropy;
       loss.weights.assign(forest.targets.size(), 0.01f);
-      REQUIRE(f.model.kept() != nullptr);
-      REQUIRE(plain.model.kept() != nullptr);
-      CHECK(f.model.kept()->layers() == plain.model.kept()->layers());
-      CHECK(f.model.kept()->used() == plain.model.kept()->used());
-      const std::vector<int32_t> rows = f.model.kept()->find(forest.tokens, forest.visible_until);
+      REQUIRE(f.model.activation_cache() != nullptr);
+      REQUIRE(plain.model.activation_cache() != nullptr);
+      CHECK(f.model.activation_cache()->layers() == plain.model.activation_cache()->layers());
+      CHECK(f.model.activation_cache()->used() == plain.model.activation_cache()->used());
+      const std::vector<int32_t> rows = f.model.activation_cache()->find(forest.tokens, forest.visible_until);
       CHECK(std::count(rows.begin(), rows.end(), -1) == 3);
       ++step;
       std::vector<std::vector<float>> sums[2];

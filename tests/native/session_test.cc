@@ -20,7 +20,6 @@ bool is_slow(const Backend& backend) { return backend.info().name == "cuda-emula
 ModelConfig config_of(const Backend& backend, DType dtype) {
   const bool small = is_slow(backend);
   ModelConfig c;
-  c.architecture = "qwen2";
   c.hidden_size = small ? 32 : 88;
   c.layers = 2;
   c.heads = small ? 4 : 6;
@@ -121,7 +120,7 @@ double gap_to_score(Model& model, const std::vector<Tokens>& prompts, const Samp
     if (batch.targets.empty()) continue;
     for (size_t i = 0; i < batch.tokens.size(); ++i) batch.positions.push_back(static_cast<int32_t>(i));
     batch.visible_until.assign(batch.tokens.size(), static_cast<int32_t>(batch.tokens.size()));
-    const Scores scores = model.score(batch, Cancel());
+    const Scores scores = model.score(batch, 0, Cancel());
     for (size_t i = 0; i < scores.logprobs.size(); ++i) {
       const size_t at = static_cast<size_t>(result.offsets[s]) + i;
       widest = std::max<double>(widest, std::fabs(scores.logprobs[i] - result.logprobs[at]));
@@ -256,8 +255,8 @@ TEST_CASE("other prompts reuse what they begin with, and a change of the weights
     SampleRequest keeping = request_for(evaluation, 2, 11);
     keeping.keep_bytes = int64_t{1} << 30;
     CHECK(sample(session, {}, keeping, Cancel(), nullptr).prefilled_tokens == 75 + 30);
-    REQUIRE(f.model.kept() != nullptr);
-    const std::vector<int32_t> rows = f.model.kept()->find(keeping.tokens, keeping.visible_until);
+    REQUIRE(f.model.activation_cache() != nullptr);
+    const std::vector<int32_t> rows = f.model.activation_cache()->find(keeping.tokens, keeping.visible_until);
     CHECK(std::count(rows.begin(), rows.end(), -1) == 0);
     CHECK(prefilled(evaluation) == 3);
   });
@@ -400,7 +399,7 @@ TEST_CASE("a session stands in the arena's memory, and makes way") {
     loss.options.kind = LossKind::cross_entropy;
     loss.weights = {1.0f, 1.0f};
     // A small one stays beside a pass and takes no memory more than that, once and for all.
-    f.model.score(batch, Cancel());
+    f.model.score(batch, 0, Cancel());
     CHECK(reused(session) == known);
     f.model.forward_backward(batch, loss, 0, Cancel());
     CHECK(reused(session) == known);

@@ -27,7 +27,6 @@ test.each(['F16', 'BF16', 'Q8_0', 'Q4_0', 'Q4_1', 'Q4_K', 'Q6_K'] as const)(
     const addon = native();
     const model = addon.createModel(
       {
-        architecture: 'llama',
         hiddenSize,
         layers: 1,
         heads: 8,

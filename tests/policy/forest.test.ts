@@ -1,16 +1,17 @@
 import { describe, expect, test } from '@jest/globals';
 import {
   type Forest,
-  type PackedBatch,
+  type PackedForest,
+  type PackedTokens,
+  packForest,
   packPrompts,
-  planForest,
   type Segment,
 } from '../../lib/policy/forest.js';
 import { expectFailure, random } from './helpers.js';
 
 const vocabSize = 100;
 const contextLength = 64;
-const options = { vocabSize, contextLength, maxTokens: 1 << 20 };
+const options = { vocabSize, contextLength };
 
 /** A random forest; about half of the segments are trained, some are empty, some targets are masked. */
 function randomForest(draw: () => number): Forest {
@@ -33,12 +34,12 @@ function randomForest(draw: () => number): Forest {
   return Array.from({ length: 1 + Math.floor(draw() * 3) }, () => segment(0));
 }
 
-/** What each row of a batch sees, as the mask defines it: its context, its own token last. */
-function contexts(batch: Pick<PackedBatch, 'tokens' | 'visibleUntil'>): number[][] {
-  return Array.from(batch.tokens, (_, i) =>
+/** What each packed token sees, as the mask defines it: its context, its own token last. */
+function contexts(packed: PackedTokens): number[][] {
+  return Array.from(packed.tokens, (_, i) =>
     Array.from({ length: i + 1 }, (_, j) => j)
-      .filter((j) => i < (batch.visibleUntil[j] as number))
-      .map((j) => batch.tokens[j] as number),
+      .filter((j) => i < (packed.visibleUntil[j] as number))
+      .map((j) => packed.tokens[j] as number),
   );
 }
 
@@ -64,48 +65,46 @@ function bruteForce(forest: Forest): { context: number[]; target: number; segmen
 const key = (row: { context: number[]; target: number; segment: number; token: number }) =>
   JSON.stringify([row.segment, row.token, row.target, row.context]);
 
-function packedRows(batch: PackedBatch) {
-  const seen = contexts(batch);
-  return Array.from(batch.targets, (target, r) => ({
-    context: seen[batch.sourceRows[r] as number] as number[],
+function packedRows(packed: PackedForest) {
+  const seen = contexts(packed);
+  return Array.from(packed.predicted, (target, r) => ({
+    context: seen[packed.sourceRows[r] as number] as number[],
     target,
-    segment: batch.rowTarget[r] as number,
-    token: batch.rowToken[r] as number,
+    segment: packed.rowTarget[r] as number,
+    token: packed.rowToken[r] as number,
   }));
 }
 
-describe('planForest', () => {
-  test.each([1 << 20, 40, 12, 1])(
-    'predicts every token from exactly its path, in batches of %d tokens',
-    (maxTokens) => {
-      const draw = random(maxTokens);
-      for (let round = 0; round < 200; ++round) {
-        const forest = randomForest(draw);
-        const expected = bruteForce(forest);
-        if (!JSON.stringify(forest).includes('"train"')) continue;
-        const plan = planForest(forest, { ...options, maxTokens });
-        const rows = plan.batches.flatMap(packedRows);
-        expect(rows.map(key).sort()).toEqual(expected.map(key).sort());
-        for (const batch of plan.batches) {
-          const seen = contexts(batch);
-          expect(Array.from(batch.positions)).toEqual(seen.map((context) => context.length - 1));
-        }
-        const active = plan.targets.reduce((sum, target) => sum + target.active.length, 0);
-        expect(plan.sequenceLengths.reduce((sum, n) => sum + n, 0)).toBe(active);
-        expect(active).toBe(expected.length);
-      }
-    },
-  );
+/** How many rows each completion has that has any. */
+function lengths({ sequences }: PackedForest): number[] {
+  const counts: number[] = [];
+  for (const sequence of sequences) counts[sequence] = (counts[sequence] ?? 0) + 1;
+  return counts;
+}
 
-  test('computes each token once where everything fits, and stays in its budget where it can', () => {
+describe('packForest', () => {
+  test.each([1, 2, 3, 4])('predicts every token from exactly its path, seed %d', (seed) => {
+    const draw = random(seed);
+    for (let round = 0; round < 200; ++round) {
+      const forest = randomForest(draw);
+      const expected = bruteForce(forest);
+      if (!JSON.stringify(forest).includes('"train"')) continue;
+      const packed = packForest(forest, options);
+      expect(packedRows(packed).map(key).sort()).toEqual(expected.map(key).sort());
+      const seen = contexts(packed);
+      expect(Array.from(packed.positions)).toEqual(seen.map((context) => context.length - 1));
+      const active = packed.targets.reduce((sum, target) => sum + target.active.length, 0);
+      expect(lengths(packed).reduce((sum, n) => sum + n, 0)).toBe(active);
+      expect(active).toBe(expected.length);
+      expect(packed.completions).toBe(packed.targets.length);
+    }
+  });
+
+  test('has each token once', () => {
     const prompt = Array.from({ length: 10 }, (_, i) => i);
     const completion = () => ({ tokens: [1, 2, 3, 4, 5], train: { advantage: 1 } });
     const forest = [{ tokens: prompt, children: Array.from({ length: 12 }, completion) }];
-    expect(planForest(forest, options).batches.map(({ tokens }) => tokens.length)).toEqual([70]);
-    const lengths = (maxTokens: number) =>
-      planForest(forest, { ...options, maxTokens }).batches.map(({ tokens }) => tokens.length);
-    expect(lengths(25)).toEqual([25, 25, 25, 25]);
-    expect(lengths(3)).toEqual(Array(12).fill(15));
+    expect(packForest(forest, options).tokens).toHaveLength(70);
   });
 
   test('leaves out segments without a target in or under them', () => {
@@ -113,16 +112,16 @@ describe('planForest', () => {
       { tokens: [1], children: [{ tokens: [2, 3] }, { tokens: [4], train: { advantage: 1 } }] },
       { tokens: [5, 6] },
     ];
-    expect(Array.from(planForest(forest, options).batches[0]?.tokens ?? [])).toEqual([1, 4]);
+    expect(Array.from(packForest(forest, options).tokens)).toEqual([1, 4]);
   });
 
   test('never scores the first token of a root', () => {
-    const plan = planForest([{ tokens: [7, 8, 9], train: {} }], options);
-    expect(Array.from(plan.batches[0]?.targets ?? [])).toEqual([8, 9]);
-    expect(Array.from(plan.targets[0]?.active ?? [])).toEqual([1, 2]);
+    const packed = packForest([{ tokens: [7, 8, 9], train: {} }], options);
+    expect(Array.from(packed.predicted)).toEqual([8, 9]);
+    expect(Array.from(packed.targets[0]?.active ?? [])).toEqual([1, 2]);
   });
 
-  test('keeps the turns of a completion in one batch with contiguous rows', () => {
+  test('puts the rows of one completion beside each other, whatever branches off between its turns', () => {
     const turn = (tokens: number[], sequence: number, children: Segment[] = []): Segment => ({
       tokens,
       train: { advantage: 1, sequence },
@@ -137,18 +136,25 @@ describe('planForest', () => {
         ],
       },
     ];
-    const plan = planForest(forest, { ...options, maxTokens: 4 });
-    expect(plan.batches).toHaveLength(2);
-    expect(Array.from(plan.batches[0]?.targets ?? [])).toEqual([3, 4, 6, 7, 20, 21]);
-    expect(Array.from(plan.batches[0]?.sequences ?? [])).toEqual([0, 0, 0, 0, 1, 1]);
-    expect(Array.from(plan.sequenceLengths)).toEqual([4, 2, 2]);
+    const packed = packForest(forest, options);
+    expect(Array.from(packed.predicted)).toEqual([3, 4, 6, 7, 20, 21, 8, 9]);
+    expect(Array.from(packed.sequences)).toEqual([0, 0, 0, 0, 1, 1, 2, 2]);
+    expect(lengths(packed)).toEqual([4, 2, 2]);
+  });
+
+  test('counts completions without an active token', () => {
+    const masked = { tokens: [5, 6], train: { mask: [0, 0] } };
+    const forest = [{ tokens: [1], children: [masked, { tokens: [2, 3], train: {} }, masked] }];
+    const packed = packForest(forest, options);
+    expect(packed.completions).toBe(3);
+    expect(Array.from(packed.sequences)).toEqual([0, 0]);
   });
 
   test('takes deep trees without recursion', () => {
     let segment: Segment = { tokens: [1], train: { advantage: 1 } };
     for (let i = 0; i < 5000; ++i) segment = { tokens: [], children: [segment] };
-    const plan = planForest([{ tokens: [1], children: [segment] }], options);
-    expect(Array.from(plan.batches[0]?.sourceRows ?? [])).toEqual([0]);
+    const packed = packForest([{ tokens: [1], children: [segment] }], options);
+    expect(Array.from(packed.sourceRows)).toEqual([0]);
   });
 
   const cyclic: Segment = { tokens: [], children: [] };
@@ -208,8 +214,23 @@ describe('planForest', () => {
       'INVALID_ARGUMENT',
       'sequence 5',
     ],
+    [
+      'a sequence on two paths under a trained segment',
+      [
+        {
+          tokens: [1],
+          train: {},
+          children: [
+            { tokens: [1], train: { sequence: 5 } },
+            { tokens: [], children: [{ tokens: [1], train: { sequence: 5 } }] },
+          ],
+        },
+      ],
+      'INVALID_ARGUMENT',
+      'sequence 5',
+    ],
   ] as const)('refuses %s', async (_, forest, code, part) => {
-    await expectFailure(() => planForest(forest as unknown as Forest, options), code, new RegExp(part));
+    await expectFailure(() => packForest(forest as unknown as Forest, options), code, new RegExp(part));
   });
 });
 

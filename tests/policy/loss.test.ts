@@ -1,19 +1,43 @@
-import { describe, expect, test } from '@jest/globals';
-import { planForest } from '../../lib/policy/forest.js';
-import {
-  checkTargets,
-  type Loss,
-  lossStats,
-  nativeLoss,
-  resolveLoss,
-  sequenceWeights,
-} from '../../lib/policy/loss.js';
-import { expectFailure, random } from './helpers.js';
+import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
+import { packForest } from '../../lib/policy/forest.js';
+import { type Forest, Policy } from '../../lib/policy/index.js';
+import { checkTargets, type Loss, type LossStats, resolveLoss } from '../../lib/policy/loss.js';
+import { expectFailure, random, tinyConfig, tokenizerFiles } from './helpers.js';
 
-const options = { vocabSize: 100, contextLength: 64, maxTokens: 1 << 20 };
-const lengths = [3, 0, 5];
+const options = { vocabSize: 100, contextLength: 64 };
+
+let policy: Policy;
+beforeAll(async () => {
+  policy = await Policy.create(tinyConfig, tokenizerFiles(), {
+    dtype: 'f32',
+    seed: 3,
+    standardDeviation: 0.3,
+  });
+});
+afterAll(() => policy.dispose());
+
+/** One call, whose gradients are thrown away. */
+async function found(forest: Forest, loss: Loss, maxTokens?: number): Promise<LossStats> {
+  const stats = await policy.forwardBackward(forest, loss, { maxTokens });
+  await policy.zeroGradients();
+  return stats;
+}
+
+const sum = (values: Iterable<number>) => Array.from(values).reduce((total, value) => total + value, 0);
 
 describe('weights', () => {
+  const lengths = [3, 0, 5];
+  /** Completions of these lengths, masked where that is 0; the loss is that of `only` alone. */
+  const forest = (only: number): Forest => [
+    {
+      tokens: [1, 2, 3],
+      children: lengths.map((length, i) => ({
+        tokens: Array.from({ length: Math.max(length, 1) }, (_, t) => 10 + 7 * i + t),
+        train: { advantage: i === only ? 1 : 0, ...(length === 0 && { mask: [0] }) },
+      })),
+    },
+  ];
+
   test.each([
     ['grpo', (n: number) => 1 / (3 * Math.max(n, 1))],
     ['gspo', (n: number) => 1 / (3 * Math.max(n, 1))],
@@ -22,29 +46,37 @@ describe('weights', () => {
     ['cispo', () => 1 / 8],
     ['cross_entropy', () => 1 / 8],
     ['dr_grpo', () => 1 / (3 * 16)],
-  ] as const)('of %s', (type, expected) => {
-    const weights = sequenceWeights(resolveLoss({ type, maxTokens: 16 } as Loss), lengths);
-    expect(Array.from(weights)).toEqual(lengths.map(expected));
+  ] as const)('of %s', async (type, expected: (length: number) => number) => {
+    for (const maxTokens of [undefined, 1]) {
+      if (type === 'cross_entropy') {
+        const { loss, logprobs } = await found(forest(0), { type }, maxTokens);
+        expect(loss).toBeCloseTo(-expected(0) * sum(logprobs.flatMap((row) => [...row])), 6);
+        continue;
+      }
+      for (const [i, length] of lengths.entries()) {
+        const { loss, logprobs } = await found(forest(i), { type, maxTokens: 16 }, maxTokens);
+        // Each of the completion's tokens gives -A, at a ratio of 1; of cispo -A times its log-probability.
+        const rows = type === 'cispo' ? sum(logprobs[i] as Float32Array) : length;
+        expect(loss).toBeCloseTo(-expected(length) * rows, 7);
+      }
+    }
   });
 
-  test('are those of the whole forest in whatever batches it is computed', () => {
-    const completion = (length: number) => ({
+  test('are those of the whole forest in whatever micro-batches it is computed', async () => {
+    const completion = (length: number, advantage: number) => ({
       tokens: new Array(length).fill(1),
-      train: { advantage: 1, logprobs: new Array(length).fill(-1) },
+      train: { advantage },
     });
-    const forest = [{ tokens: [1, 2, 3], children: [completion(3), completion(7), completion(5)] }];
     for (const maxTokens of [1000, 12, 1]) {
-      const plan = planForest(forest, { ...options, maxTokens });
-      const loss = resolveLoss({ type: 'grpo' });
-      const weights = sequenceWeights(loss, plan.sequenceLengths);
-      const old = plan.targets.map(({ train }) => train.logprobs ?? []);
-      const rows = plan.batches.flatMap((batch) =>
-        Array.from(nativeLoss(loss, plan, batch, weights, old).weights),
-      );
-      expect(rows).toHaveLength(15);
-      expect(rows.reduce((sum, w) => sum + w, 0)).toBeCloseTo(1, 6);
-      expect(rows[0]).toBeCloseTo(1 / 9, 7);
-      expect(rows[14]).toBeCloseTo(1 / 15, 7);
+      const loss = async (...advantages: [number, number, number]) => {
+        const children = [3, 7, 5].map((length, i) => completion(length, advantages[i] as number));
+        const stats = await found([{ tokens: [1, 2, 3], children }], { type: 'grpo' }, maxTokens);
+        expect(stats.tokens).toBe(15);
+        return -stats.loss;
+      };
+      expect(await loss(1, 1, 1)).toBeCloseTo(1, 6);
+      expect((await loss(1, 0, 0)) / 3).toBeCloseTo(1 / 9, 7);
+      expect((await loss(0, 0, 1)) / 5).toBeCloseTo(1 / 15, 7);
     }
   });
 });
@@ -76,95 +108,132 @@ describe('the loss', () => {
   });
 
   test('needs advantages, and references for a KL penalty', async () => {
-    const plan = (train: object) =>
-      planForest([{ tokens: [1], children: [{ tokens: [2], train }] }], options).targets;
+    const targets = (train: object) =>
+      packForest([{ tokens: [1], children: [{ tokens: [2], train }] }], options).targets;
     await expectFailure(
-      () => checkTargets(resolveLoss({ type: 'grpo' }), plan({})),
+      () => checkTargets(resolveLoss({ type: 'grpo' }), targets({})),
       'INVALID_ARGUMENT',
       'advantage',
     );
     const kl = resolveLoss({ type: 'grpo', kl: 0.1 });
     await expectFailure(
-      () => checkTargets(kl, plan({ advantage: 1 })),
+      () => checkTargets(kl, targets({ advantage: 1 })),
       'INVALID_ARGUMENT',
       'referenceLogprobs',
     );
-    checkTargets(resolveLoss({ type: 'cross_entropy' }), plan({}));
+    checkTargets(resolveLoss({ type: 'cross_entropy' }), targets({}));
   });
 });
 
 describe('statistics', () => {
   const draw = random(5);
-  const logprobs = (n: number, spread: number, around?: readonly number[]) =>
-    Array.from({ length: n }, (_, i) => (around?.[i] ?? -1) + (draw() - 0.5) * spread);
-  const completions = [4, 6, 3].map((n, i) => {
-    const old = logprobs(n, 1);
-    return {
-      n,
-      old,
-      now: logprobs(n, 1.2, old),
-      reference: logprobs(n, 1, old),
-      advantage: [1.5, -0.5, 1][i] as number,
-    };
-  });
+  const lengths = [4, 6, 3];
   const mask = [1, 1, 0];
-  const plan = planForest(
-    [
+  const advantages = [1.5, -0.5, 1];
+  const completion = (i: number) => Array.from({ length: lengths[i] as number }, (_, t) => 20 + 9 * i + t);
+  const plain: Forest = [
+    { tokens: [1], children: lengths.map((_, i) => ({ tokens: completion(i), train: {} })) },
+  ];
+  let forest: Forest;
+  let active: { ratio: number; d: number; advantage: number; entropy: number; i: number }[];
+
+  beforeAll(async () => {
+    const now = await policy.score(plain);
+    const near = (row: Float32Array, spread: number) =>
+      Float32Array.from(row, (value) => value + (draw() - 0.5) * spread);
+    const old = now.logprobs.map((row) => near(row, 1.2));
+    const reference = old.map((row) => near(row, 1));
+    forest = [
       {
         tokens: [1],
-        children: completions.map(({ n, old, reference, advantage }, i) => ({
-          tokens: new Array(n).fill(2),
-          train: { advantage, logprobs: old, referenceLogprobs: reference, ...(i === 2 && { mask }) },
+        children: lengths.map((_, i) => ({
+          tokens: completion(i),
+          train: {
+            advantage: advantages[i],
+            logprobs: old[i],
+            referenceLogprobs: reference[i],
+            ...(i === 2 && { mask }),
+          },
         })),
       },
-    ],
-    options,
-  );
-  const old = completions.map((c) => c.old);
-  const result = {
-    loss: 0.25,
-    logprobs: completions.map((c) => Float32Array.from(c.now)),
-    entropies: completions.map((c) => new Float32Array(c.n).fill(2)),
-  };
-  const active = completions
-    .flatMap((c, i) =>
-      c.now.map((now, t) => ({
-        ratio: Math.exp(now - (c.old[t] as number)),
-        d: (c.reference[t] as number) - now,
-        advantage: c.advantage,
+    ];
+    active = now.logprobs.flatMap((row, i) =>
+      Array.from(row, (logprob, t) => ({
+        ratio: Math.exp(logprob - (old[i]?.[t] as number)),
+        d: (reference[i]?.[t] as number) - logprob,
+        advantage: advantages[i] as number,
+        entropy: now.entropies[i]?.[t] as number,
         i,
         t,
-      })),
-    )
-    .filter(({ i, t }) => i !== 2 || mask[t] === 1);
-  const mean = (values: number[]) => values.reduce((sum, v) => sum + v, 0) / values.length;
+      })).filter(({ t }) => i !== 2 || mask[t] === 1),
+    );
+  });
+  const mean = (values: number[]) => sum(values) / values.length;
 
-  test('are means over the active tokens', () => {
-    const stats = lossStats(resolveLoss({ type: 'grpo', clipLow: 0.2, clipHigh: 0.3 }), plan, old, result);
-    expect(stats).toMatchObject({ loss: 0.25, tokens: 12, entropy: 2 });
+  test('are means over the active tokens', async () => {
+    const stats = await found(forest, { type: 'grpo', clipLow: 0.2, clipHigh: 0.3 });
+    expect(stats).toMatchObject({ finite: true, tokens: 12 });
+    expect(stats.entropy).toBeCloseTo(mean(active.map(({ entropy }) => entropy)), 5);
     expect(stats.kl).toBeCloseTo(mean(active.map(({ d }) => Math.exp(d) - d - 1)), 5);
     expect(stats.ratio.mean).toBeCloseTo(mean(active.map(({ ratio }) => ratio)), 5);
     expect(stats.ratio.min).toBeCloseTo(Math.min(...active.map(({ ratio }) => ratio)), 5);
     expect(stats.ratio.max).toBeCloseTo(Math.max(...active.map(({ ratio }) => ratio)), 5);
     const low = active.filter(({ ratio, advantage }) => ratio < 0.8 && advantage < 0).length / 12;
     const high = active.filter(({ ratio, advantage }) => ratio > 1.3 && advantage > 0).length / 12;
-    expect(low + high).toBeGreaterThan(0);
+    expect(low).toBeGreaterThan(0);
+    expect(high).toBeGreaterThan(0);
     expect(stats).toMatchObject({ clipLowFraction: low, clipHighFraction: high });
     expect(stats.clipFraction).toBeCloseTo(low + high, 12);
   });
 
-  test('of gspo have one ratio a completion', () => {
-    const stats = lossStats(resolveLoss({ type: 'gspo' }), plan, old, result);
+  test('are the same with a penalty, which does not change what is measured', async () => {
+    const { loss: _, ...without } = await found(forest, { type: 'grpo' });
+    const { loss: __, ...penalized } = await found(forest, { type: 'grpo', kl: 0.1 });
+    expect(penalized).toEqual(without);
+  });
+
+  test('of gspo have one ratio a completion', async () => {
+    const stats = await found(forest, { type: 'gspo' });
     const ratios = [0, 1, 2].map((i) =>
       Math.exp(mean(active.filter((row) => row.i === i).map(({ ratio }) => Math.log(ratio)))),
     );
     expect(stats.ratio.mean).toBeCloseTo(mean(ratios), 5);
     expect(stats.ratio.min).toBeCloseTo(Math.min(...ratios), 5);
+    expect(stats.ratio.max).toBeCloseTo(Math.max(...ratios), 5);
   });
 
-  test('of cross-entropy have no ratio', () => {
-    const stats = lossStats(resolveLoss({ type: 'cross_entropy' }), plan, [], result);
+  test('of cross-entropy have no ratio', async () => {
+    const stats = await found(plain, { type: 'cross_entropy' });
     expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
     expect(stats.clipFraction).toBe(0);
+  });
+
+  test('take the policy itself for those targets alone that have no old log-probabilities', async () => {
+    const [root] = forest;
+    const mixed = root?.children?.map((child, i) =>
+      i === 1 ? { ...child, train: { ...child.train, logprobs: undefined } } : child,
+    );
+    const stats = await found([{ tokens: [1], children: mixed }], { type: 'grpo' });
+    const ratios = active.map(({ ratio, i }) => (i === 1 ? 1 : ratio));
+    expect(stats.ratio.mean).toBeCloseTo(mean(ratios), 5);
+    const all = await found(
+      [{ tokens: [1], children: mixed?.map((c) => ({ ...c, train: { advantage: 1 } })) }],
+      { type: 'grpo' },
+    );
+    expect(all.ratio).toEqual({ mean: 1, min: 1, max: 1 });
+  });
+
+  test('of a loss that is not finite are unknown, and its gradients zero', async () => {
+    const train = { advantage: -1, logprobs: [-1e4, -1e4] };
+    await policy.forwardBackward(plain, { type: 'cross_entropy' });
+    const stats = await policy.forwardBackward([{ tokens: [1], children: [{ tokens: [2, 3], train }] }], {
+      type: 'grpo',
+      clipHigh: 1e30,
+    });
+    expect(stats).toMatchObject({ finite: false, tokens: 2, kl: Number.NaN, entropy: Number.NaN });
+    expect(Number.isFinite(stats.loss)).toBe(false);
+    for (const { name } of policy.parameters()) {
+      expect((await policy.readParameter(name, 'gradient')).every((value) => value === 0)).toBe(true);
+    }
   });
 });

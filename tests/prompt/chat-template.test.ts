@@ -49,6 +49,38 @@ describe('a chat template', () => {
     expect(refusal(() => template.render(value as ChatMessage[])).code).toBe('INVALID_ARGUMENT');
   });
 
+  test('receives tool calls, names and roles as they are, and the tools', () => {
+    const calls = new ChatTemplate(
+      '{% for t in tools %}<tool>{{ t.function.name }}</tool>{% endfor %}{% for m in messages %}[{{ m.role }}' +
+        '{% if m.name %} {{ m.name }}{% endif %}] {% if m.tool_calls %}{% for call in m.tool_calls %}' +
+        '{{ call.function.name }}{{ call.function.arguments | tojson }}#{{ call.id }}{% endfor %}' +
+        '{% else %}{{ m.content }}{% endif %}{% if m.tool_call_id %} for {{ m.tool_call_id }}{% endif %};{% endfor %}',
+      {},
+    );
+    const conversation: ChatMessage[] = [
+      { role: 'user', content: 'Weather?' },
+      {
+        role: 'assistant',
+        content: null,
+        tool_calls: [
+          {
+            id: 'c1',
+            type: 'function',
+            function: { name: 'weather', arguments: { city: 'Rome', days: [1, 2.5] } },
+          },
+        ],
+      },
+      { role: 'tool', name: 'weather', tool_call_id: 'c1', content: 'sunny' },
+    ];
+    const before = JSON.stringify(conversation);
+    const tools = [{ type: 'function', function: { name: 'weather' } }];
+    expect(calls.render(conversation, { variables: { tools } })).toBe(
+      '<tool>weather</tool>[user] Weather?;[assistant] weather{"city": "Rome", "days": [1, 2.5]}#c1;' +
+        '[tool weather] sunny for c1;',
+    );
+    expect(JSON.stringify(conversation)).toBe(before);
+  });
+
   test('is refused where it is no Jinja', () => {
     expect(refusal(() => new ChatTemplate('{% for %}', {})).code).toBe('UNSUPPORTED');
   });

@@ -342,6 +342,37 @@ describe('several turns', () => {
     expect(waves.at(-1)).toBe(1);
   });
 
+  test('a turn that is answered late is judged once', async () => {
+    let answer: () => void = () => undefined;
+    const drawn = new Promise<void>((resolve) => {
+      answer = resolve;
+    });
+    const seen: string[] = [];
+    const late: Environment<Row> = {
+      stop: ['</search>'],
+      async reply({ text }) {
+        await drawn;
+        return text.endsWith('</search>') ? ' (told)' : undefined;
+      },
+    };
+    const policy = new ScriptedPolicy(tokenizer, asking);
+    const sample = policy.sample.bind(policy);
+    policy.sample = async (...given) => {
+      const groups = await sample(...given);
+      setTimeout(answer, 20);
+      return groups;
+    };
+    const task = await taskWith(late, (text) => {
+      seen.push(text);
+      return 'right';
+    });
+    const long = asking('').text.length + asking('(told)').text.length;
+    const episode = only(await collect(policy, task, rowsOf(1), { maxEpisodeTokens: 2 * long }));
+    expect(seen).toEqual(['I ask. <search>who</search> So it is Zoey.']);
+    expect(episode.completion.turns).toHaveLength(3);
+    expect(episode.turns).toHaveLength(3);
+  });
+
   test('streams of random numbers: a turn has its own, whatever wave it falls into', async () => {
     const policy = new ScriptedPolicy(tokenizer, asking);
     await collect(policy, await taskWith(telling), rowsOf(2), { n: 2 });

@@ -115,7 +115,10 @@ export class FakePolicy {
     this.forests.push(forest);
     this.onForwardBackward?.();
     if (options.signal?.aborted) throw new MerfError('ABORTED', 'forwardBackward was aborted');
-    if (this.breakLossAt.has(call)) throw new MerfError('NON_FINITE', 'The loss is not finite');
+    if (this.breakLossAt.has(call)) {
+      await this.zeroGradients();
+      return statistics({ loss: Number.NaN, finite: false });
+    }
     const logprobs = this.#logprobs();
     const targets = trained(forest);
     let total = 0;
@@ -141,17 +144,11 @@ export class FakePolicy {
       }
     }
     if (this.breakGradientAt.has(call)) this.gradient[0] = Number.NaN;
-    return {
+    return statistics({
       loss: total,
       tokens: count,
-      kl: 0,
-      clipFraction: 0,
-      clipLowFraction: 0,
-      clipHighFraction: 0,
       ratio: { mean: ratio.sum / Math.max(1, count), min: ratio.min, max: ratio.max },
-      entropy: 0,
-      logprobs: [],
-    };
+    });
   }
 
   async optimStep(options: { learningRate: number }) {
@@ -186,6 +183,22 @@ export class FakePolicy {
     this.logits = state.logits;
     this.updates = state.updates;
   }
+}
+
+function statistics(found: Partial<LossStats>): LossStats {
+  return {
+    loss: 0,
+    finite: true,
+    tokens: 0,
+    kl: 0,
+    clipFraction: 0,
+    clipLowFraction: 0,
+    clipHighFraction: 0,
+    ratio: { mean: 1, min: 1, max: 1 },
+    entropy: 0,
+    logprobs: [],
+    ...found,
+  };
 }
 
 function trained(forest: Forest): Segment[] {

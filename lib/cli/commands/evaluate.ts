@@ -1,9 +1,11 @@
 import { appendFileSync, writeFileSync } from 'node:fs';
 import type { Command } from 'commander';
+import { z } from 'zod';
 import { type Evaluation, evaluate } from '../../evaluate/index.js';
 import { Policy } from '../../policy/index.js';
 import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
-import { textOf } from '../../rollout/index.js';
+import { type LimitSettings, limitSettings, limitsOf, textOf } from '../../rollout/index.js';
+import { parseSettings } from '../../settings.js';
 import type { TaskFactory } from '../../tasks/index.js';
 import { firstRows } from '../../train/evaluation.js';
 import { modelShape, withTask } from '../config.js';
@@ -13,13 +15,12 @@ import { deviceText, loadOptions, type ModelFlags } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 import { evaluationLine } from '../terminal.js';
 
-interface Flags extends TaskChoice, ModelFlags {
+interface Flags extends TaskChoice, ModelFlags, Partial<LimitSettings> {
   data?: string;
   prompts: number;
   samples: number;
   passAt?: number[];
   motivation: string[];
-  maxTokens: number;
   temperature: number;
   topK?: number;
   topP?: number;
@@ -38,7 +39,7 @@ export function addEvaluate(program: Command, factory: TaskFactory | undefined):
         'the length of completions, for each view of the motivation. With --data, on all rows of that file.',
     );
   const { testData: _, ...shape } = withTask(modelShape, factory);
-  addFlags(command, shape);
+  addFlags(command, { ...shape, ...limitSettings('Evaluation', false) });
   command
     .optionsGroup('Evaluation:')
     .option('--prompts <n>', 'how many rows, the first of the held-out ones', whole(1), 100)
@@ -47,7 +48,6 @@ export function addEvaluate(program: Command, factory: TaskFactory | undefined):
       list(v).map(whole(1)),
     )
     .option('--motivation <list>', 'views of the motivation', list, ['none', 'full'])
-    .option('--max-tokens <n>', 'longest completion, in tokens', whole(1), 256)
     .option('--temperature <n>', 'sampling temperature; 0: greedy', number, 1)
     .option('--top-k <n>', 'draw among the k likeliest tokens; 0: off', whole(0))
     .option('--top-p <n>', 'draw among the likeliest tokens of this total probability; 1: off', number)
@@ -76,6 +76,7 @@ async function run(flags: Flags): Promise<void> {
   const model = resolveModel(flags.model);
   const policy = await Policy.load(model, loadOptions(flags, false));
   if (flags.out !== undefined) writeFileSync(flags.out, '');
+  const limits = limitsOf(parseSettings(z.object(limitSettings('Evaluation', false)), flags, 'the flags'));
   const results: Evaluation[] = [];
   if (!flags.json) {
     const where = deviceText(policy);
@@ -86,7 +87,7 @@ async function run(flags: Flags): Promise<void> {
       samples: flags.samples,
       ...(flags.passAt && { passAt: flags.passAt }),
       motivation,
-      maxTokens: flags.maxTokens,
+      ...limits,
       temperature: flags.temperature,
       topK: flags.topK,
       topP: flags.topP,

@@ -42,7 +42,7 @@ HWY_INLINE VF32 round_by_chance(VF32 value, VU32 noise) {
   return hn::IfThenElse(hn::IsFinite(value), hn::BitCast(d, rounded), value);
 }
 
-// As torch.optim.AdamW (Loshchilov and Hutter 2019), in its order of operations:
+// Updates as torch.optim.AdamW does (Loshchilov and Hutter 2019), in its order of operations:
 //   p *= 1 - lr * weight_decay;  m += (g - m) * (1 - beta1);  v = v * beta2 + (1 - beta2) * g^2
 //   p -= lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + epsilon)
 // on elements [first, first + n) of the arrays.

@@ -174,8 +174,8 @@ HWY_NOINLINE void multiply_strip(const Operand* a, int64_t a_row, int64_t a_step
   if (vectors == 1) multiply_tile<R, 1, into>(a, a_row, a_step, b, b_row, steps, c, c_row, factor);
 }
 
-// As multiply_tile, for any number of rows and of vectors. An element's sum runs over the steps in their order
-// whatever the number of rows.
+// Multiplies as multiply_tile does, any number of rows and of vectors. An element's sum runs over the steps in their
+// order whatever the number of rows.
 template <Into into, typename Operand>
 HWY_INLINE void multiply(int64_t rows, int64_t vectors, int64_t steps, const Operand* a, int64_t a_row,
                          int64_t a_step, const Operand* b, int64_t b_row, float* c, int64_t c_row,
@@ -345,7 +345,7 @@ HWY_INLINE hn::Vec<PairTag> store_step(FloatVec first, FloatVec second, Pair* to
   hn::StoreU(step, PairTag(), to);
   return both;
 }
-// The same in both layouts.
+// Stores the vectors of two rows in both layouts, as one step and as a row each.
 HWY_INLINE void store_step_and_rows(FloatVec first, FloatVec second, Pair* step, Pair* first_row,
                                     Pair* second_row) {
   const hn::Half<PairTag> half;

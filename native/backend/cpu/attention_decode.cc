@@ -116,7 +116,7 @@ namespace HWY_NAMESPACE {
 // lines with every strip of rows that is multiplied, so that memory is read all the while.
 class PageFetcher {
  public:
-  // Of the keys those columns that the page's first `tokens` take, of the values their rows.
+  // Adds the columns of the keys that the page's first `tokens` take; add_values adds their rows of the values.
   template <typename Stored>
   void add_keys(const Stored* page, int64_t size, int64_t tokens) {
     add({page, size / kPerOperand<Stored>, lines_of(tokens), kPageTokens});
@@ -195,7 +195,8 @@ HWY_INLINE void widen_pairs(const Pair* from, int64_t n, float* upper, float* lo
   }
 }
 
-// The same page of keys as operands; only the columns of its first `tokens` have to be right.
+// A page of keys as operands; only the columns of its first `tokens` have to be right. Where the page is stored as
+// operands, it is the page itself.
 template <typename Operand>
 HWY_INLINE const Operand* page_keys(const Operand* page, int64_t, int64_t, Operand*) {
   return page;

@@ -59,7 +59,7 @@ class CpuBackend final : public Backend {
   void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) override;
 
   // norm.cc
-  void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
+  void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
                 const Tensor& rstd) override;
   void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                          const Tensor& dx, const Tensor& dweight) override;

@@ -55,7 +55,7 @@ void CpuBackend::group_advantages(const Tensor& rewards, const std::vector<int64
     }
     for (int64_t i = begin; i < end; ++i) {
       const double centred = reward[i] - group.mean;
-      // With epsilon 0 a group of equal rewards has no direction to push.
+      // A group of equal rewards has no direction to push, and with epsilon 0 its factor is infinite.
       advantage[i] = centred == 0.0 ? 0.0f : static_cast<float>(centred * factor);
     }
   }

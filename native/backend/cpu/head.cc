@@ -30,7 +30,7 @@
 #define MERF_BACKEND_CPU_HEAD_ONCE_
 namespace merf {
 
-// Of one row of logits.
+// What the loss needs to know of one row of logits x.
 struct RowStatistics {
   float max = 0.0f;
   double log_sum = 0.0;  // log of the sum of exp(x - max)
@@ -175,7 +175,7 @@ HWY_EXPORT(rows_gradient);
 
 namespace {
 
-// Of the logits of a strip, and of their gradients that go through the backward products at once.
+// Bytes of the logits of a strip, and of the gradients that go through the backward products at once.
 constexpr int64_t kStripBytes = int64_t{12} << 20;
 constexpr int64_t kBlockBytes = int64_t{48} << 20;
 
@@ -246,7 +246,7 @@ class HeadBlocks {
       body(begin, std::min(sources(), begin + block_));
   }
 
-  // Of source rows [begin, end).
+  // Calls body(begin, end) for the strips of source rows [begin, end).
   template <class Body>
   void for_strips(int64_t begin, int64_t end, Body&& body) {
     for (; begin < end; begin += strip_) body(begin, std::min(end, begin + strip_));

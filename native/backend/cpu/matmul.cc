@@ -24,16 +24,16 @@ namespace merf {
 
 namespace {
 
-// Of rows to one kernel.
+// Rows that go to one kernel.
 constexpr int64_t kRows = 64;
-// Of rows that stay in the second-level cache while panels pass by, and how many they are at most.
+// Bytes of the rows that stay in the second-level cache while panels pass by, and how many rows they are at most.
 constexpr int64_t kBlockBytes = int64_t{448} << 10;
 constexpr int64_t kMostBlockRows = 256;
-// Of a panel to one kernel.
+// Bytes of a panel that go to one kernel.
 constexpr int64_t kStretchBytes = int64_t{96} << 10;
-// Of a weight that is turned for the gradient of its input at a time.
+// Bytes of a weight that are turned at a time for the gradient of its input.
 constexpr int64_t kTurnedBytes = int64_t{8} << 20;
-// Of a weight's gradient: rows (tokens) summed by one kernel, and outputs that go with them.
+// One kernel's share of a weight's gradient: rows (tokens) that it sums, and bytes of outputs that go with them.
 constexpr int64_t kMostTokens = 1024;
 constexpr int64_t kTokenStep = 16;
 constexpr int64_t kOutputBytes = 384;

@@ -33,8 +33,8 @@ size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) /
 // Steps of an eighth of the power of two below, so that blocks of nearly equal sizes are interchangeable.
 size_t block_size(size_t bytes) {
   if (bytes <= 4096) return std::max(kAlignment, round_up(bytes, kAlignment));
-  // Of large ones only the addresses are aligned to huge pages: rounding their sizes up, too, would cost a fifth of the
-  // memory of weights of some megabytes.
+  // Large blocks have their addresses aligned to huge pages, not their sizes: rounding those up, too, would cost a fifth
+  // of the memory of weights of some megabytes.
   if (bytes >= kHugePage) return round_up(bytes, kPage);
   size_t power = 4096;
   while (power * 2 <= bytes) power *= 2;

@@ -1,5 +1,4 @@
-// RMSNorm with the residual addition before it, both in one pass over the row: the row is in the first-level cache
-// when its norm is known.
+// RMSNorm. A row is read twice, and is in the first-level cache when its norm is known.
 #include "backend/cpu/simd_targets.h"
 
 #include <algorithm>
@@ -20,26 +19,19 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not depend
-// on the number of threads.
+// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not
+// depend on the number of threads.
 constexpr int64_t kRowsPerPartial = 32;
 
 template <typename X, typename Y>
-void norm_rows(int64_t begin, int64_t end, int64_t size, X* x, const Y* delta, const float* weight,
-               float epsilon, Y* y, float* rstd) {
+void norm_rows(int64_t begin, int64_t end, int64_t size, const X* x, const float* weight, float epsilon, Y* y,
+               float* rstd) {
   const F32 d;
   for (int64_t t = begin; t < end; ++t) {
-    X* xt = x + t * size;
-    const Y* dt = delta ? delta + t * size : nullptr;
+    const X* xt = x + t * size;
     VF32 squares = hn::Zero(d);
     for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
-      VF32 v = load_part(d, xt + i, n, whole);
-      if (dt) {
-        v = hn::Add(v, load_part(d, dt + i, n, whole));
-        store_part(d, v, xt + i, n, whole);
-        // The norm is of what was stored, so that backward sees the same numbers.
-        if constexpr (sizeof(X) == 2) v = load_part(d, xt + i, n, whole);
-      }
+      const VF32 v = load_part(d, xt + i, n, whole);
       squares = hn::MulAdd(v, v, squares);
     });
     const float mean = hn::GetLane(hn::SumOfLanes(d, squares)) / static_cast<float>(size);
@@ -53,7 +45,7 @@ void norm_rows(int64_t begin, int64_t end, int64_t size, X* x, const Y* delta, c
   }
 }
 
-// With g = dy * weight: dx += rstd * (g - x * rstd^2 * mean(g * x)), dweight += dy * x * rstd.
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and dweight += dy * x * rstd.
 template <typename X, typename Y>
 void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, const X* x,
                         const float* weight, const float* rstd, X* dx, float* dweight) {
@@ -81,15 +73,13 @@ void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, c
   }
 }
 
-void rms_norm(int threads, const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-              const Tensor& y, const Tensor& rstd) {
+void rms_norm(int threads, const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+              const Tensor& rstd) {
   const int64_t rows = x.shape[0];
   const int64_t size = x.row_size();
   const auto run = [&](auto* px, auto* py) {
-    using Y = std::remove_pointer_t<decltype(py)>;
     parallel_for(threads, rows, rows_of_elements(size, 4096), [&](int64_t begin, int64_t end) {
-      norm_rows(begin, end, size, px, delta.as<const Y>(), weight.as<const float>(), epsilon, py,
-                rstd.as<float>());
+      norm_rows(begin, end, size, px, weight.as<const float>(), epsilon, py, rstd.as<float>());
     });
   };
   const auto run_x = [&](auto* px) {
@@ -100,9 +90,9 @@ void rms_norm(int threads, const Tensor& x, const Tensor& delta, const Tensor& w
     }
   };
   if (x.dtype == DType::bf16) {
-    run_x(x.as<bf16>());
+    run_x(x.as<const bf16>());
   } else {
-    run_x(x.as<float>());
+    run_x(x.as<const float>());
   }
 }
 
@@ -185,9 +175,9 @@ HWY_EXPORT(rms_norm);
 HWY_EXPORT(rms_norm_backward);
 HWY_EXPORT(add);
 
-void CpuBackend::rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-                          const Tensor& y, const Tensor& rstd) {
-  HWY_DYNAMIC_DISPATCH(rms_norm)(num_threads(), x, delta, weight, epsilon, y, rstd);
+void CpuBackend::rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+                          const Tensor& rstd) {
+  HWY_DYNAMIC_DISPATCH(rms_norm)(num_threads(), x, weight, epsilon, y, rstd);
 }
 
 void CpuBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,

@@ -55,7 +55,7 @@ void transpose(const uint8_t* from, int64_t from_stride, int64_t rows, int64_t c
   }
 }
 
-// Of pairs (a, b) and (c, d) of bf16 in 64 bits, (a, c) and (b, d).
+// Turns pairs (a, b) and (c, d) of bf16 in 64 bits into (a, c) and (b, d).
 template <class D64, class V>
 HWY_INLINE V exchange_middle(D64 d, V v) {
   alignas(16) static constexpr uint8_t kBytes[16] = {0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15};

@@ -36,8 +36,8 @@ void pack_columns(DType dtype, const void* y, int64_t m, int64_t n, int64_t firs
 // to[rows, columns] = tile [rows, kPanel], rows of `to` `stride` apart.
 void store_tile(const float* tile, int64_t rows, int64_t columns, float* to, int64_t stride);
 void store_tile(const float* tile, int64_t rows, int64_t columns, bf16* to, int64_t stride);
-// The same of all kPanel columns, past the cache: `to` and `stride` are multiples of a line, and hwy::FlushStream() comes
-// before another thread reads it.
+// Stores a tile of all kPanel columns past the cache: `to` and `stride` are multiples of a line, and
+// hwy::FlushStream() comes before another thread reads it.
 void stream_tile(const float* tile, int64_t rows, float* to, int64_t stride);
 
 }  // namespace merf

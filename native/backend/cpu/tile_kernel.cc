@@ -15,8 +15,8 @@ namespace {
 
 #ifdef MERF_XSMM
 
-// As the program is loaded, before there are other threads: the library asks in the environment that OpenMP's threads be
-// bound, which would bind programs that this one starts, all of their threads, to one processor.
+// The library is initialised as the program is loaded, before there are other threads: it asks in the environment that
+// OpenMP's threads be bound, which would bind programs that this one starts, all of their threads, to one processor.
 const bool kInitialized = [] {
   constexpr const char* kBinding = "OMP_PROC_BIND";
   const bool wanted = std::getenv(kBinding) != nullptr;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(256)
                            float* delta, int first_query, int tokens, int padded, int heads) {
   const int64_t row = grid_index() / kRowLanes;
   const int64_t token = row / heads, head = row % heads;
-  // Of the others all probabilities are 0.
+  // The other queries' probabilities are all 0.
   const bool valid = token >= first_query && token < tokens;
   float sum = 0.0f;
   if (valid) {

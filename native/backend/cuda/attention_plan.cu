@@ -16,7 +16,7 @@ struct Lists {
   std::vector<int32_t> begins{0}, entries;
 };
 
-// Of keys in a tile, how far they are seen.
+// How far the keys of a tile are seen: their least and their greatest visible_until.
 struct Reach {
   int64_t least, most;
 };

@@ -53,10 +53,10 @@ class AttentionPlan {
   const int32_t* padded() const { return padded_.as<const int32_t>(); }
   int64_t padded_tokens() const { return padded_.size(); }
 
-  // For every tile of queries the tiles of keys that any of them sees.
+  // Lists for every tile of queries the tiles of keys that any of them sees.
   const AttentionSchedule& by_query(CudaBackend& backend, int query_tokens, int key_tokens);
-  // For every tile of keys the tiles of queries that see any of them. What many see, as a forest's root, has a long
-  // list, so the work is cut into pieces short enough to fill `blocks` blocks of threads evenly.
+  // Lists for every tile of keys the tiles of queries that see any of them. What many see, as a forest's root, has a
+  // long list, so the work is cut into pieces short enough to fill `blocks` blocks of threads evenly.
   const AttentionSchedule& by_key(CudaBackend& backend, int query_tokens, int key_tokens, int64_t group,
                                   int64_t kv_heads, int64_t blocks);
 

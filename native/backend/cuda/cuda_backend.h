@@ -84,7 +84,7 @@ class CudaBackend final : public Backend {
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
 
   // norm.cu
-  void rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon, const Tensor& y,
+  void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
                 const Tensor& rstd) override;
   void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& rstd,
                          const Tensor& dx, const Tensor& dweight) override;

@@ -560,7 +560,7 @@ FewRows<T> arguments_for(CudaBackend& backend, const NormedRows& in, Tensor& squ
 void CudaBackend::project_heads(const NormedRows& in, const AdaptedWeight& weight, const Tensor& low_rank,
                                 const ProjectedHeads& out) {
   if (!suits(in, weight, low_rank)) {
-    rms_norm(in.x, Tensor(), in.weight, in.epsilon, in.normed, in.rstd);
+    rms_norm(in.x, in.weight, in.epsilon, in.normed, in.rstd);
     const int64_t rows = out.qkv.shape[0], columns = out.qkv.row_size();
     // A library rounds a bfloat16 product before a bias can be added: few enough rows come in float32.
     const bool unrounded = products_ != nullptr && weight.bias && weight.adapter_a == nullptr &&

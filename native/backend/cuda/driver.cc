@@ -11,10 +11,10 @@ namespace merf::cuda {
 namespace {
 
 constexpr int kOldestMajor = 8;  // compute capability 8.0, Ampere
-// With less, nothing of use could be computed.
+// Bytes that must be free; with less, nothing of use could be computed.
 constexpr size_t kLeastFree = size_t{128} << 20;
 
-// Of cuda.h.
+// Constants of cuda.h.
 constexpr int kSuccess = 0;
 constexpr int kOutOfMemory = 2;
 constexpr int kNoDevice = 100;

@@ -92,7 +92,7 @@ class Gpu {
   // `host` may change as soon as upload returns. download waits for everything enqueued before.
   void upload(void* device, const void* host, size_t bytes);
   void download(void* host, const void* device, size_t bytes);
-  // For downloads of up to `bytes` bytes, one at a time. It must not outlive this.
+  // Makes a place for downloads of up to `bytes` bytes, one at a time. It must not outlive this.
   std::unique_ptr<GpuDownload> make_download(size_t bytes);
   void copy(void* to, const void* from, size_t bytes);
   void fill(void* to, int byte, size_t bytes);

@@ -68,7 +68,7 @@ __global__ void __launch_bounds__(kThreads)
   }
   for (int64_t i = begin + lane_index(); i < end; i += kWarp) {
     const double centred = rewards[i] - mean;
-    // With epsilon 0 a group of equal rewards has no direction to push.
+    // A group of equal rewards has no direction to push, and with epsilon 0 its factor is infinite.
     advantages[i] = centred == 0.0 ? 0.0f : static_cast<float>(centred * factor);
   }
 }

@@ -44,7 +44,8 @@ struct RowState {
   float unused;
 };
 
-// Of one row of logits x: with m the greatest and S the sum of exp(x - m), log p = x - m - log S.
+// What the loss needs to know of one row of logits x: log p = x - m - log S, with m the greatest of them and S the sum of
+// exp(x - m).
 struct RowStatistics {
   float max;    // m
   float scale;  // 1 / S
@@ -218,7 +219,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   T* out = dlogits + row * pitch;
   const int begin = by_source.offsets[row], end = by_source.offsets[row + 1];
 
-  // The same in every thread.
+  // Every thread computes these sums, and all get the same.
   double coefficient_sum = 0.0, weight_sum = 0.0;
   bool any = false;
   for (int j = begin; j < end; ++j) {

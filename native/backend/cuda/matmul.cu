@@ -33,14 +33,15 @@ struct TileShape {
   static constexpr int kWarpM = M / WarpsM, kWarpN = N / WarpsN;
   static constexpr int kWarpsN = WarpsN;
 };
-// For many rows and for few: decoding reads all of a weight for 16 rows, which takes many bytes in flight.
+// Large tiles are for many rows, the others for few: decoding reads all of a weight for 16 rows, which takes many bytes
+// in flight.
 template <typename T>
 using LargeTile =
     std::conditional_t<sizeof(T) == 2, TileShape<128, 128, 2, 2, 4>, TileShape<128, 128, 2, 4, 4>>;
 using MediumTile = TileShape<64, 64, 2, 2, 5>;
 using SmallTile = TileShape<16, 64, 1, 4, 8>;
 
-// The same for all tiles, so that all pad k alike: 64 bytes.
+// All tiles have the same depth, 64 bytes, so that all pad k alike.
 template <typename T>
 constexpr int kTileDepth = 64 / static_cast<int>(sizeof(T));
 // Rows of a tile in shared memory are 16 bytes longer than they need be, against bank conflicts.

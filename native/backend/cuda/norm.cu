@@ -1,6 +1,5 @@
-// RMSNorm with the residual addition before it, both in one pass over memory: a row stays in registers from its sum of
-// squares to its output. Narrow rows have a warp each, wide ones a block, so that a batch of a few decoding rows
-// still has enough threads.
+// RMSNorm in one pass over memory: a row stays in registers from its sum of squares to its output. Narrow
+// rows have a warp each, wide ones a block, so that a batch of a few decoding rows still has enough threads.
 //
 // Backward sums dweight in two steps without atomics: a block keeps its columns of dweight in registers over
 // its rows and writes them as one partial; the partials are summed in their order.
@@ -35,11 +34,11 @@ __device__ inline float row_sum(float value, int threads, float* scratch) {
   return threads == kWarp ? warp_sum(value) : block_sum(value, scratch);
 }
 
-// x [rows, size], delta and y [rows, size], weight [size], rstd [rows]; delta and rstd may be null. `threads` threads
+// x and y [rows, size], weight [size], rstd [rows]; rstd may be null. `threads` threads
 // a row, of which each takes N neighbouring elements at a time; rows wider than they can hold are read twice.
 template <typename X, typename Y, int N>
 __global__ void __launch_bounds__(kMaxRow)
-    rms_norm_kernel(X* x, const Y* delta, const float* weight, float epsilon, Y* y, float* rstd, int64_t rows,
+    rms_norm_kernel(const X* x, const float* weight, float epsilon, Y* y, float* rstd, int64_t rows,
                     int64_t size, int threads) {
   SharedMemory shared;
   float* scratch = shared.take<float>(kWarp);
@@ -49,7 +48,6 @@ __global__ void __launch_bounds__(kMaxRow)
   const int64_t round = int64_t{threads} * kHeld;
   x += row * size;
   y += row * size;
-  if (delta != nullptr) delta += row * size;
 
   float held[kHeld / N][N];
   float squares = 0.0f;
@@ -59,16 +57,6 @@ __global__ void __launch_bounds__(kMaxRow)
       const int64_t at = begin + (int64_t{i} * threads + member) * N;
       if (at >= size) continue;
       load_floats(held[i], x + at);
-      if (delta != nullptr) {
-        float change[N];
-        load_floats(change, delta + at);
-#pragma unroll
-        for (int j = 0; j < N; ++j) {
-          // The norm is of what is stored, so that backward sees the same numbers.
-          held[i][j] = to_f32(from_f32<X>(held[i][j] + change[j]));
-        }
-        store_floats(x + at, held[i]);
-      }
 #pragma unroll
       for (int j = 0; j < N; ++j) squares = fmaf(held[i][j], held[i][j], squares);
     }
@@ -91,9 +79,9 @@ __global__ void __launch_bounds__(kMaxRow)
   }
 }
 
-// With g = dy * weight: dx += rstd * (g - x * rstd^2 * mean(g * x)), and partials [blocks, size] = the sums over the
-// block's `rows_per_block` rows of dy * x * rstd. A block takes the columns from blockIdx.y * (what its threads hold);
-// the mean is over the whole row whichever the columns are.
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and partials [blocks, size] = the sums
+// over the block's `rows_per_block` rows of dy * x * rstd. A block takes the columns from blockIdx.y * (what
+// its threads hold); the mean is over the whole row whichever the columns are.
 template <typename X, typename Y, int N>
 __global__ void __launch_bounds__(kMaxRow)
     rms_norm_backward_kernel(const Y* dy, const X* x, const float* weight, const float* rstd, X* dx,
@@ -196,19 +184,18 @@ void with_types(DType first, DType second, Body&& body) {
 
 }  // namespace
 
-void CudaBackend::rms_norm(const Tensor& x, const Tensor& delta, const Tensor& weight, float epsilon,
-                           const Tensor& y, const Tensor& rstd) {
+void CudaBackend::rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
+                           const Tensor& rstd) {
   const int64_t rows = x.shape[0], size = x.row_size();
   const int threads = row_threads(size, kHeld, kWarp);
   const int block = std::max(threads, kSmallBlock);
   with_types(x.dtype, y.dtype, [&](auto x_type, auto y_type) {
     using X = decltype(x_type);
     using Y = decltype(y_type);
-    with_width<8>(vectors_fit(size, 8, {x.data, delta.data, weight.data, y.data}), [&](auto width) {
+    with_width<8>(vectors_fit(size, 8, {x.data, weight.data, y.data}), [&](auto width) {
       launch(gpu(), "rms_norm", rms_norm_kernel<X, Y, decltype(width)::value>,
-             {blocks(divide_up(rows * threads, block)), block, shared_bytes<float>(kWarp)}, x.as<X>(),
-             delta.as<const Y>(), weight.as<const float>(), epsilon, y.as<Y>(), rstd.as<float>(), rows, size,
-             threads);
+             {blocks(divide_up(rows * threads, block)), block, shared_bytes<float>(kWarp)}, x.as<const X>(),
+             weight.as<const float>(), epsilon, y.as<Y>(), rstd.as<float>(), rows, size, threads);
     });
   });
 }
@@ -217,7 +204,8 @@ void CudaBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Ten
                                     const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
   const int64_t rows = x.shape[0], size = x.row_size();
   if (rows == 0 || size == 0) return;
-  // Few rows a block keep the GPU busy in small batches; a bound on the blocks keeps the partials small in large ones.
+  // Few rows a block keep the GPU busy in small batches; a bound on the blocks keeps the partials small in
+  // large ones.
   const int64_t rows_per_block = std::max<int64_t>(8, divide_up(rows, 1024));
   const int64_t parts = divide_up(rows, rows_per_block);
   const int threads = row_threads(size, kHeldBackward, kSmallBlock);

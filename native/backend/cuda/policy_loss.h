@@ -26,7 +26,7 @@ PolicyLossRows policy_loss_rows(const Tensor& logprobs, const Tensor& entropies,
 // kind but gspo, whose rows hang together.
 void enqueue_policy_loss(Gpu& gpu, const PolicyLossRows& rows, const LossOptions& options,
                          const int32_t* order, int64_t count);
-// The same for gspo, whose `count` rows are all there are.
+// Enqueues the loss of gspo, whose `count` rows are all there are.
 void enqueue_policy_loss_by_sequence(Gpu& gpu, const PolicyLossRows& rows, const LossOptions& options,
                                      int64_t count);
 

@@ -253,7 +253,7 @@ __device__ inline float find_threshold(const Weights& weights, bool by_mass, uin
 
 // The units that top-p asks for of `units`; never none.
 __device__ inline uint64_t top_p_goal(float top_p, uint64_t units) {
-  // As whole units, since sums are.
+  // The goal is in whole units, since sums are.
   const double wanted = ceil(static_cast<double>(top_p) * mass_of(units) * 0x1p34);
   return wanted >= 1.0 ? static_cast<uint64_t>(wanted) : 1;
 }
@@ -633,7 +633,7 @@ void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const 
   filters.seed = options.seed;
   const bool truncated = options.temperature > 0.0f && (filters.top_k > 0 || filters.top_p < 1.0f);
 
-  // As many blocks for a row as the GPU has room for, and a warp for 16 or more logits of each of its lanes.
+  // A row has as many blocks as the GPU has room for, and a warp has 16 or more logits for each of its lanes.
   const int64_t room = gpu().properties().multiprocessors * kBlocksEach;
   const int64_t most = std::clamp<int64_t>(vocabulary / kLeastPart, 1, kMaxParts);
   const int64_t parts = std::clamp<int64_t>(room / rows, 1, most);

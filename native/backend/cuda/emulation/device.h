@@ -28,7 +28,7 @@ namespace merf::cuda::emulation {
 struct ThreadIndices {
   dim3 thread, block, block_size, grid_size;
 };
-// Of the thread that runs; the same place as long as it does.
+// The indices of the thread that runs; they stay in one place as long as it does.
 [[gnu::const]] const ThreadIndices& indices();
 
 // The block's piece of shared memory with that number, made at the first call for it.

@@ -581,7 +581,7 @@ void BlockRunner::arrive(int id, int threads, const char* operation, const std::
 // ---- shared memory by number, mbarrier and the copies that complete on it
 
 uint32_t BlockRunner::shared_address(const void* at) const {
-  // As pieces are aligned.
+  // Pieces of shared memory are aligned to this.
   constexpr uintptr_t kAlignment = 1024;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(shared_.data()) / kAlignment * kAlignment;
   return static_cast<uint32_t>(reinterpret_cast<uintptr_t>(at) - begin);

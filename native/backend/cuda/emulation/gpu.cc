@@ -1,6 +1,6 @@
 // The emulated GPU behind gpu.h: work runs as soon as it is enqueued.
 //
-// For tests, the environment says what it is like:
+// The environment says what the emulated GPU is like, for tests:
 //   MERF_EMULATION_SEED     the order in which a block's threads run
 //   MERF_EMULATION_MEMORY   how many bytes it has
 //   MERF_EMULATION_SHORT    what finds no memory at its first try, each time: "an allocation", "a recording", or the
@@ -46,7 +46,7 @@ struct Block {
   size_t bytes;
 };
 
-// As on the real one, all recordings use the same memory.
+// All recordings use the same memory, as on a GPU.
 struct RecordingMemory {
   ~RecordingMemory() {
     for (const Block& block : idle) emulation::free(block.data);
@@ -61,7 +61,7 @@ class EmulatedRecording final : public Recording {
   const std::shared_ptr<RecordingMemory> memory;
 };
 
-// As on a real one the bytes are there when somebody has waited for them, and not before.
+// The bytes are there when somebody has waited for them, and not before, as on a GPU.
 class EmulatedDownload final : public GpuDownload {
  public:
   // `enter` throws where the GPU is lost.
@@ -108,7 +108,7 @@ struct Gpu::State {
     failing_kernel.resize(colon);
   }
 
-  // As on a GPU, what failed a while ago shows in a call that waits, or moves memory, or allocates.
+  // What failed a while ago shows in a call that waits, or moves memory, or allocates, as on a GPU.
   void enter(const char* what) {
     health.check();
     if (broken) health.lose(what, "an illegal memory access was encountered");

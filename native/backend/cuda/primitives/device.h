@@ -23,7 +23,7 @@ namespace merf::cuda {
 
 constexpr int kWarp = 32;
 
-// Of the thread in its block, whose threads stand in one dimension.
+// The thread's index in its block, whose threads stand in one dimension.
 __device__ inline int thread_index() { return static_cast<int>(threadIdx.x); }
 // Divided while unsigned, where that is a shift.
 __device__ inline int lane_index() { return static_cast<int>(threadIdx.x % kWarp); }
@@ -31,7 +31,7 @@ __device__ inline int warp_index() { return static_cast<int>(threadIdx.x / kWarp
 __device__ inline int thread_count() { return static_cast<int>(blockDim.x); }
 __device__ inline int warp_count() { return static_cast<int>(blockDim.x) / kWarp; }
 
-// Of the thread in a grid of one dimension, and the threads in it.
+// The thread's index in a grid of one dimension, and how many threads that has.
 __device__ inline int64_t grid_index() { return int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 __device__ inline int64_t grid_size() { return int64_t{gridDim.x} * blockDim.x; }
 

@@ -127,7 +127,7 @@ __device__ inline void load_b_transposed(FragmentB<float> (&b)[2], const float* 
     }
   }
 }
-// The same, stored as they are: [depth, 16].
+// Loads b from a tile that is stored as it is multiplied: [depth, 16].
 __device__ inline void load_b(FragmentB<bf16> (&b)[2], const bf16* tile, int stride) {
   const int matrix = lane_index() / 8, row = lane_index() % 8;
   uint32_t four[4];

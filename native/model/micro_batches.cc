@@ -1,11 +1,11 @@
-#include "model/frames.h"
+#include "model/micro_batches.h"
 
 #include <algorithm>
 
 namespace merf {
 namespace {
 
-// Every frame holds the keys and values of all above it.
+// A micro-batch holds copies of the keys and values of all above it, so that paths must not become long.
 constexpr int kDeepest = 64;
 
 class Cutter {
@@ -13,23 +13,23 @@ class Cutter {
   Cutter(const std::vector<int32_t>& visible_until, int64_t max_tokens, const std::vector<bool>& joined)
       : visible_until_(visible_until), max_tokens_(max_tokens), joined_(joined) {}
 
-  // Of the trees that stand in [begin, end).
-  std::vector<Frame> cut(int64_t begin, int64_t end, int depth) const {
-    std::vector<Frame> frames;
+  // Cuts the trees that stand in [begin, end).
+  std::vector<MicroBatch> cut(int64_t begin, int64_t end, int depth) const {
+    std::vector<MicroBatch> micro_batches;
     while (begin < end) {
       const int64_t tree = end_of(begin), segment = end_of_segment(begin);
       if (tree - begin > max_tokens_ && segment < tree && depth < kDeepest && !joined(segment) &&
           (tree == end || !joined(tree))) {
-        frames.push_back({begin, segment, cut(segment, tree, depth + 1)});
+        micro_batches.push_back({begin, segment, cut(segment, tree, depth + 1)});
         begin = tree;
         continue;
       }
       int64_t last = tree;
       while (last < end && (joined(last) || end_of(last) - begin <= max_tokens_)) last = end_of(last);
-      frames.push_back({begin, last, {}});
+      micro_batches.push_back({begin, last, {}});
       begin = last;
     }
-    return frames;
+    return micro_batches;
   }
 
  private:
@@ -48,23 +48,23 @@ class Cutter {
 
 }  // namespace
 
-std::vector<Frame> make_frames(const std::vector<int32_t>& visible_until, int64_t max_tokens,
-                               const std::vector<bool>& joined) {
+std::vector<MicroBatch> make_micro_batches(const std::vector<int32_t>& visible_until, int64_t max_tokens,
+                                           const std::vector<bool>& joined) {
   const auto tokens = static_cast<int64_t>(visible_until.size());
   if (max_tokens == 0) return {{0, tokens, {}}};
   return Cutter(visible_until, max_tokens, joined).cut(0, tokens, 0);
 }
 
-int64_t tokens_of(const Frame& frame) {
-  int64_t tokens = frame.end - frame.begin;
-  for (const Frame& child : frame.children) tokens += tokens_of(child);
+int64_t tokens_of(const MicroBatch& micro_batch) {
+  int64_t tokens = micro_batch.end - micro_batch.begin;
+  for (const MicroBatch& child : micro_batch.children) tokens += tokens_of(child);
   return tokens;
 }
 
-int64_t tokens_at_once(const std::vector<Frame>& frames) {
+int64_t tokens_at_once(const std::vector<MicroBatch>& micro_batches) {
   int64_t most = 0;
-  for (const Frame& frame : frames) {
-    most = std::max(most, frame.end - frame.begin + tokens_at_once(frame.children));
+  for (const MicroBatch& micro_batch : micro_batches) {
+    most = std::max(most, micro_batch.end - micro_batch.begin + tokens_at_once(micro_batch.children));
   }
   return most;
 }

@@ -1,4 +1,4 @@
-#include "model/kept_forward.h"
+#include "model/activation_cache.h"
 
 #include <array>
 
@@ -21,27 +21,27 @@ struct Columns {
   }
 };
 constexpr size_t kTensors = 3;
-// In the order of KeptForward::Layer.
+// In the order of ActivationCache::Layer.
 std::array<Columns, kTensors> columns_of(const ModelConfig& config) {
   return {{{DType::f32, config.hidden_size},
            {config.dtype, config.qkv_size()},
            {config.dtype, 2 * config.mlp_size}}};
 }
 
-// The gradients that what is kept of a layer stands in: none of the first's.
-Tensor lent_to(size_t layer, const std::vector<Tensor>& gradients) {
+// The gradients that what is cached of a layer stands in; the first layer has none.
+Tensor borrowed_by(size_t layer, const std::vector<Tensor>& gradients) {
   return gradients.empty() || layer == 0 ? Tensor() : gradients[layer - 1];
 }
 
-// Those of a layer's tensors, a bit each, that fill what is lent best.
-unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, const Tensor& lent) {
-  if (!lent) return 0;
+// The layer's tensors, a bit each, that fill the borrowed memory best.
+unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, const Tensor& borrowed) {
+  if (!borrowed) return 0;
   unsigned best = 0;
   int64_t most = 0;
   for (unsigned chosen = 1; chosen < 1u << kTensors; ++chosen) {
     int64_t bytes = 0;
     for (size_t i = 0; i < kTensors; ++i) bytes += chosen >> i & 1 ? columns[i].bytes(rows) : 0;
-    if (bytes <= static_cast<int64_t>(lent.bytes()) && bytes > most) {
+    if (bytes <= static_cast<int64_t>(borrowed.bytes()) && bytes > most) {
       most = bytes;
       best = chosen;
     }
@@ -51,23 +51,23 @@ unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, co
 
 }  // namespace
 
-KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
-                         std::vector<Tensor> gradients)
+ActivationCache::ActivationCache(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
+                                 std::vector<Tensor> gradients)
     : backend_(backend), rows_(rows), gradients_(std::move(gradients)) {
   const auto columns = columns_of(config);
   for (size_t i = 0; i < layers; ++i) {
-    const Tensor lent = lent_to(i, gradients_);
-    const unsigned fits = best_fit(columns, rows, lent);
+    const Tensor borrowed = borrowed_by(i, gradients_);
+    const unsigned fits = best_fit(columns, rows, borrowed);
     Layer& layer = layers_.emplace_back();
     Tensor* const tensors[kTensors] = {&layer.attention_input, &layer.qkv, &layer.gate_up};
-    int64_t begin = 0;  // floats of `lent` that are taken
+    int64_t begin = 0;  // floats of `borrowed` that are taken
     for (size_t t = 0; t < kTensors; ++t) {
       if (!(fits >> t & 1)) {
         *tensors[t] = backend.allocate(columns[t].dtype, {rows, columns[t].count});
         continue;
       }
       const int64_t end = begin + columns[t].bytes(rows) / static_cast<int64_t>(sizeof(float));
-      *tensors[t] = lent.rows(begin, end);
+      *tensors[t] = borrowed.rows(begin, end);
       tensors[t]->dtype = columns[t].dtype;
       tensors[t]->rank = 2;
       tensors[t]->shape = {rows, columns[t].count, 1, 1};
@@ -77,7 +77,7 @@ KeptForward::KeptForward(Backend& backend, const ModelConfig& config, int64_t ro
   output_ = backend.allocate(DType::f32, {rows, config.hidden_size});
 }
 
-KeptForward::~KeptForward() {
+ActivationCache::~ActivationCache() {
   try {
     clear();
   } catch (const Error&) {
@@ -85,37 +85,37 @@ KeptForward::~KeptForward() {
   }
 }
 
-size_t KeptForward::layers_within(int64_t bytes, const ModelConfig& config, int64_t rows,
-                                  const std::vector<Tensor>& gradients) {
+size_t ActivationCache::layers_within(int64_t bytes, const ModelConfig& config, int64_t rows,
+                                      const std::vector<Tensor>& gradients) {
   const auto columns = columns_of(config);
   bytes -= rows * config.hidden_size * static_cast<int64_t>(sizeof(float));
   const size_t all = static_cast<size_t>(config.layers);
   for (size_t i = 0; i < all; ++i) {
-    const unsigned fits = best_fit(columns, rows, lent_to(i, gradients));
+    const unsigned fits = best_fit(columns, rows, borrowed_by(i, gradients));
     for (size_t t = 0; t < kTensors; ++t) bytes -= fits >> t & 1 ? 0 : columns[t].bytes(rows);
     if (bytes < 0) return i;
   }
   return all;
 }
 
-void KeptForward::clear() {
-  while (lent_ > 0) release(lent_ - 1);
+void ActivationCache::clear() {
+  while (borrowing_ > 0) release(borrowing_ - 1);
   used_ = 0;
   row_of_.clear();
 }
 
-void KeptForward::release(size_t layer) {
-  if (layer >= lent_) return;
-  lent_ = layer;
-  if (const Tensor lent = lent_to(layer, gradients_)) backend_.zero(lent);
+void ActivationCache::release(size_t layer) {
+  if (layer >= borrowing_) return;
+  borrowing_ = layer;
+  if (const Tensor borrowed = borrowed_by(layer, gradients_)) backend_.zero(borrowed);
 }
 
-Activations KeptForward::next(int64_t rows, const Activations& shared) {
+Activations ActivationCache::next(int64_t rows, const Activations& shared) {
   const int64_t first = advance(rows);
   const auto window = [&](const Tensor& all) { return all.rows(first, first + rows); };
   Activations a = shared;
   a.tokens = rows;
-  a.kept_layers = layers_.size();
+  a.saved_layers = layers_.size();
   for (size_t i = 0; i < layers_.size(); ++i) {
     a.layers[i].attention_input = window(layers_[i].attention_input);
     a.layers[i].qkv = window(layers_[i].qkv);
@@ -125,19 +125,19 @@ Activations KeptForward::next(int64_t rows, const Activations& shared) {
   return a;
 }
 
-int64_t KeptForward::advance(int64_t rows) {
+int64_t ActivationCache::advance(int64_t rows) {
   if (used_ + rows > rows_) {
-    throw Error("INTERNAL", "Expected " + std::to_string(rows_) + " rows at most to be kept but received " +
+    throw Error("INTERNAL", "Expected " + std::to_string(rows_) + " rows at most to be cached but received " +
                                 std::to_string(used_ + rows));
   }
-  if (borrows()) lent_ = layers_.size();
+  if (borrows()) borrowing_ = layers_.size();
   used_ += rows;
   return used_ - rows;
 }
 
-void KeptForward::stage(Arena& arena, int64_t rows, Activations& activations) const {
+void ActivationCache::stage(Arena& arena, int64_t rows, Activations& activations) const {
   const auto like = [&](const Tensor& all) { return arena.take(all.dtype, {rows, all.shape[1]}); };
-  activations.kept_layers = layers_.size();
+  activations.saved_layers = layers_.size();
   for (size_t i = 0; i < layers_.size(); ++i) {
     activations.layers[i].attention_input = like(layers_[i].attention_input);
     activations.layers[i].qkv = like(layers_[i].qkv);
@@ -146,7 +146,7 @@ void KeptForward::stage(Arena& arena, int64_t rows, Activations& activations) co
   activations.input_of(layers_.size()) = like(output_);
 }
 
-std::vector<RowsCopy> KeptForward::copies(const Activations& staged) const {
+std::vector<RowsCopy> ActivationCache::copies(const Activations& staged) const {
   std::vector<RowsCopy> all;
   for (size_t i = 0; i < layers_.size(); ++i) {
     all.push_back({staged.layers[i].attention_input, layers_[i].attention_input});
@@ -159,12 +159,12 @@ std::vector<RowsCopy> KeptForward::copies(const Activations& staged) const {
   return all;
 }
 
-int32_t KeptForward::set(int64_t row, int32_t parent, int32_t token) {
+int32_t ActivationCache::set(int64_t row, int32_t parent, int32_t token) {
   return row_of_.emplace(key_of(parent, token), static_cast<int32_t>(row)).first->second;
 }
 
-std::vector<int32_t> KeptForward::find(const std::vector<int32_t>& tokens,
-                                       const std::vector<int32_t>& visible_until) const {
+std::vector<int32_t> ActivationCache::find(const std::vector<int32_t>& tokens,
+                                           const std::vector<int32_t>& visible_until) const {
   std::vector<int32_t> rows(tokens.size(), -1);
   for_each_token(visible_until, [&](int32_t i, int32_t parent) {
     const int32_t above = parent < 0 ? -1 : rows[static_cast<size_t>(parent)];
@@ -175,11 +175,11 @@ std::vector<int32_t> KeptForward::find(const std::vector<int32_t>& tokens,
   return rows;
 }
 
-void KeptForward::restore_output(const Tensor& rows, const Tensor& x) const {
+void ActivationCache::restore_output(const Tensor& rows, const Tensor& x) const {
   backend_.gather_rows(output_, rows, x);
 }
 
-void KeptForward::restore(size_t layer, const Tensor& rows, const Activations& activations) const {
+void ActivationCache::restore(size_t layer, const Tensor& rows, const Activations& activations) const {
   const Layer& from = layers_[layer];
   const Activations::Layer& to = activations.layers[layer];
   backend_.gather_rows(from.attention_input, rows, to.attention_input);

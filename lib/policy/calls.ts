@@ -1,0 +1,81 @@
+import { isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
+import { type CancelToken, native } from '../native.js';
+
+/** Runs the calls of one owner after another in the order in which they were made, until it is closed. */
+export class CallQueue {
+  #tail: Promise<unknown> = Promise.resolve();
+  #closed = false;
+
+  /**
+   * @param name what the owner is called in the error that a call after `close` fails with
+   * @param lost what is lost with the device, for DEVICE_LOST
+   */
+  constructor(
+    private readonly name: string,
+    private readonly lost: string,
+  ) {}
+
+  get closed(): boolean {
+    return this.#closed;
+  }
+
+  close(): void {
+    this.#closed = true;
+  }
+
+  /** @throws MerfError DISPOSED */
+  check(): void {
+    if (this.#closed) throw new MerfError('DISPOSED', `${this.name} was disposed`);
+  }
+
+  /**
+   * Runs after all calls made before, whether they succeeded or not.
+   * @throws MerfError DISPOSED, ABORTED where the signal has fired before it begins; DEVICE_LOST says what
+   *   was lost
+   */
+  enqueue<T>(what: string, signal: AbortSignal | undefined, run: () => Promise<T>): Promise<T> {
+    const result = this.#tail.then(async () => {
+      this.check();
+      throwIfAborted(signal, what);
+      try {
+        return await run();
+      } catch (error) {
+        if (!isDeviceLost(error)) throw error;
+        throw new MerfError('DEVICE_LOST', `${error.message}: ${this.lost}`, { cause: error });
+      }
+    });
+    this.#tail = result.catch(() => undefined);
+    return result;
+  }
+}
+
+/**
+ * A native call that ends early where the signal fires. One that has ended by then gives what it gave; one
+ * whose signal fired before learns of it as it begins.
+ * @throws MerfError ABORTED
+ */
+export async function cancellable<T>(
+  what: string,
+  signal: AbortSignal | undefined,
+  run: (cancel: CancelToken) => Promise<T>,
+): Promise<T> {
+  const addon = native();
+  const token = addon.createCancelToken();
+  const onAbort = () => addon.cancel(token);
+  if (signal?.aborted) onAbort();
+  signal?.addEventListener('abort', onAbort, { once: true });
+  try {
+    return await run(token);
+  } catch (error) {
+    throwIfAborted(signal, what);
+    throw error;
+  } finally {
+    signal?.removeEventListener('abort', onAbort);
+  }
+}
+
+/** The error, with a hint where it says that memory ran out. */
+export function withHint(error: unknown, hint: string): unknown {
+  if (!(error instanceof MerfError) || error.code !== 'OUT_OF_MEMORY') return error;
+  return new MerfError('OUT_OF_MEMORY', `${error.message} (${hint})`, { cause: error });
+}

@@ -1,0 +1,92 @@
+#include "model/batch_loss.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace merf {
+
+std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<int32_t>& sequences,
+                                int64_t completions, int64_t max_tokens) {
+  const double rows = static_cast<double>(sequences.size()), all = static_cast<double>(completions);
+  if (aggregation != LossAggregation::sequence_mean) {
+    const double divisor =
+        aggregation == LossAggregation::constant ? all * static_cast<double>(max_tokens) : rows;
+    return std::vector<float>(sequences.size(), static_cast<float>(1.0 / divisor));
+  }
+  std::vector<int64_t> lengths(sequences.size(), 0);  // no sequence has a higher number
+  for (const int32_t sequence : sequences) ++lengths[static_cast<size_t>(sequence)];
+  std::vector<float> weights;
+  weights.reserve(sequences.size());
+  for (const int32_t sequence : sequences) {
+    const double length = static_cast<double>(lengths[static_cast<size_t>(sequence)]);
+    weights.push_back(static_cast<float>(1.0 / (all * length)));
+  }
+  return weights;
+}
+
+LossStatistics loss_statistics(const BatchLoss& loss, const Scores& scores) {
+  const bool has_ratio = loss.options.kind != LossKind::cross_entropy;
+  const bool by_sequence = loss.options.kind == LossKind::gspo;
+  const double low = 1.0 - static_cast<double>(loss.options.clip_low);
+  const double high = 1.0 + static_cast<double>(loss.options.clip_high);
+  const size_t rows = scores.logprobs.size();
+  const auto logprob = [&](size_t r) { return static_cast<double>(scores.logprobs[r]); };
+  const auto counts = [&](size_t r) { return loss.weights[r] != 0.0f; };
+  const auto log_ratio = [&](size_t r) {
+    const float old = loss.old_logprobs[r];
+    return std::isnan(old) ? 0.0 : logprob(r) - static_cast<double>(old);
+  };
+
+  LossStatistics statistics;
+  int64_t clipped_low = 0, clipped_high = 0, ratios = 0;
+  double kl = 0.0, entropy = 0.0, ratio_sum = 0.0;
+  double least = std::numeric_limits<double>::infinity(), most = -least;
+  for (size_t begin = 0, end = 0; begin < rows; begin = end) {
+    // Rows [begin, end) share a ratio.
+    end = begin + 1;
+    while (by_sequence && end < rows && loss.sequences[end] == loss.sequences[begin]) ++end;
+    double sum = 0.0;
+    int64_t length = 0;
+    for (size_t r = begin; r < end; ++r) {
+      if (!counts(r)) continue;
+      ++length;
+      if (has_ratio) sum += log_ratio(r);
+      entropy += static_cast<double>(scores.entropies[r]);
+      if (loss.reference_logprobs.empty() || std::isnan(loss.reference_logprobs[r])) continue;
+      const double difference = static_cast<double>(loss.reference_logprobs[r]) - logprob(r);
+      kl += std::exp(difference) - difference - 1.0;
+    }
+    statistics.tokens += length;
+    if (length == 0 || !has_ratio) continue;
+    const double ratio = std::exp(sum / static_cast<double>(length));
+    ratio_sum += ratio;
+    ++ratios;
+    least = std::min(least, ratio);
+    most = std::max(most, ratio);
+    for (size_t r = begin; r < end; ++r) {
+      if (!counts(r)) continue;
+      clipped_low += loss.options.kind != LossKind::cispo && ratio < low && loss.advantages[r] < 0.0f;
+      clipped_high += ratio > high && loss.advantages[r] > 0.0f;
+    }
+  }
+  if (statistics.tokens == 0) return statistics;
+  const double tokens = static_cast<double>(statistics.tokens);
+  statistics.kl = kl / tokens;
+  statistics.entropy = entropy / tokens;
+  statistics.clip_low_fraction = static_cast<double>(clipped_low) / tokens;
+  statistics.clip_high_fraction = static_cast<double>(clipped_high) / tokens;
+  if (ratios > 0) {
+    statistics.ratio_mean = ratio_sum / static_cast<double>(ratios);
+    statistics.ratio_min = least;
+    statistics.ratio_max = most;
+  }
+  return statistics;
+}
+
+LossStatistics unknown_statistics(size_t rows) {
+  const double none = std::numeric_limits<double>::quiet_NaN();
+  return {static_cast<int64_t>(rows), none, none, none, none, none, none, none};
+}
+
+}  // namespace merf
