@@ -13,8 +13,8 @@
 
 namespace merf {
 
-// What jobs share of one model. The model is made by the first job and goes with the last, both on the engine's
-// thread.
+// What jobs share of one model. The model is made by the first job and goes with the last, both on the
+// engine's thread.
 struct ModelState {
   Engine* engine = nullptr;
   ModelConfig config;

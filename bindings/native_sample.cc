@@ -61,7 +61,8 @@ Napi::Uint8Array reasons_to_js(Napi::Env env, const std::vector<FinishReason>& r
   return array;
 }
 
-// Tokens on their way to a listener: those of steps that come while the event loop is busy join what waits there.
+// Tokens on their way to a listener: those of steps that come while the event loop is busy join what waits
+// there.
 class TokenStream final : public Delivery, public std::enable_shared_from_this<TokenStream> {
  public:
   TokenStream(std::shared_ptr<Mailbox> mailbox, uint32_t listener, std::shared_ptr<Cancel> cancel)

@@ -23,6 +23,7 @@ Tensor Arena::take(DType dtype, std::initializer_list<int64_t> shape) {
   const size_t bytes = aligned(tensor.bytes());
   taken_ += bytes;
   most_ = std::max(most_, taken_);
+  if (floor_ > 0) most_behind_ = std::max(most_behind_, taken_);
   if (backend_ == nullptr) return tensor;
   while (block_ < blocks_.size() && offset_ + bytes > blocks_[block_].bytes()) {
     ++block_;
@@ -47,17 +48,25 @@ void Arena::release(Mark mark) {
 
 void Arena::reset() {
   release({});
+  if (floor_ == 0 && blocks_.size() > 1) reserve(most_);
   // Behind a lodger there may be a second block.
-  if (blocks_.size() > (floor_ > 0 ? 2 : 1)) reserve(most_);
+  if (floor_ > 0 && blocks_.size() > 2) reserve(most_behind_);
 }
 
 void Arena::reserve(size_t bytes) {
+  // The front may have become free since the last reset.
+  release({});
   const size_t behind = floor_ > 0 ? 1 : 0;  // the first block that is whole
   if (blocks_.size() == 1 && blocks_[0].bytes() - floor_ >= bytes) return;
   if (blocks_.size() == behind + 1 && blocks_[behind].bytes() >= bytes) return;
   most_ = std::max(most_, bytes);
-  blocks_.resize(std::min(blocks_.size(), behind));
-  blocks_.push_back(backend_->allocate(DType::f32, {static_cast<int64_t>(most_ / sizeof(float))}));
+  most_behind_ = std::max(most_behind_, bytes);
+  const size_t needed = floor_ > 0 ? most_behind_ : most_;
+  // What a lodger had made too small may do without it.
+  const bool fits = floor_ == 0 && blocks_.size() > 1 && blocks_[0].bytes() >= needed;
+  blocks_.resize(std::min(blocks_.size(), fits ? 1 : behind));
+  if (!fits)
+    blocks_.push_back(backend_->allocate(DType::f32, {static_cast<int64_t>(needed / sizeof(float))}));
 }
 
 size_t Arena::held() const {
@@ -86,6 +95,7 @@ Tensor Arena::lodge(size_t bytes) {
     backend_->copy(lodger_.rows(0, before.shape[0]), before);
   }
   floor_ = in_front ? bytes : 0;
+  if (!before) most_behind_ = 0;
   release({});
   return lodger_;
 }

@@ -27,7 +27,8 @@ class Arena {
   size_t taken() const { return taken_; }
   // Bytes of the device that are the arena's, in use or not.
   size_t held() const;
-  // Gives everything back but what is lodged; where the last use spilled over several blocks, they become one.
+  // Gives everything back but what is lodged; where the last use spilled over several blocks, they become
+  // one.
   void reset();
   // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only
   // after the first reset() that follows, and then in memory that has not been touched before.
@@ -39,8 +40,8 @@ class Arena {
   // arena's own memory where that has room, since whoever needs all of the arena can turn it out: so it makes
   // no call's memory larger than it was. There is one at a time.
 
-  // Lodges `bytes` (more than before, or the first), where nothing is taken: [bytes] as f32 words, which begin
-  // with what was lodged before. Throws OUT_OF_MEMORY, and leaves what there was.
+  // Lodges `bytes` (more than before, or the first), where nothing is taken: [bytes] as f32 words, which
+  // begin with what was lodged before. Throws OUT_OF_MEMORY, and leaves what there was.
   Tensor lodge(size_t bytes);
   size_t lodged() const { return lodger_ ? lodger_.bytes() : 0; }
   // Names the lodger that is there: another number once it has been turned out.
@@ -59,6 +60,7 @@ class Arena {
   Tensor lodger_;
   // Bytes at the front of the first block that are the lodger's; 0 where it has memory of its own.
   size_t floor_ = 0;
+  size_t most_behind_ = 0;  // the most that taken_ was behind it
   uint64_t lodging_ = 0;
 };
 

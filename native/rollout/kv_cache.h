@@ -1,8 +1,8 @@
 // The keys and values of all layers in pages.
 //
-// Everything of one page, the keys of each layer and then the values of each, is one piece of memory, so that a cache
-// grows by memory behind it and what it holds stays where it is. The operators see one layer at a time: pages of that
-// layer are as many numbers apart as a piece has parts.
+// Everything of one page, the keys of each layer and then the values of each, is one piece of memory, so that
+// a cache grows by memory behind it and what it holds stays where it is. The operators see one layer at a
+// time: pages of that layer are as many numbers apart as a piece has parts.
 #pragma once
 
 #include <vector>

@@ -27,7 +27,7 @@ class PageAllocator {
     free_.reserve(static_cast<size_t>(pages));
     total_ = pages;
   }
-  // Throws OUT_OF_MEMORY where none is left.
+  // Hands out a page. Throws OUT_OF_MEMORY where none is left.
   int32_t acquire() {
     if (free_.empty()) {
       throw Error("OUT_OF_MEMORY",

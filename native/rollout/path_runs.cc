@@ -45,7 +45,8 @@ class PathRuns {
     }
   }
 
-  // The rows may leave the node behind different tokens of it. A run begins with a page, so what they share ends with one.
+  // The rows may leave the node behind different tokens of it. A run begins with a page, so what they share
+  // ends with one.
   void add_node(std::vector<int32_t> rows, size_t depth) {
     const int32_t node = path_of(rows.front())[depth].node;
     int32_t begin = 0;

@@ -1,5 +1,5 @@
-// The runs of a DecodePlan (backend.h) for rows that attend to paths of a session's tree. Rows whose paths begin alike
-// share runs.
+// The runs of a DecodePlan (backend.h) for rows that attend to paths of a session's tree. Rows whose paths
+// begin alike share runs.
 #pragma once
 
 #include "rollout/session.h"

@@ -6,7 +6,8 @@
 namespace merf {
 namespace {
 
-// What the softmaxes of a paged pass may take, which a device keeps for each stretch of 256 cached tokens of a row.
+// What the softmaxes of a paged pass may take, which a device keeps for each stretch of 256 cached tokens of
+// a row.
 constexpr int64_t kPartialBytes = int64_t{128} << 20;
 
 // Forest attention that also stores keys and values.
@@ -72,7 +73,8 @@ void Scheduler::prefill_pass(const PrefillPass& pass) {
     // What is known stays as it is.
     slots.push_back(behind < 0 ? -1 : session_.slot_of(place.node, behind));
     if (pass.paged) continue;
-    // Trees that are computed whole stand here as they stand in the forest; the last may go on in another pass.
+    // Trees that are computed whole stand here as they stand in the forest; the last may go on in another
+    // pass.
     const size_t until = visible_until.size() + static_cast<size_t>(request_.visible_until[from] - i);
     visible_until.push_back(static_cast<int32_t>(std::min(until, count)));
   }
@@ -150,8 +152,8 @@ void Scheduler::plan_paged_pass(const PrefillPass& pass) {
   backend_.plan_decode(plan_, static_cast<int64_t>(pass.tokens.size()));
 }
 
-// The first token of every completion whose prompt ends in this pass; completions of one prompt share one row of
-// logits.
+// The first token of every completion whose prompt ends in this pass; completions of one prompt share one row
+// of logits.
 void Scheduler::draw_first_tokens(const Tensor& x, const PrefillPass& pass) {
   struct Source {
     int32_t row;

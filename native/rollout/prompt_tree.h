@@ -1,4 +1,5 @@
-// The segments of a packed forest of prompts: stretches of tokens that every completion under them sees whole.
+// The segments of a packed forest of prompts: stretches of tokens that every completion under them sees
+// whole.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,8 @@ struct PromptTree {
 PromptTree make_prompt_tree(const std::vector<int32_t>& visible_until,
                             const std::vector<int32_t>& prompt_rows);
 
-// One forward pass of a prefill. Where it is not paged, all that its tokens see is in it; else they attend to the cache,
-// which holds what earlier passes and calls computed.
+// One forward pass of a prefill. Where it is not paged, all that its tokens see is in it; else they attend to
+// the cache, which holds what earlier passes and calls computed.
 struct PrefillPass {
   bool paged = false;
   std::vector<int32_t> tokens;  // of the forest, rising within a tree
@@ -35,8 +36,8 @@ struct PrefillLimits {
   int64_t partials;  // stretches of cached tokens that the tokens of a paged pass attend to, about
 };
 
-// The passes that compute of every segment the tokens from `first_computed[segment]` on. Trees that are computed whole
-// come first.
+// The passes that compute of every segment the tokens from `first_computed[segment]` on. Trees that are
+// computed whole come first.
 std::vector<PrefillPass> split_prefill(const PromptTree& tree, const std::vector<int32_t>& first_computed,
                                        const PrefillLimits& limits);
 

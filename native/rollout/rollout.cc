@@ -42,14 +42,21 @@ Error out_of_memory(const Error& error, Model& model, const SampleRequest& reque
 SampleResult sample(Session& session, const TokenBytes& token_bytes, const SampleRequest& request,
                     const Cancel& cancel, const DrawCallback& on_draw) {
   Model& model = session.model();
+  bool told = false;
+  DrawCallback tell;
+  if (on_draw) {
+    tell = [&](const Drawn& drawn) {
+      told = true;
+      on_draw(drawn);
+    };
+  }
   for (bool again = session.bytes() > 0;; again = false) {
-    Scheduler scheduler(session, token_bytes, request, cancel, on_draw);
     try {
-      return scheduler.run();
+      return Scheduler(session, token_bytes, request, cancel, tell).run();
     } catch (const Error& error) {
       session.clear();
       if (error.code != "OUT_OF_MEMORY") throw;
-      if (!again || scheduler.told()) throw out_of_memory(error, model, request);
+      if (!again || told) throw out_of_memory(error, model, request);
       // Without what was kept there may be enough.
       model.arena().free();
     }

@@ -1,6 +1,6 @@
-// Samples completions for a packed forest of prompts: prefills every distinct prompt token that the session does not
-// have once, then decodes all live completions as one batch against a paged key/value cache in which they share their
-// prompts' pages.
+// Samples completions for a packed forest of prompts: prefills every distinct prompt token that the session
+// does not have once, then decodes all live completions as one batch against a paged key/value cache in which
+// they share their prompts' pages.
 #pragma once
 
 #include <cstdint>
@@ -26,14 +26,14 @@ struct SampleRequest {
   std::vector<int32_t> stop_tokens;  // end a completion and stay in it
   std::vector<std::string> stop_strings;
   int32_t max_live_sequences = 0;  // decoded together at most; 0: kDefaultLiveSequences
-  // For what the backward of an update needs (Model::set_activation_cache) at most; of as many layers as fit. Above 0 every token of the
-  // prompts is computed, whether the session has it or not.
+  // For what the backward of an update needs (Model::set_activation_cache) at most; of as many layers as fit.
+  // Above 0 every token of the prompts is computed, whether the session has it or not.
   int64_t keep_bytes = 0;
   int64_t cache_bytes = 0;     // of keys and values at most, if that holds the prompts and one completion;
                                // 0: a quarter of the device's memory, or half of what is left of it
   int32_t prefill_tokens = 0;  // in one forward pass at most; 0: kPrefillTokens
-  // Whether a step is enqueued before the draws of the last one are looked at; else, as suits the device. What is drawn
-  // does not depend on it.
+  // Whether a step is enqueued before the draws of the last one are looked at; else, as suits the device.
+  // What is drawn does not depend on it.
   std::optional<bool> ahead;
 };
 
@@ -59,8 +59,8 @@ struct SampleResult {
   double decode_seconds = 0.0;
 };
 
-// What a step drew: which completions, their tokens, the tokens' log-probabilities under the distribution drawn from,
-// and what ended the completion with it, or pending.
+// What a step drew: which completions, their tokens, the tokens' log-probabilities under the distribution
+// drawn from, and what ended the completion with it, or pending.
 struct Drawn {
   std::vector<int32_t> sequences, tokens;
   std::vector<float> sampling_logprobs;
@@ -75,10 +75,10 @@ struct Drawn {
 };
 using DrawCallback = std::function<void(const Drawn&)>;
 
-// A completion ends with a stop token, at a stop string, after max_tokens or at the end of the context. Token i of a
-// completion is drawn at counter i of its key, so it does not depend on what else is in the batch. A cancelled call
-// returns what was drawn; unfinished completions are pending. Throws CONTEXT_EXCEEDED where a prompt fills the context.
-// `on_draw` may be empty, and hears of every token once.
+// A completion ends with a stop token, at a stop string, after max_tokens or at the end of the context. Token
+// i of a completion is drawn at counter i of its key, so it does not depend on what else is in the batch. A
+// cancelled call returns what was drawn; unfinished completions are pending. Throws CONTEXT_EXCEEDED where a
+// prompt fills the context. `on_draw` may be empty, and hears of every token once.
 SampleResult sample(Session& session, const TokenBytes& token_bytes, const SampleRequest& request,
                     const Cancel& cancel, const DrawCallback& on_draw);
 // In a session that ends with the call.

@@ -195,8 +195,8 @@ void Scheduler::make_kept() {
     const auto within = [&](int64_t count) {
       return ActivationCache::layers_within(request_.keep_bytes, config_, count, gradients);
     };
-    // New memory costs time, so there is room for the next prompts, which may be a little longer, and what there is serves
-    // where it is not much less than could be.
+    // New memory costs time, so there is room for the next prompts, which may be a little longer, and what
+    // there is serves where it is not much less than could be.
     const int64_t roomy = rows + rows / 16;
     const size_t layers = within(roomy);
     if (layers == 0) return;
@@ -255,9 +255,7 @@ void Scheduler::take_draws(const Step& step) {
     live_changed_ = live_changed_ || end != live_.end();
     live_.erase(end, live_.end());
   }
-  if (!on_draw_ || drawn_.sequences.empty()) return;
-  told_ = true;
-  on_draw_(drawn_);
+  if (on_draw_ && !drawn_.sequences.empty()) on_draw_(drawn_);
 }
 
 // Appends a token; whether it was the last.
@@ -280,9 +278,9 @@ bool Scheduler::push(Sequence& sequence, int32_t token, float sampling_logprob, 
   return true;
 }
 
-// Leaves the session what a completion had and gives back what it was promised; release_unused_segments then does so for
-// the segments that nobody is under any more. What is enqueued already may still use pages that are given up: whoever
-// has them next comes behind it.
+// Leaves the session what a completion had and gives back what it was promised; release_unused_segments then
+// does so for the segments that nobody is under any more. What is enqueued already may still use pages that
+// are given up: whoever has them next comes behind it.
 void Scheduler::leave(Sequence& sequence) {
   if (sequence.left) return;
   sequence.left = true;

@@ -1,5 +1,5 @@
-// One call of sample: which completions are decoded together, and when. prefill.cc has how prompts are computed,
-// decode.cc how completions are.
+// One call of sample: which completions are decoded together, and when. prefill.cc has how prompts are
+// computed, decode.cc how completions are.
 #pragma once
 
 #include <array>
@@ -35,8 +35,6 @@ class Scheduler {
   Scheduler(Session& session, const TokenBytes& token_bytes, const SampleRequest& request,
             const Cancel& cancel, const DrawCallback& on_draw);
   SampleResult run();
-  // Whether anybody has been told of a token.
-  bool told() const { return told_; }
 
  private:
   struct Sequence {
@@ -91,8 +89,8 @@ class Scheduler {
   void release_unused_segments();
   void finish();
   void collect();
-  // Draws for the rows of `logits`, which are those from `first` on of a step of `of` rows, as are keys [of, 2] and
-  // counters [of].
+  // Draws for the rows of `logits`, which are those from `first` on of a step of `of` rows, as are keys [of,
+  // 2] and counters [of].
   void draw(const Tensor& logits, const Tensor& keys, const Tensor& counters, int64_t first, int64_t of);
 
   // ---- prefill.cc
@@ -134,14 +132,15 @@ class Scheduler {
   std::vector<Place> places_;        // by segment
   std::vector<int32_t> segment_of_;  // of every token of the request
 
-  // A step's inputs, which reach the device with the plan: sources, positions, slots, counters (each [rows]), keys
-  // [rows, 2], and where what is kept goes [2]. Its outputs: [4, rows].
+  // A step's inputs, which reach the device with the plan: sources, positions, slots, counters (each [rows]),
+  // keys [rows, 2], and where what is kept goes [2]. Its outputs: [4, rows].
   std::vector<int32_t> inputs_;
   Tensor outputs_, ids_, logits_, hidden_;
   int64_t logits_rows_ = 0;
   Recorder& recorder_;
-  // Whether a step is enqueued before the draws of the last one are looked at. The host knows all of it but the tokens
-  // that it is fed, which the device has, and which sequences those end. Such a sequence runs in it in vain.
+  // Whether a step is enqueued before the draws of the last one are looked at. The host knows all of it but
+  // the tokens that it is fed, which the device has, and which sequences those end. Such a sequence runs in
+  // it in vain.
   const bool ahead_;
   std::array<Step, 2> steps_;
 
@@ -158,7 +157,6 @@ class Scheduler {
   std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
 
   Drawn drawn_;
-  bool told_ = false;
   SampleResult result_;
 };
 

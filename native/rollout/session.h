@@ -1,13 +1,14 @@
-// What a policy has computed of earlier calls' prompts and completions: keys and values in pages, found by the tokens.
+// What a policy has computed of earlier calls' prompts and completions: keys and values in pages, found by
+// the tokens.
 //
-// Tokens stand in a tree. A node is a stretch of tokens with pages of its own, filled from the start; it hangs behind
-// any token of another node, so that no stretch is ever divided and no page is copied. Whoever has a prompt follows it
-// as far as it goes and computes the rest, which becomes a node. A completion is a node that grows while it is decoded.
-// Completions that begin alike have those tokens each in pages of its own; they are found through the first, from which
-// the way to the others leads where they part.
+// Tokens stand in a tree. A node is a stretch of tokens with pages of its own, filled from the start; it
+// hangs behind any token of another node, so that no stretch is ever divided and no page is copied. Whoever
+// has a prompt follows it as far as it goes and computes the rest, which becomes a node. A completion is a
+// node that grows while it is decoded. Completions that begin alike have those tokens each in pages of its
+// own; they are found through the first, from which the way to the others leads where they part.
 //
-// Nodes that a running call uses are pinned. Of the others the pages are given up where they are wanted, those of the
-// least recently used leaf first, from its end.
+// Nodes that a running call uses are pinned. Of the others the pages are given up where they are wanted,
+// those of the least recently used leaf first, from its end.
 #pragma once
 
 #include <cstdint>
@@ -24,16 +25,17 @@ namespace merf {
 
 class Session {
  public:
-  // Behind the first `tokens` tokens of a node, and all that is above it. The first of all: nothing stands before it.
+  // A position stands behind the first `tokens` tokens of a node and all that is above them. Nothing stands
+  // before the default one.
   struct Position {
     int32_t node = 0;
     int32_t tokens = 0;
     bool operator==(const Position&) const = default;
   };
 
-  // `bytes`: of keys and values that may stay from one call to the next; 0: nothing does; below 0: what suits the device.
-  // The memory is the arena's (Arena::lodge): it goes at the next change of a weight, and where a pass needs it that
-  // the arena would have to grow for.
+  // At most `bytes` bytes of keys and values stay from one call to the next: nothing where it is 0, what suits
+  // the device where it is below. The memory is the arena's (Arena::lodge): it goes at the next change of a
+  // weight, and where a gradient pass needs more than the arena has beside it.
   explicit Session(Model& model, int64_t bytes = -1);
   ~Session();
   Session(const Session&) = delete;
@@ -41,7 +43,7 @@ class Session {
 
   Model& model() { return model_; }
   const KvCache& cache() const { return cache_; }
-  // Bytes of the pages that hold something that may still be used.
+  // The pages that hold something that may still be used take so many bytes.
   int64_t bytes() const;
   // Forgets everything and gives the memory back.
   void clear();
@@ -53,8 +55,8 @@ class Session {
   // Gives up what may not stay. Nothing is pinned.
   void end();
 
-  // Follows `count` tokens from a position as far as they are known. Returns where that ends, and how many they are;
-  // `path` gets the nodes that were gone through, the first of them perhaps that of `from`.
+  // Follows `count` tokens from a position as far as they are known. Returns where that ends, and how many
+  // they are; `path` gets the nodes that were gone through, the first of them perhaps that of `from`.
   std::pair<Position, int32_t> follow(Position from, const int32_t* tokens, int32_t count,
                                       std::vector<int32_t>& path) const;
   // The nodes from the first token to a position, each with how many of its tokens lie before it.
@@ -66,26 +68,26 @@ class Session {
   // Has `pages` pages in all, at least. Throws OUT_OF_MEMORY, and leaves what there was.
   void reserve(int32_t pages);
   int32_t pages() const { return pages_.total(); }
-  // Pages that no pinned node has.
+  // The pages that no pinned node has, whether they hold something or not.
   int32_t available_pages() const { return pages_.available() + unpinned_pages_; }
   int32_t pinned_pages() const { return pages_.total() - available_pages(); }
-  // Pages that would have to be given up for others.
+  // The pages that hold something and would be given up for others.
   int32_t unpinned_pages() const { return unpinned_pages_; }
-  // What suits the device for pages that stay.
+  // The pages that may stay from one call to the next.
   int32_t pages_to_keep() const;
 
-  // A pinned node behind `at` for tokens that are going to be computed. Where there are some already they can be followed
-  // at once, and have their pages; else they come by extend and close.
+  // A pinned node behind `at` for tokens that are going to be computed. Where there are some already they can
+  // be followed at once, and have their pages; else they come by extend and close.
   int32_t open(Position at, const int32_t* tokens, int32_t count);
-  // A further page.
+  // Adds a page to a node.
   void extend(int32_t node);
-  // Unpins the node, whose first `count` tokens have been computed; the others go. The node goes, too, where none have
-  // or all of them are found elsewhere.
+  // Unpins the node, whose first `count` tokens have been computed; the others go. The node goes, too, where
+  // none have or all of them are found elsewhere.
   void close(int32_t node, const int32_t* tokens, int32_t count);
 
   const std::vector<int32_t>& pages_of(int32_t node) const { return at(node).pages; }
   Position parent_of(int32_t node) const { return at(node).parent; }
-  // The slot of a node's token.
+  // The slot of a node's token, as in cache_write.
   int32_t slot_of(int32_t node, int32_t token) const {
     return cache_.slot_of(at(node).pages[static_cast<size_t>(token / kPageTokens)],
                           token % static_cast<int32_t>(kPageTokens));

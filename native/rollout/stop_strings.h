@@ -22,7 +22,8 @@ struct TokenBytes {
   }
 };
 
-// What one completion has to remember: as many of its last bytes as the beginning of a stop string could take.
+// What one completion has to remember: as many of its last bytes as the beginning of a stop string could
+// take.
 class StopStringMatcher {
  public:
   // Whether `strings` (none of them empty) contains one that ends within the bytes of the next token.

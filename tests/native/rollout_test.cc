@@ -57,8 +57,8 @@ struct Fixture {
   Model model;
 };
 
-// A root of 70 tokens (three pages, the last partly filled) with prompts of 5, 33 and 1 tokens under it, the second of
-// which goes on from the first, and a prompt of its own.
+// A root of 70 tokens (three pages, the last partly filled) with prompts of 5, 33 and 1 tokens under it, the
+// second of which goes on from the first, and a prompt of its own.
 SampleRequest make_request(int32_t count, int32_t max_tokens) {
   SampleRequest r;
   const auto add = [&](int tokens, int position, int until) {
@@ -153,7 +153,8 @@ TEST_CASE("decoded log-probabilities and entropies are those of the full forward
         }
       }
       CAPTURE(worst);
-      // A GPU's products are summed in another order where rows are few, so that both sides have their own rounding.
+      // A GPU's products are summed in another order where rows are few, so that both sides have their own
+      // rounding.
       const double in_f32 = backend.info().name == "cpu" ? 2e-5 : 4e-5;
       CHECK(worst < (dtype == DType::f32 ? in_f32 : 0.1));
     }
@@ -392,8 +393,8 @@ TEST_CASE("steps that are enqueued before the last one's draws are seen draw the
       bytes.bytes += static_cast<char>('A' + t % 3);
       bytes.offsets.push_back(static_cast<int32_t>(bytes.bytes.size()));
     }
-    // Ends by length, by tokens and by strings, at different steps; everybody at once, a few at a time, and in a cache
-    // that holds hardly more than one.
+    // Ends by length, by tokens and by strings, at different steps; everybody at once, a few at a time, and
+    // in a cache that holds hardly more than one.
     SampleRequest mixed = make_request(3, 36);
     mixed.max_tokens = {36, 1, 2, 20};
     mixed.stop_tokens = {8};
@@ -451,7 +452,8 @@ TEST_CASE("steps that are enqueued before the last one's draws are seen draw the
       }
       // Where a row stands in the batch shows in the last bits of a sum over it.
       CHECK(relative_error(result.entropies, expected.entropies) < 1e-5);
-      // A length is known beforehand. What waits for the place of a sequence that ends otherwise comes a step later.
+      // A length is known beforehand. What waits for the place of a sequence that ends otherwise comes a step
+      // later.
       CHECK(result.decode_steps >= expected.decode_steps);
       if (request.stop_tokens.empty()) CHECK(result.decode_steps == expected.decode_steps);
     }
@@ -467,7 +469,8 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
     SampleRequest request = make_request(3, 12);
     SampleRequest other = request;
     other.options.seed = 12;
-    // Without recordings, and of operators one by one, which round an adapter or a split sum elsewhere than fused ones do.
+    // Without recordings, and of operators one by one, which round an adapter or a split sum elsewhere than
+    // fused ones do.
     const bool fused = backend.info().name != "cpu";
     ProfiledBackend profiled(std::shared_ptr<Backend>(&backend, [](Backend*) {}));
     Fixture plain(profiled, config);
@@ -527,7 +530,8 @@ TEST_CASE("recordings outlive a rollout, an update of the weights and what is ke
         CHECK((fused ? relative_error(sums[0][i], sums[1][i]) < 0.05 : same_bits(sums[0][i], sums[1][i])));
       }
     }
-    // Steps that keep something have a recording of their own; how many layers they keep changes where its kernels write.
+    // Steps that keep something have a recording of their own; how many layers they keep changes where its
+    // kernels write.
     const int64_t made = f.model.recorder().counts().made;
     CHECK(made == (records ? 2 : 0));
     request.keep_bytes = 0;

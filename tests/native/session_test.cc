@@ -133,7 +133,8 @@ double tolerance_of(Backend& backend, DType dtype) {
   return backend.info().exact ? 0.0 : dtype == DType::f32 ? 1e-3 : 0.3;
 }
 
-// In a session and without it: the same bits where the device is exact, else what a forward over everything gives.
+// In a session and without it: the same bits where the device is exact, else what a forward over everything
+// gives.
 SampleResult check_sample(Session& session, const std::vector<Tokens>& prompts,
                           const SampleRequest& request) {
   const SampleResult result = sample(session, {}, request, Cancel(), nullptr);
@@ -290,8 +291,8 @@ TEST_CASE("a session keeps what was used last") {
     CHECK(none.bytes() == 0);
     CHECK(f.arena.lodged() == 0);
 
-    // The running call's needs come first: a cache of 8 pages has no room for another two prompts of 3 and a completion
-    // of 2 beside what is known.
+    // The running call's needs come first: a cache of 8 pages has no room for another two prompts of 3 and a
+    // completion of 2 beside what is known.
     Session small(f.model);
     CHECK(prefilled(small, 1) == 96);
     std::vector<Tokens> two = {tokens_from(2, 96), tokens_from(3, 96)};
@@ -479,6 +480,21 @@ TEST_CASE("an arena's lodger stays while it may") {
     CHECK(arena.lodged() == 16 * kMiB);
     arena.make_room(17 * kMiB);
     CHECK(arena.lodged() == 0);
+    arena.reserve(17 * kMiB);
+    arena.take(DType::f32, {int64_t{32} << 18});
+    CHECK(arena.held() == 32 * kMiB);
+    arena.reset();
+    // What finds no room behind it has a block of its own, which goes where one block will do again.
+    arena.lodge(30 * kMiB);
+    for (int i = 0; i < 3; ++i) {
+      arena.reset();
+      arena.take(DType::f32, {int64_t{5} << 18});
+      arena.take(DType::f32, {int64_t{3} << 18});
+      arena.take(DType::f32, {int64_t{3} << 18});
+    }
+    CHECK(arena.held() == 32 * kMiB + 11 * kMiB);
+    arena.turn_out();
+    arena.reserve(20 * kMiB);
     CHECK(arena.held() == 32 * kMiB);
     arena.free();
     CHECK(arena.held() == 0);
@@ -524,7 +540,8 @@ TEST_CASE("rows whose paths part within a page share what lies before it") {
     CHECK(seen[2] == pages(root, 64));
     CHECK(seen[3].empty());
     CHECK(seen[4] == both(pages(root, 70), pages(leaf, 33)));
-    // Two pages of the root for four rows, its rest for two and for one; a page of the leaf for both, its rest for each.
+    // Two pages of the root for four rows, its rest for two and for one; a page of the leaf for both, its
+    // rest for each.
     CHECK(plan.runs.size() == 6);
     session.close(leaf, nullptr, 40);
     session.close(root, nullptr, 100);
