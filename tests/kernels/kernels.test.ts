@@ -231,8 +231,12 @@ describe('sampling', () => {
     const kept = await truncated.tokens.read();
     expect(Math.max(...kept)).toBe(1);
     expectClose(
-      await truncated.logprobs.read(),
+      await truncated.samplingLogprobs.read(),
       Array.from(kept, (t) => Math.log((t === 0 ? 0.16 : 0.09) / 0.25)),
+    );
+    expectClose(
+      await truncated.logprobs.read(),
+      Array.from(kept, (t) => Math.log(probabilities[t] as number)),
     );
     expect(new Set(await (await sampleTokens({ ...args, temperature: 0 })).tokens.read())).toEqual(
       new Set([0]),
