@@ -111,7 +111,13 @@ void Arena::make_room(size_t bytes) {
   if (!lodger_ || (floor_ > 0 && blocks_[0].bytes() - floor_ >= bytes)) return;
   if (lodged() > kSmallLodger) return turn_out();
   if (floor_ == 0) return;
-  const Tensor own = backend_->allocate(DType::f32, {lodger_.shape[0]});
+  Tensor own;
+  try {
+    own = backend_->allocate(DType::f32, {lodger_.shape[0]});
+  } catch (const Error& error) {
+    if (error.code != "OUT_OF_MEMORY") throw;
+    return turn_out();
+  }
   backend_->copy(own, lodger_);
   lodger_ = own;
   floor_ = 0;
