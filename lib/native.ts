@@ -179,7 +179,7 @@ export interface NativeSampleRequest extends NativeSamplingOptions {
   stopStrings: Uint8Array[];
   /** How many completions are decoded together at most; 0: the engine's choice. */
   maxLiveSequences: number;
-  /** Of what `forwardBackward` can do without a forward pass with, at most; 0 (default): nothing is kept. */
+  /** Bytes of activations that are kept for `forwardBackward` at most; 0 (default): none are. */
   keepBytes?: number | undefined;
 }
 
@@ -191,7 +191,7 @@ export interface NativeSampleResult {
   logprobs: Float32Array;
   /** Under the distribution drawn from. */
   samplingLogprobs: Float32Array;
-  /** Of softmax(logits), in nats. */
+  /** Entropies of softmax(logits), in nats. */
   entropies: Float32Array;
   /** [S] 0: stop token, 1: length, 2: stop string, 3: pending, which has not ended */
   finishReasons: Uint8Array;

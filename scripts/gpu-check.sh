@@ -734,7 +734,7 @@ for call in "${calls[@]}"; do
   mkdir -p "$results/logs"
   began_call=$SECONDS
   deadline=$seconds
-  # Of both, right or wrong gets its planned share.
+  # Right or wrong gets its planned share of both.
   if [ "$call" = right ] && [ "${#calls[@]}" -gt 1 ]; then
     deadline=$((seconds * planned[right] / (planned[right] + planned[speed])))
   fi

@@ -17,7 +17,7 @@ export interface EvaluateOptions<Row>
   samples?: number;
   /** The k of pass@k, none above `samples` (default: the powers of 2 up to it). */
   passAt?: readonly number[];
-  /** The same seed draws the same completions, so that evaluations of one run differ by the weights alone. */
+  /** Seed of the draws: equal seeds draw equal completions, so that evaluations differ by the weights alone. */
   seed?: number | bigint;
   /** Completions drawn in one batch (default 256). */
   batch?: number;

@@ -309,7 +309,8 @@ class Collection<Row> {
     const row = this.rows[open.row] as Row;
     const { onEnvironmentError = 'fail' } = this.options;
     const seconds = this.options.replySeconds ?? environment.timeoutSeconds ?? defaultReplySeconds;
-    const options = { onEnvironmentError, seconds, signal: this.#signal };
+    const turnsLeft = this.#maxTurns - open.drawn - 1;
+    const options = { onEnvironmentError, seconds, turnsLeft, signal: this.#signal };
     open.state ??= startOf(environment, row, options);
     const { text, tokens, finishReason } = ended;
     const turn = { index: open.drawn, text, tokens, finishReason };

@@ -19,6 +19,12 @@ export interface ReplyOptions {
   readonly signal: AbortSignal;
 }
 
+/** How to ask for a reply. */
+export interface ReplyRequest extends ReplyOptions {
+  /** Turns of the model that may still follow. */
+  readonly turnsLeft: number;
+}
+
 /** What the environment made of a turn: tokens to go on from, an end, or a failure that ends the episode. */
 export type Answer = { turn: GivenTurn } | { end: 'done' } | { end: 'failed'; failure: string };
 
@@ -32,10 +38,10 @@ export async function replyTo<Row, State>(
   turn: ModelTurn,
   row: Row,
   state: State,
-  options: ReplyOptions,
+  options: ReplyRequest,
 ): Promise<Answer> {
   const asked = await askWithin(
-    (signal) => environment.reply(turn, row, state, { signal }),
+    (signal) => environment.reply(turn, row, state, { signal, turnsLeft: options.turnsLeft }),
     `turn ${turn.index + 1}`,
     options,
   );

@@ -36,12 +36,13 @@ export interface Environment<Row = unknown, State = unknown> {
    * What follows a turn of the model; undefined where the episode has ended. Replies to different episodes run side by
    * side.
    * @param context.signal fires when the time is up or the caller gives up
+   * @param context.turnsLeft how many turns of the model may still follow, at least 1
    */
   reply(
     turn: ModelTurn,
     row: Row,
     state: State,
-    context: { readonly signal: AbortSignal },
+    context: { readonly signal: AbortSignal; readonly turnsLeft: number },
   ): Reply | undefined | Promise<Reply | undefined>;
   /** What the model is told where a reply failed and the run's settings say so (default: the failure in brackets). */
   failed?(failure: string): Reply;

@@ -7,7 +7,7 @@ namespace {
 
 constexpr size_t kAlignment = 256;  // bytes; a multiple of cache lines, vector widths and device transactions
 constexpr size_t kSmallestBlock = size_t{4} << 20;
-constexpr size_t kSmallLodger = size_t{8} << 20;
+constexpr size_t kSmallResident = size_t{8} << 20;
 
 size_t aligned(size_t bytes) {
   return (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
@@ -49,7 +49,7 @@ void Arena::release(Mark mark) {
 void Arena::reset() {
   release({});
   if (floor_ == 0 && blocks_.size() > 1) reserve(most_);
-  // Behind a lodger there may be a second block.
+  // Behind a resident there may be a second block.
   if (floor_ > 0 && blocks_.size() > 2) reserve(most_behind_);
 }
 
@@ -62,7 +62,7 @@ void Arena::reserve(size_t bytes) {
   most_ = std::max(most_, bytes);
   most_behind_ = std::max(most_behind_, bytes);
   const size_t needed = floor_ > 0 ? most_behind_ : most_;
-  // What a lodger had made too small may do without it.
+  // A block that a resident had made too small may do without it.
   const bool fits = floor_ == 0 && blocks_.size() > 1 && blocks_[0].bytes() >= needed;
   blocks_.resize(std::min(blocks_.size(), fits ? 1 : behind));
   if (!fits)
@@ -70,13 +70,13 @@ void Arena::reserve(size_t bytes) {
 }
 
 size_t Arena::held() const {
-  size_t bytes = floor_ > 0 ? 0 : lodged();
+  size_t bytes = floor_ > 0 ? 0 : resident_bytes();
   for (const Tensor& block : blocks_) bytes += block.bytes();
   return bytes;
 }
 
 void Arena::free() {
-  turn_out();
+  evict_resident();
   release({});
   blocks_.clear();
   most_ = 0;
@@ -84,42 +84,42 @@ void Arena::free() {
   if (backend_ != nullptr) backend_->release_recordings();
 }
 
-Tensor Arena::lodge(size_t bytes) {
+Tensor Arena::hold_resident(size_t bytes) {
   bytes = aligned(bytes);
-  if (bytes <= lodged()) return lodger_;
+  if (bytes <= resident_bytes()) return resident_;
   const int64_t words = static_cast<int64_t>(bytes / sizeof(float));
-  const Tensor before = lodger_;
+  const Tensor before = resident_;
   const bool in_front = !blocks_.empty() && blocks_[0].bytes() >= bytes;
-  lodger_ = in_front ? blocks_[0].rows(0, words) : backend_->allocate(DType::f32, {words});
-  if (before && before.data != lodger_.data) {
-    backend_->copy(lodger_.rows(0, before.shape[0]), before);
+  resident_ = in_front ? blocks_[0].rows(0, words) : backend_->allocate(DType::f32, {words});
+  if (before && before.data != resident_.data) {
+    backend_->copy(resident_.rows(0, before.shape[0]), before);
   }
   floor_ = in_front ? bytes : 0;
   if (!before) most_behind_ = 0;
   release({});
-  return lodger_;
+  return resident_;
 }
 
-void Arena::turn_out() {
-  if (!lodger_) return;
-  lodger_ = Tensor();
-  ++lodging_;
+void Arena::evict_resident() {
+  if (!resident_) return;
+  resident_ = Tensor();
+  ++resident_version_;
   floor_ = 0;
 }
 
 void Arena::make_room(size_t bytes) {
-  if (!lodger_ || (floor_ > 0 && blocks_[0].bytes() - floor_ >= bytes)) return;
-  if (lodged() > kSmallLodger) return turn_out();
+  if (!resident_ || (floor_ > 0 && blocks_[0].bytes() - floor_ >= bytes)) return;
+  if (resident_bytes() > kSmallResident) return evict_resident();
   if (floor_ == 0) return;
   Tensor own;
   try {
-    own = backend_->allocate(DType::f32, {lodger_.shape[0]});
+    own = backend_->allocate(DType::f32, {resident_.shape[0]});
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
-    return turn_out();
+    return evict_resident();
   }
-  backend_->copy(own, lodger_);
-  lodger_ = own;
+  backend_->copy(own, resident_);
+  resident_ = own;
   floor_ = 0;
   release({});
 }

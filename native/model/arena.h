@@ -27,27 +27,28 @@ class Arena {
   size_t taken() const { return taken_; }
   // Bytes of the device that are the arena's, in use or not.
   size_t held() const;
-  // Gives everything back but what is lodged; where the last use spilled over several blocks, they become
-  // one.
+  // Gives everything back but the resident memory; where the last use spilled over several blocks, they
+  // become one.
   void reset();
   // Has room for `bytes` in one block, where nothing is taken: what grows piece by piece is one block only
   // after the first reset() that follows, and then in memory that has not been touched before.
   void reserve(size_t bytes);
-  // Gives everything back, and returns the memory to the device, lodged or not, with that of recordings.
+  // Gives everything back, and returns the memory to the device, the resident's too, with that of
+  // recordings.
   void free();
 
-  // A lodger is memory that outlives reset(), such as keys and values between two rollouts. It stands in the
-  // arena's own memory where that has room, since whoever needs all of the arena can turn it out: so it makes
-  // no call's memory larger than it was. There is one at a time.
+  // Resident memory outlives reset(), such as keys and values between two rollouts. It stands in the arena's
+  // own blocks where those have room, since whoever needs all of the arena can evict it: so it makes no
+  // call's memory larger than it was. There is one resident at a time.
 
-  // Lodges `bytes` (more than before, or the first), where nothing is taken: [bytes] as f32 words, which
-  // begin with what was lodged before. Throws OUT_OF_MEMORY, and leaves what there was.
-  Tensor lodge(size_t bytes);
-  size_t lodged() const { return lodger_ ? lodger_.bytes() : 0; }
-  // Names the lodger that is there: another number once it has been turned out.
-  uint64_t lodging() const { return lodging_; }
-  void turn_out();
-  // Turns the lodger out, unless it is small, where the arena's memory does not hold both it and `bytes`.
+  // Makes `bytes` resident (more than before, or the first), where nothing is taken: [bytes] as f32 words,
+  // which begin with what was resident before. Throws OUT_OF_MEMORY, and leaves what there was.
+  Tensor hold_resident(size_t bytes);
+  size_t resident_bytes() const { return resident_ ? resident_.bytes() : 0; }
+  // Tells one resident from the next: another number once it has been evicted.
+  uint64_t resident_version() const { return resident_version_; }
+  void evict_resident();
+  // Evicts the resident, unless it is small, where the arena's memory does not hold both it and `bytes`.
   void make_room(size_t bytes);
 
  private:
@@ -57,11 +58,11 @@ class Arena {
   size_t offset_ = 0;  // bytes used in it
   size_t taken_ = 0;   // bytes given out, without what was left over at the ends of blocks
   size_t most_ = 0;    // the most that taken_ ever was
-  Tensor lodger_;
-  // Bytes at the front of the first block that are the lodger's; 0 where it has memory of its own.
+  Tensor resident_;
+  // Bytes at the front of the first block that are the resident's; 0 where it has memory of its own.
   size_t floor_ = 0;
   size_t most_behind_ = 0;  // the most that taken_ was behind it
-  uint64_t lodging_ = 0;
+  uint64_t resident_version_ = 0;
 };
 
 // Says for messages how many of `count` tokens, which need `needed` bytes together, would have fitted into

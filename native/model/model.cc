@@ -86,7 +86,7 @@ void Model::require_trainable(const char* what) const {
 void Model::change_weights() {
   if (activation_cache_) activation_cache_->clear();
   ++weights_version_;
-  arena_.turn_out();
+  arena_.evict_resident();
 }
 
 std::vector<Tensor> Model::borrow_gradients() {
@@ -306,8 +306,8 @@ auto Model::within_memory(int64_t tokens, bool trains, int64_t bytes, const Work
     try {
       arena_.reserve(room);
     } catch (const Error& error) {
-      if (error.code != "OUT_OF_MEMORY" || arena_.lodged() == 0) throw;
-      arena_.turn_out();
+      if (error.code != "OUT_OF_MEMORY" || arena_.resident_bytes() == 0) throw;
+      arena_.evict_resident();
       arena_.reserve(room);
     }
     return work();

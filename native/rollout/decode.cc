@@ -15,17 +15,18 @@ int64_t kinds_of(const SamplingOptions& options) {
 }  // namespace
 
 void Scheduler::decode() {
-  if (kept_) {
+  if (activation_cache_) {
     for_each_token(request_.visible_until, [&](int32_t i, int32_t parent) {
       const auto row_of = [&](int32_t token) -> int32_t& {
-        return kept_prompt_rows_[static_cast<size_t>(token)];
+        return cached_prompt_rows_[static_cast<size_t>(token)];
       };
-      row_of(i) =
-          kept_->set(row_of(i), parent < 0 ? -1 : row_of(parent), request_.tokens[static_cast<size_t>(i)]);
+      row_of(i) = activation_cache_->set(row_of(i), parent < 0 ? -1 : row_of(parent),
+                                         request_.tokens[static_cast<size_t>(i)]);
     });
     for (Sequence& sequence : sequences_) {
       const PromptSegment& segment = tree_.segments[static_cast<size_t>(sequence.segment)];
-      sequence.kept_row = kept_prompt_rows_[static_cast<size_t>(segment.first_token + segment.tokens - 1)];
+      sequence.cached_row =
+          cached_prompt_rows_[static_cast<size_t>(segment.first_token + segment.tokens - 1)];
     }
   }
   for (auto index = order_.rbegin(); index != order_.rend(); ++index) {
@@ -35,8 +36,8 @@ void Scheduler::decode() {
   max_live_ = std::min(live_.capacity(), waiting_.size());
   const int64_t rows = recorder_.step_rows(static_cast<int64_t>(max_live_));
   buffers_ = model_.transformer().make_activations(arena_, rows, SavedLayers::none);
-  staged_ = kept_ && recorder_.records();
-  if (staged_) kept_->stage(arena_, rows, buffers_);
+  staged_ = activation_cache_ && recorder_.records();
+  if (staged_) activation_cache_->stage(arena_, rows, buffers_);
   hidden_ = arena_.take(config_.dtype, {rows, config_.hidden_size});
   Step* before = nullptr;
   Step* step = &steps_[0];
@@ -150,12 +151,12 @@ void Scheduler::enqueue(Step& step) {
     sequence.last_row = static_cast<int32_t>(r);
   }
   if (staged_) {
-    step.kept_first = kept_->advance(live);
-    inputs_[6 * count] = static_cast<int32_t>(step.kept_first);
+    step.cached_first = activation_cache_->advance(live);
+    inputs_[6 * count] = static_cast<int32_t>(step.cached_first);
     inputs_[6 * count + 1] = static_cast<int32_t>(live);
-  } else if (kept_) {
-    step_activations_ = kept_->next(rows, step_activations_);
-    step.kept_first = kept_->used() - rows;
+  } else if (activation_cache_) {
+    step_activations_ = activation_cache_->next(rows, step_activations_);
+    step.cached_first = activation_cache_->used() - rows;
   }
   const Tensor inputs = backend_.plan_decode(plan_, rows, inputs_);
   // What other kernels run for has another recording.
@@ -182,7 +183,8 @@ void Scheduler::enqueue_operators(int64_t rows, const Tensor& inputs) {
     transformer.head(hidden.rows(first, first + count), logits);
     draw(logits, inputs.rows(4 * rows, 6 * rows), inputs.rows(3 * rows, 4 * rows), first, rows);
   }
-  if (staged_) backend_.store_rows(kept_->copies(step_activations_), inputs.rows(6 * rows, 6 * rows + 2));
+  if (staged_)
+    backend_.store_rows(activation_cache_->copies(step_activations_), inputs.rows(6 * rows, 6 * rows + 2));
 }
 
 }  // namespace merf

@@ -33,7 +33,7 @@ class PrefillAttention final : public AttentionStep {
 
 std::vector<PrefillPass> Scheduler::plan_prefill() {
   std::vector<int32_t> first_computed(places_.size(), 0);
-  if (!kept_) {
+  if (!activation_cache_) {
     for (size_t s = 0; s < places_.size(); ++s) first_computed[s] = places_[s].known;
     // A prompt's last token is there for what comes next.
     for (const Sequence& sequence : sequences_) {
@@ -83,11 +83,11 @@ void Scheduler::prefill_pass(const PrefillPass& pass) {
   Transformer& transformer = model_.transformer();
   Activations activations =
       transformer.make_activations(arena_, static_cast<int64_t>(count), SavedLayers::none);
-  if (kept_) {
-    activations = kept_->next(static_cast<int64_t>(count), activations);
-    const int64_t first = kept_->used() - static_cast<int64_t>(count);
+  if (activation_cache_) {
+    activations = activation_cache_->next(static_cast<int64_t>(count), activations);
+    const int64_t first = activation_cache_->used() - static_cast<int64_t>(count);
     for (size_t i = 0; i < count; ++i) {
-      kept_prompt_rows_[static_cast<size_t>(pass.tokens[i])] =
+      cached_prompt_rows_[static_cast<size_t>(pass.tokens[i])] =
           static_cast<int32_t>(first + static_cast<int64_t>(i));
     }
   }

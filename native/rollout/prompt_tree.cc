@@ -65,7 +65,7 @@ std::vector<PrefillPass> split_prefill(const PromptTree& tree, const std::vector
         path.push_back(s);
         for (int32_t i = first_computed[static_cast<size_t>(s)]; i < segment.tokens; ++i) {
           tokens.push_back(segment.first_token + i);
-          // Those of 256 tokens that lie before it, and ends of segments and pages.
+          // Stretches of 256 tokens that lie before it, and ends of segments and pages.
           stretches.push_back((segment.depth + i) / 256 + static_cast<int32_t>(path.size()) + 1);
         }
       }

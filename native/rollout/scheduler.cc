@@ -39,7 +39,7 @@ SampleResult Scheduler::run() {
   arena_.reset();
   find_prompts();
   make_buffers();
-  make_kept();
+  make_activation_cache();
   const auto prefill_start = Clock::now();
   const bool prefilled = prefill();
   release_unused_segments();
@@ -48,7 +48,7 @@ SampleResult Scheduler::run() {
   if (prefilled) decode();
   result_.decode_seconds = seconds_since(decode_start);
   finish();
-  model_.set_activation_cache(std::move(kept_));
+  model_.set_activation_cache(std::move(activation_cache_));
   collect();
   return std::move(result_);
 }
@@ -185,7 +185,7 @@ Session::Position Scheduler::end_of(const Place& place) const {
   return {place.node, this->segment(segment).tokens - place.known};
 }
 
-void Scheduler::make_kept() {
+void Scheduler::make_activation_cache() {
   std::unique_ptr<ActivationCache> before = model_.take_activation_cache();
   if (request_.keep_bytes == 0) return;
   int64_t rows = static_cast<int64_t>(request_.tokens.size());
@@ -200,15 +200,16 @@ void Scheduler::make_kept() {
     const int64_t roomy = rows + rows / 16;
     const size_t layers = within(roomy);
     if (layers == 0) return;
-    kept_prompt_rows_.assign(request_.tokens.size(), -1);
+    cached_prompt_rows_.assign(request_.tokens.size(), -1);
     if (before && before->borrows() == !gradients.empty() && before->rows() >= rows &&
         8 * before->layers() >= 7 * layers && before->layers() <= within(before->rows())) {
-      kept_ = std::move(before);
-      kept_->clear();
+      activation_cache_ = std::move(before);
+      activation_cache_->clear();
       return;
     }
     before.reset();
-    kept_ = std::make_unique<ActivationCache>(backend_, config_, roomy, layers, std::move(gradients));
+    activation_cache_ =
+        std::make_unique<ActivationCache>(backend_, config_, roomy, layers, std::move(gradients));
   } catch (const Error& error) {
     if (error.code != "OUT_OF_MEMORY") throw;
   }
@@ -236,9 +237,9 @@ void Scheduler::take_draws(const Step& step) {
     // The draw before was its last.
     if (sequence.finished()) continue;
     sequence.pending = std::max(sequence.pending - 1, 0);
-    if (kept_ && !sequence.tokens.empty()) {
-      sequence.kept_row =
-          kept_->set(step.kept_first + static_cast<int64_t>(r), sequence.kept_row, sequence.tokens.back());
+    if (activation_cache_ && !sequence.tokens.empty()) {
+      sequence.cached_row = activation_cache_->set(step.cached_first + static_cast<int64_t>(r),
+                                                   sequence.cached_row, sequence.tokens.back());
     }
     if (push(sequence, tokens[r], outputs[rows + r], outputs[2 * rows + r], outputs[3 * rows + r])) {
       leave(sequence);

@@ -45,13 +45,14 @@ class Scheduler {
     FinishReason reason = FinishReason::pending;
     std::vector<int32_t> tokens;
     std::vector<float> logprobs, sampling_logprobs, entropies;
-    int32_t node = -1;      // of the session's, for the tokens that are fed; -1 before and after it is live
-    int32_t fed = 0;        // tokens whose keys and values are in it, or will be
-    int32_t promised = 0;   // pages that it may still acquire
-    bool left = false;      // what it had has been given back
-    int32_t pending = 0;    // draws that have been enqueued and not looked at
-    int32_t last_row = 0;   // where it stood in the step that was enqueued last
-    int32_t kept_row = -1;  // of its last token that was fed, or its prompt's last, where the forward is kept
+    int32_t node = -1;     // of the session's, for the tokens that are fed; -1 before and after it is live
+    int32_t fed = 0;       // tokens whose keys and values are in it, or will be
+    int32_t promised = 0;  // pages that it may still acquire
+    bool left = false;     // what it had has been given back
+    int32_t pending = 0;   // draws that have been enqueued and not looked at
+    int32_t last_row = 0;  // where it stood in the step that was enqueued last
+    int32_t cached_row =
+        -1;  // of its last token that was fed, or its prompt's last, where the forward is kept
     StopStringMatcher stop_strings;
 
     // The last token drawn is never fed back.
@@ -74,7 +75,7 @@ class Scheduler {
   struct Step {
     int64_t rows = 0;
     std::vector<int32_t> sequences;  // of its first rows
-    int64_t kept_first = 0;          // row of what is kept of the first
+    int64_t cached_first = 0;        // row of what is kept of the first
     std::unique_ptr<Download> draws;
   };
 
@@ -82,7 +83,7 @@ class Scheduler {
   void make_sequences();
   void find_prompts();
   void make_buffers();
-  void make_kept();
+  void make_activation_cache();
   void take_draws(const Step& step);
   bool push(Sequence& sequence, int32_t token, float sampling_logprob, float logprob, float entropy);
   void leave(Sequence& sequence);
@@ -153,8 +154,8 @@ class Scheduler {
   bool live_changed_ = true;
   Activations buffers_, step_activations_;
   bool staged_ = false;  // what is kept is put into its place at the end of a step
-  std::unique_ptr<ActivationCache> kept_;
-  std::vector<int32_t> kept_prompt_rows_;  // of the request's tokens
+  std::unique_ptr<ActivationCache> activation_cache_;
+  std::vector<int32_t> cached_prompt_rows_;  // of the request's tokens
 
   Drawn drawn_;
   SampleResult result_;

@@ -20,7 +20,7 @@ Session::Session(Model& model, int64_t bytes) : model_(model), bytes_to_keep_(by
 Session::~Session() { clear(); }
 
 bool Session::valid() const {
-  return pages_.total() > 0 && lodging_ == model_.arena().lodging() &&
+  return pages_.total() > 0 && memory_version_ == model_.arena().resident_version() &&
          weights_version_ == model_.weights_version();
 }
 
@@ -31,7 +31,8 @@ int64_t Session::bytes() const {
 
 void Session::clear() {
   // Another model's session may have taken the place.
-  if (pages_.total() > 0 && lodging_ == model_.arena().lodging()) model_.arena().turn_out();
+  if (pages_.total() > 0 && memory_version_ == model_.arena().resident_version())
+    model_.arena().evict_resident();
   forget();
 }
 
@@ -106,11 +107,11 @@ void Session::reserve(int32_t pages) {
   if (pages <= pages_.total()) return;
   Arena& arena = model_.arena();
   // What another model's session has here goes.
-  if (pages_.total() == 0) arena.turn_out();
+  if (pages_.total() == 0) arena.evict_resident();
   const int64_t bytes = int64_t{pages} * KvCache::page_bytes(model_.config());
-  cache_.stand_in(arena.lodge(static_cast<size_t>(bytes)), pages);
+  cache_.stand_in(arena.hold_resident(static_cast<size_t>(bytes)), pages);
   pages_.grow_to(pages);
-  lodging_ = arena.lodging();
+  memory_version_ = arena.resident_version();
   weights_version_ = model_.weights_version();
 }
 
@@ -125,7 +126,7 @@ void Session::give_up_page() {
   if (static_cast<int32_t>(at(node).tokens.size()) <= at(node).entry) remove(node);
 }
 
-// Of a node that nothing hangs behind.
+// Leaves `tokens` tokens of a node that nothing hangs behind.
 void Session::truncate(int32_t node, int32_t tokens) {
   Node& n = at(node);
   n.tokens.resize(std::min(n.tokens.size(), static_cast<size_t>(tokens)));

@@ -34,7 +34,7 @@ class Session {
   };
 
   // At most `bytes` bytes of keys and values stay from one call to the next: nothing where it is 0, what suits
-  // the device where it is below. The memory is the arena's (Arena::lodge): it goes at the next change of a
+  // the device where it is below. The memory is the arena's (Arena::hold_resident): it goes at the next change of a
   // weight, and where a gradient pass needs more than the arena has beside it.
   explicit Session(Model& model, int64_t bytes = -1);
   ~Session();
@@ -139,7 +139,7 @@ class Session {
   std::set<std::pair<uint64_t, int32_t>> leaves_;  // that are not pinned, the least recently used first
   int32_t unpinned_pages_ = 0;
   uint64_t clock_ = 0;
-  uint64_t lodging_ = 0;
+  uint64_t memory_version_ = 0;
   uint64_t weights_version_ = 0;
 };
 

@@ -46,7 +46,7 @@ test('--agent shows what a session saves', async () => {
   const { code, stdout, stderr } = await merf(args);
   expect(stderr).toMatch(/2 episodes of 4 turns behind 8 tokens/);
   expect(code).toBe(0);
-  // Of each further turn 252 tokens of the environment's and the token that was drawn last; else all that is there by then.
+  // Each further turn costs 252 tokens of the environment's and the token that was drawn last; else all that is there.
   expect(stdout).toMatch(/\| tokens prefilled \| 15\d\d \| 3\d{3} \| [12]\.\d\d x \|/);
   const [name] = /\S+-agent\.json/.exec(stderr) ?? [];
   const report = JSON.parse(readFileSync(join(folder, (name as string).split('/').pop() as string), 'utf8'));

@@ -32,7 +32,7 @@ ModelConfig config_of(DType dtype) {
   return c;
 }
 
-// Of sizes that fill no block of any kernel.
+// Sizes that fill no block of any kernel.
 ModelConfig odd_config_of(DType dtype) {
   ModelConfig c = config_of(dtype);
   c.hidden_size = 88;

@@ -277,7 +277,7 @@ TEST_CASE("a session keeps what was used last") {
     CHECK(prefilled(session, 2) == 96);
     CHECK(prefilled(session, 1) == 1);
     CHECK(session.bytes() == 6 * page_bytes);
-    // Of the second, which was used longest ago, a page stays: the first that it had.
+    // The second was used longest ago: a page of it stays, the first that it had.
     CHECK(prefilled(session, 3) == 96);
     CHECK(session.bytes() == 7 * page_bytes);
     CHECK(prefilled(session, 1) == 1);
@@ -289,7 +289,7 @@ TEST_CASE("a session keeps what was used last") {
     CHECK(prefilled(none, 1) == 96);
     CHECK(prefilled(none, 1) == 96);
     CHECK(none.bytes() == 0);
-    CHECK(f.arena.lodged() == 0);
+    CHECK(f.arena.resident_bytes() == 0);
 
     // The running call's needs come first: a cache of 8 pages has no room for another two prompts of 3 and a
     // completion of 2 beside what is known.
@@ -428,7 +428,7 @@ TEST_CASE("a session stands in the arena's memory, and makes way") {
   });
 }
 
-TEST_CASE("an arena's lodger stays while it may") {
+TEST_CASE("an arena's resident memory stays while it may") {
   for_each_backend([](Backend& backend) {
     constexpr size_t kMiB = size_t{1} << 20;
     Arena arena(backend);
@@ -442,7 +442,7 @@ TEST_CASE("an arena's lodger stays while it may") {
       return std::all_of(values.begin(), values.end(), [&](float v) { return v == value; });
     };
     arena.reserve(32 * kMiB);
-    const Tensor first = arena.lodge(kMiB);
+    const Tensor first = arena.hold_resident(kMiB);
     CHECK(arena.held() == 32 * kMiB);
     write(first, 1.0f);
     // What is taken stands behind it, whatever is released.
@@ -453,39 +453,39 @@ TEST_CASE("an arena's lodger stays while it may") {
     }
     // It grows in its place, and out of it.
     arena.reset();
-    const Tensor second = arena.lodge(3 * kMiB);
+    const Tensor second = arena.hold_resident(3 * kMiB);
     CHECK(second.data == first.data);
     CHECK(holds(second, kMiB / 4, 1.0f));
-    const Tensor third = arena.lodge(40 * kMiB);
+    const Tensor third = arena.hold_resident(40 * kMiB);
     CHECK(third.data != first.data);
     CHECK(arena.held() == 72 * kMiB);
     CHECK(holds(third, kMiB / 4, 1.0f));
-    CHECK(arena.lodge(kMiB).data == third.data);
+    CHECK(arena.hold_resident(kMiB).data == third.data);
     // A large one goes where the arena would have to grow, a small one moves.
-    const uint64_t lodging = arena.lodging();
+    const uint64_t version = arena.resident_version();
     arena.make_room(32 * kMiB);
-    CHECK(arena.lodging() == lodging + 1);
+    CHECK(arena.resident_version() == version + 1);
     CHECK(arena.held() == 32 * kMiB);
-    write(arena.lodge(4 * kMiB), 4.0f);
+    write(arena.hold_resident(4 * kMiB), 4.0f);
     arena.make_room(28 * kMiB);
     CHECK(arena.held() == 32 * kMiB);
     arena.make_room(30 * kMiB);
-    CHECK(arena.lodging() == lodging + 1);
+    CHECK(arena.resident_version() == version + 1);
     CHECK(arena.held() == 36 * kMiB);
-    CHECK(holds(arena.lodge(4 * kMiB), kMiB, 4.0f));
-    arena.turn_out();
-    CHECK(arena.lodging() == lodging + 2);
-    arena.lodge(16 * kMiB);
+    CHECK(holds(arena.hold_resident(4 * kMiB), kMiB, 4.0f));
+    arena.evict_resident();
+    CHECK(arena.resident_version() == version + 2);
+    arena.hold_resident(16 * kMiB);
     arena.make_room(16 * kMiB);
-    CHECK(arena.lodged() == 16 * kMiB);
+    CHECK(arena.resident_bytes() == 16 * kMiB);
     arena.make_room(17 * kMiB);
-    CHECK(arena.lodged() == 0);
+    CHECK(arena.resident_bytes() == 0);
     arena.reserve(17 * kMiB);
     arena.take(DType::f32, {int64_t{32} << 18});
     CHECK(arena.held() == 32 * kMiB);
     arena.reset();
     // What finds no room behind it has a block of its own, which goes where one block will do again.
-    arena.lodge(30 * kMiB);
+    arena.hold_resident(30 * kMiB);
     for (int i = 0; i < 3; ++i) {
       arena.reset();
       arena.take(DType::f32, {int64_t{5} << 18});
@@ -493,7 +493,7 @@ TEST_CASE("an arena's lodger stays while it may") {
       arena.take(DType::f32, {int64_t{3} << 18});
     }
     CHECK(arena.held() == 32 * kMiB + 11 * kMiB);
-    arena.turn_out();
+    arena.evict_resident();
     arena.reserve(20 * kMiB);
     CHECK(arena.held() == 32 * kMiB);
     arena.free();

@@ -115,7 +115,7 @@ test('an evaluation reuses the motivation of a rollout, and a change of the weig
   const sample = (prompts: number[][]) => policy.sample(prompts, { n: 2, maxTokens: 6, seed: 1 });
   const first = await sample(rollout);
   expect(await counted(policy, () => sample(evaluation))).toEqual({ tokensPrefilled: 7, tokensReused: 37 });
-  // Of prompts that are known their last tokens alone, with the same completions.
+  // Prompts that are known cost their last tokens alone, and get the same completions.
   expect(
     await counted(policy, async () => {
       expect(await sample(rollout)).toEqual(first);

@@ -410,12 +410,12 @@ describe('limits', () => {
     );
 
   test('turns: the environment’s, or the caller’s', async () => {
-    const asked: number[] = [];
+    const asked: [turn: number, left: number][] = [];
     const counted: Environment<Row> = {
       ...always,
       maxTurns: 3,
-      reply: ({ index }) => {
-        asked.push(index);
+      reply: ({ index }, _, __, { turnsLeft }) => {
+        asked.push([index, turnsLeft]);
         return ' (again)';
       },
     };
@@ -423,8 +423,13 @@ describe('limits', () => {
     expect(drawnTurns(episode)).toHaveLength(3);
     expect(episode.end).toBe('turns');
     // The last turn is not answered.
-    expect(asked).toEqual([0, 1]);
+    expect(asked).toEqual([
+      [0, 2],
+      [1, 1],
+    ]);
+    asked.length = 0;
     expect(drawnTurns(await run(counted, { maxTurns: 2 }))).toHaveLength(2);
+    expect(asked).toEqual([[0, 1]]);
     const unanswered = await run(counted, { maxTurns: 1 });
     expect([unanswered.turns.length, unanswered.end]).toEqual([1, 'turns']);
   });

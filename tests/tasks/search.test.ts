@@ -376,7 +376,7 @@ describe('the environment', () => {
       },
       { question: '?', answers: ['?'] },
       undefined,
-      { signal },
+      { signal, turnsLeft: 3 - (more.index ?? 0) },
     );
 
   test('ends turns at both closing tags, and answers a search inside of the turn', async () => {
@@ -741,7 +741,7 @@ describe('the task', () => {
         },
         { question: '?', answers: ['?'] },
         undefined,
-        { signal },
+        { signal, turnsLeft: 3 },
       );
       expect(reply).toMatch(
         new RegExp(`^\\n<information>\\nDoc 1 \\(Title: "${title}"\\) .{10,120}\\n</information>\\n$`),
@@ -788,7 +788,7 @@ describe('the task', () => {
       finishReason: 'stop_string',
     } as const;
     await expect(
-      task.environment?.reply(turn, { question: '?', answers: [] }, undefined, { signal }),
+      task.environment?.reply(turn, { question: '?', answers: [] }, undefined, { signal, turnsLeft: 3 }),
     ).rejects.toMatchObject({ code: 'ENVIRONMENT_FAILED' });
     expect(task.environment?.timeoutSeconds).toBeGreaterThan(2);
     expect(task.environment?.failed?.('x')).toMatch(/<information>\nThe search failed/);

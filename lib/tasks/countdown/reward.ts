@@ -1,5 +1,5 @@
 import { RewardSpec } from '../../reward/spec.js';
-import { hasDemandedFormat } from '../knights-and-knaves/reward.js';
+import { hasTagsOnce, thinkAndAnswer } from '../../reward/tags.js';
 import { readExpression } from './expression.js';
 import { equals, type Operation, whole } from './rational.js';
 import type { Puzzle, Rules, Use } from './solver.js';
@@ -66,7 +66,7 @@ export function countdownReward(rules: Rules): RewardSpec<Puzzle> {
           },
           { name: 'broken', score: -1, sentence: 'otherwise', implies: { correctness: 'unreadable' } },
         ],
-        verify: (completion) => (hasDemandedFormat(completion.text) ? 'demanded' : 'broken'),
+        verify: (completion) => (hasTagsOnce(completion.text, thinkAndAnswer) ? 'demanded' : 'broken'),
       },
       {
         name: 'correctness',

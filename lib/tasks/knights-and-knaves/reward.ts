@@ -1,24 +1,12 @@
 import type { ParsedCompletion } from '../../reward/completion.js';
 import { RewardSpec } from '../../reward/spec.js';
+import { hasTagsOnce, thinkAndAnswer } from '../../reward/tags.js';
 
 /** What the reward needs to know of a puzzle. */
 export interface KnightsAndKnavesSolution {
   readonly names: readonly string[];
   /** `solution[i]`: person i is a knight. */
   readonly solution: readonly boolean[];
-}
-
-const tags = ['<think>', '</think>', '<answer>', '</answer>'] as const;
-
-/** Whether each of the four tags occurs exactly once, in the order demanded, whatever stands around them. */
-export function hasDemandedFormat(text: string): boolean {
-  let previous = -1;
-  for (const tag of tags) {
-    const position = text.indexOf(tag);
-    if (position <= previous || text.indexOf(tag, position + tag.length) >= 0) return false;
-    previous = position;
-  }
-  return true;
 }
 
 /**
@@ -71,7 +59,7 @@ export const knightsAndKnavesReward: RewardSpec<KnightsAndKnavesSolution> = new 
         },
         { name: 'broken', score: -1, sentence: 'otherwise', implies: { correctness: 'unreadable' } },
       ],
-      verify: (completion) => (hasDemandedFormat(completion.text) ? 'demanded' : 'broken'),
+      verify: (completion) => (hasTagsOnce(completion.text, thinkAndAnswer) ? 'demanded' : 'broken'),
     },
     {
       name: 'correctness',

@@ -151,7 +151,7 @@ function parseRelation(tokens: readonly Token[], source: string): Answer | undef
   if (pieces[0]?.length === 0 && operators.length === 1 && pieces[1]) return parseAnswer(pieces[1]);
   if (operators.join() === '\\in') return parseAnswer(pieces[1] as Token[]);
   const sides = pieces.map(parseAnswer);
-  // Of "\sqrt{5} \approx 2.236" the exact value counts; "x \approx 2.236" has no other.
+  // The exact value of "\sqrt{5} \approx 2.236" counts; "x \approx 2.236" has no other.
   const rounded = operators.indexOf('\\approx');
   if (rounded > 0 || (rounded === 0 && !isName(sides[0] as Answer))) {
     const exact = sides.slice(0, rounded + 1);
@@ -210,7 +210,7 @@ function parseBracketed(tokens: readonly Token[], source: string): Answer | unde
 function parseSet(inner: readonly Token[], source: string): Answer {
   if (inner.length === 0) return { kind: 'set', source, items: [] };
   const builder = split(inner, (token) => token === '|' || token === ':');
-  // Of "{x : x > 2}" the condition counts.
+  // The condition of "{x : x > 2}" counts.
   if (
     builder.length === 2 &&
     split(builder[1] as Token[], (token) => relationOperators.has(token)).length > 1

@@ -1,5 +1,6 @@
 import { MerfError } from '../../errors.js';
 import { RewardSpec } from '../../reward/spec.js';
+import { hasTagsOnce } from '../../reward/tags.js';
 import { inWorker } from '../../reward/worker.js';
 import type { MathRow } from './dataset.js';
 import { lastBoxed } from './extract.js';
@@ -9,10 +10,8 @@ import { lastBoxed } from './extract.js';
  * whatever stands around them.
  */
 export function hasDemandedFormat(text: string): boolean {
-  const open = text.indexOf('<think>');
-  const close = text.indexOf('</think>');
-  if (open < 0 || close < open || open !== text.lastIndexOf('<think>')) return false;
-  return close === text.lastIndexOf('</think>') && lastBoxed(text.slice(close)) !== undefined;
+  if (!hasTagsOnce(text, ['<think>', '</think>'])) return false;
+  return lastBoxed(text.slice(text.indexOf('</think>'))) !== undefined;
 }
 
 /** Seconds that one comparison may take; each is limited in its work, so this is a second line of defence. */

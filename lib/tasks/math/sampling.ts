@@ -142,7 +142,7 @@ function areClose(a: Value, b: Value, arithmetic: Arithmetic): Verdict | 'tiny' 
   const larger = x.gt(y) ? x : y;
   if (larger.lt(1e-30)) return 'tiny';
   const isClose = arithmetic.magnitude(difference).lte(larger.times(1e-40));
-  // Of larger numbers than this whole units are lost: equal digits prove nothing.
+  // Whole units of larger numbers than this are lost: equal digits prove nothing.
   return isClose && larger.gt(1e35) ? undefined : isClose;
 }
 

@@ -102,7 +102,7 @@ export function searchEnvironment(options: SearchEnvironmentOptions): Environmen
     stop: ['</search>', '</answer>'],
     maxTurns,
     ...(options.timeoutSeconds === undefined ? {} : { timeoutSeconds: options.timeoutSeconds }),
-    async reply(turn: ModelTurn, _row, _state, { signal }): Promise<Reply | undefined> {
+    async reply(turn: ModelTurn, _row, _state, { signal, turnsLeft }): Promise<Reply | undefined> {
       const action = readAction(turn.text);
       if (action.kind === 'answer') return undefined;
       if (action.kind === 'none') {
@@ -115,7 +115,7 @@ export function searchEnvironment(options: SearchEnvironmentOptions): Environmen
         const passages = await retriever.search(action.query, topK, signal);
         lines.push(passages.length === 0 ? nothingFound : formatPassages(passages, passageCharacters));
       }
-      if (turn.index === maxTurns - 2) lines.push(lastSearch);
+      if (turnsLeft === 1) lines.push(lastSearch);
       return information(lines.join('\n'));
     },
     failed: () => information(failed),
