@@ -1,6 +1,7 @@
 // Sampling, of NativeModel: the request, the stream of tokens on their way to a listener, the result.
 #include <cstring>
 #include <limits>
+#include <unordered_map>
 
 #include "arguments.h"
 #include "cancel_token.h"
@@ -65,19 +66,26 @@ Napi::Uint8Array reasons_to_js(Napi::Env env, const std::vector<FinishReason>& r
 // there.
 class TokenStream final : public Delivery, public std::enable_shared_from_this<TokenStream> {
  public:
-  TokenStream(std::shared_ptr<Mailbox> mailbox, uint32_t listener, std::shared_ptr<Cancel> cancel)
-      : mailbox_(std::move(mailbox)), listener_(listener), cancel_(std::move(cancel)) {}
+  // Where `ended_only`, the tokens of a completion are told of together, once it has ended: a listener that
+  // waits for nothing else takes no time from the engine before that.
+  TokenStream(std::shared_ptr<Mailbox> mailbox, uint32_t listener, std::shared_ptr<Cancel> cancel,
+              bool ended_only)
+      : mailbox_(std::move(mailbox)),
+        listener_(listener),
+        cancel_(std::move(cancel)),
+        ended_only_(ended_only) {}
 
   void push(const Drawn& drawn) {
     bool first = false;
     {
       std::lock_guard lock(mutex_);
       first = drawn_.sequences.empty();
-      const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
-      append(drawn_.sequences, drawn.sequences);
-      append(drawn_.tokens, drawn.tokens);
-      append(drawn_.sampling_logprobs, drawn.sampling_logprobs);
-      append(drawn_.finish_reasons, drawn.finish_reasons);
+      if (ended_only_) {
+        for (size_t i = 0; i < drawn.sequences.size(); ++i) add_to_unfinished(drawn, i);
+        first = first && !drawn_.sequences.empty();
+      } else {
+        append(drawn_, drawn);
+      }
     }
     if (first) mailbox_->post(shared_from_this());
   }
@@ -96,11 +104,32 @@ class TokenStream final : public Delivery, public std::enable_shared_from_this<T
   }
 
  private:
+  static void append(Drawn& to, const Drawn& from) {
+    const auto append = [](auto& all, const auto& more) { all.insert(all.end(), more.begin(), more.end()); };
+    append(to.sequences, from.sequences);
+    append(to.tokens, from.tokens);
+    append(to.sampling_logprobs, from.sampling_logprobs);
+    append(to.finish_reasons, from.finish_reasons);
+  }
+
+  void add_to_unfinished(const Drawn& drawn, size_t i) {
+    const auto own = unfinished_.try_emplace(drawn.sequences[i]).first;
+    own->second.sequences.push_back(drawn.sequences[i]);
+    own->second.tokens.push_back(drawn.tokens[i]);
+    own->second.sampling_logprobs.push_back(drawn.sampling_logprobs[i]);
+    own->second.finish_reasons.push_back(drawn.finish_reasons[i]);
+    if (drawn.finish_reasons[i] == FinishReason::pending) return;
+    append(drawn_, own->second);
+    unfinished_.erase(own);
+  }
+
   std::shared_ptr<Mailbox> mailbox_;
   uint32_t listener_;
   std::shared_ptr<Cancel> cancel_;
+  const bool ended_only_;
   std::mutex mutex_;
   Drawn drawn_;
+  std::unordered_map<int32_t, Drawn> unfinished_;  // by completion
 };
 
 Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
@@ -130,7 +159,8 @@ Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
     std::shared_ptr<TokenStream> stream;
     if (on_tokens.IsFunction()) {
       listener = environment.add_listener(on_tokens.As<Napi::Function>());
-      stream = std::make_shared<TokenStream>(environment.mailbox(), listener, cancel);
+      const bool ended_only = !info[3].IsUndefined() && to_bool(info[3], "endedOnly");
+      stream = std::make_shared<TokenStream>(environment.mailbox(), listener, cancel, ended_only);
     }
     return environment.run(
         env, *state()->engine, cancel,

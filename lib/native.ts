@@ -269,13 +269,14 @@ export interface NativeModel {
   setOptimizerStep(step: number): void;
   /**
    * `onTokens` hears of every token drawn, at most once a decode step; steps that pass while the event loop is busy
-   * come as one call. If it throws, sampling ends and the promise rejects with its error. A cancelled call resolves
+   * come as one call. `endedOnly`: it hears of a completion's tokens together, once that has ended. If it throws, sampling ends and the promise rejects with its error. A cancelled call resolves
    * with what was drawn. Until a weight changes, what a call computed of keys and values is not computed again.
    */
   sample(
     request: NativeSampleRequest,
     cancel: CancelToken,
     onTokens?: NativeTokenListener,
+    endedOnly?: boolean,
   ): Promise<NativeSampleResult>;
   /** Bytes of keys and values that the next `sample` may use again. */
   sessionBytes(): Promise<number>;

@@ -168,7 +168,7 @@ export class Policy {
         this.#hasTokenBytes = true;
       }
       const sampled = await cancellable('sampling', options.signal, (cancel) =>
-        this.model.sample(request, cancel, onTokens),
+        this.model.sample(request, cancel, onTokens, options.onToken === undefined),
       );
       // What was drawn until a signal fired is no answer.
       throwIfAborted(options.signal, 'sampling');

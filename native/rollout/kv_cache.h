@@ -48,6 +48,8 @@ class KvCache {
   // Part `index` of every page.
   Tensor part(const Tensor& memory, int64_t pages, int64_t index) const {
     Tensor tensor = memory;
+    // The arena owns the memory: it can give it back to the device though the cache still names it.
+    tensor.storage.reset();
     tensor.dtype = config_.dtype;
     tensor.rank = 4;
     tensor.shape = {2 * config_.layers * pages - index, config_.kv_heads, kPageTokens, config_.head_size};

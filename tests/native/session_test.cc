@@ -411,8 +411,10 @@ TEST_CASE("a session stands in the arena's memory, and makes way") {
       CHECK(reused(session) == known);
     }
     CHECK(f.arena.held() == held);
-    // It goes with the arena's memory,
+    // It goes with the arena's memory, none of which it holds any longer,
+    const int64_t used = backend.memory_used(), arena = static_cast<int64_t>(f.arena.held());
     f.arena.free();
+    CHECK(backend.memory_used() <= used - arena);
     CHECK(session.bytes() == 0);
     CHECK(reused(session) == 0);
     CHECK(reused(session) == known);
