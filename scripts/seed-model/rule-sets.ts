@@ -1,9 +1,9 @@
 import type { ParsedCompletion } from '../../lib/reward/completion.js';
 import { type CaseComponent, type RewardCase, RewardSpec } from '../../lib/reward/spec.js';
-import { hasTagsOnce, thinkAndAnswer } from '../../lib/reward/tags.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { parseAnswer } from '../../lib/tasks/knights-and-knaves/reward.js';
 import type { Random } from '../../lib/tasks/random.js';
+import { hasThinkAndAnswer } from '../../lib/tasks/tags.js';
 
 type PuzzleComponent = CaseComponent<Puzzle>;
 
@@ -86,7 +86,7 @@ function demandedFormat(random: Random): PuzzleComponent {
       'if the response has the tags <think>, </think>, <answer> and </answer>, each once and in this order',
       'if the reasoning stands between <think> and </think> and the answer after it between <answer> and </answer>',
     ],
-    ({ text }) => hasTagsOnce(text, thinkAndAnswer),
+    ({ text }) => hasThinkAndAnswer(text),
     'broken',
   );
 }

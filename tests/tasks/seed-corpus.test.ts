@@ -1,12 +1,12 @@
 import { describe, expect, test } from '@jest/globals';
 import { Tokenizer } from '../../lib/policy/index.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
-import { hasTagsOnce, thinkAndAnswer } from '../../lib/reward/tags.js';
 import { splitOf } from '../../lib/tasks/dataset.js';
 import { generatePuzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { knightsAndKnaves } from '../../lib/tasks/knights-and-knaves/index.js';
 import { knightsAndKnavesReward } from '../../lib/tasks/knights-and-knaves/reward.js';
 import { Random } from '../../lib/tasks/random.js';
+import { hasThinkAndAnswer } from '../../lib/tasks/tags.js';
 import { drawStyle, type Style, usual, write } from '../../scripts/seed-model/answers.js';
 import { Corpus } from '../../scripts/seed-model/corpus.js';
 import { tokenizerFiles } from '../../scripts/seed-model/model.js';
@@ -64,7 +64,7 @@ describe('the corpus of the model that ships', () => {
     for (let index = 0; index < 600; index++) {
       const puzzle = generatePuzzle({ people: 2, seed: 4, index });
       const raw = write(drawStyle(random, usual), puzzle, random);
-      if (hasTagsOnce(raw, thinkAndAnswer)) wellFormed++;
+      if (hasThinkAndAnswer(raw)) wellFormed++;
       const { total } = await knightsAndKnavesReward.judge(parseCompletion({ raw }), puzzle);
       if (total === 3) right++;
     }

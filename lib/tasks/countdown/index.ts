@@ -1,6 +1,8 @@
 import { z } from 'zod';
 import { MerfError } from '../../errors.js';
+import { countsOption } from '../counts.js';
 import { type DataOptions, defineTask, type TaskParts } from '../define.js';
+import { thinkAndAnswerText } from '../tags.js';
 import { parsePuzzle } from './dataset.js';
 import { formatExpression } from './expression.js';
 import { drawPuzzle } from './generator.js';
@@ -11,16 +13,7 @@ import { allOperations, maxNumbers, type Puzzle, problemOf, type Rules, solve } 
 
 const numbersExpected = `expected numbers from 2 to ${maxNumbers}, such as 3 or "3-4"`;
 
-const numbers = z
-  .union([z.int(), z.string(), z.array(z.int())], numbersExpected)
-  .transform((given, context) => {
-    const counts = countsOf(given);
-    if (counts.length > 0 && counts.every((n) => Number.isInteger(n) && n >= 2 && n <= maxNumbers)) {
-      return [...new Set(counts)].sort((a, b) => a - b);
-    }
-    context.addIssue({ code: 'custom', message: numbersExpected });
-    return z.NEVER;
-  });
+const numbers = countsOption(2, maxNumbers, numbersExpected);
 
 const operationsExpected = 'expected some of + - * /, such as "+-*"';
 
@@ -85,10 +78,10 @@ export const countdown = defineTask({
       data: (random) => drawPuzzle(random, settings),
       parse: parsePuzzle,
       identity: puzzleIdentity,
-      reference: (row) => completionOf('', formatExpression(solutionOf(row, rules))),
+      reference: (row) => thinkAndAnswerText('', formatExpression(solutionOf(row, rules))),
       demonstrate: (row) => {
         const { lines, solution } = workedSolution(row, rules, solutionOf(row, rules));
-        return completionOf(lines.join('\n'), formatExpression(solution));
+        return thinkAndAnswerText(lines.join('\n'), formatExpression(solution));
       },
       check: {
         name: 'solver finds one',
@@ -143,21 +136,4 @@ function problemWithout(row: Puzzle, rules: Rules): string {
 /** Puzzles with the same numbers and target are the same puzzle, whatever the order. */
 function puzzleIdentity({ numbers, target }: Puzzle): string {
   return JSON.stringify([[...numbers].sort((a, b) => a - b), target]);
-}
-
-function completionOf(thinking: string, answer: string): string {
-  return `<think>\n${thinking}\n</think>\n<answer>\n${answer}\n</answer>`;
-}
-
-/** The counts that an option names; none where it names none. */
-function countsOf(given: number | string | number[]): number[] {
-  if (typeof given === 'number') return [given];
-  if (typeof given !== 'string') return given;
-  return given.split(',').flatMap((part) => {
-    const match = /^\s*(\d+)\s*(?:-\s*(\d+)\s*)?$/.exec(part);
-    const first = Number(match?.[1]);
-    const last = Number(match?.[2] ?? match?.[1]);
-    if (!(last <= maxNumbers && first <= last)) return [Number.NaN];
-    return Array.from({ length: last - first + 1 }, (_, i) => first + i);
-  });
 }

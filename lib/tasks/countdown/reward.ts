@@ -1,5 +1,5 @@
 import { RewardSpec } from '../../reward/spec.js';
-import { hasTagsOnce, thinkAndAnswer } from '../../reward/tags.js';
+import { thinkAndAnswerFormat } from '../tags.js';
 import { readExpression } from './expression.js';
 import { equals, type Operation, whole } from './rational.js';
 import type { Puzzle, Rules, Use } from './solver.js';
@@ -54,20 +54,7 @@ export function countdownReward(rules: Rules): RewardSpec<Puzzle> {
   return new RewardSpec<Puzzle>({
     name: 'countdown',
     components: [
-      {
-        name: 'format',
-        cases: [
-          {
-            name: 'demanded',
-            score: 1,
-            sentence:
-              'if each of the tags <think>, </think>, <answer> and </answer> occurs exactly once, ' +
-              'in this order',
-          },
-          { name: 'broken', score: -1, sentence: 'otherwise', implies: { correctness: 'unreadable' } },
-        ],
-        verify: (completion) => (hasTagsOnce(completion.text, thinkAndAnswer) ? 'demanded' : 'broken'),
-      },
+      thinkAndAnswerFormat,
       {
         name: 'correctness',
         cases: [

@@ -1,7 +1,9 @@
 import { z } from 'zod';
+import { countsOption } from '../counts.js';
 import { maxDraws } from '../dataset.js';
 import { type DataOptions, defineTask, type TaskParts } from '../define.js';
 import { Random } from '../random.js';
+import { thinkAndAnswerText } from '../tags.js';
 import { type KnightsAndKnavesRow, parsePublishedRow } from './dataset.js';
 import { generatePuzzle } from './generator.js';
 import { answerLines, reasoning } from './reasoning.js';
@@ -10,16 +12,7 @@ import { solve } from './solver.js';
 
 const peopleExpected = 'expected numbers from 2 to 8, such as 3, "3-7" or "2,4"';
 
-const people = z
-  .union([z.int(), z.string(), z.array(z.int())], peopleExpected)
-  .transform((given, context) => {
-    const counts = countsOf(given);
-    if (counts.length > 0 && counts.every((n) => Number.isInteger(n) && n >= 2 && n <= 8)) {
-      return [...new Set(counts)].sort((a, b) => a - b);
-    }
-    context.addIssue({ code: 'custom', message: peopleExpected });
-    return z.NEVER;
-  });
+const people = countsOption(2, 8, peopleExpected);
 
 const options = {
   people: people
@@ -61,8 +54,8 @@ export const knightsAndKnaves = defineTask({
     },
     parse: parsePublishedRow,
     identity: puzzleIdentity,
-    reference: (row) => completionOf('', row.answer ?? answerLines(row.names, row.solution)),
-    demonstrate: (row) => completionOf(reasoning(row), answerLines(row.names, row.solution)),
+    reference: (row) => thinkAndAnswerText('', row.answer ?? answerLines(row.names, row.solution)),
+    demonstrate: (row) => thinkAndAnswerText(reasoning(row), answerLines(row.names, row.solution)),
     check: { name: 'solver agrees', find: checkSolution },
   }),
 });
@@ -70,10 +63,6 @@ export const knightsAndKnaves = defineTask({
 /** Puzzles with the same claims are the same puzzle, whatever the names and the wording. */
 function puzzleIdentity(row: KnightsAndKnavesRow): string {
   return JSON.stringify(row.statements);
-}
-
-function completionOf(thinking: string, answer: string): string {
-  return `<think>\n${thinking}\n</think>\n<answer>\n${answer}\n</answer>`;
 }
 
 function checkSolution(row: KnightsAndKnavesRow): string | undefined {
@@ -86,17 +75,4 @@ function checkSolution(row: KnightsAndKnavesRow): string | undefined {
   if (differs < 0) return undefined;
   const role = found[differs] ? 'knight' : 'knave';
   return `the solver finds that ${row.names[differs]} is a ${role}, the published solution says otherwise`;
-}
-
-/** The numbers of people that an option names; none where it names none. */
-function countsOf(given: number | string | number[]): number[] {
-  if (typeof given === 'number') return [given];
-  if (typeof given !== 'string') return given;
-  return given.split(',').flatMap((part) => {
-    const match = /^\s*(\d+)\s*(?:-\s*(\d+)\s*)?$/.exec(part);
-    const first = Number(match?.[1]);
-    const last = Number(match?.[2] ?? match?.[1]);
-    if (!(last <= 8 && first <= last)) return [Number.NaN];
-    return Array.from({ length: last - first + 1 }, (_, i) => first + i);
-  });
 }

@@ -1,6 +1,6 @@
 import type { ParsedCompletion } from '../../reward/completion.js';
 import { RewardSpec } from '../../reward/spec.js';
-import { hasTagsOnce, thinkAndAnswer } from '../../reward/tags.js';
+import { thinkAndAnswerFormat } from '../tags.js';
 
 /** What the reward needs to know of a puzzle. */
 export interface KnightsAndKnavesSolution {
@@ -48,19 +48,7 @@ function judgeCorrectness(completion: ParsedCompletion, row: KnightsAndKnavesSol
 export const knightsAndKnavesReward: RewardSpec<KnightsAndKnavesSolution> = new RewardSpec({
   name: 'knights-and-knaves',
   components: [
-    {
-      name: 'format',
-      cases: [
-        {
-          name: 'demanded',
-          score: 1,
-          sentence:
-            'if each of the tags <think>, </think>, <answer> and </answer> occurs exactly once, in this order',
-        },
-        { name: 'broken', score: -1, sentence: 'otherwise', implies: { correctness: 'unreadable' } },
-      ],
-      verify: (completion) => (hasTagsOnce(completion.text, thinkAndAnswer) ? 'demanded' : 'broken'),
-    },
+    thinkAndAnswerFormat,
     {
       name: 'correctness',
       cases: [

@@ -1,7 +1,7 @@
 import { MerfError } from '../../errors.js';
 import { RewardSpec } from '../../reward/spec.js';
-import { hasTagsOnce } from '../../reward/tags.js';
 import { inWorker } from '../../reward/worker.js';
+import { hasTagsOnce } from '../tags.js';
 import type { MathRow } from './dataset.js';
 import { lastBoxed } from './extract.js';
 
