@@ -180,7 +180,7 @@ function locate(module: URL | string): URL {
   try {
     url = new URL(module);
   } catch {
-    // What is no URL is refused below.
+    // A text that is no URL is refused below.
   }
   if (url?.protocol !== 'file:') {
     throw invalidArgument('module', 'the URL of a file, as new URL("./grade.js", import.meta.url),', module);

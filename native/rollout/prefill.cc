@@ -70,7 +70,7 @@ void Scheduler::prefill_pass(const PrefillPass& pass) {
     const int32_t behind = i - segment(segment_of_[from]).first_token - place.known;
     tokens.push_back(request_.tokens[from]);
     positions.push_back(request_.positions[from]);
-    // What is known stays as it is.
+    // Keys and values that the session has stay as they are.
     slots.push_back(behind < 0 ? -1 : session_.slot_of(place.node, behind));
     if (pass.paged) continue;
     // Trees that are computed whole stand here as they stand in the forest; the last may go on in another

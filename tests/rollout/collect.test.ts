@@ -175,7 +175,7 @@ describe('several turns', () => {
     ]);
     expect(textOf(episode)).toBe('I ask. <search>who</search> (told) So it is Zoey.');
     expect(episode.end).toBe('stop');
-    // What is judged is what the model wrote.
+    // The model's own words are judged, without the environment's.
     expect(episode.completion.raw).toBe('I ask. <search>who</search> So it is Zoey.');
     expect(episode.completion.turns).toHaveLength(3);
     expect(episode.completion.tokenCount).toBe(

@@ -2,6 +2,7 @@ import { mkdirSync, readFileSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from '../../lib/errors.js';
 import type { CompletionGroup, Forest, Loss, LossStats, Segment } from '../../lib/policy/index.js';
+import { emptyStatistics } from '../../lib/policy/loss.js';
 import { Random } from '../../lib/tasks/random.js';
 import type { TrainablePolicy } from '../../lib/train/trainer.js';
 
@@ -186,19 +187,7 @@ export class FakePolicy {
 }
 
 function statistics(found: Partial<LossStats>): LossStats {
-  return {
-    loss: 0,
-    finite: true,
-    tokens: 0,
-    kl: 0,
-    clipFraction: 0,
-    clipLowFraction: 0,
-    clipHighFraction: 0,
-    ratio: { mean: 1, min: 1, max: 1 },
-    entropy: 0,
-    logprobs: [],
-    ...found,
-  };
+  return { ...emptyStatistics(), logprobs: [], ...found };
 }
 
 function trained(forest: Forest): Segment[] {
