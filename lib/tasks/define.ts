@@ -48,8 +48,11 @@ export interface TaskParts<Row, State = unknown> {
   identity?(row: Row): string;
   /** A completion that gets the highest total; `merf verify` checks that it does. */
   reference?(row: Row): string;
-  /** A completion with worked reasoning that gets the highest total, for `merf sft`. */
-  demonstrate?(row: Row): string;
+  /**
+   * A completion with worked reasoning that gets the highest total, for `merf sft`: where there are many ways to reason
+   * or to say so, one that `random` draws, since a model that has seen a single one has nothing left to try.
+   */
+  demonstrate?(row: Row, random: Random): string;
   /** What answers the model's turns, where an episode has several. */
   readonly environment?: Environment<Row, State>;
   /** What `merf verify` finds out about a row beyond the reference answer. */
@@ -262,7 +265,9 @@ async function assemble<Row>(
     read,
     load,
     ...(parts.reference && { reference: (row: Row) => parts.reference?.(row) as string }),
-    ...(parts.demonstrate && { demonstrate: (row: Row) => parts.demonstrate?.(row) as string }),
+    ...(parts.demonstrate && {
+      demonstrate: (row: Row, random = new Random(0)) => parts.demonstrate?.(row, random) as string,
+    }),
     ...(parts.environment && { environment: parts.environment }),
     ...(parts.check && { check: parts.check }),
   };

@@ -2,6 +2,7 @@ import type { ChatMessage } from '../prompt/chat-template.js';
 import type { MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/spec.js';
 import type { Environment } from './environment.js';
+import type { Random } from './random.js';
 
 /** Training rows, or the rows held out from them. */
 export type Split = 'train' | 'test';
@@ -51,8 +52,11 @@ export interface Task<Row = unknown> {
   load(file: string): Promise<Row[]>;
   /** A completion that gets the highest total. */
   reference?(row: Row): string;
-  /** A completion with worked reasoning that gets the highest total, for supervised warm starts. */
-  demonstrate?(row: Row): string;
+  /**
+   * A completion with worked reasoning that gets the highest total, for supervised warm starts; `random` draws one where
+   * there are several.
+   */
+  demonstrate?(row: Row, random?: Random): string;
   /** What answers the model's turns, where an episode has several. */
   readonly environment?: Environment<Row>;
   /** What `merf verify` finds out about a row beyond the reference answer. */

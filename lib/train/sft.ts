@@ -6,7 +6,7 @@ import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, motivationAt, parseMotivation } from '../prompt/motivation.js';
 import { renderPrompt } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
-import { type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
+import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
@@ -131,7 +131,7 @@ export class SupervisedTrainer<Row = unknown> {
       const view = views[position % views.length] as MotivationView;
       return {
         messages: demonstrated.messages(row, view),
-        completion: demonstrated.demonstrate?.(row) as string,
+        completion: demonstrated.demonstrate?.(row, new Random(seed, position)) as string,
       };
     };
     return { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) };

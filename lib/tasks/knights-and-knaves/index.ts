@@ -55,7 +55,8 @@ export const knightsAndKnaves = defineTask({
     parse: parsePublishedRow,
     identity: puzzleIdentity,
     reference: (row) => thinkAndAnswerText('', row.answer ?? answerLines(row.names, row.solution)),
-    demonstrate: (row) => thinkAndAnswerText(reasoning(row), answerLines(row.names, row.solution)),
+    demonstrate: (row, random) =>
+      thinkAndAnswerText(reasoning(row, random), answerLines(row.names, row.solution)),
     check: { name: 'solver agrees', find: checkSolution },
   }),
 });
