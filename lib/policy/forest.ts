@@ -11,8 +11,15 @@ export interface Segment {
 
 /** Per-token arrays have one element for each of the segment's tokens. */
 export interface TrainTarget {
-  /** The advantage of the whole completion; every loss but cross_entropy needs it. */
-  advantage?: number | undefined;
+  /**
+   * The advantage of the whole completion, or [tokens] of each token (an importance weight times an advantage, say); every
+   * loss but cross_entropy needs it.
+   */
+  advantage?: number | ArrayLike<number> | undefined;
+  /** Coefficient of the KL penalty here (default: the loss's). */
+  kl?: number | undefined;
+  /** Coefficient of the entropy bonus here (default: the loss's). */
+  entropy?: number | undefined;
   /** Untempered log-probabilities under the policy that drew the tokens (`Completion.logprobs`). */
   logprobs?: ArrayLike<number> | undefined;
   /** Untempered log-probabilities under the reference policy, for the KL penalty. */
@@ -186,7 +193,7 @@ function activeTokens(train: TrainTarget, length: number, depth: number, where: 
       throw invalidArgument(`${where}.${key}`, `${length} values, one for each token,`, values);
     }
   }
-  if (train.advantage !== undefined && !Number.isFinite(train.advantage)) {
+  if (typeof train.advantage === 'number' && !Number.isFinite(train.advantage)) {
     throw invalidArgument(`${where}.advantage`, 'a finite number', train.advantage);
   }
   if (train.sequence !== undefined && !Number.isSafeInteger(train.sequence)) {

@@ -42,6 +42,9 @@ export type Loss =
       entropy?: number | undefined;
       /** dr_grpo's constant, in tokens: the most that a completion may have. */
       maxTokens?: number | undefined;
+      temperature?: number | undefined;
+      klRatio?: boolean | undefined;
+      normalizer?: { completions?: number | undefined; tokens?: number | undefined } | undefined;
     };
 
 /**
@@ -154,7 +157,9 @@ export function nativeLoss(loss: ResolvedLoss, forest: PackedForest): NativeLoss
   if (loss.kind === 'cross_entropy') return common;
   return {
     ...common,
-    advantages: byRow((train) => train.advantage),
+    advantages: byRow((train, token) =>
+      typeof train.advantage === 'object' ? train.advantage[token] : train.advantage,
+    ),
     oldLogprobs: byRow((train, token) => train.logprobs?.[token]),
   };
 }

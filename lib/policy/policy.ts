@@ -243,7 +243,11 @@ export class Policy {
    */
   async score(
     forest: Forest,
-    options: { maxTokens?: number | undefined; signal?: AbortSignal | undefined } = {},
+    options: {
+      maxTokens?: number | undefined;
+      temperature?: number | undefined;
+      signal?: AbortSignal | undefined;
+    } = {},
   ): Promise<Scores> {
     this.#calls.check();
     const packed = this.#pack(forest, options.maxTokens);

@@ -1,6 +1,7 @@
 import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { writeFileAtomically } from '../atomic-files.js';
+import { formatMotivation } from '../prompt/motivation.js';
 import type { Reward } from '../reward/index.js';
 import { type EpisodeEnd, type EpisodeGroup, textOf } from '../rollout/index.js';
 
@@ -10,6 +11,8 @@ export interface CompletionRecord {
   /** Which prompt of the step, and which completion of it, both from 0. */
   promptIndex: number;
   completionIndex: number;
+  /** What of the motivation the prompt shows. */
+  view: string;
   prompt: string;
   /** All that follows the prompt. */
   text: string;
@@ -29,9 +32,9 @@ export function recordsOf(
   advantages: readonly number[][],
   step: number,
 ): CompletionRecord[] {
-  return groups.flatMap(({ prompt, episodes }, i) =>
+  return groups.flatMap(({ episodes }, i) =>
     episodes.map((episode, j) => {
-      const { turns, end, completion, reward } = episode;
+      const { prompt, turns, end, completion, reward } = episode;
       const several = turns.length > 1 && {
         turns: turns.map((turn) => ({
           role: turn.role,
@@ -44,6 +47,7 @@ export function recordsOf(
         step,
         promptIndex: i,
         completionIndex: j,
+        view: formatMotivation(prompt.view),
         prompt: prompt.text,
         text: textOf(episode),
         ...several,
@@ -83,9 +87,12 @@ export class CompletionLog {
 
 function transcript(records: readonly CompletionRecord[]): string {
   const lines: string[] = [];
+  let shown: string | undefined;
   for (const record of records) {
-    if (record.completionIndex === 0) {
-      lines.push(`${'='.repeat(80)}`, `PROMPT ${record.promptIndex + 1}`, '', record.prompt.trimEnd(), '');
+    if (record.completionIndex === 0 || record.prompt !== shown) {
+      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}`;
+      lines.push(`${'='.repeat(80)}`, title, '', record.prompt.trimEnd(), '');
+      shown = record.prompt;
     }
     const parts = Object.entries(record.parts).map(
       ([name, part]) => `${name} ${part.case} ${signed(part.score)}`,

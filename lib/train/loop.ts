@@ -51,6 +51,8 @@ export interface LoopOptions {
   onEvent?: (event: TrainingEvent) => void;
   /** Drops what a step that is to be done again left behind. */
   discardAfter?: (step: number) => void;
+  /** What the steps keep from one to the next beside the policy, as JSON: it goes into checkpoints and comes back. */
+  state?: { save(): unknown; load(state: unknown): void };
   /** The evaluation due after `step` (0: before the first), or undefined. */
   evaluate?: (step: number, signal?: AbortSignal) => Promise<Record<string, unknown> | undefined>;
   /** Does step `step`, counted from 1, from row `position` on. */
@@ -114,7 +116,10 @@ export class TrainingLoop {
     let step = checkpoint?.step ?? 0;
     let position = checkpoint?.position ?? 0;
     let saved = step;
-    if (checkpoint) await loadCheckpoint(checkpoint, policy);
+    if (checkpoint) {
+      await loadCheckpoint(checkpoint, policy);
+      if (checkpoint.state !== undefined) this.#options.state?.load(checkpoint.state);
+    }
     metricsLog.truncate(checkpoint ? step : -1);
     this.#options.discardAfter?.(step);
     onEvent?.({ type: 'start', step, steps, ...(checkpoint && { resumedFrom: checkpoint.path }) });
@@ -122,7 +127,9 @@ export class TrainingLoop {
     const save = async () => {
       if (saved === step) return;
       onEvent?.({ type: 'phase', phase: 'saving', step });
-      const path = await saveCheckpoint(checkpoints, policy, { step, position }, settings.keepCheckpoints);
+      const progress = { step, position };
+      const state = this.#options.state?.save();
+      const path = await saveCheckpoint(checkpoints, policy, progress, settings.keepCheckpoints, state);
       saved = step;
       onEvent?.({ type: 'checkpoint', step, path });
     };

@@ -133,8 +133,39 @@ export const grpoSchema = z.strictObject({
   motivation: setting(z.string().default('full'), {
     group: 'Motivation',
     description:
-      'what the prompt says about the reward: none, full, adverse, partial:COMPONENT, template:FILE, ' +
-      'or a schedule such as full@0,none@100',
+      'what the prompt says about the reward: none, full, adverse, partial:COMPONENT, template:FILE, a mix that the ' +
+      'completions of a prompt are divided over, such as full/none, or a schedule of these such as full@0,none@100',
+  }),
+  learnUnder: setting(z.string().default('same'), {
+    group: 'Motivation',
+    description:
+      'under which prompts completions are learned: same (the one that drew them), a view, several joined by "/" ' +
+      '(both: same/none), or a schedule of these such as both@0,same@50',
+  }),
+  learnCorrection: setting(z.enum(['none', 'importance', 'truncated']).default('none'), {
+    group: 'Motivation',
+    description:
+      'how completions are corrected for being learned under a prompt that did not draw them: none (the ratio starts ' +
+      "at 1), importance (the ratio between the prompts, clipped by the loss's range), truncated (weighted by that " +
+      'ratio up to learnCap)',
+  }),
+  learnCap: setting(positive.default(2), {
+    group: 'Motivation',
+    description: 'the most that a truncated importance weight may be',
+  }),
+  anchor: setting(coefficient.default(0), {
+    group: 'Motivation',
+    description:
+      'coefficient of the k3 KL penalty that holds what the model says under anchorUnder to what it says under ' +
+      'anchorTo; 0: off',
+  }),
+  anchorUnder: setting(z.string().default('full'), {
+    group: 'Motivation',
+    description: "the view whose prompt's words are held",
+  }),
+  anchorTo: setting(z.string().default('none'), {
+    group: 'Motivation',
+    description: 'the view that they are held to',
   }),
   loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('grpo'), {
     group: 'Loss',

@@ -2,29 +2,33 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
-import { groupAdvantages } from '../kernels/group-advantages.js';
-import { countTokens, forestOf, type Loss, type Policy } from '../policy/index.js';
+import { countTokens, type Loss, type Policy } from '../policy/index.js';
 import {
   formatMotivation,
+  type LearnView,
   type Motivation,
   type MotivationView,
-  motivationAt,
+  parseLearnUnder,
   parseMotivation,
+  parseMotivationView,
+  type Schedule,
+  stageAt,
 } from '../prompt/motivation.js';
 import {
-  branchesOf,
-  collect,
   countDrawn,
+  type Episode,
   type EpisodeGroup,
   EpisodeTally,
-  limitsOf,
   type RolloutPolicy,
 } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
-import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
+import { shuffledRows, type Task } from '../tasks/index.js';
+import { isUniform, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
+import { EpisodeSource } from './draw.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './identity.js';
+import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
@@ -33,7 +37,14 @@ import { skippedNotice, type UpdateResult, update } from './update.js';
 export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
   Pick<
     Policy,
-    'forwardBackward' | 'optimStep' | 'zeroGradients' | 'tokenizer' | 'save' | 'saveState' | 'loadState'
+    | 'score'
+    | 'forwardBackward'
+    | 'optimStep'
+    | 'zeroGradients'
+    | 'tokenizer'
+    | 'save'
+    | 'saveState'
+    | 'loadState'
   > &
   Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
 
@@ -60,7 +71,13 @@ export interface TrainerOptions<Row> extends GrpoOptions {
 /** One row of metrics.jsonl. Times are in seconds; entropy and KL in nats a token. */
 export interface GrpoMetrics {
   step: number;
+  /** The view or mix of views that the step's completions were drawn under. */
   motivation: string;
+  /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
+  learnUnder?: string;
+  promptGap?: PromptGap;
+  /** Mean reward and share of highest totals by view, where several were drawn under. */
+  byView?: Record<string, { completions: number; reward: number; correct: number }>;
   reward: number;
   rewardStd: number;
   /** Mean score of each component, and the share of completions in each of its cases. */
@@ -113,6 +130,8 @@ export class Trainer<Row = unknown> {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
   readonly #motivation: Motivation;
+  readonly #learnUnder: Schedule<readonly LearnView[]>;
+  readonly #anchor: { under: MotivationView; to: MotivationView };
   readonly #completions: CompletionLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
@@ -137,8 +156,24 @@ export class Trainer<Row = unknown> {
     this.settings = parsed;
     this.#options = options;
     this.#motivation = parseMotivation(parsed.motivation);
+    this.#learnUnder = parseLearnUnder(parsed.learnUnder);
+    this.#anchor = {
+      under: parseMotivationView(parsed.anchorUnder),
+      to: parseMotivationView(parsed.anchorTo),
+    };
     this.#completions = new CompletionLog(join(out, 'completions'));
-    checkViews(task, [parsed.motivation, ...parsed.evaluateMotivations]);
+    const sampled = this.#motivation.flatMap(({ value }) => value);
+    const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
+    checkViews(task, [...sampled, ...learned, ...parsed.evaluateMotivations.map(parseMotivationView)]);
+    if (parsed.anchor > 0) checkViews(task, Object.values(this.#anchor));
+    for (const { value: mix } of this.#motivation) {
+      if (mix.length > parsed.groupSize) {
+        throw new MerfError(
+          'INVALID_CONFIG',
+          `Expected a mix of at most groupSize = ${parsed.groupSize} views but ${formatMotivation(mix)} has ${mix.length}`,
+        );
+      }
+    }
   }
 
   /**
@@ -157,6 +192,7 @@ export class Trainer<Row = unknown> {
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+    const source = new EpisodeSource({ policy, task, rows, settings });
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -170,14 +206,16 @@ export class Trainer<Row = unknown> {
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
         data: rows.fingerprint.slice(0, 16),
-        ...(settings.motivation.includes('template:') && { template: contentHash([this.#motivation]) }),
+        ...([settings.motivation, settings.learnUnder, settings.anchorUnder, settings.anchorTo].some((text) =>
+          text.includes('template:'),
+        ) && { template: contentHash([this.#motivation, this.#learnUnder, this.#anchor]) }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
       discardAfter: (step) => this.#completions.discardAfter(step),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(rows, step, position, signal),
+      step: (step, position, signal) => this.#step(source, step, position, signal),
     });
     if (this.#stopping) this.#loop.stop();
     return this.#loop.run(options.signal);
@@ -189,109 +227,88 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  async #step(source: RowSource<Row>, step: number, position: number, signal?: AbortSignal) {
+  async #step(source: EpisodeSource<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
-      const view = motivationAt(this.#motivation, step - 1);
-      const rows = Array.from({ length: this.settings.promptsPerStep }, (_, i) => source.at(position + i));
-      const times = { rollout: 0, judging: 0 };
-      const groups = await this.#collect(rows, view, step, signal, times);
+      const mix = stageAt(this.#motivation, step - 1);
+      this.#emit({ type: 'phase', phase: 'rollout', step });
+      const { groups, position: next, times } = await source.draw(step, position, mix, signal);
       clock.lap();
 
-      const { advantage: kind, scaleAdvantages: scale = true } = this.settings;
-      const rewards = groups.map(({ episodes }) => episodes.map(({ reward }) => reward.total));
-      const advantages = await groupAdvantages(rewards, { kind, scale });
-      const updates = await this.#update(groups, advantages, step, signal, () => {
+      const { rewards, advantages } = await judgementOf(groups, this.settings);
+      const learnUnder = stageAt(this.#learnUnder, step - 1);
+      const { tally, gap } = await this.#update(groups, advantages, learnUnder, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
       this.#completions.write(step, recordsOf(groups, advantages, step));
+      const learned = formatLearnUnder(learnUnder);
       const metrics: Omit<GrpoMetrics, 'step'> = {
-        motivation: formatMotivation(view),
+        motivation: formatMotivation(mix),
+        ...(learned !== 'same' && { learnUnder: learned }),
+        ...(gap && { promptGap: gap }),
         ...this.#rewardMetrics(groups, rewards),
-        ...updates.summary(),
-        ...(this.settings.kl === 0 && { kl: null }),
+        ...tally.summary(),
+        ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
         rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
-        trainingTokensPerSecond: updates.tokens / trainingSeconds,
+        trainingTokensPerSecond: tally.tokens / trainingSeconds,
         seconds: clock.total(),
         rolloutSeconds: times.rollout,
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      return { metrics: { ...metrics }, position: position + rows.length };
+      return { metrics: { ...metrics }, position: next };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
   }
 
-  #collect(
-    rows: readonly Row[],
-    motivation: MotivationView,
-    step: number,
-    signal: AbortSignal | undefined,
-    times: { rollout: number; judging: number },
-  ): Promise<EpisodeGroup<Row>[]> {
-    this.#emit({ type: 'phase', phase: 'rollout', step });
-    const { policy, task } = this.#options;
-    const { groupSize, temperature, topK, topP, minP, keepActivations, seed } = this.settings;
-    return collect(policy, task, rows, {
-      ...limitsOf(this.settings),
-      temperature,
-      topK,
-      topP,
-      minP,
-      n: groupSize,
-      motivation,
-      seed: (BigInt(seed) << 32n) | BigInt(step),
-      keepActivations: Math.floor(keepActivations * 2 ** 30),
-      signal,
-      onTimes: (taken) => Object.assign(times, taken),
-    });
-  }
-
   async #update(
     groups: readonly EpisodeGroup<Row>[],
     advantages: readonly number[][],
+    learnUnder: readonly LearnView[],
     step: number,
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
-  ): Promise<UpdateTally> {
+  ): Promise<{ tally: UpdateTally; gap: PromptGap | undefined }> {
     this.#emit({ type: 'phase', phase: 'training', step });
-    const { policy, reference } = this.#options;
+    const { policy, reference, task } = this.#options;
     const { settings } = this;
-    const { promptsPerStep, miniBatches, updatesPerRollout, maskTruncated } = settings;
-    const referenceLogprobs =
-      reference && settings.kl > 0
-        ? (await reference.score(forestOf(branchesOf(groups)), { ...(signal && { signal }) })).logprobs
-        : undefined;
-    const branches = branchesOf(groups, ({ group, episode, turn, tokens }) => {
-      const masked = maskTruncated && groups[group]?.episodes[episode]?.end === 'length';
-      return {
-        advantage: advantages[group]?.[episode],
-        referenceLogprobs: referenceLogprobs?.[turn],
-        ...(masked && { mask: new Uint8Array(tokens) }),
-      };
+    const lessons = await Lessons.prepare(groups, advantages, {
+      policy,
+      reference,
+      task,
+      settings,
+      learnUnder,
+      anchorUnder: this.#anchor.under,
+      anchorTo: this.#anchor.to,
+      signal,
     });
     const tally = new UpdateTally();
-    const promptsPerUpdate = promptsPerStep / miniBatches;
+    const { miniBatches, updatesPerRollout } = settings;
     for (let pass = 0; pass < updatesPerRollout; pass++) {
-      for (let from = 0; from < promptsPerStep; from += promptsPerUpdate) {
-        const forest = forestOf(branches.slice(from, from + promptsPerUpdate));
-        const result = await update(policy, forest, this.#loss(), settings, { step, signal, beforeUpdate });
+      for (let part = 0; part < miniBatches; part++) {
+        const lesson = lessons.slice(
+          Math.floor((part * groups.length) / miniBatches),
+          Math.floor(((part + 1) * groups.length) / miniBatches),
+        );
+        const loss = { ...this.#loss(), normalizer: lesson.normalizer };
+        const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
         if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
-        tally.add(countTokens(forest), result);
+        else if (pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
+        tally.add(countTokens(lesson.forest), result);
       }
     }
-    return tally;
+    return { tally, gap: lessons.gap() };
   }
 
   #rewardMetrics(groups: readonly EpisodeGroup<Row>[], rewards: readonly number[][]) {
     const { task } = this.#options;
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const uniform = rewards.filter((group) => group.every((reward) => reward === group[0])).length;
+    const uniform = rewards.filter(isUniform).length;
     this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
       const advice = task.demonstrate ? 'warm the model up first with merf sft, or try' : 'try';
@@ -301,7 +318,20 @@ export class Trainer<Row = unknown> {
       this.#emit({ type: 'notice', message });
     }
     const all = groups.flatMap(({ episodes }) => episodes);
+    const byView = new Map<string, Episode[]>();
+    for (const episode of all) {
+      const view = formatMotivation(episode.prompt.view);
+      byView.set(view, [...(byView.get(view) ?? []), episode]);
+    }
+    const summaryOf = (episodes: readonly Episode[]) => ({
+      completions: episodes.length,
+      reward: episodes.reduce((sum, { reward }) => sum + reward.total, 0) / episodes.length,
+      correct: episodes.filter(({ reward }) => task.spec.isHighest(reward)).length / episodes.length,
+    });
     return {
+      ...(byView.size > 1 && {
+        byView: Object.fromEntries([...byView].map(([view, episodes]) => [view, summaryOf(episodes)])),
+      }),
       ...tally.summary({ environment: task.environment !== undefined }),
       rewardStd: standardDeviation(rewards.flat()),
       correct: all.filter(({ reward }) => task.spec.isHighest(reward)).length / all.length,
@@ -310,8 +340,8 @@ export class Trainer<Row = unknown> {
   }
 
   #loss(): Loss {
-    const { loss: type, clipLow, clipHigh, kl, entropy, maxTokens } = this.settings;
-    return { type, clipLow, clipHigh, kl, entropy, ...(type === 'dr_grpo' && { maxTokens }) };
+    const { loss: type, clipLow, clipHigh, kl, entropy, temperature, maxTokens } = this.settings;
+    return { type, clipLow, clipHigh, kl, entropy, temperature, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
   #emit(event: TrainingEvent): void {
@@ -320,14 +350,8 @@ export class Trainer<Row = unknown> {
 }
 
 /** Fails before any work where a view names what the task's specification does not have. */
-export function checkViews(task: Pick<Task<never>, 'spec'>, motivations: readonly string[]): void {
-  for (const text of motivations) {
-    const motivation = parseMotivation(text);
-    const views = Array.isArray(motivation)
-      ? motivation.map((stage) => stage.view)
-      : [motivationAt(motivation, 0)];
-    for (const view of views) task.spec.describe(view);
-  }
+export function checkViews(task: Pick<Task<never>, 'spec'>, views: readonly MotivationView[]): void {
+  for (const view of views) task.spec.describe(view);
 }
 
 export function modelIdentity(policy: { readonly path?: string }): Record<string, string> {

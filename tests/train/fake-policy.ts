@@ -131,8 +131,10 @@ export class FakePolicy {
         const token = tokens[i] as number;
         const old = train?.logprobs?.[i];
         const r = old === undefined ? 1 : Math.exp((logprobs[token] as number) - old);
-        const advantage = loss.type === 'cross_entropy' ? 1 : (train?.advantage ?? 0);
-        const weight = 1 / (targets.length * tokens.length);
+        const given = typeof train?.advantage === 'object' ? train.advantage[i] : train?.advantage;
+        const advantage = loss.type === 'cross_entropy' ? 1 : (given ?? 0);
+        const completions = ('normalizer' in loss && loss.normalizer?.completions) || targets.length;
+        const weight = 1 / (completions * tokens.length);
         total += weight * (loss.type === 'cross_entropy' ? -(logprobs[token] as number) : -r * advantage);
         count++;
         ratio.sum += r;

@@ -183,7 +183,7 @@ describe('Trainer', () => {
     expect(transcript(3)).not.toContain('begins with b');
   });
 
-  test('truncated completions are masked on request alone', async () => {
+  test('truncated completions are left out on request alone, and count in what the loss divides by', async () => {
     for (const maskTruncated of [true, false]) {
       const policy = new FakePolicy();
       await trainer(policy, {
@@ -196,11 +196,18 @@ describe('Trainer', () => {
         (question) => question.children ?? [],
       );
       const truncated = completions.filter((segment) => segment.tokens[segment.tokens.length - 1] !== 3);
-      expect(truncated.length).toBeGreaterThan(0);
-      for (const segment of completions) {
-        const masked = segment.train?.mask !== undefined;
-        expect(masked).toBe(maskTruncated && truncated.includes(segment));
-      }
+      expect(truncated.length > 0).toBe(!maskTruncated);
+      const [loss] = policy.losses as { normalizer?: { completions: number; tokens: number } }[];
+      expect(loss?.normalizer?.completions).toBe(32);
+      const drawn = readFileSync(
+        join(folder, String(maskTruncated), 'completions', 'step-000001.jsonl'),
+        'utf8',
+      )
+        .trim()
+        .split('\n')
+        .map((line) => JSON.parse(line) as CompletionRecord);
+      const counted = drawn.filter(({ finishReason }) => !maskTruncated || finishReason !== 'length');
+      expect(loss?.normalizer?.tokens).toBe(counted.reduce((sum, { tokens }) => sum + tokens, 0));
     }
   });
 

@@ -1,7 +1,7 @@
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
-import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
-import { renderPrompt } from '../../rollout/index.js';
+import { formatMotivation, parseMotivation } from '../../prompt/motivation.js';
+import { episodePrompt } from '../../rollout/index.js';
 import type { TaskFactory } from '../../tasks/index.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
@@ -27,7 +27,11 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
   addFlags(command, withTask({ model: modelShape.model }, factory));
   command
     .optionsGroup('Prompt:')
-    .option('--motivation <view>', 'none, full, adverse, partial:COMPONENT, template:FILE', 'full')
+    .option(
+      '--motivation <view>',
+      'none, full, adverse, partial:COMPONENT, template:FILE; of a mix or a schedule every prompt is shown',
+      'full',
+    )
     .option('--row <n>', 'which row, from 0', whole(0), 0)
     .option('--split <name>', 'train or test', 'train')
     .option('--seed <n>', 'seed of the rows and their order', whole(0), 0)
@@ -35,7 +39,8 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
       'after',
       '\nExamples:\n' +
         '  merf prompt --task knights-and-knaves --people 3 --motivation full\n' +
-        '  merf prompt --task knights-and-knaves --motivation partial:correctness --row 7\n',
+        '  merf prompt --task knights-and-knaves --motivation partial:correctness --row 7\n' +
+        '  merf prompt --task countdown --motivation full/none@0,none@100\n',
     )
     .action(prompt);
 }
@@ -49,9 +54,21 @@ async function prompt(flags: PromptFlags): Promise<void> {
     );
   }
   const rows = await task.rows({ split: flags.split, seed: flags.seed });
-  const view = motivationAt(parseMotivation(flags.motivation), 0);
+  const schedule = parseMotivation(flags.motivation);
   const { tokenizer } = await openTokenizer(flags.model);
-  const messages = task.messages(rows.at(flags.row), view);
-  process.stdout.write(renderPrompt(tokenizer, messages, task.environment?.tools).text);
+  const row = rows.at(flags.row);
+  const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
+  for (const { step, value: mix } of schedule) {
+    for (const view of new Set(mix)) {
+      const { text, tokens } = episodePrompt(tokenizer, task, row, view);
+      if (alone) process.stdout.write(text);
+      else {
+        const share = `${mix.filter((one) => one === view).length} of ${mix.length} completions`;
+        const from = schedule.length > 1 ? `from step ${step + 1}, ` : '';
+        const title = `${from}${share} under ${formatMotivation(view)}, ${tokens.length} tokens`;
+        process.stdout.write(`${'='.repeat(80)}\n${title}\n\n${text}\n`);
+      }
+    }
+  }
   if (process.stdout.isTTY) process.stdout.write('\n');
 }
