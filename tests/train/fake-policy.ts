@@ -131,7 +131,9 @@ export class FakePolicy {
         const token = tokens[i] as number;
         const old = train?.logprobs?.[i];
         const r = old === undefined ? 1 : Math.exp((logprobs[token] as number) - old);
-        const advantage = loss.type === 'cross_entropy' ? 1 : (train?.advantage ?? 0);
+        const given = train?.advantage ?? 0;
+        const own = typeof given === 'number' ? given : (given[i] as number);
+        const advantage = loss.type === 'cross_entropy' ? 1 : own;
         const weight = 1 / (targets.length * tokens.length);
         total += weight * (loss.type === 'cross_entropy' ? -(logprobs[token] as number) : -r * advantage);
         count++;
