@@ -8,13 +8,24 @@ import {
   type RolloutTask,
 } from '../rollout/index.js';
 import type { RowSource } from '../tasks/index.js';
+import { isWithoutSignal, judgementOf } from './advantages.js';
 import type { GrpoSettings } from './settings.js';
+
+/** A group and the position of its row among the rows. */
+export interface DrawnGroup<Row> extends EpisodeGroup<Row> {
+  readonly position: number;
+}
 
 /** A step's episodes. */
 export interface Drawn<Row> {
-  groups: EpisodeGroup<Row>[];
+  /** All that was drawn, in the order of the positions. */
+  groups: DrawnGroup<Row>[];
+  /** The ones of them that the step learns, in the same order. */
+  learned: DrawnGroup<Row>[];
   /** The position in the rows that the next step begins at. */
   position: number;
+  /** How often the policy was asked for episodes. */
+  rollouts: number;
   /** Seconds that the engine and environments took, and that verifiers took beyond it. */
   times: { rollout: number; judging: number };
 }
@@ -34,7 +45,11 @@ export class EpisodeSource<Row> {
     this.#options = options;
   }
 
-  /** Draws the episodes of step `step`, counted from 1, from row `position` on. */
+  /**
+   * Draws the episodes of step `step`, counted from 1, from row `position` on. With dynamic sampling (DAPO,
+   * arXiv:2503.14476) further rows follow as long as too few groups have a signal; where they stay too few, groups
+   * without one fill the step, and what is too much is not learned.
+   */
   async draw(
     step: number,
     position: number,
@@ -42,10 +57,28 @@ export class EpisodeSource<Row> {
     signal?: AbortSignal,
   ): Promise<Drawn<Row>> {
     const { rows, settings } = this.#options;
-    const batch = Array.from({ length: settings.promptsPerStep }, (_, i) => rows.at(position + i));
+    const { promptsPerStep, dynamicSampling } = settings;
     const times = { rollout: 0, judging: 0 };
-    const groups = await this.#collect(batch, 0, motivation, step, times, signal);
-    return { groups, position: position + batch.length, times };
+    const groups: DrawnGroup<Row>[] = [];
+    const withSignal = new Set<DrawnGroup<Row>>();
+    let next = position;
+    let rollouts = 0;
+    let wanted = promptsPerStep;
+    do {
+      const positions = Array.from({ length: wanted }, () => next++);
+      const batch = positions.map((at) => rows.at(at));
+      const collected = await this.#collect(batch, groups.length, motivation, step, times, signal);
+      for (const [i, group] of collected.entries()) {
+        const drawn = { ...group, position: positions[i] as number };
+        groups.push(drawn);
+        if (dynamicSampling > 1 && (await hasSignal(drawn, settings))) withSignal.add(drawn);
+      }
+      rollouts += 1;
+      wanted = rowsWanted(promptsPerStep, withSignal.size, groups.length);
+    } while (rollouts < dynamicSampling && wanted > 0);
+    const learned =
+      dynamicSampling > 1 ? chosen(groups, (group) => withSignal.has(group), promptsPerStep) : groups;
+    return { groups, learned, position: next, rollouts, times };
   }
 
   async #collect(
@@ -68,7 +101,8 @@ export class EpisodeSource<Row> {
       motivation,
       firstRow,
       seed: (BigInt(seed) << 32n) | BigInt(step),
-      keepActivations: Math.floor(keepActivations * 2 ** 30),
+      // What an earlier rollout kept is lost at the next, and a last one that fills up is too small to be worth it.
+      keepActivations: firstRow === 0 ? Math.floor(keepActivations * 2 ** 30) : 0,
       signal,
       onTimes: (taken) => {
         times.rollout += taken.rollout;
@@ -76,4 +110,30 @@ export class EpisodeSource<Row> {
       },
     });
   }
+}
+
+/** Whether a group has advantages that are not 0. */
+export async function hasSignal(group: EpisodeGroup, settings: GrpoSettings): Promise<boolean> {
+  const { advantages } = await judgementOf([group], settings);
+  return !advantages.every(isWithoutSignal);
+}
+
+/**
+ * How many further rows fill the step if as many of them have a signal as of those before, at most a step's prompts: a
+ * rollout of few rows takes nearly as long as one of many.
+ */
+function rowsWanted(prompts: number, withSignal: number, drawn: number): number {
+  const missing = Math.max(0, prompts - withSignal);
+  return withSignal === 0 ? prompts : Math.min(prompts, Math.ceil((missing * drawn) / withSignal));
+}
+
+/** The first `count` groups, those with a signal before those without, in the order that they were drawn in. */
+function chosen<Group>(
+  groups: readonly Group[],
+  hasSignal: (group: Group) => boolean,
+  count: number,
+): Group[] {
+  const preferred = [...groups.filter(hasSignal), ...groups.filter((group) => !hasSignal(group))];
+  const kept = new Set(preferred.slice(0, count));
+  return groups.filter((group) => kept.has(group));
 }

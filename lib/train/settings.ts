@@ -108,6 +108,12 @@ const evaluation = {
 export const grpoSchema = z.strictObject({
   ...run,
   promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
+  dynamicSampling: setting(countOrNone.default(0), {
+    group: 'Rollout',
+    description:
+      'rollouts of a step at most: more prompts are drawn until promptsPerStep of them have rewards that differ ' +
+      "(DAPO's dynamic sampling); 0 or 1: off",
+  }),
   groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
   ...limitSettings('Rollout', true),
   temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),
@@ -194,6 +200,29 @@ export const grpoSchema = z.strictObject({
   scaleAdvantages: setting(z.boolean().optional(), {
     group: 'Loss',
     description: 'divide advantages by the standard deviation of rewards (default: yes, except for dr_grpo)',
+  }),
+  multiObjectiveAggregation: setting(
+    z.enum(['sum_then_normalize', 'normalize_then_sum']).default('sum_then_normalize'),
+    {
+      group: 'Loss',
+      description:
+        'whether advantages come of the totals, or of the components, each normalised within its group (GDPO), which ' +
+        'leaves advantage and scaleAdvantages aside',
+    },
+  ),
+  clipAdvantages: setting(coefficient.default(0), {
+    group: 'Loss',
+    description: 'the most that an advantage may be, above or below 0; 0: not clipped',
+  }),
+  overlongBuffer: setting(countOrNone.default(0), {
+    group: 'Loss',
+    description:
+      "the last so many of a completion's maxTokens cost reward, the more the longer it is (DAPO's soft overlong " +
+      'punishment); 0: off',
+  }),
+  overlongPenalty: setting(coefficient.default(1), {
+    group: 'Loss',
+    description: 'what a completion of maxTokens is punished with',
   }),
   maskTruncated: setting(z.boolean().default(false), {
     group: 'Loss',

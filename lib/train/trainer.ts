@@ -21,15 +21,16 @@ import {
   EpisodeTally,
   type RolloutPolicy,
 } from '../rollout/index.js';
-import { keysThatMatter, parseSettings } from '../settings.js';
+import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
-import { isUniform, judgementOf } from './advantages.js';
+import { isWithoutSignal, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { EpisodeSource } from './draw.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './identity.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
@@ -85,8 +86,14 @@ export interface GrpoMetrics {
   cases: Record<string, Record<string, number>>;
   /** Share of episodes that reach the highest total. */
   correct: number;
-  /** Share of groups whose completions all have the same reward, which teach nothing. */
+  /** Share of groups whose advantages are all 0, mostly for equal rewards, which teach nothing. */
   uniformGroups: number;
+  /** With dynamic sampling: rollouts and prompts drawn, and groups without signal among those that were learned. */
+  rollouts?: number;
+  rowsDrawn?: number;
+  filledGroups?: number;
+  /** Mean punishment of overlong completions, where there is one; `reward` is without it. */
+  overlong?: number;
   /** Mean tokens that the model drew in an episode, and the share of episodes that ran out of them. */
   length: number;
   truncated: number;
@@ -153,6 +160,7 @@ export class Trainer<Row = unknown> {
     if (parsed.kl > 0 && reference === undefined) {
       throw new MerfError('INVALID_CONFIG', `Expected a reference policy where kl = ${parsed.kl} is above 0`);
     }
+    checkOverlong(parsed);
     this.settings = parsed;
     this.#options = options;
     this.#motivation = parseMotivation(parsed.motivation);
@@ -200,6 +208,7 @@ export class Trainer<Row = unknown> {
       resume: resume ?? false,
       settings,
       matters: keysThatMatter(grpoSchema),
+      defaults: defaultsOf(grpoSchema),
       identity: {
         ...modelIdentity(policy),
         task: task.name,
@@ -233,23 +242,29 @@ export class Trainer<Row = unknown> {
       const clock = new Stopwatch();
       const mix = stageAt(this.#motivation, step - 1);
       this.#emit({ type: 'phase', phase: 'rollout', step });
-      const { groups, position: next, times } = await source.draw(step, position, mix, signal);
+      const drawn = await source.draw(step, position, mix, signal);
+      const { groups, learned, times } = drawn;
       clock.lap();
 
-      const { rewards, advantages } = await judgementOf(groups, this.settings);
+      const { advantages } = await judgementOf(learned, this.settings);
       const learnUnder = stageAt(this.#learnUnder, step - 1);
-      const { tally, gap } = await this.#update(groups, advantages, learnUnder, step, signal, () => {
+      const { tally, gap } = await this.#update(learned, advantages, learnUnder, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf(groups, advantages, step));
-      const learned = formatLearnUnder(learnUnder);
+      this.#completions.write(step, recordsOf(groups, learned, advantages, step));
+      const under = formatLearnUnder(learnUnder);
       const metrics: Omit<GrpoMetrics, 'step'> = {
         motivation: formatMotivation(mix),
-        ...(learned !== 'same' && { learnUnder: learned }),
+        ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...this.#rewardMetrics(groups, rewards),
+        ...(await this.#rewardMetrics(groups)),
+        ...(this.settings.dynamicSampling > 1 && {
+          rollouts: drawn.rollouts,
+          rowsDrawn: groups.length,
+          filledGroups: advantages.filter(isWithoutSignal).length,
+        }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
         rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
@@ -259,7 +274,7 @@ export class Trainer<Row = unknown> {
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      return { metrics: { ...metrics }, position: next };
+      return { metrics: { ...metrics }, position: drawn.position };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
@@ -304,12 +319,14 @@ export class Trainer<Row = unknown> {
     return { tally, gap: lessons.gap() };
   }
 
-  #rewardMetrics(groups: readonly EpisodeGroup<Row>[], rewards: readonly number[][]) {
+  /** What all that was drawn came to, so that choosing among it does not bend the curve. */
+  async #rewardMetrics(groups: readonly EpisodeGroup<Row>[]) {
     const { task } = this.#options;
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const uniform = rewards.filter(isUniform).length;
-    this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
+    const { advantages } = await judgementOf(groups, this.settings);
+    const uniform = advantages.filter(isWithoutSignal).length;
+    this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
       const advice = task.demonstrate ? 'warm the model up first with merf sft, or try' : 'try';
       const message =
@@ -333,9 +350,13 @@ export class Trainer<Row = unknown> {
         byView: Object.fromEntries([...byView].map(([view, episodes]) => [view, summaryOf(episodes)])),
       }),
       ...tally.summary({ environment: task.environment !== undefined }),
-      rewardStd: standardDeviation(rewards.flat()),
+      rewardStd: standardDeviation(all.map(({ reward }) => reward.total)),
       correct: all.filter(({ reward }) => task.spec.isHighest(reward)).length / all.length,
-      uniformGroups: uniform / rewards.length,
+      uniformGroups: uniform / groups.length,
+      ...(this.settings.overlongBuffer > 0 && {
+        overlong:
+          all.reduce((sum, episode) => sum + overlongPunishment(episode, this.settings), 0) / all.length,
+      }),
     };
   }
 

@@ -61,7 +61,7 @@ export class FakePolicy {
 
   async sample(
     prompts: ArrayLike<number>[],
-    options: { n: number; maxTokens: number[]; seed: bigint; signal?: AbortSignal },
+    options: { n: number; maxTokens: number[]; keys?: number[]; seed: bigint; signal?: AbortSignal },
   ): Promise<CompletionGroup[]> {
     this.sampleCalls.push(options);
     await this.onSample?.();
@@ -70,7 +70,7 @@ export class FakePolicy {
     return prompts.map((promptTokens, p) => ({
       promptTokens: Array.from(promptTokens),
       completions: Array.from({ length: options.n }, (_, i) => {
-        const random = new Random(options.seed, p * 1000 + i);
+        const random = new Random(options.seed, (options.keys?.[p] ?? p) * 1000 + i);
         const tokens: number[] = [];
         while (tokens.length < (options.maxTokens[p] as number) && tokens.at(-1) !== eos) {
           let draw = random.uniform();
