@@ -28,16 +28,18 @@ export interface CompletionRecord {
   advantage: number;
   /** True where its group was drawn and not learned, as dynamic sampling leaves groups without signal out. */
   dropped?: true;
+  /** The step that drew it, where this one learned it again. */
+  replayed?: number;
 }
 
 /**
- * The records of all groups that were drawn.
+ * The records of all groups that were drawn or learned again.
  *
  * @param learned the ones of them that the step learned
  * @param advantages those of the groups that were learned
  */
 export function recordsOf(
-  groups: readonly EpisodeGroup[],
+  groups: readonly (EpisodeGroup & { readonly replayed?: number })[],
   learned: readonly EpisodeGroup[],
   advantages: readonly number[][],
   step: number,
@@ -69,6 +71,7 @@ export function recordsOf(
         parts: reward.parts,
         advantage: own?.[j] ?? 0,
         ...(own === undefined && { dropped: true }),
+        ...(group.replayed !== undefined && { replayed: group.replayed }),
       };
     }),
   );
@@ -103,8 +106,9 @@ function transcript(records: readonly CompletionRecord[]): string {
   let shown: string | undefined;
   for (const record of records) {
     if (record.completionIndex === 0 || record.prompt !== shown) {
+      const again = record.replayed === undefined ? '' : `, replayed from step ${record.replayed}`;
       const dropped = record.dropped ? ', not learned' : '';
-      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}${dropped}`;
+      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}${dropped}${again}`;
       lines.push(`${'='.repeat(80)}`, title, '', record.prompt.trimEnd(), '');
       shown = record.prompt;
     }

@@ -24,6 +24,8 @@ export interface Drawn<Row> {
   learned: DrawnGroup<Row>[];
   /** The position in the rows that the next step begins at. */
   position: number;
+  /** Rows that were passed over. */
+  skipped: number;
   /** How often the policy was asked for episodes. */
   rollouts: number;
   /** Seconds that the engine and environments took, and that verifiers took beyond it. */
@@ -35,6 +37,8 @@ export interface DrawOptions<Row> {
   task: RolloutTask<Row> & { readonly spec: RewardSpec<Row> };
   rows: RowSource<Row>;
   settings: GrpoSettings;
+  /** Whether the row at a position is drawn (default: all are). */
+  accepts?: ((row: Row, position: number) => boolean) | undefined;
 }
 
 /** Where a step's episodes come from: which rows, and how often they are drawn. */
@@ -56,7 +60,7 @@ export class EpisodeSource<Row> {
     motivation: MotivationMix,
     signal?: AbortSignal,
   ): Promise<Drawn<Row>> {
-    const { rows, settings } = this.#options;
+    const { rows, settings, accepts } = this.#options;
     const { promptsPerStep, dynamicSampling } = settings;
     const times = { rollout: 0, judging: 0 };
     const groups: DrawnGroup<Row>[] = [];
@@ -65,8 +69,14 @@ export class EpisodeSource<Row> {
     let rollouts = 0;
     let wanted = promptsPerStep;
     do {
-      const positions = Array.from({ length: wanted }, () => next++);
-      const batch = positions.map((at) => rows.at(at));
+      const positions: number[] = [];
+      const batch: Row[] = [];
+      for (; batch.length < wanted; next++) {
+        const row = rows.at(next);
+        if (accepts && !accepts(row, next)) continue;
+        positions.push(next);
+        batch.push(row);
+      }
       const collected = await this.#collect(batch, groups.length, motivation, step, times, signal);
       for (const [i, group] of collected.entries()) {
         const drawn = { ...group, position: positions[i] as number };
@@ -78,7 +88,8 @@ export class EpisodeSource<Row> {
     } while (rollouts < dynamicSampling && wanted > 0);
     const learned =
       dynamicSampling > 1 ? chosen(groups, (group) => withSignal.has(group), promptsPerStep) : groups;
-    return { groups, learned, position: next, rollouts, times };
+    const skipped = next - position - groups.length;
+    return { groups, learned, position: next, skipped, rollouts, times };
   }
 
   async #collect(
@@ -119,8 +130,8 @@ export async function hasSignal(group: EpisodeGroup, settings: GrpoSettings): Pr
 }
 
 /**
- * How many further rows fill the step if as many of them have a signal as of those before, at most a step's prompts: a
- * rollout of few rows takes nearly as long as one of many.
+ * How many further rows fill the step if as many of them have a signal as of those before (GRESO, arXiv:2506.02177), at
+ * most a step's prompts: a rollout of few rows takes nearly as long as one of many.
  */
 function rowsWanted(prompts: number, withSignal: number, drawn: number): number {
   const missing = Math.max(0, prompts - withSignal);

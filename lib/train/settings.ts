@@ -114,6 +114,54 @@ export const grpoSchema = z.strictObject({
       'rollouts of a step at most: more prompts are drawn until promptsPerStep of them have rewards that differ ' +
       "(DAPO's dynamic sampling); 0 or 1: off",
   }),
+  replay: setting(countOrNone.default(0), {
+    group: 'Rollout',
+    description:
+      'how many of the last groups in which few completions were right are kept, to be learned again in the place of ' +
+      'groups without a signal; 0: off',
+  }),
+  replayCorrect: setting(share.default(0.5), {
+    group: 'Rollout',
+    description: 'share of right completions up to which a group is kept for replay',
+  }),
+  difficulty: setting(z.enum(['off', 'skip', 'prioritize', 'weight']).default('off'), {
+    group: 'Difficulty',
+    description:
+      "what a prompt's running success rate does: skip passes prompts without a signal over, prioritize draws the ones " +
+      'that fail more often, weight gives them more weight',
+  }),
+  difficultyDecay: setting(z.number().min(0).lt(1).default(0.5), {
+    group: 'Difficulty',
+    description: 'weight of the visits before in the running success rate; 0: the last visit alone',
+  }),
+  difficultyExplore: setting(share.default(0.5), {
+    group: 'Difficulty',
+    description:
+      'with skip, the chance of a prompt whose last visit had no signal; its power for every visit more of that kind',
+  }),
+  difficultyFloor: setting(z.number().min(0.01).max(1).default(0.1), {
+    group: 'Difficulty',
+    description: 'the least chance of a prompt to be drawn, with skip and prioritize',
+  }),
+  difficultyFocus: setting(coefficient.default(1), {
+    group: 'Difficulty',
+    description: "with weight, the power of a prompt's failure rate that its advantages are multiplied by",
+  }),
+  curriculum: setting(z.string().optional(), {
+    group: 'Difficulty',
+    description:
+      'values of an option of the task that follow each other, by step, such as people=2@0,3@50,2-5@100, or by success, ' +
+      'such as people=2,3,2-5 (default: none)',
+  }),
+  curriculumCorrect: setting(share.default(0.8), {
+    group: 'Difficulty',
+    description:
+      'with a curriculum by success, the share of correct completions that the next value comes with',
+  }),
+  curriculumWindow: setting(count.default(10), {
+    group: 'Difficulty',
+    description: 'with a curriculum by success, the steps that this share is taken over',
+  }),
   groupSize: setting(z.int().min(2).default(8), { group: 'Rollout', description: 'completions of a prompt' }),
   ...limitSettings('Rollout', true),
   temperature: setting(positive.default(1), { group: 'Rollout', description: 'sampling temperature' }),

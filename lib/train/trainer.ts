@@ -25,9 +25,11 @@ import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
-import { EpisodeSource } from './draw.js';
+import { Course, type CourseStage, type StepLesson } from './course.js';
+import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './identity.js';
+import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
@@ -58,6 +60,8 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   rows?: readonly Row[];
   /** Held-out rows to evaluate on (default: the task's own). */
   evaluationRows?: readonly Row[];
+  /** The task with an option changed, for a `curriculum`; evaluations stay on `task`. */
+  openTask?: OpenTask<Row>;
   /** What the KL penalty holds the policy to; asked for where `kl` is above 0. */
   reference?: ReferencePolicy;
   /** The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/. */
@@ -72,6 +76,8 @@ export interface TrainerOptions<Row> extends GrpoOptions {
 /** One row of metrics.jsonl. Times are in seconds; entropy and KL in nats a token. */
 export interface GrpoMetrics {
   step: number;
+  /** The stage of the curriculum, where there is one, as in `people=3`. */
+  curriculum?: string;
   /** The view or mix of views that the step's completions were drawn under. */
   motivation: string;
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
@@ -92,6 +98,10 @@ export interface GrpoMetrics {
   rollouts?: number;
   rowsDrawn?: number;
   filledGroups?: number;
+  /** With `difficulty`: rows that were passed over. */
+  rowsSkipped?: number;
+  /** With `replay`: groups of earlier steps that were learned again. */
+  replayedGroups?: number;
   /** Mean punishment of overlong completions, where there is one; `reward` is without it. */
   overlong?: number;
   /** Mean tokens that the model drew in an episode, and the share of episodes that ran out of them. */
@@ -139,6 +149,8 @@ export class Trainer<Row = unknown> {
   readonly #motivation: Motivation;
   readonly #learnUnder: Schedule<readonly LearnView[]>;
   readonly #anchor: { under: MotivationView; to: MotivationView };
+  readonly #views: readonly MotivationView[];
+  readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
@@ -146,8 +158,19 @@ export class Trainer<Row = unknown> {
 
   /** @throws MerfError INVALID_CONFIG naming the setting, INVALID_ARGUMENT for a view that the task does not have */
   constructor(options: TrainerOptions<Row>) {
-    const { policy, task, rows, evaluationRows, reference, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      task,
+      rows,
+      evaluationRows,
+      openTask,
+      reference,
+      out,
+      resume,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(grpoSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     parsed.scaleAdvantages ??= parsed.loss !== 'dr_grpo';
@@ -161,6 +184,7 @@ export class Trainer<Row = unknown> {
       throw new MerfError('INVALID_CONFIG', `Expected a reference policy where kl = ${parsed.kl} is above 0`);
     }
     checkOverlong(parsed);
+    this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
     this.#motivation = parseMotivation(parsed.motivation);
@@ -172,8 +196,8 @@ export class Trainer<Row = unknown> {
     this.#completions = new CompletionLog(join(out, 'completions'));
     const sampled = this.#motivation.flatMap(({ value }) => value);
     const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
-    checkViews(task, [...sampled, ...learned, ...parsed.evaluateMotivations.map(parseMotivationView)]);
-    if (parsed.anchor > 0) checkViews(task, Object.values(this.#anchor));
+    this.#views = [...sampled, ...learned, ...(parsed.anchor > 0 ? Object.values(this.#anchor) : [])];
+    checkViews(task, [...this.#views, ...parsed.evaluateMotivations.map(parseMotivationView)]);
     for (const { value: mix } of this.#motivation) {
       if (mix.length > parsed.groupSize) {
         throw new MerfError(
@@ -200,7 +224,11 @@ export class Trainer<Row = unknown> {
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
-    const source = new EpisodeSource({ policy, task, rows, settings });
+    const { openTask } = this.#options;
+    const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
+    const course = await Course.open({ policy, task, rows, settings, curriculum });
+    for (const stage of course.stages) checkViews(stage.task, this.#views);
+    const state = keptTogether(course.kept);
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -214,17 +242,18 @@ export class Trainer<Row = unknown> {
         task: task.name,
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
-        data: rows.fingerprint.slice(0, 16),
+        data: course.fingerprint,
         ...([settings.motivation, settings.learnUnder, settings.anchorUnder, settings.anchorTo].some((text) =>
           text.includes('template:'),
         ) && { template: contentHash([this.#motivation, this.#learnUnder, this.#anchor]) }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
+      ...(state && { state }),
       discardAfter: (step) => this.#completions.discardAfter(step),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(source, step, position, signal),
+      step: (step, position, signal) => this.#step(course, step, position, signal),
     });
     if (this.#stopping) this.#loop.stop();
     return this.#loop.run(options.signal);
@@ -236,35 +265,40 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  async #step(source: EpisodeSource<Row>, step: number, position: number, signal?: AbortSignal) {
+  async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
       const mix = stageAt(this.#motivation, step - 1);
       this.#emit({ type: 'phase', phase: 'rollout', step });
-      const drawn = await source.draw(step, position, mix, signal);
-      const { groups, learned, times } = drawn;
+      const { stage, position: first } = course.at(step, position);
+      const drawn = await stage.source.draw(step, first, mix, signal);
+      const { groups, times } = drawn;
       clock.lap();
 
-      const { advantages } = await judgementOf(learned, this.settings);
+      const lesson = await course.lesson(step, stage, drawn);
+      const { advantages, replayed } = lesson;
       const learnUnder = stageAt(this.#learnUnder, step - 1);
-      const { tally, gap } = await this.#update(learned, advantages, learnUnder, step, signal, () => {
+      const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf(groups, learned, advantages, step));
+      this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
       const under = formatLearnUnder(learnUnder);
       const metrics: Omit<GrpoMetrics, 'step'> = {
+        ...(stage.name !== '' && { curriculum: stage.name }),
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...(await this.#rewardMetrics(groups)),
+        ...(await this.#rewardMetrics(stage, groups)),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
           rowsDrawn: groups.length,
           filledGroups: advantages.filter(isWithoutSignal).length,
         }),
+        ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
+        ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
         rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
@@ -274,22 +308,23 @@ export class Trainer<Row = unknown> {
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      return { metrics: { ...metrics }, position: drawn.position };
+      await course.note(step, stage, drawn);
+      return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
   }
 
   async #update(
-    groups: readonly EpisodeGroup<Row>[],
-    advantages: readonly number[][],
+    { task }: CourseStage<Row>,
+    { groups, advantages }: StepLesson<Row>,
     learnUnder: readonly LearnView[],
     step: number,
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
   ): Promise<{ tally: UpdateTally; gap: PromptGap | undefined }> {
     this.#emit({ type: 'phase', phase: 'training', step });
-    const { policy, reference, task } = this.#options;
+    const { policy, reference } = this.#options;
     const { settings } = this;
     const lessons = await Lessons.prepare(groups, advantages, {
       policy,
@@ -320,8 +355,7 @@ export class Trainer<Row = unknown> {
   }
 
   /** What all that was drawn came to, so that choosing among it does not bend the curve. */
-  async #rewardMetrics(groups: readonly EpisodeGroup<Row>[]) {
-    const { task } = this.#options;
+  async #rewardMetrics({ task }: CourseStage<Row>, groups: readonly EpisodeGroup<Row>[]) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
     const { advantages } = await judgementOf(groups, this.settings);
