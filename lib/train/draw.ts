@@ -1,4 +1,4 @@
-import type { MotivationMix } from '../prompt/motivation.js';
+import type { MotivationMix, MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/index.js';
 import {
   collect,
@@ -8,6 +8,7 @@ import {
   type RolloutTask,
 } from '../rollout/index.js';
 import type { RowSource } from '../tasks/index.js';
+import { hintFailed } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A step's episodes. */
@@ -24,7 +25,12 @@ export interface DrawOptions<Row> {
   task: RolloutTask<Row> & { readonly spec: RewardSpec<Row> };
   rows: RowSource<Row>;
   settings: GrpoSettings;
+  /** The view under which groups that fail are drawn again, where any are. */
+  hint?: MotivationView | undefined;
 }
+
+// Rows of a step that are drawn again have a place of their own in the random stream, behind all that a step may draw.
+const firstHintedRow = 2 ** 31;
 
 /** Where a step's episodes come from: which rows, and how often they are drawn. */
 export class EpisodeSource<Row> {
@@ -41,10 +47,13 @@ export class EpisodeSource<Row> {
     motivation: MotivationMix,
     signal?: AbortSignal,
   ): Promise<Drawn<Row>> {
-    const { rows, settings } = this.#options;
+    const { rows, settings, task, hint } = this.#options;
     const batch = Array.from({ length: settings.promptsPerStep }, (_, i) => rows.at(position + i));
     const times = { rollout: 0, judging: 0 };
-    const groups = await this.#collect(batch, 0, motivation, step, times, signal);
+    const drawn = await this.#collect(batch, 0, motivation, step, times, signal);
+    const groups = await hintFailed(drawn, task.spec, hint, (failed, view) =>
+      this.#collect(failed, firstHintedRow, [view], step, times, signal),
+    );
     return { groups, position: position + batch.length, times };
   }
 
