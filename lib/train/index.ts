@@ -1,3 +1,12 @@
+export {
+  AdaptiveMotivation,
+  type AdaptiveRecord,
+  type AdaptiveSettings,
+  type AdaptiveSpec,
+  type ComponentRecord,
+  type Lift,
+  type MeasuredLift,
+} from './adaptive.js';
 export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js';
 export type { CompletionRecord } from './completions.js';
 export { type Phase, type RunResult, readSavedRun, type SavedRun, type TrainingEvent } from './loop.js';

@@ -7,6 +7,7 @@ import {
   formatMotivation,
   type LearnView,
   type Motivation,
+  type MotivationMix,
   type MotivationView,
   parseLearnUnder,
   parseMotivation,
@@ -23,13 +24,16 @@ import {
 } from '../rollout/index.js';
 import { keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
+import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
 import { isUniform, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { EpisodeSource } from './draw.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { hintMetrics } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { MetricsLog } from './metrics.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
@@ -59,7 +63,10 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   evaluationRows?: readonly Row[];
   /** What the KL penalty holds the policy to; asked for where `kl` is above 0. */
   reference?: ReferencePolicy;
-  /** The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/. */
+  /**
+   * The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/; with an adaptive motivation
+   * motivation.jsonl, a line a step (`AdaptiveRecord`).
+   */
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
@@ -76,6 +83,8 @@ export interface GrpoMetrics {
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
+  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
   reward: number;
@@ -129,10 +138,14 @@ const stepsBeforeAdvice = 3;
 export class Trainer<Row = unknown> {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
-  readonly #motivation: Motivation;
+  readonly #motivation: Motivation | undefined;
+  /** In place of a schedule; each run begins with one that has learned nothing yet. */
+  #adaptive: AdaptiveMotivation | undefined;
+  readonly #hint: MotivationView | undefined;
   readonly #learnUnder: Schedule<readonly LearnView[]>;
   readonly #anchor: { under: MotivationView; to: MotivationView };
   readonly #completions: CompletionLog;
+  readonly #motivationLog: MetricsLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
   #stepsWithoutSignal = 0;
@@ -155,18 +168,24 @@ export class Trainer<Row = unknown> {
     }
     this.settings = parsed;
     this.#options = options;
-    this.#motivation = parseMotivation(parsed.motivation);
+    this.#adaptive = this.#newAdaptive();
+    this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
+    this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
     this.#learnUnder = parseLearnUnder(parsed.learnUnder);
     this.#anchor = {
       under: parseMotivationView(parsed.anchorUnder),
       to: parseMotivationView(parsed.anchorTo),
     };
     this.#completions = new CompletionLog(join(out, 'completions'));
-    const sampled = this.#motivation.flatMap(({ value }) => value);
+    this.#motivationLog = new MetricsLog(join(out, 'motivation.jsonl'));
+    const sampled = [
+      ...(this.#motivation ?? []).flatMap(({ value }) => value),
+      ...(this.#hint === undefined ? [] : [this.#hint]),
+    ];
     const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
     checkViews(task, [...sampled, ...learned, ...parsed.evaluateMotivations.map(parseMotivationView)]);
     if (parsed.anchor > 0) checkViews(task, Object.values(this.#anchor));
-    for (const { value: mix } of this.#motivation) {
+    for (const { value: mix } of this.#motivation ?? []) {
       if (mix.length > parsed.groupSize) {
         throw new MerfError(
           'INVALID_CONFIG',
@@ -192,7 +211,9 @@ export class Trainer<Row = unknown> {
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
-    const source = new EpisodeSource({ policy, task, rows, settings });
+    const source = new EpisodeSource({ policy, task, rows, settings, hint: this.#hint });
+    this.#adaptive = this.#newAdaptive();
+    const adaptive = this.#adaptive;
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -206,13 +227,25 @@ export class Trainer<Row = unknown> {
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
         data: rows.fingerprint.slice(0, 16),
-        ...([settings.motivation, settings.learnUnder, settings.anchorUnder, settings.anchorTo].some((text) =>
-          text.includes('template:'),
-        ) && { template: contentHash([this.#motivation, this.#learnUnder, this.#anchor]) }),
+        ...(this.#readsTemplates() && {
+          template: contentHash([
+            this.#motivation,
+            this.#learnUnder,
+            this.#anchor,
+            ...(this.#hint === undefined ? [] : [this.#hint]),
+          ]),
+        }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
-      discardAfter: (step) => this.#completions.discardAfter(step),
+      discardAfter: (step) => {
+        this.#completions.discardAfter(step);
+        this.#motivationLog.truncate(step);
+      },
+      state: {
+        save: () => adaptive && { adaptive: adaptive.save() },
+        load: (state) => adaptive?.load((state as { adaptive: unknown }).adaptive),
+      },
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       step: (step, position, signal) => this.#step(source, step, position, signal),
@@ -227,11 +260,23 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
+  #newAdaptive(): AdaptiveMotivation | undefined {
+    if (this.settings.motivation !== adaptiveWord) return undefined;
+    return new AdaptiveMotivation(this.#options.task.spec, this.settings);
+  }
+
+  #readsTemplates(): boolean {
+    const { motivation, learnUnder, anchorUnder, anchorTo, hintFailed = '' } = this.settings;
+    return [motivation, learnUnder, anchorUnder, anchorTo, hintFailed].some((text) =>
+      text.includes('template:'),
+    );
+  }
+
   async #step(source: EpisodeSource<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
-      const mix = stageAt(this.#motivation, step - 1);
+      const mix = this.#mixAt(step);
       this.#emit({ type: 'phase', phase: 'rollout', step });
       const { groups, position: next, times } = await source.draw(step, position, mix, signal);
       clock.lap();
@@ -249,6 +294,7 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(learned !== 'same' && { learnUnder: learned }),
         ...(gap && { promptGap: gap }),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
         ...this.#rewardMetrics(groups, rewards),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
@@ -259,9 +305,25 @@ export class Trainer<Row = unknown> {
         judgingSeconds: times.judging,
         trainingSeconds,
       };
+      this.#learnMotivation(step, groups);
       return { metrics: { ...metrics }, position: next };
     } catch (error) {
       throw new StepFailed(error, updated);
+    }
+  }
+
+  #mixAt(step: number): MotivationMix {
+    return this.#adaptive?.mix(step) ?? stageAt(this.#motivation as Motivation, step - 1);
+  }
+
+  /** Lets an adaptive motivation decide on the next steps, and says what it decided. */
+  #learnMotivation(step: number, groups: readonly EpisodeGroup<Row>[]): void {
+    if (this.#adaptive === undefined) return;
+    const record = this.#adaptive.learn(step, groups);
+    this.#motivationLog.append({ ...record });
+    for (const [name, { decision, why }] of Object.entries(record.components)) {
+      if (decision === 'stays') continue;
+      this.#emit({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
     }
   }
 
