@@ -5,6 +5,7 @@ import { isWithoutSignal, judgementOf } from './advantages.js';
 import { Curriculum, type CurriculumPlan, type OpenTask } from './curriculum.js';
 import { Difficulty } from './difficulty.js';
 import { type Drawn, EpisodeSource } from './draw.js';
+import { unhinted } from './hints.js';
 import { contentHash } from './identity.js';
 import type { Kept } from './kept.js';
 import { Replay, type ReplayedGroup } from './replay.js';
@@ -124,7 +125,7 @@ export class Course<Row> {
     const { advantages } = await judgementOf(groups, this.#options.settings);
     stage.difficulty?.note(groups, advantages);
     this.#replay?.note(step, stage, groups, advantages);
-    const episodes = groups.flatMap((group) => group.episodes);
+    const episodes = groups.flatMap(unhinted);
     const right = episodes.filter(({ reward }) => spec.isHighest(reward)).length;
     this.#curriculum?.note(step, position, right / episodes.length);
   }

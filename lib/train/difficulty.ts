@@ -3,6 +3,7 @@ import type { EpisodeGroup } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
 import { Random } from '../tasks/random.js';
 import { isWithoutSignal } from './advantages.js';
+import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 export type DifficultySettings = Pick<
@@ -88,8 +89,10 @@ export class Difficulty<Row> {
     return this.#visits.get(this.#key(row))?.silent ?? 0;
   }
 
-  /** The running success rate of a group's row, with this visit. */
-  #rateWith({ row, episodes }: EpisodeGroup<Row>): number {
+  /** The running success rate of a group's row without a hint, with this visit. */
+  #rateWith(group: EpisodeGroup<Row>): number {
+    const { row } = group;
+    const episodes = unhinted(group);
     const right = episodes.filter(({ reward }) => this.#task.spec.isHighest(reward)).length;
     const own = right / episodes.length;
     const before = this.#visits.get(this.#key(row))?.rate ?? own;
