@@ -90,7 +90,7 @@ type ByView = ReadonlyMap<string, readonly Episode[]>;
 // An end of the interval is passed by chance in one case of 20.
 const deviations = 1.645;
 // Words come back for a lift that is this many times the one below which they are withdrawn.
-const returnFactor = 3;
+const returnFactor = 2;
 
 /**
  * A motivation that withdraws itself as the model comes to do without it (the idea of SKILL0, arXiv:2604.02268, for the
@@ -104,7 +104,7 @@ const returnFactor = 3;
  * same for every component. The total has a veto: words that are shown to raise it stay.
  *
  * A component is withdrawn where even the upper end of its lift is below `adaptiveLift`, and said again where even the
- * lower end is above three times that. There is one decision at a time, on a full window, and then all is measured afresh: what
+ * lower end is above twice that. There is one decision at a time, on a full window, and then all is measured afresh: what
  * a component's words do depends on what else is said.
  */
 export class AdaptiveMotivation {

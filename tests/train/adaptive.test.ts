@@ -243,13 +243,13 @@ describe('what is said', () => {
   /** Words of format help until step 100 and again from step 250 on; those of answer always do. */
   const decays: Chance = (name, sees, step) => {
     if (!sees(name)) return 0.4;
-    return name === 'answer' || step < 100 || step >= 250 ? 0.8 : 0.42;
+    return name === 'answer' || step < 100 || step >= 250 ? 0.8 : 0.4;
   };
 
   test.each([0, 1, 2])(
     'words are withdrawn once they stop helping, and come back once they help, seed %i',
     (seed) => {
-      const { records, changes } = simulate(names, 400, decays, { seed });
+      const { records, changes } = simulate(names, 400, decays, { seed, groups: 16 });
       expect(changes.map(({ name, decision }) => `${name} ${decision}`)).toEqual([
         'format withdrawn',
         'format said again',
@@ -269,7 +269,7 @@ describe('what is said', () => {
       );
       expect(components(records[away.step], 'format')).toMatchObject({ said: false, share: 1 / 8, steps: 1 });
       expect(components(records[back.step - 1], 'format').why).toMatch(
-        /^the lower end, 0\.\d+, of the lift of format is above 0\.15$/,
+        /^the lower end, 0\.\d+, of the lift of format is above 0\.1$/,
       );
       expect(components(records[back.step], 'format')).toMatchObject({ said: true });
       for (const record of records) expect(components(record, 'answer').said).toBe(true);
@@ -296,18 +296,18 @@ describe('what is said', () => {
 
   test('noise alone does not make words come and go', () => {
     // The lift is 0, or what words are withdrawn below; either way each of two components may go, and then stay away.
-    const runs = [0, 0.05].flatMap((lift) =>
-      [0, 1, 2, 3, 4].map((seed) =>
+    const runs = [0, 0.05].map((lift) =>
+      Array.from({ length: 10 }, (_, seed) =>
         simulate(names, 300, (name, sees) => (sees(name) ? 0.5 + lift : 0.5), { seed }),
       ),
     );
-    const counts = runs.map(({ changes }) => changes.length);
-    expect(Math.min(...counts.slice(0, 5))).toBe(2);
-    expect(Math.max(...counts)).toBeLessThanOrEqual(4);
-    const returns = runs.flatMap(({ changes }) =>
-      changes.filter(({ decision }) => decision === 'said again'),
-    );
-    expect(returns.length).toBeLessThanOrEqual(2);
+    for (const some of runs) {
+      const counts = some.map(({ changes }) => changes.length);
+      const mean = counts.reduce((sum, count) => sum + count, 0) / counts.length;
+      expect(mean).toBeGreaterThanOrEqual(1.5);
+      expect(mean).toBeLessThanOrEqual(3);
+      expect(Math.max(...counts)).toBeLessThanOrEqual(6);
+    }
   });
 
   test('words that raise the total stay, whatever they do to their own score', () => {
@@ -331,8 +331,8 @@ describe('what is said', () => {
     expect(changes.map(({ name }) => name)).toEqual(names);
     expect(changes[0]?.step).toBe(changes[1]?.step);
     const record = records[(changes[0]?.step ?? 0) - 1];
-    expect(record?.together?.interval?.[0]).toBeGreaterThan(0.15);
-    expect(components(record, 'format').why).toMatch(/of the lift of format\+answer is above 0\.15$/);
+    expect(record?.together?.interval?.[0]).toBeGreaterThan(0.1);
+    expect(components(record, 'format').why).toMatch(/of the lift of format\+answer is above 0\.1$/);
     expect(motivation.said).toEqual(names);
   });
 
