@@ -365,16 +365,16 @@ describe('old log-probabilities', () => {
   });
 
   test('truncated: advantages weighted by the ratio between the prompts, up to the cap', async () => {
-    const settings = { learnCorrection: 'truncated', learnCap: 0.5 } as const;
+    const settings = { learnCorrection: 'truncated', learnCap: 0.8 } as const;
     const { lessons } = await prepare(twoGroups(), twoAdvantages, settings, ['same', 'none']);
     const lesson = lessons.slice(0, 2);
     const found = targetsOf(lesson.forest);
     expect(found[3]?.train.advantage).toBe(-0.5);
     const old = allSaid(under('none', 'Bo'), 'ghij');
     const ratios = drawnLogprobs('ghij').map((drawn, t) => Math.exp((old[t] as number) - drawn));
-    expect([Math.min(...ratios) < 0.5, Math.max(...ratios) > 0.5]).toEqual([true, true]);
+    expect([Math.min(...ratios) < 0.8, Math.max(...ratios) > 0.8]).toEqual([true, true]);
     expect(found[7]?.train).toEqual({
-      advantage: ratios.map((ratio) => -0.5 * Math.min(ratio, 0.5)),
+      advantage: ratios.map((ratio) => -0.5 * Math.min(ratio, 0.8)),
       logprobs: old,
     });
   });
