@@ -1,3 +1,4 @@
+import type { MotivationView } from '../prompt/motivation.js';
 import type { EpisodeGroup, RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
@@ -14,6 +15,8 @@ export interface CourseOptions<Row> {
   task: Task<Row>;
   rows: RowSource<Row>;
   settings: GrpoSettings;
+  /** The view under which groups that fail are drawn again, where any are. */
+  hint?: MotivationView | undefined;
   /** In place of the task and its rows. */
   curriculum?: { plan: CurriculumPlan; openTask: OpenTask<Row> } | undefined;
 }
@@ -49,14 +52,18 @@ export class Course<Row> {
   readonly #replay: Replay<Row> | undefined;
 
   private constructor(options: CourseOptions<Row>, curriculum: Curriculum<Row> | undefined) {
-    const { policy, task, rows, settings } = options;
+    const { policy, task, rows, settings, hint } = options;
     this.#options = options;
     this.#curriculum = curriculum;
     this.#replay = settings.replay > 0 ? new Replay(settings) : undefined;
     this.stages = (curriculum?.stages ?? [{ name: '', task, rows }]).map((stage) => {
       const difficulty = settings.difficulty === 'off' ? undefined : new Difficulty(stage.task, settings);
       const accepts = difficulty && ((row: Row, position: number) => difficulty.draws(row, position));
-      return { ...stage, difficulty, source: new EpisodeSource({ policy, settings, accepts, ...stage }) };
+      return {
+        ...stage,
+        difficulty,
+        source: new EpisodeSource({ policy, settings, accepts, hint, ...stage }),
+      };
     });
   }
 

@@ -1,4 +1,4 @@
-import type { MotivationMix } from '../prompt/motivation.js';
+import type { MotivationMix, MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/index.js';
 import {
   collect,
@@ -9,6 +9,7 @@ import {
 } from '../rollout/index.js';
 import type { RowSource } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
+import { hintFailed } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A group and the position of its row among the rows. */
@@ -39,7 +40,12 @@ export interface DrawOptions<Row> {
   settings: GrpoSettings;
   /** Whether the row at a position is drawn (default: all are). */
   accepts?: ((row: Row, position: number) => boolean) | undefined;
+  /** The view under which groups that fail are drawn again, where any are. */
+  hint?: MotivationView | undefined;
 }
+
+// Rows of a step that are drawn again have a place of their own in the random stream, behind all that a step may draw.
+const firstHintedRow = 2 ** 31;
 
 /** Where a step's episodes come from: which rows, and how often they are drawn. */
 export class EpisodeSource<Row> {
@@ -60,7 +66,7 @@ export class EpisodeSource<Row> {
     motivation: MotivationMix,
     signal?: AbortSignal,
   ): Promise<Drawn<Row>> {
-    const { rows, settings, accepts } = this.#options;
+    const { rows, settings, task, accepts, hint } = this.#options;
     const { promptsPerStep, dynamicSampling } = settings;
     const times = { rollout: 0, judging: 0 };
     const groups: DrawnGroup<Row>[] = [];
@@ -77,7 +83,10 @@ export class EpisodeSource<Row> {
         positions.push(next);
         batch.push(row);
       }
-      const collected = await this.#collect(batch, groups.length, motivation, step, times, signal);
+      const plain = await this.#collect(batch, groups.length, motivation, step, times, signal);
+      const collected = await hintFailed(plain, task.spec, hint, (failed, view) =>
+        this.#collect(failed, firstHintedRow + groups.length, [view], step, times, signal),
+      );
       for (const [i, group] of collected.entries()) {
         const drawn = { ...group, position: positions[i] as number };
         groups.push(drawn);

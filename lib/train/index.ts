@@ -1,3 +1,12 @@
+export {
+  AdaptiveMotivation,
+  type AdaptiveRecord,
+  type AdaptiveSettings,
+  type AdaptiveSpec,
+  type ComponentRecord,
+  type Lift,
+  type MeasuredLift,
+} from './adaptive.js';
 export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js';
 export type { CompletionRecord } from './completions.js';
 export type { OpenTask } from './curriculum.js';

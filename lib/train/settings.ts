@@ -188,7 +188,31 @@ export const grpoSchema = z.strictObject({
     group: 'Motivation',
     description:
       'what the prompt says about the reward: none, full, adverse, partial:COMPONENT, template:FILE, a mix that the ' +
-      'completions of a prompt are divided over, such as full/none, or a schedule of these such as full@0,none@100',
+      'completions of a prompt are divided over, such as full/none, a schedule of these such as full@0,none@100, or ' +
+      'adaptive: components whose words no longer raise their own score are withdrawn, and come back where they do',
+  }),
+  adaptiveWindow: setting(z.int().min(2).default(8), {
+    group: 'Motivation',
+    description:
+      "with --motivation adaptive: steps that measure a component's words before anything is decided about them",
+  }),
+  adaptiveLift: setting(z.number().positive().max(0.5).default(0.05), {
+    group: 'Motivation',
+    description:
+      "with --motivation adaptive: words are withdrawn where they are shown to raise their component's score by less " +
+      'than this share of its range, and come back where it is more than three times as much',
+  }),
+  adaptiveFloor: setting(z.number().positive().max(0.25).default(0.125), {
+    group: 'Motivation',
+    description:
+      'with --motivation adaptive: share of completions, one of each prompt at least, that see all words, whatever is ' +
+      'withdrawn, and of those that see none',
+  }),
+  hintFailed: setting(z.string().optional(), {
+    group: 'Motivation',
+    description:
+      'a view, such as full, under which a prompt is drawn again where no completion of it was correct; they take the ' +
+      'place of those that failed (Guide, with --motivation none, --learn-under none and --learn-correction importance)',
   }),
   learnUnder: setting(z.string().default('same'), {
     group: 'Motivation',

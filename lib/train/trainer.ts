@@ -7,6 +7,7 @@ import {
   formatMotivation,
   type LearnView,
   type Motivation,
+  type MotivationMix,
   type MotivationView,
   parseLearnUnder,
   parseMotivation,
@@ -23,15 +24,18 @@ import {
 } from '../rollout/index.js';
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
+import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { hintMetrics } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
@@ -64,7 +68,10 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   openTask?: OpenTask<Row>;
   /** What the KL penalty holds the policy to; asked for where `kl` is above 0. */
   reference?: ReferencePolicy;
-  /** The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/. */
+  /**
+   * The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/; with an adaptive motivation
+   * motivation.jsonl, a line a step (`AdaptiveRecord`).
+   */
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
@@ -83,6 +90,8 @@ export interface GrpoMetrics {
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
+  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
   reward: number;
@@ -146,12 +155,16 @@ const stepsBeforeAdvice = 3;
 export class Trainer<Row = unknown> {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
-  readonly #motivation: Motivation;
+  readonly #motivation: Motivation | undefined;
+  /** In place of a schedule; each run begins with one that has learned nothing yet. */
+  #adaptive: AdaptiveMotivation | undefined;
+  readonly #hint: MotivationView | undefined;
   readonly #learnUnder: Schedule<readonly LearnView[]>;
   readonly #anchor: { under: MotivationView; to: MotivationView };
   readonly #views: readonly MotivationView[];
   readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
+  readonly #motivationLog: MetricsLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
   #stepsWithoutSignal = 0;
@@ -187,18 +200,24 @@ export class Trainer<Row = unknown> {
     this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
-    this.#motivation = parseMotivation(parsed.motivation);
+    this.#adaptive = this.#newAdaptive();
+    this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
+    this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
     this.#learnUnder = parseLearnUnder(parsed.learnUnder);
     this.#anchor = {
       under: parseMotivationView(parsed.anchorUnder),
       to: parseMotivationView(parsed.anchorTo),
     };
     this.#completions = new CompletionLog(join(out, 'completions'));
-    const sampled = this.#motivation.flatMap(({ value }) => value);
+    this.#motivationLog = new MetricsLog(join(out, 'motivation.jsonl'));
+    const sampled = [
+      ...(this.#motivation ?? []).flatMap(({ value }) => value),
+      ...(this.#hint === undefined ? [] : [this.#hint]),
+    ];
     const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
     this.#views = [...sampled, ...learned, ...(parsed.anchor > 0 ? Object.values(this.#anchor) : [])];
     checkViews(task, [...this.#views, ...parsed.evaluateMotivations.map(parseMotivationView)]);
-    for (const { value: mix } of this.#motivation) {
+    for (const { value: mix } of this.#motivation ?? []) {
       if (mix.length > parsed.groupSize) {
         throw new MerfError(
           'INVALID_CONFIG',
@@ -226,9 +245,10 @@ export class Trainer<Row = unknown> {
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
     const { openTask } = this.#options;
     const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
-    const course = await Course.open({ policy, task, rows, settings, curriculum });
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
-    const state = keptTogether(course.kept);
+    this.#adaptive = this.#newAdaptive();
+    const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -243,14 +263,22 @@ export class Trainer<Row = unknown> {
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
         data: course.fingerprint,
-        ...([settings.motivation, settings.learnUnder, settings.anchorUnder, settings.anchorTo].some((text) =>
-          text.includes('template:'),
-        ) && { template: contentHash([this.#motivation, this.#learnUnder, this.#anchor]) }),
+        ...(this.#readsTemplates() && {
+          template: contentHash([
+            this.#motivation,
+            this.#learnUnder,
+            this.#anchor,
+            ...(this.#hint === undefined ? [] : [this.#hint]),
+          ]),
+        }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
+      discardAfter: (step) => {
+        this.#completions.discardAfter(step);
+        this.#motivationLog.truncate(step);
+      },
       ...(state && { state }),
-      discardAfter: (step) => this.#completions.discardAfter(step),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       step: (step, position, signal) => this.#step(course, step, position, signal),
@@ -265,11 +293,23 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
+  #newAdaptive(): AdaptiveMotivation | undefined {
+    if (this.settings.motivation !== adaptiveWord) return undefined;
+    return new AdaptiveMotivation(this.#options.task.spec, this.settings);
+  }
+
+  #readsTemplates(): boolean {
+    const { motivation, learnUnder, anchorUnder, anchorTo, hintFailed = '' } = this.settings;
+    return [motivation, learnUnder, anchorUnder, anchorTo, hintFailed].some((text) =>
+      text.includes('template:'),
+    );
+  }
+
   async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
-      const mix = stageAt(this.#motivation, step - 1);
+      const mix = this.#mixAt(step);
       this.#emit({ type: 'phase', phase: 'rollout', step });
       const { stage, position: first } = course.at(step, position);
       const drawn = await stage.source.draw(step, first, mix, signal);
@@ -291,6 +331,7 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
         ...(await this.#rewardMetrics(stage, groups)),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
@@ -309,9 +350,25 @@ export class Trainer<Row = unknown> {
         trainingSeconds,
       };
       await course.note(step, stage, drawn);
+      this.#learnMotivation(step, groups);
       return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
       throw new StepFailed(error, updated);
+    }
+  }
+
+  #mixAt(step: number): MotivationMix {
+    return this.#adaptive?.mix(step) ?? stageAt(this.#motivation as Motivation, step - 1);
+  }
+
+  /** Lets an adaptive motivation decide on the next steps, and says what it decided. */
+  #learnMotivation(step: number, groups: readonly EpisodeGroup<Row>[]): void {
+    if (this.#adaptive === undefined) return;
+    const record = this.#adaptive.learn(step, groups);
+    this.#motivationLog.append({ ...record });
+    for (const [name, { decision, why }] of Object.entries(record.components)) {
+      if (decision === 'stays') continue;
+      this.#emit({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
     }
   }
 
