@@ -58,6 +58,14 @@ describe('prioritize', () => {
   });
 });
 
+test('a row that needed a hint counts by what was drawn without', () => {
+  const known = difficulty({ difficulty: 'prioritize' });
+  const hinted = { ...visit(1, 4), failed: visit(1, 0).episodes };
+  known.note([hinted, visit(2, 4)], [...loud, ...silent]);
+  expect([1, 2].map((id) => known.chance({ id }))).toEqual([1, 0.1]);
+  expect(difficulty({ difficulty: 'weight' }).weights([hinted])).toEqual([1]);
+});
+
 describe('weight', () => {
   test('advantages are multiplied by a power of the failure rate, this visit counted', () => {
     const known = difficulty({ difficulty: 'weight', difficultyDecay: 0.5, difficultyFocus: 2 });
