@@ -46,6 +46,8 @@ export interface NativeModelConfig {
   mlpSize: number;
   vocabSize: number;
   rmsNormEps: number;
+  /** The id whose embedding takes no gradient where it is looked up; a tied head's gradient it has all the same. */
+  paddingId?: number | undefined;
   /** The language-model head is the embedding table. */
   tiedHead: boolean;
   /** The q, k and v projections have biases. */

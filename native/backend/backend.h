@@ -294,8 +294,9 @@ class Backend {
   // ---- embedding
   // y[T, H] f32|bf16 = rows of the table [V, H]; ids [T] i32.
   virtual void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) = 0;
-  // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens.
-  virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
+  // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens, but for tokens of id `padding`.
+  virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                  int32_t padding = -1) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
   virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
   // Copies rows 0 to place[1] of every `from` to the rows of its `to` from place[0] on; place [2] i32, place[1] at most

@@ -169,9 +169,10 @@ void ProfiledBackend::embedding(const Tensor& ids, const PackedWeight& table, co
   timed("embedding", {0.0, 2.0 * bytes_of({y})}, [&] { backend_->embedding(ids, table, y); });
 }
 
-void ProfiledBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+void ProfiledBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                         int32_t padding) {
   timed("embedding_backward", {0.0, 3.0 * bytes_of({dy})},
-        [&] { backend_->embedding_backward(ids, dy, dtable); });
+        [&] { backend_->embedding_backward(ids, dy, dtable, padding); });
 }
 
 void ProfiledBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) {

@@ -80,7 +80,8 @@ class CudaBackend final : public Backend {
 
   // embedding.cu
   void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
-  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
+  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                          int32_t padding) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
 
   // norm.cu
