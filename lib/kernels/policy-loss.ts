@@ -40,7 +40,7 @@ export interface PolicyLossOptions {
   entropyWeights?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
   advantages?: Tensor<FloatDType> | undefined;
-  /** [R] f32, not for cross_entropy. */
+  /** [R] f32, not for cross_entropy. NaN: the row's own log-probability stands in, and its ratio is 1. */
   oldLogprobs?: Tensor<FloatDType> | undefined;
   /** [R] f32, needed where klCoefficient is above 0. */
   referenceLogprobs?: Tensor<FloatDType> | undefined;

@@ -262,8 +262,7 @@ export class Policy {
    * Adds the gradient of the loss over the forest to the gradients. `maxTokens` bounds the tokens whose activations are
    * held at once, as far as segments divide it (default: so many that they take a quarter of what weights, gradients
    * and moments do, and at least 512 MiB); every token is computed once whatever it is, and the gradient does not depend
-   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in: its ratio is 1. They come from
-   * the same forward pass, and cost the product with the head once more.
+   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in: its ratio is 1.
    *
    * A loss that is not finite (`finite` is false then), an abort or a lack of memory leaves all gradients zeroed, those
    * of earlier calls included, so that no update is made of a part of a batch. A signal that fires when all is done

@@ -58,7 +58,9 @@ MERF_HOST_DEVICE inline bool policy_loss_has_ratio(const LossOptions& options,
 }
 
 MERF_HOST_DEVICE inline double policy_loss_log_ratio(const PolicyLossRows& rows, int64_t r) {
-  return static_cast<double>(rows.logprobs[r]) - static_cast<double>(rows.old_logprobs[r]);
+// Where a row has no old log-probability its own stands in: the ratio is 1, and carries gradient.
+  const double logprob = rows.logprobs[r], old = rows.old_logprobs[r];
+  return logprob - (old == old ? old : logprob);
 }
 
 struct PolicyLossRow {

@@ -225,3 +225,22 @@ TEST_CASE("a log-probability that is not finite shows in the loss") {
 TEST_CASE("no rows, no loss") {
   for_each_backend([](Backend& backend) { CHECK(run(backend, Rows{}, {}, false).loss == 0.0); });
 }
+TEST_CASE("a row without an old log-probability has its own") {
+  for_each_backend([](Backend& backend) {
+    for (const LossKind kind : {LossKind::policy_gradient_clip, LossKind::cispo, LossKind::gspo}) {
+      Rows rows = random_rows(70, 7), without = rows;
+      for (int64_t r = 0; r < rows.size(); r += 3) {
+        rows.old[r] = rows.logprobs[r];
+        without.old[r] = NAN;
+      }
+      const Outcome given = run(backend, rows, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false);
+      const Outcome standing_in = run(backend, without, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false);
+      CHECK(given.loss == standing_in.loss);
+      CHECK(same_bits(given.coefficients, standing_in.coefficients));
+      without.weights.assign(without.weights.size(), 1.0f);
+      without.logprobs[3] = NAN;
+      CHECK(!std::isfinite(run(backend, without, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false).loss));
+    }
+  });
+}
+
