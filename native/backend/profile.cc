@@ -262,10 +262,10 @@ void ProfiledBackend::attention_decode(const HeadsView& q, const PagedLayer& cac
 
 void ProfiledBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
                                     const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
-                                    const Tensor& logprobs, const Tensor& entropies) {
+                                    const Tensor& logprobs, const Tensor& entropies, float temperature) {
   timed(named("head_logprobs", head.outputs, head.inputs),
         {product(distinct(rows), head.outputs, head.inputs), 0.0},
-        [&] { backend_->head_logprobs(hidden, head, rows, targets, logprobs, entropies); });
+        [&] { backend_->head_logprobs(hidden, head, rows, targets, logprobs, entropies, temperature); });
 }
 
 double ProfiledBackend::head_loss(const Tensor& hidden, const PackedWeight& head,

@@ -92,8 +92,8 @@ class ProfiledBackend final : public Backend {
                         const HeadsView& out) override;
 
   void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
-                     const std::vector<int32_t>& targets, const Tensor& logprobs,
-                     const Tensor& entropies) override;
+                     const std::vector<int32_t>& targets, const Tensor& logprobs, const Tensor& entropies,
+                     float temperature) override;
   double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                    const std::vector<int32_t>& targets, const LossRows& loss_rows, const LossOptions& options,
                    const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,

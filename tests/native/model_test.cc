@@ -714,6 +714,13 @@ TEST_CASE("statistics of a loss are means over the rows that count") {
   CHECK(anchored.kl == doctest::Approx((std::exp(6.0) - 7.0) / 2.0).epsilon(1e-12));
   CHECK(anchored.ratio_mean == by_row.ratio_mean);
   CHECK(anchored.clip_low_fraction == 0.25);
+  loss.options.kl_ratio = true;
+  loss.old_logprobs[2] = -1.5f;
+  const LossStatistics corrected = loss_statistics(loss, scores);
+  CHECK(corrected.kl == doctest::Approx(half * (std::exp(6.0) - 7.0) / 2.0).epsilon(1e-12));
+  CHECK(corrected.ratio_mean == doctest::Approx((2.0 * half + 1.0 + third + 1.0) / 5.0).epsilon(1e-12));
+  loss.options.kl_ratio = false;
+  loss.old_logprobs[2] = -9.0f;
   loss.kl_weights.clear();
 
   loss.options.kind = LossKind::cispo;
@@ -729,6 +736,13 @@ TEST_CASE("statistics of a loss are means over the rows that count") {
   CHECK(by_sequence.ratio_max == doctest::Approx(first).epsilon(1e-12));
   CHECK(by_sequence.clip_low_fraction == 0.5);
   CHECK(by_sequence.clip_high_fraction == 0.5);
+
+  // Clipping is counted by sequence, long or short.
+  BatchLoss longer = loss;
+  longer.weights[1] = 0.0f;
+  longer.weights[0] = 0.5f;
+  CHECK(loss_statistics(longer, scores).clip_low_fraction == 0.5);
+  CHECK(loss_statistics(longer, scores).clip_high_fraction == 0.5);
 
   loss.options.kind = LossKind::cross_entropy;
   loss.advantages.clear();
