@@ -49,8 +49,6 @@ export type Loss =
       entropy?: number | undefined;
       /** dr_grpo's constant, in tokens: the most that a completion may have. */
       maxTokens?: number | undefined;
-      temperature?: number | undefined;
-      klRatio?: boolean | undefined;
       normalizer?: LossNormalizer | undefined;
       /**
        * At least 0. Divides the logits wherever the loss has a log-probability or an entropy: the temperature that the
