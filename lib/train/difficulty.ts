@@ -1,9 +1,9 @@
 import { createHash } from 'node:crypto';
-import type { EpisodeGroup } from '../rollout/index.js';
+import type { RewardSpec } from '../reward/index.js';
+import type { Episode, EpisodeGroup } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
 import { Random } from '../tasks/random.js';
 import { isWithoutSignal } from './advantages.js';
-import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 export type DifficultySettings = Pick<
@@ -89,13 +89,10 @@ export class Difficulty<Row> {
     return this.#visits.get(this.#key(row))?.silent ?? 0;
   }
 
-  /** The running success rate of a group's row without a hint, with this visit. */
+  /** The running success rate of a group's row, with this visit. */
   #rateWith(group: EpisodeGroup<Row>): number {
-    const { row } = group;
-    const episodes = unhinted(group);
-    const right = episodes.filter(({ reward }) => this.#task.spec.isHighest(reward)).length;
-    const own = right / episodes.length;
-    const before = this.#visits.get(this.#key(row))?.rate ?? own;
+    const own = shareRight(firstDrawn(group), this.#task.spec);
+    const before = this.#visits.get(this.#key(group.row))?.rate ?? own;
     const { difficultyDecay } = this.#settings;
     return difficultyDecay * before + (1 - difficultyDecay) * own;
   }
@@ -104,4 +101,14 @@ export class Difficulty<Row> {
   #key(row: Row): string {
     return createHash('sha256').update(this.#task.identity(row)).digest('base64').slice(0, 16);
   }
+}
+
+/** The episodes of a group by which its row is known: what was drawn under a hint says nothing of the row without it. */
+export function firstDrawn(group: EpisodeGroup): readonly Episode[] {
+  return group.failed ?? group.episodes;
+}
+
+/** The share of episodes with the highest total. */
+export function shareRight<Row>(episodes: readonly Episode[], spec: RewardSpec<Row>): number {
+  return episodes.filter(({ reward }) => spec.isHighest(reward)).length / episodes.length;
 }

@@ -25,7 +25,7 @@ import {
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
 import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
-import { isWithoutSignal, judgementOf } from './advantages.js';
+import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
@@ -334,8 +334,8 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: await hintMetrics(groups, this.settings) }),
-        ...(await this.#rewardMetrics(stage, groups)),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+        ...this.#rewardMetrics(stage, groups, lesson.compared),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
           rowsDrawn: groups.length,
@@ -352,7 +352,7 @@ export class Trainer<Row = unknown> {
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      await course.note(step, stage, drawn);
+      course.note(step, stage, drawn, lesson);
       this.#learnMotivation(step, groups);
       return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
@@ -415,10 +415,13 @@ export class Trainer<Row = unknown> {
   }
 
   /** What all that was drawn came to, so that choosing among it does not bend the curve. */
-  async #rewardMetrics({ task }: CourseStage<Row>, groups: readonly EpisodeGroup<Row>[]) {
+  #rewardMetrics(
+    { task }: CourseStage<Row>,
+    groups: readonly EpisodeGroup<Row>[],
+    advantages: readonly number[][],
+  ) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const { advantages } = await judgementOf(groups, this.settings);
     const uniform = advantages.filter(isWithoutSignal).length;
     this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {

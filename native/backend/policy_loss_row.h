@@ -54,11 +54,14 @@ MERF_HOST_DEVICE inline PolicyLossWeights policy_loss_weights(const LossOptions&
 // under gspo it is left out of the mean over its sequence, as TRL's masked mean does.
 MERF_HOST_DEVICE inline bool policy_loss_has_ratio(const LossOptions& options,
                                                    const PolicyLossWeights& weights) {
-  return options.kind != LossKind::cross_entropy && weights.policy != 0.0;
+  return options.kind != LossKind::cross_entropy &&
+         (weights.policy != 0.0 || (options.kl_ratio && weights.kl != 0.0));
 }
 
+// Where a row has no old log-probability its own stands in: the ratio is 1, and carries gradient.
 MERF_HOST_DEVICE inline double policy_loss_log_ratio(const PolicyLossRows& rows, int64_t r) {
-  return static_cast<double>(rows.logprobs[r]) - static_cast<double>(rows.old_logprobs[r]);
+  const double logprob = rows.logprobs[r], old = rows.old_logprobs[r];
+  return logprob - (old == old ? old : logprob);
 }
 
 struct PolicyLossRow {
@@ -108,9 +111,12 @@ MERF_HOST_DEVICE inline PolicyLossRow policy_loss_row(const LossOptions& options
   }
   if (weights.kl != 0.0) {
     const double difference = static_cast<double>(rows.reference_logprobs[r]) - logprob;
-    const double ratio = std::exp(difference);
-    row.loss += weights.kl * (ratio - difference - 1.0);
-    row.from_logprob += weights.kl * (1.0 - ratio);
+    const double reference_ratio = std::exp(difference);
+    const double importance = options.kl_ratio ? std::exp(log_ratio) : 1.0;
+    const double penalty = weights.kl * importance * (reference_ratio - difference - 1.0);
+    row.loss += penalty;
+    row.from_logprob += weights.kl * importance * (1.0 - reference_ratio);
+    if (options.kl_ratio) row.from_log_ratio += penalty;
   }
   if (weights.entropy != 0.0) row.loss -= weights.entropy * static_cast<double>(rows.entropies[r]);
   return row;
