@@ -30,7 +30,7 @@ import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { hintMetrics } from './hints.js';
+import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
@@ -90,7 +90,10 @@ export interface GrpoMetrics {
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
-  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  /**
+   * With `hintFailed`: the groups that were drawn again under it, and how many of them then had a signal. Reward, correct
+   * and the other figures are those of the hinted completions, which took the place of the failed ones.
+   */
   hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
@@ -331,7 +334,7 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
+        ...(this.#hint !== undefined && { hinted: await hintMetrics(groups, this.settings) }),
         ...this.#rewardMetrics(stage, groups, lesson.compared),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
@@ -342,7 +345,7 @@ export class Trainer<Row = unknown> {
         ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
+        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
         trainingTokensPerSecond: tally.tokens / trainingSeconds,
         seconds: clock.total(),
         rolloutSeconds: times.rollout,

@@ -56,6 +56,12 @@ describe('prioritize', () => {
     known.note([visit(1, 2), visit(2, 3)], [...loud, ...loud]);
     expect([1, 2].map((id) => known.chance({ id }))).toEqual([0.25, 0.5]);
   });
+
+  test('a row that is right under a hint alone is as hard as it was without', () => {
+    const known = difficulty({ difficulty: 'prioritize', difficultyFloor: 0.1 });
+    known.note([{ ...visit(1, 4), failed: visit(1, 0).episodes }], silent);
+    expect(known.chance({ id: 1 })).toBe(1);
+  });
 });
 
 test('a row that needed a hint counts by what was drawn without', () => {
