@@ -1,7 +1,7 @@
 import { MerfError } from '../errors.js';
 import { formatMotivation, type MotivationMix, type MotivationView } from '../prompt/motivation.js';
 import type { Episode, EpisodeGroup } from '../rollout/index.js';
-import { firstDrawn } from './difficulty.js';
+import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 /** The word for a motivation that withdraws itself, where others are views, mixes or schedules. */
@@ -159,7 +159,7 @@ export class AdaptiveMotivation {
     const mix = this.mix(step);
     const { said } = this.#state;
     const parts = this.#parts();
-    const byView = groups.map((group) => episodesByView(firstDrawn(group)));
+    const byView = groups.map((group) => episodesByView(unhinted(group)));
     for (const part of parts) this.#measure(part, byView);
     const decided = this.#decide(parts);
     const records = this.#names.map((name): [string, ComponentRecord] => {

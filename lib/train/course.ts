@@ -3,8 +3,9 @@ import type { EpisodeGroup, RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { Curriculum, type CurriculumPlan, type OpenTask } from './curriculum.js';
-import { Difficulty, firstDrawn, shareRight } from './difficulty.js';
+import { Difficulty, shareRight } from './difficulty.js';
 import { type Drawn, EpisodeSource } from './draw.js';
+import { unhinted } from './hints.js';
 import { contentHash } from './identity.js';
 import type { Kept } from './kept.js';
 import { Replay, type ReplayedGroup } from './replay.js';
@@ -128,6 +129,6 @@ export class Course<Row> {
     const { groups, position } = drawn;
     stage.difficulty?.note(groups, compared);
     this.#replay?.note(step, stage, groups, compared);
-    this.#curriculum?.note(step, position, shareRight(groups.flatMap(firstDrawn), stage.task.spec));
+    this.#curriculum?.note(step, position, shareRight(groups.flatMap(unhinted), stage.task.spec));
   }
 }

@@ -4,6 +4,7 @@ import type { Episode, EpisodeGroup } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
 import { Random } from '../tasks/random.js';
 import { isWithoutSignal } from './advantages.js';
+import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 export type DifficultySettings = Pick<
@@ -91,7 +92,7 @@ export class Difficulty<Row> {
 
   /** The running success rate of a group's row, with this visit. */
   #rateWith(group: EpisodeGroup<Row>): number {
-    const own = shareRight(firstDrawn(group), this.#task.spec);
+    const own = shareRight(unhinted(group), this.#task.spec);
     const before = this.#visits.get(this.#key(group.row))?.rate ?? own;
     const { difficultyDecay } = this.#settings;
     return difficultyDecay * before + (1 - difficultyDecay) * own;
@@ -101,11 +102,6 @@ export class Difficulty<Row> {
   #key(row: Row): string {
     return createHash('sha256').update(this.#task.identity(row)).digest('base64').slice(0, 16);
   }
-}
-
-/** The episodes of a group by which its row is known: what was drawn under a hint says nothing of the row without it. */
-export function firstDrawn(group: EpisodeGroup): readonly Episode[] {
-  return group.failed ?? group.episodes;
 }
 
 /** The share of episodes with the highest total. */

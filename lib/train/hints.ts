@@ -1,6 +1,6 @@
 import type { MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/index.js';
-import type { EpisodeGroup } from '../rollout/index.js';
+import type { Episode, EpisodeGroup } from '../rollout/index.js';
 import { isWithoutSignal } from './advantages.js';
 
 /**
@@ -31,6 +31,11 @@ export async function hintFailed<Row>(
   });
 }
 
+/** The episodes that were drawn without a hint, which say what the model can do by itself. */
+export function unhinted({ failed, episodes }: EpisodeGroup): readonly Episode[] {
+  return failed ?? episodes;
+}
+
 /** The groups and, where some were drawn again, the episodes before that too. */
 export function withFailed(groups: readonly EpisodeGroup[]): EpisodeGroup[] {
   return groups.flatMap((group) =>
@@ -38,7 +43,11 @@ export function withFailed(groups: readonly EpisodeGroup[]): EpisodeGroup[] {
   );
 }
 
-/** How many groups were drawn again under the hint, and how many of them then had advantages that are not 0. */
+/**
+ * How many groups were drawn again under the hint, and how many of them then had advantages that are not 0.
+ *
+ * @param advantages those of all groups
+ */
 export function hintMetrics(
   groups: readonly EpisodeGroup[],
   advantages: readonly (readonly number[])[],
