@@ -24,9 +24,9 @@ export interface DrawnTurn {
   readonly text: string;
   /** [tokens] with the token that ended the turn, if one did. */
   readonly tokens: Int32Array;
-  /** [tokens] log-probabilities under softmax(logits), untempered and untruncated. */
+  /** [tokens] log-probabilities under softmax(logits / temperature), untruncated; where greedy, under softmax(logits). */
   readonly logprobs: Float32Array;
-  /** [tokens] entropies of softmax(logits), in nats. */
+  /** [tokens] entropies of that distribution, in nats. */
   readonly entropies: Float32Array;
   readonly finishReason: FinishReason;
 }
@@ -67,6 +67,8 @@ export interface Episode extends PlainEpisode {
 export interface EpisodeGroup<Row = unknown, E extends PlainEpisode = Episode> {
   readonly row: Row;
   readonly episodes: readonly E[];
+  /** The episodes that were drawn first, where all of them failed and these were drawn under a hint in their place. */
+  readonly failed?: readonly E[];
 }
 
 /** The turns of the model alone. */
