@@ -21,6 +21,7 @@ import {
   type RolloutTokenizer,
   type TargetPlace,
 } from '../rollout/index.js';
+import { importanceWeights } from './importance.js';
 
 /**
  * How a completion that was drawn under one prompt is learned under another, with ratio r = p / p_old of a token:
@@ -58,6 +59,8 @@ export interface LessonOptions<Row> {
   /** The prompt whose words get the gradient of the anchor's penalty, and the one that they are held to. */
   anchorUnder: MotivationView;
   anchorTo: MotivationView;
+  /** The ones of the groups that weights of an earlier step drew (default: none). */
+  earlier?: ReadonlySet<EpisodeGroup<Row>> | undefined;
   signal?: AbortSignal | undefined;
 }
 
@@ -189,7 +192,7 @@ export class Lessons<Row> {
   }
 
   async #prepare(): Promise<void> {
-    const { policy, reference, settings, anchorUnder, anchorTo } = this.#options;
+    const { policy, reference, settings, anchorUnder, anchorTo, earlier } = this.#options;
     const { kl, anchor, learnCorrection, updatesPerRollout, miniBatches } = settings;
     if (anchor > 0) {
       this.#groups.forEach((_, group) => {
@@ -203,9 +206,13 @@ export class Lessons<Row> {
     const severalUpdates = updatesPerRollout * miniBatches > 1;
     const asksForOld = learnCorrection === 'truncated' || (learnCorrection === 'none' && severalUpdates);
     this.#before = await this.#score(policy, (group, episode) => {
+      const drawnUnder = this.#drawnUnder(group, episode);
       const learned = asksForOld && this.#hasSignal(group, episode) ? this.#learned(group, episode) : [];
-      const heldTo = anchor > 0 && !this.#isMasked(group, episode) ? [this.#prompt(group, anchorTo)] : [];
-      return unique([...learned, ...heldTo]).filter((prompt) => prompt !== this.#drawnUnder(group, episode));
+      const old = learned.filter((prompt) => prompt !== drawnUnder);
+      if (anchor === 0 || this.#isMasked(group, episode)) return old;
+      const heldTo = this.#prompt(group, anchorTo);
+      const rolloutTells = heldTo === drawnUnder && !earlier?.has(this.#groups[group] as EpisodeGroup<Row>);
+      return rolloutTells ? old : unique([...old, heldTo]);
     });
     if (kl > 0 && reference) {
       this.#references = await this.#score(reference, (group, episode) =>
@@ -240,16 +247,15 @@ export class Lessons<Row> {
     // Without old log-probabilities those of the update itself stand in, so that its ratio is 1.
     const old = this.#logprobsBefore(place, prompt);
     if (learnCorrection === 'none' || old === undefined) return { advantage, logprobs: old };
-    const weighted = (logprob: number, t: number) =>
-      advantage * Math.min(Math.exp((old[t] as number) - logprob), learnCap);
-    return { advantage: Float32Array.from(drawn, weighted), logprobs: old };
+    const weights = importanceWeights(old, drawn, { cap: learnCap });
+    return { advantage: weights.map((weight) => advantage * weight), logprobs: old };
   }
 
   /** What the policy said of a turn under a prompt when the step began; undefined where nothing asked for it. */
   #logprobsBefore(place: TargetPlace, prompt: EpisodePrompt): Float32Array | undefined {
     const { group, episode, index } = place;
-    if (prompt === this.#drawnUnder(group, episode)) return this.#turn(place).logprobs;
-    return this.#before.get(prompt)?.[episode]?.[index];
+    const scored = this.#before.get(prompt)?.[episode]?.[index];
+    return scored ?? (prompt === this.#drawnUnder(group, episode) ? this.#turn(place).logprobs : undefined);
   }
 
   /** Log-probabilities of the episodes under the prompts that `under` gives for each. */

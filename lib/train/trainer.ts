@@ -377,7 +377,7 @@ export class Trainer<Row = unknown> {
 
   async #update(
     { task }: CourseStage<Row>,
-    { groups, advantages }: StepLesson<Row>,
+    { groups, advantages, replayed }: StepLesson<Row>,
     learnUnder: readonly LearnView[],
     step: number,
     signal: AbortSignal | undefined,
@@ -394,6 +394,7 @@ export class Trainer<Row = unknown> {
       learnUnder,
       anchorUnder: this.#anchor.under,
       anchorTo: this.#anchor.to,
+      earlier: new Set<EpisodeGroup<Row>>(replayed),
       signal,
     });
     const tally = new UpdateTally();

@@ -1,9 +1,11 @@
 import { expect, test } from '@jest/globals';
 import { defaultModel, openModel, Policy, Tokenizer } from '../../lib/policy/index.js';
-import type { MotivationMix, MotivationView } from '../../lib/prompt/motivation.js';
+import type { LearnView, MotivationMix, MotivationView } from '../../lib/prompt/motivation.js';
 import { collect, drawnTurns, type EpisodeGroup, type PlainEpisode } from '../../lib/rollout/index.js';
 import { getTask } from '../../lib/tasks/index.js';
+import { Lessons } from '../../lib/train/lessons.js';
 import { expectFailure } from '../policy/helpers.js';
+import { relativeError } from '../support/compare.js';
 import { ScriptedPolicy } from './scripted-policy.js';
 
 const mix: MotivationMix = ['full', 'none', { partial: ['format'] }];
@@ -86,5 +88,68 @@ test('shares of a mix, whose episodes have one prompt for each view that they se
       'INVALID_ARGUMENT',
       /1 to 2 views/,
     );
+  }
+});
+
+test('activations that a mix leaves give the gradient of an update, and what it did not draw is computed', async () => {
+  const task = await getTask('knights-and-knaves', { people: 2 });
+  const source = task.rows({ split: 'train', seed: 0 });
+  const rows = [0, 1].map((i) => source.at(i));
+  const policy = await Policy.load(defaultModel(), { device: 'cpu', dtype: 'f32', threads: 1 });
+  const learnUnder: Record<string, LearnView[]> = {
+    drawn: ['same'],
+    both: ['same', 'none'],
+    other: ['none'],
+  };
+  try {
+    for (const [name, views] of Object.entries(learnUnder)) {
+      const gradients = async (keepActivations: number) => {
+        const groups = await collect(policy, task, rows, {
+          n: 4,
+          motivation: ['full', 'none'],
+          maxTokens: 24,
+          seed: 7,
+          keepActivations,
+        });
+        const advantages = groups.map(({ episodes }, g) => episodes.map((_, e) => ((e + g) % 3) - 1));
+        const lessons = await Lessons.prepare(groups, advantages, {
+          policy,
+          task: task as never,
+          settings: {
+            loss: 'grpo',
+            kl: 0,
+            entropy: 0,
+            temperature: 1,
+            maskTruncated: false,
+            miniBatches: 1,
+            updatesPerRollout: 1,
+            learnCorrection: 'truncated',
+            learnCap: 2,
+            anchor: 0.1,
+          },
+          learnUnder: views,
+          anchorUnder: 'full',
+          anchorTo: 'none',
+        });
+        const { forest, normalizer } = lessons.slice(0, groups.length);
+        await policy.forwardBackward(forest, { type: 'grpo', normalizer });
+        const found = new Map<string, Float32Array>();
+        for (const { name: parameter } of policy.parameters()) {
+          found.set(parameter, await policy.readParameter(parameter, 'gradient'));
+        }
+        await policy.zeroGradients();
+        return found;
+      };
+      const plain = await gradients(0);
+      const kept = await gradients(2 ** 28);
+      const worst = Math.max(
+        ...[...plain].map(([parameter, gradient]) =>
+          relativeError(kept.get(parameter) as Float32Array, gradient),
+        ),
+      );
+      expect({ name, near: worst < 1e-5 }).toEqual({ name, near: true });
+    }
+  } finally {
+    policy.dispose();
   }
 });

@@ -511,6 +511,29 @@ describe('references and anchors', () => {
       expect(await strengths(loss)).toEqual(new Set([0.3 / 4]));
   });
 
+  test('what it is held to is scored where weights of an earlier step drew it', async () => {
+    const groups = twoGroups().map(({ row, episodes }) => ({
+      row,
+      episodes: episodes.map((episode) => ({
+        ...episode,
+        prompt: episodePrompt(fakeTokenizer, task, row, 'none'),
+      })),
+    }));
+    const earlier = new Set(groups.slice(1));
+    const { lessons, policy } = await prepare(groups, twoAdvantages, { anchor: 0.3 }, ['same'], { earlier });
+    const anchored = targetsOf(lessons.slice(0, 2).forest).filter(({ train }) => train.kl !== undefined);
+    expect(anchored.map(({ text, train }) => [text, train.referenceLogprobs])).toEqual([
+      ['abc', drawnLogprobs('abc')],
+      ['de', drawnLogprobs('de')],
+      ['f', allSaid(under('none', 'Bo'), 'f')],
+      ['ghij', allSaid(under('none', 'Bo'), 'ghij')],
+    ]);
+    expect(policy.asked.flat().map(({ text }) => text)).toEqual(['f', 'ghij']);
+    // The ratio of what is learned is to the weights that drew it.
+    const learned = targetsOf(lessons.slice(1, 2).forest).filter(({ train }) => train.kl === undefined);
+    expect(learned.map(({ train }) => train.logprobs)).toEqual([drawnLogprobs('f'), drawnLogprobs('ghij')]);
+  });
+
   test('one pass scores what both old log-probabilities and anchors ask for', async () => {
     const { policy } = await prepare(
       twoGroups(),
