@@ -8,6 +8,7 @@ import {
   type RolloutTask,
 } from '../rollout/index.js';
 import type { RowSource } from '../tasks/index.js';
+import { bytesToKeep } from './keep.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A step's episodes. */
@@ -57,7 +58,7 @@ export class EpisodeSource<Row> {
     signal: AbortSignal | undefined,
   ): Promise<EpisodeGroup<Row>[]> {
     const { policy, task, settings } = this.#options;
-    const { groupSize, temperature, topK, topP, minP, keepActivations, seed } = settings;
+    const { groupSize, temperature, topK, topP, minP, seed } = settings;
     return collect(policy, task, rows, {
       ...limitsOf(settings),
       temperature,
@@ -68,7 +69,7 @@ export class EpisodeSource<Row> {
       motivation,
       firstRow,
       seed: (BigInt(seed) << 32n) | BigInt(step),
-      keepActivations: Math.floor(keepActivations * 2 ** 30),
+      keepActivations: bytesToKeep(settings, step),
       signal,
       onTimes: (taken) => {
         times.rollout += taken.rollout;

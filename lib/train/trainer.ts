@@ -28,8 +28,9 @@ import { CompletionLog, recordsOf } from './completions.js';
 import { EpisodeSource } from './draw.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash, fingerprint } from './identity.js';
+import { defaultKeepActivations } from './keep.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
@@ -46,7 +47,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -185,6 +186,10 @@ export class Trainer<Row = unknown> {
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;
+    // A resumed run keeps what it kept before, however much memory is free by now.
+    settings.keepActivations ??= resume
+      ? ((readSavedRun(out).settings.keepActivations as number | undefined) ?? 0)
+      : defaultKeepActivations(policy);
     const given = this.#options.rows;
     const rows = given
       ? shuffledRows(given, settings.seed)
@@ -340,8 +345,9 @@ export class Trainer<Row = unknown> {
   }
 
   #loss(): Loss {
-    const { loss: type, clipLow, clipHigh, kl, entropy, temperature, maxTokens } = this.settings;
-    return { type, clipLow, clipHigh, kl, entropy, temperature, ...(type === 'dr_grpo' && { maxTokens }) };
+    const { loss: type, clipLow, clipHigh, kl, klRatio, entropy, temperature, maxTokens } = this.settings;
+    const common = { type, clipLow, clipHigh, kl, klRatio, entropy, temperature };
+    return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
   #emit(event: TrainingEvent): void {
