@@ -121,6 +121,8 @@ export interface NativeLossAggregation {
   completions: number;
   /** For `constant`. */
   maxTokens?: number | undefined;
+  /** What stands in for the number of completions and of rows; above 0. */
+  normalizer?: { completions?: number | undefined; tokens?: number | undefined } | undefined;
 }
 
 /** The loss over a batch's R rows; formulas of a row's loss in native/backend/backend.h. */
@@ -129,16 +131,26 @@ export interface NativeLoss extends NativeLossOptions, NativeLossAggregation {
   advantages?: Float32Array | undefined;
   /** [R], not for cross_entropy. NaN: the model as it is now stands in, and the ratio is 1. */
   oldLogprobs?: Float32Array | undefined;
-  /** [R]. NaN: there is none, which is refused where `klCoefficient` is above 0. */
+  /** [R]. NaN: there is none, which is refused where the row's KL coefficient is above 0. */
   referenceLogprobs?: Float32Array | undefined;
+  /** [R], each row's own in place of `klCoefficient`. */
+  klCoefficients?: Float32Array | undefined;
+  /** [R], each row's own in place of `entropyCoefficient`. */
+  entropyCoefficients?: Float32Array | undefined;
 }
 
 export interface NativeLossStatistics {
-  /** Rows, which all means below are over. */
+  /** Rows whose weights are not all 0. */
   tokens: number;
-  /** Mean k3 estimate of KL(policy || reference), in nats; 0 where no reference was given. */
+  /**
+   * Mean k3 estimate of KL(policy || reference), in nats, over the rows that have a reference and a KL weight; 0 where
+   * there are none.
+   */
   kl: number;
-  /** Share of tokens whose ratio is clipped so that no gradient flows: below with A < 0, or above with A > 0. */
+  /**
+   * Share of the tokens with a ratio in whose place the clip bound stands, so that no gradient flows: below with A < 0,
+   * or above with A > 0.
+   */
   clipFraction: number;
   clipLowFraction: number;
   clipHighFraction: number;
@@ -314,6 +326,8 @@ export interface NativeLossTensors extends NativeLossOptions {
   oldLogprobs?: NativeTensor | undefined;
   referenceLogprobs?: NativeTensor | undefined;
   sequences?: Int32Array | undefined;
+  klWeights?: NativeTensor | undefined;
+  entropyWeights?: NativeTensor | undefined;
 }
 
 /** Kernels over tensors; lib/kernels says what they compute. */

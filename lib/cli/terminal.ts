@@ -60,6 +60,7 @@ export function evaluationLine(evaluation: Evaluation): string {
   return [
     `motivation ${evaluation.motivation}:`,
     `accuracy ${percent(evaluation.accuracy)} ± ${percent(evaluation.accuracyError)}`,
+    `rows ${evaluation.rows}, ${evaluation.clusters} distinct`,
     ...passes,
     `reward ${evaluation.reward.toFixed(3)}`,
     `length ${evaluation.length.toFixed(1)}`,

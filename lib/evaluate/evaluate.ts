@@ -8,6 +8,7 @@ import {
   type RolloutPolicy,
 } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
+import { clusteredMean } from './clustered.js';
 import { passAtK } from './pass-at-k.js';
 
 /** How episodes are drawn, and how many; see `CollectOptions` for what is not said here. */
@@ -24,15 +25,30 @@ export interface EvaluateOptions<Row>
   onProgress?: (done: number, rows: number) => void;
   /** Receives the episodes of each row. */
   onGroup?: (group: EpisodeGroup<Row>) => void;
+  /** Receives what each row came to, in the order of the rows, for `pairedDifference`. */
+  onRow?: (result: RowResult) => void;
+}
+
+/** What one row of an evaluation came to. */
+export interface RowResult {
+  /** Equal for rows that the task takes for the same. */
+  readonly identity: string;
+  /** Share of the row's completions that are correct. */
+  readonly accuracy: number;
 }
 
 export interface Evaluation {
   motivation: string;
   rows: number;
+  /** How many of the rows are distinct, by the task's identity. */
+  clusters: number;
   samples: number;
   /** Share of correct completions, which is pass@1. */
   accuracy: number;
-  /** Standard error of `accuracy` over the rows. */
+  /**
+   * Standard error of `accuracy`, rows that the task takes for the same being one cluster (see
+   * `clusteredMean`).
+   */
   accuracyError: number;
   /** Mean total. */
   reward: number;
@@ -72,6 +88,7 @@ export async function evaluate<Row>(
     batch = 256,
     onProgress,
     onGroup,
+    onRow,
     ...drawn
   } = options;
   const { motivation = 'none', signal } = drawn;
@@ -83,7 +100,7 @@ export async function evaluate<Row>(
     );
   }
   const started = performance.now();
-  const corrects: number[] = [];
+  const results: RowResult[] = [];
   const passes = passAt.map(() => 0);
   const tally = new EpisodeTally();
   const prompts = Math.max(1, Math.floor(batch / samples));
@@ -98,21 +115,25 @@ export async function evaluate<Row>(
     for (const group of groups) {
       tally.add(group);
       const correct = group.episodes.filter(({ reward }) => task.spec.isHighest(reward)).length;
-      corrects.push(correct / samples);
+      const result = { identity: task.identity(group.row), accuracy: correct / samples };
+      results.push(result);
       for (const [j, k] of passAt.entries()) passes[j] = (passes[j] as number) + passAtK(samples, correct, k);
       onGroup?.(group);
+      onRow?.(result);
     }
     onProgress?.(Math.min(rows.length, from + prompts), rows.length);
   }
-  const accuracy = mean(corrects);
-  const variance =
-    corrects.reduce((sum, c) => sum + (c - accuracy) ** 2, 0) / Math.max(1, corrects.length - 1);
+  const { mean, error, clusters } = clusteredMean(
+    results.map(({ accuracy }) => accuracy),
+    results.map(({ identity }) => identity),
+  );
   return {
     motivation: formatMotivation(motivation),
     rows: rows.length,
+    clusters,
     samples,
-    accuracy,
-    accuracyError: Math.sqrt(variance / corrects.length),
+    accuracy: mean,
+    accuracyError: error,
     ...tally.summary({ environment: task.environment !== undefined }),
     passAt: Object.fromEntries(passAt.map((k, j) => [k, (passes[j] as number) / rows.length])),
     seconds: (performance.now() - started) / 1000,
@@ -123,8 +144,4 @@ function powersOfTwo(limit: number): number[] {
   const powers: number[] = [];
   for (let k = 1; k <= limit; k *= 2) powers.push(k);
   return powers;
-}
-
-function mean(values: readonly number[]): number {
-  return values.reduce((sum, value) => sum + value, 0) / values.length;
 }

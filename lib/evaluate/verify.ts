@@ -12,11 +12,13 @@ export interface VerifyOptions {
   readonly maxPromptTokens?: number;
   /** The view of the motivation that the prompts show (default `full`, the longest). */
   readonly motivation?: MotivationView;
+  /** A file of rows to evaluate on: none of them may be the same, to the task, as a row of the data. */
+  readonly testFile?: string;
   readonly signal?: AbortSignal;
 }
 
 export interface RowProblem {
-  /** 1 for the first row of the file. */
+  /** 1 for the first row of its file. */
   readonly row: number;
   /** The file and the line or row, as in "a.jsonl, line 3". */
   readonly where: string;
@@ -45,6 +47,16 @@ export interface VerifyReport {
   };
   /** Rows whose prompt an earlier row has. */
   readonly duplicates: number;
+  /** How many rows differ by the task's identity: rows of other names and wording may be the same puzzle. */
+  readonly distinct: number;
+  /** Present where a file of test rows was given. */
+  readonly test?: {
+    readonly file: string;
+    readonly rows: number;
+    readonly distinct: number;
+    /** Test rows that are the same, by the task's identity, as a row of the data. */
+    readonly leaked: number;
+  };
   /** The task's own check (for knights and knaves, the solver against the solution). */
   readonly check?: { readonly name: string; readonly passed: number };
   /** What is off, in the order of the rows; empty where nothing is. */
@@ -52,8 +64,9 @@ export interface VerifyReport {
 }
 
 /**
- * Checks a data set row by row: that it can be read, that its reference answer gets the highest total, that its
- * prompt fits, that it is there once, and what the task itself knows to check.
+ * Checks a data set row by row: that it can be read, that its reference answer gets the highest total, that
+ * its prompt fits, that it is there once, and what the task itself knows to check. Of test rows, that they
+ * can be read and that none is the same as a row of the data.
  *
  * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET or MALFORMED_FILE where the file as a whole cannot be
  * read, ABORTED; what is wrong with single rows is in the report
@@ -74,6 +87,7 @@ export async function verifyDataset<Row>(
   const problems: RowProblem[] = [];
   const lengths: number[] = [];
   const firstWith = new Map<string, string>();
+  const firstLike = new Map<string, string>();
   let atHighest = 0;
   let duplicates = 0;
   let overLimit = 0;
@@ -89,6 +103,8 @@ export async function verifyDataset<Row>(
     }
     const { row } = entry;
     try {
+      const identity = task.identity(row);
+      if (!firstLike.has(identity)) firstLike.set(identity, where);
       const [group] = task.reference
         ? await collect(referencePolicy(tokenizer, task.reference(row)), task, [row], {
             motivation,
@@ -132,6 +148,10 @@ export async function verifyDataset<Row>(
     }
   }
 
+  const test =
+    options.testFile === undefined
+      ? undefined
+      : await verifyTestRows(task, options.testFile, { firstLike, problems, signal });
   lengths.sort((a, b) => a - b);
   return {
     task: task.name,
@@ -147,9 +167,46 @@ export async function verifyDataset<Row>(
       overLimit,
     },
     duplicates,
+    distinct: firstLike.size,
+    ...(test && { test }),
     ...(task.check ? { check: { name: task.check.name, passed } } : {}),
     problems,
   };
+}
+
+/** @param options.firstLike where the first row of the data with an identity stands */
+async function verifyTestRows<Row>(
+  task: Task<Row>,
+  file: string,
+  options: {
+    firstLike: ReadonlyMap<string, string>;
+    problems: RowProblem[];
+    signal: AbortSignal | undefined;
+  },
+): Promise<NonNullable<VerifyReport['test']>> {
+  const { firstLike, problems, signal } = options;
+  const loaded = await task.read(file);
+  const identities = new Set<string>();
+  let leaked = 0;
+  for (const entry of loaded) {
+    throwIfAborted(signal, 'verifying');
+    const report = (reason: string) => problems.push({ row: entry.number, where: entry.where, reason });
+    if ('problem' in entry) {
+      report(entry.problem);
+      continue;
+    }
+    try {
+      const identity = task.identity(entry.row);
+      identities.add(identity);
+      const twin = firstLike.get(identity);
+      if (twin === undefined) continue;
+      leaked++;
+      report(`it is the same as ${twin}, a row of the data`);
+    } catch (error) {
+      report(error instanceof Error ? error.message : String(error));
+    }
+  }
+  return { file, rows: loaded.length, distinct: identities.size, leaked };
 }
 
 /** A policy that has nothing to draw: its one completion of any prompt is `answer`. */
@@ -213,8 +270,16 @@ export function formatVerifyReport(report: VerifyReport, maxProblems = 20): stri
     `${lengths.least} to ${lengths.greatest} ${lengths.unit}, median ${lengths.median}${limit}`,
   );
   line('duplicates', String(report.duplicates));
+  line('distinct rows', `${report.distinct}, whatever the wording`);
+  if (report.test) {
+    const { file, rows, distinct, leaked } = report.test;
+    line(
+      'test rows',
+      `${rows} in ${file}, ${distinct} distinct; ${leaked} are the same as a row of the data`,
+    );
+  }
   if (problems.length === 0) return [...lines, 'Nothing is off.'].join('\n');
-  const rows = new Set(problems.map((problem) => problem.row)).size;
+  const rows = new Set(problems.map((problem) => problem.where)).size;
   lines.push(`${rows} ${rows === 1 ? 'row is' : 'rows are'} off:`);
   for (const problem of problems.slice(0, maxProblems)) lines.push(`  ${problem.where}: ${problem.reason}`);
   if (problems.length > maxProblems) lines.push(`  and ${problems.length - maxProblems} more`);

@@ -16,7 +16,8 @@ import { type FloatDType, kernelCall, type Tensor } from './device.js';
  * - `cross_entropy`: -logprob
  *
  * plus klCoefficient (exp(d) - d - 1) with d = referenceLogprob - logprob, the k3 estimator, minus
- * entropyCoefficient times the entropy. The loss is the sum of weights[r] times row r's.
+ * entropyCoefficient times the entropy. The loss is the sum over rows r of these three terms, times weights[r],
+ * klWeights[r] and entropyWeights[r].
  */
 export interface PolicyLossOptions {
   kind?: NativeLossKind | undefined;
@@ -29,10 +30,14 @@ export interface PolicyLossOptions {
   /** Default 0. */
   entropyCoefficient?: number | undefined;
   /**
-   * [R] f32, as `lossWeights` gives them: the normalisation of grpo, dapo, dr_grpo or bnpo lies in them. A
-   * row of weight 0 counts for nothing.
+   * [R] f32, as `lossWeights` gives them: the normalisation of grpo, dapo, dr_grpo or bnpo lies in them. What a
+   * row has for a term of weight 0 may be anything.
    */
   weights: Tensor<FloatDType>;
+  /** [R] f32, what the KL term is multiplied by beside klCoefficient. Default: `weights`. */
+  klWeights?: Tensor<FloatDType> | undefined;
+  /** [R] f32, what the entropy term is multiplied by beside entropyCoefficient. Default: `weights`. */
+  entropyWeights?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
   advantages?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
@@ -77,6 +82,8 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
     oldLogprobs: call.optional(args.oldLogprobs, 'oldLogprobs'),
     referenceLogprobs: call.optional(args.referenceLogprobs, 'referenceLogprobs'),
     sequences: args.sequences,
+    klWeights: call.optional(args.klWeights, 'klWeights'),
+    entropyWeights: call.optional(args.entropyWeights, 'entropyWeights'),
   };
 }
 
@@ -86,6 +93,8 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
  * - `sequence_mean`: the mean over a completion's rows, then the mean over completions (GRPO,
  *   arXiv:2402.03300)
  * - `constant`: the sum over rows, divided by completions times `maxTokens` (Dr. GRPO, arXiv:2503.20783)
+ *
+ * `normalizer` stands in for the number of rows or of completions, where these rows are a part of what is averaged.
  * @throws MerfError INVALID_ARGUMENT
  */
 export function lossWeights(args: NativeLossAggregation): Float32Array {

@@ -14,8 +14,8 @@ export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'g
  * - `cispo`: -stop_gradient(min(r, 1 + clipHigh)) A logprob (arXiv:2506.13585)
  * - `cross_entropy`: -logprob
  *
- * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob, minus `entropy` times the
- * entropy. Tokens are weighted as TRL names it:
+ * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob. Tokens are weighted as TRL names
+ * it:
  *
  * - `grpo`, `gspo`: the mean over a completion of its tokens, then the mean over completions
  *   (arXiv:2402.03300)
@@ -23,10 +23,11 @@ export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'g
  *   arXiv:2503.14476)
  * - `dr_grpo`: the sum divided by completions times `maxTokens` (arXiv:2503.20783)
  *
- * over the whole forest of one call. A completion whose mask is all 0 counts among the completions.
+ * over the whole forest of one call, or by what `normalizer` says. A completion whose mask is all 0 counts among the
+ * completions. From that goes, whatever the type, `entropy` times the mean entropy over all tokens.
  */
 export type Loss =
-  | { type: 'cross_entropy' }
+  | { type: 'cross_entropy'; normalizer?: LossNormalizer | undefined }
   | {
       type: PolicyLossType;
       /** At least 0. Default 0.2; gspo 3e-4; unused by cispo. */
@@ -36,16 +37,28 @@ export type Loss =
        * cispo is the cap itself).
        */
       clipHigh?: number | undefined;
-      /** Coefficient of the KL penalty; not 0 needs `referenceLogprobs`. Default 0. */
+      /** Coefficient of the KL penalty; not 0 needs `referenceLogprobs`. Default 0. A target may have its own. */
       kl?: number | undefined;
-      /** Coefficient of the entropy bonus. Default 0. */
+      /** Coefficient of the entropy bonus. Default 0. A target may have its own. */
       entropy?: number | undefined;
       /** dr_grpo's constant, in tokens: the most that a completion may have. */
       maxTokens?: number | undefined;
       temperature?: number | undefined;
       klRatio?: boolean | undefined;
-      normalizer?: { completions?: number | undefined; tokens?: number | undefined } | undefined;
+      normalizer?: LossNormalizer | undefined;
     };
+
+/**
+ * What sums are divided by in place of what the forest itself has. A trainer gives it where a forest is a part of a
+ * batch, or where it leaves out what has no gradient. `dapo` and `cispo` are divided in TRL by the tokens of the whole
+ * batch, `bnpo` by those of the mini-batch itself.
+ */
+export interface LossNormalizer {
+  /** Above 0; divides `grpo`, `gspo` and `dr_grpo`. Default: the forest's completions. */
+  completions?: number | undefined;
+  /** Above 0; divides the other types, and the entropy bonus of all. Default: the forest's tokens that count. */
+  tokens?: number | undefined;
+}
 
 /**
  * What one call of `forwardBackward` found. Where the loss is not finite `finite` is false, the call has
@@ -71,6 +84,7 @@ export interface ResolvedLoss {
   kl: number;
   entropy: number;
   maxTokens: number | undefined;
+  normalizer: LossNormalizer | undefined;
 }
 
 /** How each loss treats a row, and how it joins the rows; the two are independent of each other. */
@@ -88,8 +102,16 @@ const forms: Readonly<Record<Loss['type'], Pick<NativeLoss, 'kind' | 'aggregatio
 export function resolveLoss(loss: Loss): ResolvedLoss {
   const form = Object.hasOwn(forms, loss?.type ?? '') ? forms[loss.type] : undefined;
   if (form === undefined) throw invalidArgument('loss.type', Object.keys(forms).join(', '), loss?.type);
+  const { normalizer } = loss;
+  for (const key of ['completions', 'tokens'] as const) {
+    const value = normalizer?.[key];
+    if (value !== undefined && !(Number.isFinite(value) && value > 0)) {
+      throw invalidArgument(`loss.normalizer.${key}`, 'a positive number', value);
+    }
+  }
   if (loss.type === 'cross_entropy') {
-    return { type: loss.type, ...form, clipLow: 0, clipHigh: 0, kl: 0, entropy: 0, maxTokens: undefined };
+    const none = { clipLow: 0, clipHigh: 0, kl: 0, entropy: 0, maxTokens: undefined };
+    return { type: loss.type, ...form, ...none, normalizer };
   }
   const gspo = loss.type === 'gspo';
   const resolved = {
@@ -100,6 +122,7 @@ export function resolveLoss(loss: Loss): ResolvedLoss {
     kl: loss.kl ?? 0,
     entropy: loss.entropy ?? 0,
     maxTokens: loss.maxTokens,
+    normalizer,
   };
   for (const key of ['clipLow', 'clipHigh', 'kl'] as const) {
     if (!Number.isFinite(resolved[key]) || resolved[key] < 0) {
@@ -124,10 +147,11 @@ export function checkTargets(loss: ResolvedLoss, targets: readonly Target[]): vo
         `Expected an advantage for trained segment ${i}: loss ${loss.type} needs it`,
       );
     }
-    if (loss.kl > 0 && train.referenceLogprobs === undefined) {
+    const kl = train.kl ?? loss.kl;
+    if (kl > 0 && train.referenceLogprobs === undefined) {
       throw new MerfError(
         'INVALID_ARGUMENT',
-        `Expected referenceLogprobs for trained segment ${i}: kl is ${loss.kl}`,
+        `Expected referenceLogprobs for trained segment ${i}: kl is ${kl}`,
       );
     }
   });
@@ -150,17 +174,21 @@ export function nativeLoss(loss: ResolvedLoss, forest: PackedForest): NativeLoss
     sequences: forest.sequences,
     completions: forest.completions,
     maxTokens: loss.maxTokens,
+    normalizer: loss.normalizer,
     ...(forest.targets.some(({ train }) => train.referenceLogprobs !== undefined) && {
       referenceLogprobs: byRow((train, token) => train.referenceLogprobs?.[token]),
     }),
   };
   if (loss.kind === 'cross_entropy') return common;
+  const some = (key: 'kl' | 'entropy') => forest.targets.some(({ train }) => train[key] !== undefined);
   return {
     ...common,
-    advantages: byRow((train, token) =>
-      typeof train.advantage === 'object' ? train.advantage[token] : train.advantage,
+    advantages: byRow(({ advantage }, token) =>
+      typeof advantage === 'object' ? advantage[token] : advantage,
     ),
     oldLogprobs: byRow((train, token) => train.logprobs?.[token]),
+    ...(some('kl') && { klCoefficients: byRow((train) => train.kl ?? loss.kl) }),
+    ...(some('entropy') && { entropyCoefficients: byRow((train) => train.entropy ?? loss.entropy) }),
   };
 }
 

@@ -155,11 +155,15 @@ class Collection<Row> {
       throw invalidArgument('motivation', `1 to ${n} views, for ${n} episodes of a row,`, motivation);
     }
     this.#open = rows.map((row, i) => {
-      const prompts = new Map(
-        mix.map((view) => [view, episodePrompt(policy.tokenizer, task, row, view)] as const),
-      );
+      const prompts = new Map<string, EpisodePrompt>();
+      const promptOf = (view: MotivationView) => {
+        const key = JSON.stringify(view);
+        const prompt = prompts.get(key) ?? episodePrompt(policy.tokenizer, task, row, view);
+        prompts.set(key, prompt);
+        return prompt;
+      };
       return Array.from({ length: n }, (_, index) => ({
-        prompt: prompts.get(viewOf(mix, index, n)) as EpisodePrompt,
+        prompt: promptOf(viewOf(mix, index, n)),
         row: i,
         index,
         turns: [],

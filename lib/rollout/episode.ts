@@ -67,6 +67,8 @@ export interface Episode extends PlainEpisode {
 export interface EpisodeGroup<Row = unknown, E extends PlainEpisode = Episode> {
   readonly row: Row;
   readonly episodes: readonly E[];
+  /** The episodes that were drawn first, where all of them failed and these were drawn under a hint in their place. */
+  readonly failed?: readonly E[];
 }
 
 /** The turns of the model alone. */

@@ -16,7 +16,7 @@ export interface TargetPlace {
   readonly prompt: EpisodePrompt;
   /** Which of the model's turns in its episode. */
   readonly index: number;
-  /** Which of all turns of the model's in the branches, in their order: that of the results of `score`. */
+  /** Which of all turns that are trained on, in the order of the branches: that of the results of `score`. */
   readonly turn: number;
   readonly tokens: number;
 }
@@ -27,7 +27,7 @@ export interface TargetPlace {
  * Branches under one view lie beside each other, so that what their prompts begin with is computed once.
  *
  * @param train what is trained on of a turn; the log-probabilities that it was drawn with are there already.
- *   Where it gives null for all turns of an episode, the episode is left out.
+ *   A turn that it gives null for is not; an episode of such turns alone is left out.
  * @param under the prompts that an episode is learned under (default: the one that it was drawn under)
  */
 export function branchesOf(
@@ -43,17 +43,15 @@ export function branchesOf(
     const completions = episodes.flatMap((episode) => {
       const { turns } = (groups[group] as EpisodeGroup).episodes[episode] as PlainEpisode;
       const several = turns.length > 1 ? { sequence: sequence++ } : {};
-      const first = turn;
       let index = 0;
       const targets = turns.map((one) => {
         if (one.role !== 'model') return undefined;
-        const place = { group, episode, prompt, index: index++, turn: turn++, tokens: one.tokens.length };
-        const target = train(place);
-        return target === null ? undefined : { logprobs: one.logprobs, ...several, ...target };
+        const target = train({ group, episode, prompt, index: index++, turn, tokens: one.tokens.length });
+        if (target === null) return undefined;
+        turn++;
+        return { logprobs: one.logprobs, ...several, ...target };
       });
-      if (targets.some((target) => target !== undefined)) return [path(turns, targets)];
-      turn = first;
-      return [];
+      return targets.some((target) => target !== undefined) ? [path(turns, targets)] : [];
     });
     return completions.length > 0 ? [{ promptTokens: prompt.tokens, completions }] : [];
   });

@@ -44,7 +44,10 @@ export interface TaskParts<Row, State = unknown> {
    * columns as they are).
    */
   parse?(fields: Fields): Row;
-  /** What makes two rows the same when rows are held out (default: their JSON). */
+  /**
+   * What makes two rows the same (default: their JSON): where rows are held out, the same ones stay together,
+   * and standard errors take what is measured on them for one cluster.
+   */
   identity?(row: Row): string;
   /** A completion that gets the highest total; `merf verify` checks that it does. */
   reference?(row: Row): string;
@@ -241,7 +244,13 @@ async function assemble<Row>(
     let stream: { position: number; attempt: number; random: Random } | undefined;
     return generatedRows({
       split,
-      fingerprint: JSON.stringify([name, withoutFiles(options), data.toString(), String(seed)]),
+      fingerprint: JSON.stringify([
+        name,
+        withoutFiles(options),
+        data.toString(),
+        parts.identity?.toString(),
+        String(seed),
+      ]),
       draw: (position, attempt) => {
         if (!stream || stream.position !== position || stream.attempt !== attempt - 1) {
           stream = { position, attempt, random: new Random(seed, position) };
@@ -264,6 +273,7 @@ async function assemble<Row>(
     },
     read,
     load,
+    identity,
     ...(parts.reference && { reference: (row: Row) => parts.reference?.(row) as string }),
     ...(parts.demonstrate && {
       demonstrate: (row: Row, random = new Random(0)) => parts.demonstrate?.(row, random) as string,

@@ -44,12 +44,20 @@ export interface Task<Row = unknown> {
   readonly spec: RewardSpec<Row>;
   /** The conversation so far. The motivation is a paragraph of its own at the end of the system message. */
   messages(row: Row, motivation: MotivationView): ChatMessage[];
-  /** The task's own rows: generated, or read when the task was made. No row of one split occurs in the other. */
+  /**
+   * The task's own rows: generated, or read when the task was made. No row of one split occurs in the other,
+   * by `identity`.
+   */
   rows(options: { readonly split: Split; readonly seed: number | bigint }): RowSource<Row>;
   /** Every row of a .jsonl or .parquet file in its order, those that cannot be read with the reason. */
   read(file: string): Promise<LoadedRow<Row>[]>;
   /** Every row of a file. @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read */
   load(file: string): Promise<Row[]>;
+  /**
+   * Equal for rows that the task takes for the same: no such rows stand on both sides of a split, and what is
+   * measured on them is not independent.
+   */
+  identity(row: Row): string;
   /** A completion that gets the highest total. */
   reference?(row: Row): string;
   /**

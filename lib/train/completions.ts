@@ -24,16 +24,30 @@ export interface CompletionRecord {
   finishReason: EpisodeEnd;
   reward: number;
   parts: Reward['parts'];
+  /** What it was learned with. */
   advantage: number;
+  /** True where its group was drawn and not learned, as dynamic sampling leaves groups without signal out. */
+  dropped?: true;
+  /** The step that drew it, where this one learned it again. */
+  replayed?: number;
 }
 
+/**
+ * The records of all groups that were drawn or learned again.
+ *
+ * @param learned the ones of them that the step learned
+ * @param advantages those of the groups that were learned
+ */
 export function recordsOf(
-  groups: readonly EpisodeGroup[],
+  groups: readonly (EpisodeGroup & { readonly replayed?: number })[],
+  learned: readonly EpisodeGroup[],
   advantages: readonly number[][],
   step: number,
 ): CompletionRecord[] {
-  return groups.flatMap(({ episodes }, i) =>
-    episodes.map((episode, j) => {
+  const advantagesOf = new Map(learned.map((group, i) => [group, advantages[i] as number[]]));
+  return groups.flatMap((group, i) =>
+    group.episodes.map((episode, j) => {
+      const own = advantagesOf.get(group);
       const { prompt, turns, end, completion, reward } = episode;
       const several = turns.length > 1 && {
         turns: turns.map((turn) => ({
@@ -55,7 +69,9 @@ export function recordsOf(
         finishReason: end,
         reward: reward.total,
         parts: reward.parts,
-        advantage: (advantages[i] as number[])[j] as number,
+        advantage: own?.[j] ?? 0,
+        ...(own === undefined && { dropped: true }),
+        ...(group.replayed !== undefined && { replayed: group.replayed }),
       };
     }),
   );
@@ -90,7 +106,9 @@ function transcript(records: readonly CompletionRecord[]): string {
   let shown: string | undefined;
   for (const record of records) {
     if (record.completionIndex === 0 || record.prompt !== shown) {
-      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}`;
+      const again = record.replayed === undefined ? '' : `, replayed from step ${record.replayed}`;
+      const dropped = record.dropped ? ', not learned' : '';
+      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}${dropped}${again}`;
       lines.push(`${'='.repeat(80)}`, title, '', record.prompt.trimEnd(), '');
       shown = record.prompt;
     }

@@ -1,5 +1,5 @@
+import { MerfError } from '../errors.js';
 import {
-  type Branch,
   type Forest,
   forestOf,
   type Loss,
@@ -8,8 +8,10 @@ import {
   type TrainTarget,
 } from '../policy/index.js';
 import { formatMotivation, type LearnView, type MotivationView } from '../prompt/motivation.js';
+import { labelOf } from '../reward/spec.js';
 import {
   branchesOf,
+  type DrawnTurn,
   drawnTurns,
   type Episode,
   type EpisodeGroup,
@@ -47,7 +49,7 @@ export interface LessonSettings {
 }
 
 export interface LessonOptions<Row> {
-  policy: Pick<Policy, 'score'> & { readonly tokenizer: RolloutTokenizer };
+  policy: Pick<Policy, 'score' | 'contextLength'> & { readonly tokenizer: RolloutTokenizer };
   reference?: Pick<Policy, 'score'> | undefined;
   task: RolloutTask<Row>;
   settings: LessonSettings;
@@ -62,7 +64,7 @@ export interface LessonOptions<Row> {
 /** What one optimizer update is made of. */
 export interface Lesson {
   forest: Forest;
-  normalizer: { completions: number; tokens: number };
+  normalizer: Counts;
   /** The turns of the model's in the order of the forest. */
   places: readonly TargetPlace[];
 }
@@ -79,21 +81,35 @@ export interface PromptGap {
   truncated?: number;
 }
 
-// By prompt, episode and turn of the model's.
-type Targets = Map<EpisodePrompt, (TrainTarget[] | undefined)[]>;
+interface Counts {
+  completions: number;
+  tokens: number;
+}
+
+// Log-probabilities by prompt (which is of one group), episode and turn of the model's.
 type Scored = Map<EpisodePrompt, Float32Array[][]>;
 
 /**
  * What a step's episodes teach: under which prompts, with which old and reference log-probabilities and weights. The
- * tokens stay what was drawn; the prompt before them is what changes. Episodes without any gradient are left out, and
- * count all the same in what the loss divides by.
+ * tokens stay what was drawn; the prompt before them is what changes. The loss is the mean over all pairs of a
+ * completion and a prompt that it is learned under. Episodes without any gradient are left out, and count all the same
+ * in what the loss divides by.
+ *
+ * The anchor's penalty (anchoring, arXiv:2606.11627) is `anchor` times the k3 estimate of the KL divergence between what
+ * the policy says of an episode under `anchorUnder` and what it said under `anchorTo` when the step began. Its mean is
+ * over the step's completions, each once: its strength doesn't depend on how many prompts they are learned under.
  */
 export class Lessons<Row> {
   readonly #groups: readonly EpisodeGroup<Row>[];
   readonly #advantages: readonly (readonly number[])[];
   readonly #options: LessonOptions<Row>;
+  /** By group and view. Views that say the same share a prompt. */
   readonly #prompts: Map<string, EpisodePrompt>[];
-  readonly #targets: Targets = new Map();
+  /** By group: where the anchor's penalty stands. */
+  readonly #anchored: (EpisodePrompt | undefined)[] = [];
+  /** What the policy said when the step began, where that is needed and the rollout does not tell. */
+  #before: Scored = new Map();
+  #references: Scored = new Map();
   readonly #gap = { tokens: 0, sum: 0, ratioMax: 0, truncated: 0 };
 
   private constructor(
@@ -104,14 +120,16 @@ export class Lessons<Row> {
     this.#groups = groups;
     this.#advantages = advantages;
     this.#options = options;
-    this.#prompts = groups.map(
-      ({ episodes }) => new Map(episodes.map(({ prompt }) => [keyOf(prompt.view), prompt])),
-    );
+    this.#prompts = groups.map(() => new Map());
+    groups.forEach(({ episodes }, group) => {
+      for (const { prompt } of episodes) this.#prompt(group, prompt.view, () => prompt);
+    });
   }
 
   /**
    * Scores what has to be known before the first update.
-   * @throws MerfError as `score` does
+   * @throws MerfError CONTEXT_EXCEEDED where an episode is too long under a prompt that did not draw it, and as `score`
+   *   does
    */
   static async prepare<Row>(
     groups: readonly EpisodeGroup<Row>[],
@@ -125,31 +143,39 @@ export class Lessons<Row> {
 
   /** The lessons of groups `from` to `to`, which one update learns. */
   slice(from: number, to: number): Lesson {
+    const { normalizer, drawn } = this.#divisors(from, to);
+    const byTokens = ['dapo', 'bnpo', 'cispo'].includes(this.#options.settings.loss);
+    const repeats = byTokens ? normalizer.tokens / drawn.tokens : normalizer.completions / drawn.completions;
     const places: TargetPlace[] = [];
-    const branches = this.#branches(from, to, this.#targets, (place) => places.push(place));
-    const { loss, miniBatches } = this.#options.settings;
-    // DAPO and CISPO divide by the tokens of the whole rollout, in equal parts; the others by what an update holds.
-    const byRollout = loss === 'dapo' || loss === 'cispo';
-    const all = this.#count(0, this.#groups.length);
-    const own = this.#count(from, to);
-    return {
-      forest: forestOf(branches),
-      normalizer: { completions: own.completions, tokens: byRollout ? all.tokens / miniBatches : own.tokens },
-      places,
-    };
+    const branches = branchesOf(
+      this.#groups.slice(from, to),
+      (found) => {
+        const place = { ...found, group: from + found.group };
+        places.push(place);
+        return this.#target(place, repeats);
+      },
+      (group, episode) => this.#taughtUnder(from + group, episode),
+    );
+    return { forest: forestOf(branches), normalizer, places };
   }
 
-  /** Takes note of the log-probabilities that a first update found under prompts that did not draw the tokens. */
+  /**
+   * Takes note of how far the prompts of a lesson are from those that drew its tokens, by the log-probabilities that its
+   * first update found, or those of before where they are known.
+   */
   note({ places }: Lesson, logprobs: LossStats['logprobs']): void {
+    const { learnCap } = this.#options.settings;
     places.forEach((place, i) => {
-      const { prompt, turns } = this.#episode(place.group, place.episode);
-      if (place.prompt === prompt || this.#isAnchorAlone(place)) return;
-      const turn = turns.filter((one) => one.role === 'model')[place.index];
-      turn?.logprobs.forEach((drawn, t) => {
-        const learned = logprobs[i]?.[t] as number;
+      const { group, episode, prompt, index } = place;
+      if (!this.#isLearned(place) || prompt === this.#drawnUnder(group, episode)) return;
+      const learned = this.#before.get(prompt)?.[episode]?.[index] ?? logprobs[i];
+      this.#turn(place).logprobs.forEach((drawn, t) => {
+        const difference = drawn - (learned?.[t] as number);
+        const ratio = Math.exp(-difference);
         this.#gap.tokens += 1;
-        this.#gap.sum += drawn - learned;
-        this.#gap.ratioMax = Math.max(this.#gap.ratioMax, Math.exp(learned - drawn));
+        this.#gap.sum += difference;
+        this.#gap.ratioMax = Math.max(this.#gap.ratioMax, ratio);
+        if (ratio > learnCap) this.#gap.truncated += 1;
       });
     });
   }
@@ -163,92 +189,67 @@ export class Lessons<Row> {
   }
 
   async #prepare(): Promise<void> {
-    const { policy, reference, settings, anchorTo } = this.#options;
+    const { policy, reference, settings, anchorUnder, anchorTo } = this.#options;
     const { kl, anchor, learnCorrection, updatesPerRollout, miniBatches } = settings;
-    const severalUpdates = updatesPerRollout * miniBatches > 1;
-    const old =
-      learnCorrection === 'truncated' || (learnCorrection === 'none' && severalUpdates)
-        ? await this.#score(policy, (group, episode) =>
-            this.#learned(group, episode).filter((prompt) => prompt !== this.#episode(group, episode).prompt),
-          )
-        : new Map();
-    const references =
-      kl > 0 && reference
-        ? await this.#score(reference, (group, episode) => this.#learned(group, episode))
-        : new Map();
-    const anchors =
-      anchor > 0 ? await this.#score(policy, (group) => [this.#prompt(group, anchorTo)]) : new Map();
-    this.#groups.forEach(({ episodes }, group) => {
-      episodes.forEach((_, episode) => {
-        for (const prompt of this.#learned(group, episode)) {
-          if (this.#hasSignal(group, episode)) {
-            this.#set(prompt, episode, this.#policyTargets(group, episode, prompt, old, references));
-          }
-        }
-        if (anchor > 0) this.#addAnchor(group, episode, anchors);
+    if (anchor > 0) {
+      this.#groups.forEach((_, group) => {
+        const prompt = this.#prompt(group, anchorUnder);
+        // A target has one KL penalty: where the loss has its own, the anchor's takes a path of its own.
+        this.#anchored[group] = kl > 0 ? { ...prompt } : prompt;
       });
+    }
+    this.#checkLengths();
+
+    const severalUpdates = updatesPerRollout * miniBatches > 1;
+    const asksForOld = learnCorrection === 'truncated' || (learnCorrection === 'none' && severalUpdates);
+    this.#before = await this.#score(policy, (group, episode) => {
+      const learned = asksForOld && this.#hasSignal(group, episode) ? this.#learned(group, episode) : [];
+      const heldTo = anchor > 0 && !this.#isMasked(group, episode) ? [this.#prompt(group, anchorTo)] : [];
+      return unique([...learned, ...heldTo]).filter((prompt) => prompt !== this.#drawnUnder(group, episode));
     });
+    if (kl > 0 && reference) {
+      this.#references = await this.#score(reference, (group, episode) =>
+        this.#hasSignal(group, episode) ? this.#learned(group, episode) : [],
+      );
+    }
   }
 
-  #policyTargets(
-    group: number,
-    episode: number,
-    prompt: EpisodePrompt,
-    old: Scored,
-    references: Scored,
-  ): TrainTarget[] {
-    const { settings } = this.#options;
-    const { prompt: drawnUnder } = this.#episode(group, episode);
+  /** What is trained on at a place; `repeats` is how often what the loss divides by counts a completion or token. */
+  #target(place: TargetPlace, repeats: number): TrainTarget {
+    const { group, episode, index } = place;
+    const { anchor, kl } = this.#options.settings;
+    const target = this.#isLearned(place)
+      ? this.#policyTarget(place)
+      : { advantage: 0, entropy: 0, logprobs: undefined };
+    if (place.prompt !== this.#anchored[group]) {
+      const referenceLogprobs = kl > 0 ? this.#references.get(place.prompt)?.[episode]?.[index] : undefined;
+      return { ...target, ...(referenceLogprobs && { referenceLogprobs }) };
+    }
+    const heldTo = this.#prompt(group, this.#options.anchorTo);
+    return { ...target, kl: anchor * repeats, referenceLogprobs: this.#logprobsBefore(place, heldTo) };
+  }
+
+  #policyTarget(place: TargetPlace): TrainTarget {
+    const { group, episode, prompt } = place;
+    const { learnCorrection, learnCap } = this.#options.settings;
+    const { logprobs: drawn } = this.#turn(place);
     const advantage = this.#advantages[group]?.[episode] as number;
-    return drawnTurns(this.#episode(group, episode)).map(({ logprobs: drawn }, i) => {
-      const before = old.get(prompt)?.[episode]?.[i];
-      const referenceLogprobs = references.get(prompt)?.[episode]?.[i];
-      const elsewhere = prompt !== drawnUnder && settings.learnCorrection !== 'importance';
-      return {
-        advantage:
-          elsewhere && settings.learnCorrection === 'truncated' && before
-            ? Float32Array.from(
-                drawn,
-                (logprob, t) => advantage * this.#weight((before[t] as number) - logprob),
-              )
-            : advantage,
-        // Without old log-probabilities those of the update itself stand in, so that its ratio is 1.
-        logprobs: elsewhere ? before : drawn,
-        ...(referenceLogprobs && { referenceLogprobs }),
-      };
-    });
+    if (learnCorrection === 'importance' || prompt === this.#drawnUnder(group, episode)) {
+      return { advantage, logprobs: drawn };
+    }
+    // Without old log-probabilities those of the update itself stand in, so that its ratio is 1.
+    const old = this.#logprobsBefore(place, prompt);
+    if (learnCorrection === 'none' || old === undefined) return { advantage, logprobs: old };
+    const weighted = (logprob: number, t: number) =>
+      advantage * Math.min(Math.exp((old[t] as number) - logprob), learnCap);
+    return { advantage: Float32Array.from(drawn, weighted), logprobs: old };
   }
 
-  /** The truncated importance weight of a log ratio. */
-  #weight(logRatio: number): number {
-    const ratio = Math.exp(logRatio);
-    if (ratio > this.#options.settings.learnCap) this.#gap.truncated += 1;
-    return Math.min(ratio, this.#options.settings.learnCap);
-  }
-
-  /**
-   * Holds what the policy says of an episode under one prompt to what it said under the other, by the k3 estimate of
-   * their KL divergence (anchoring, arXiv:2606.11627). An episode that is learned there and has no other KL penalty gets
-   * it beside its loss.
-   */
-  #addAnchor(group: number, episode: number, anchors: Scored): void {
-    const { settings, anchorUnder, anchorTo } = this.#options;
-    const prompt = this.#prompt(group, anchorUnder);
-    const heldTo = anchors.get(this.#prompt(group, anchorTo))?.[episode];
-    const learned = settings.kl === 0 ? this.#targets.get(prompt)?.[episode] : undefined;
-    const targets = drawnTurns(this.#episode(group, episode)).map((_, i): TrainTarget => {
-      const penalty = { kl: settings.anchor, referenceLogprobs: heldTo?.[i] };
-      return learned?.[i]
-        ? { ...learned[i], ...penalty }
-        : { advantage: 0, entropy: 0, logprobs: undefined, ...penalty };
-    });
-    this.#set(prompt, episode, targets);
-  }
-
-  #set(prompt: EpisodePrompt, episode: number, targets: TrainTarget[]): void {
-    const episodes = this.#targets.get(prompt) ?? [];
-    episodes[episode] = targets;
-    this.#targets.set(prompt, episodes);
+  /** What the policy said of a turn under a prompt when the step began; undefined where nothing asked for it. */
+  #logprobsBefore(place: TargetPlace, prompt: EpisodePrompt): Float32Array | undefined {
+    const { group, episode, index } = place;
+    if (prompt === this.#drawnUnder(group, episode)) return this.#turn(place).logprobs;
+    return this.#before.get(prompt)?.[episode]?.[index];
   }
 
   /** Log-probabilities of the episodes under the prompts that `under` gives for each. */
@@ -281,43 +282,56 @@ export class Lessons<Row> {
     return scored;
   }
 
-  #branches(from: number, to: number, targets: Targets, onPlace: (place: TargetPlace) => void): Branch[] {
-    return branchesOf(
-      this.#groups.slice(from, to),
-      (place) => {
-        const target = targets.get(place.prompt)?.[place.episode]?.[place.index];
-        if (target === undefined) return null;
-        onPlace({ ...place, group: from + place.group });
-        return target;
-      },
-      (group) => [...(this.#prompts[from + group] as Map<string, EpisodePrompt>).values()],
-    );
+  /** The prompts that an episode has a gradient under. */
+  #taughtUnder(group: number, episode: number): EpisodePrompt[] {
+    if (this.#isMasked(group, episode)) return [];
+    const learned = this.#hasSignal(group, episode) ? this.#learned(group, episode) : [];
+    const anchored = this.#anchored[group];
+    return unique(anchored ? [...learned, anchored] : learned);
   }
 
   /** The prompts that an episode is learned under. */
   #learned(group: number, episode: number): EpisodePrompt[] {
-    const { prompt } = this.#episode(group, episode);
+    const drawnUnder = this.#drawnUnder(group, episode);
     const { learnUnder } = this.#options;
-    return [...new Set(learnUnder.map((view) => (view === 'same' ? prompt : this.#prompt(group, view))))];
+    return unique(learnUnder.map((view) => (view === 'same' ? drawnUnder : this.#prompt(group, view))));
+  }
+
+  #isLearned({ group, episode, prompt }: TargetPlace): boolean {
+    return this.#learned(group, episode).includes(prompt);
+  }
+
+  #drawnUnder(group: number, episode: number): EpisodePrompt {
+    return this.#prompt(group, this.#episode(group, episode).prompt.view);
   }
 
   /** A group's prompt under a view, which all its episodes share. */
-  #prompt(group: number, view: MotivationView): EpisodePrompt {
+  #prompt(group: number, view: MotivationView, render = () => this.#render(group, view)): EpisodePrompt {
     const prompts = this.#prompts[group] as Map<string, EpisodePrompt>;
-    const key = keyOf(view);
+    const key = JSON.stringify(view);
     let prompt = prompts.get(key);
     if (prompt === undefined) {
-      const { policy, task } = this.#options;
-      prompt = episodePrompt(policy.tokenizer, task, (this.#groups[group] as EpisodeGroup<Row>).row, view);
+      const rendered = render();
+      prompt = [...prompts.values()].find((other) => isSame(other.tokens, rendered.tokens)) ?? rendered;
       prompts.set(key, prompt);
     }
     return prompt;
+  }
+
+  #render(group: number, view: MotivationView): EpisodePrompt {
+    const { policy, task } = this.#options;
+    return episodePrompt(policy.tokenizer, task, (this.#groups[group] as EpisodeGroup<Row>).row, view);
   }
 
   #episode(group: number, episode: number): Episode {
     return (this.#groups[group] as EpisodeGroup<Row>).episodes[episode] as Episode;
   }
 
+  #turn({ group, episode, index }: TargetPlace): DrawnTurn {
+    return drawnTurns(this.#episode(group, episode))[index] as DrawnTurn;
+  }
+
+  /** Whether an episode has a gradient beside the anchor's. */
   #hasSignal(group: number, episode: number): boolean {
     const { kl, entropy } = this.#options.settings;
     if (this.#isMasked(group, episode)) return false;
@@ -328,27 +342,65 @@ export class Lessons<Row> {
     return this.#options.settings.maskTruncated && this.#episode(group, episode).end === 'length';
   }
 
-  #isAnchorAlone({ group, episode, prompt }: TargetPlace): boolean {
-    return !this.#learned(group, episode).includes(prompt);
+  /** @throws MerfError CONTEXT_EXCEEDED naming the row and the view, before anything is scored or learned */
+  #checkLengths(): void {
+    const { policy, settings, anchorTo } = this.#options;
+    this.#groups.forEach(({ row, episodes }, group) => {
+      episodes.forEach(({ turns }, episode) => {
+        const prompts = this.#taughtUnder(group, episode);
+        if (prompts.length > 0 && settings.anchor > 0) prompts.push(this.#prompt(group, anchorTo));
+        const after = turns.reduce((sum, { tokens }) => sum + tokens.length, 0);
+        for (const { tokens, view } of prompts) {
+          if (tokens.length + after <= policy.contextLength) continue;
+          throw new MerfError(
+            'CONTEXT_EXCEEDED',
+            `Expected at most ${policy.contextLength} tokens but completion ${episode} of row ${labelOf(row)} has ` +
+              `${after} behind the ${tokens.length} of its prompt under ${formatMotivation(view)}, which did not draw it`,
+          );
+        }
+      });
+    });
+  }
+
+  /** What the loss over groups `from` to `to` divides by, and the same with each completion once. */
+  #divisors(from: number, to: number): { normalizer: Counts; drawn: Counts } {
+    const { loss, miniBatches } = this.#options.settings;
+    const own = this.#count(from, to);
+    // DAPO and CISPO divide by the tokens of the whole rollout, in equal parts; the others by what an update holds.
+    if (loss !== 'dapo' && loss !== 'cispo') return own;
+    const all = this.#count(0, this.#groups.length);
+    return {
+      normalizer: { ...own.normalizer, tokens: all.normalizer.tokens / miniBatches },
+      drawn: { ...own.drawn, tokens: all.drawn.tokens / miniBatches },
+    };
   }
 
   /** Completions and tokens that groups `from` to `to` have in the loss, those without a gradient included. */
-  #count(from: number, to: number): { completions: number; tokens: number } {
-    const counts = { completions: 0, tokens: 0 };
+  #count(from: number, to: number): { normalizer: Counts; drawn: Counts } {
+    const normalizer = { completions: 0, tokens: 0 };
+    const drawn = { completions: 0, tokens: 0 };
     for (let group = from; group < to; group++) {
       (this.#groups[group] as EpisodeGroup<Row>).episodes.forEach((each, episode) => {
         const prompts = this.#learned(group, episode).length;
-        counts.completions += prompts;
+        normalizer.completions += prompts;
+        drawn.completions += 1;
         if (this.#isMasked(group, episode)) return;
-        for (const { tokens } of drawnTurns(each)) counts.tokens += prompts * tokens.length;
+        for (const { tokens } of drawnTurns(each)) {
+          normalizer.tokens += prompts * tokens.length;
+          drawn.tokens += tokens.length;
+        }
       });
     }
-    return counts;
+    return { normalizer, drawn };
   }
 }
 
-function keyOf(view: MotivationView): string {
-  return JSON.stringify(view);
+function unique<Value>(values: readonly Value[]): Value[] {
+  return [...new Set(values)];
+}
+
+function isSame(a: readonly number[], b: readonly number[]): boolean {
+  return a.length === b.length && a.every((token, i) => token === b[i]);
 }
 
 /** How the metrics name the prompts that completions are learned under. */

@@ -46,6 +46,8 @@ export interface LoopOptions {
   settings: { steps: number; saveEvery: number; keepCheckpoints: number } & Record<string, unknown>;
   /** The settings in which a resumed run may not differ. */
   matters: readonly string[];
+  /** What a run has whose run.json, written before there was such a setting, does not name it. */
+  defaults: Readonly<Record<string, unknown>>;
   identity: Record<string, string>;
   launch?: Record<string, unknown>;
   onEvent?: (event: TrainingEvent) => void;
@@ -222,14 +224,14 @@ export class TrainingLoop {
   }
 
   #differences(before: SavedRun): string[] {
-    const { kind, settings, identity, matters } = this.#options;
+    const { kind, settings, identity, matters, defaults } = this.#options;
     if (before.kind !== kind) return [`kind was ${before.kind} and is ${kind}`];
     const differences: string[] = [];
     const compare = (key: string, was: unknown, is: unknown) => {
       if (JSON.stringify(was) !== JSON.stringify(is))
         differences.push(`${key} was ${show(was)} and is ${show(is)}`);
     };
-    for (const key of matters) compare(key, before.settings[key], settings[key]);
+    for (const key of matters) compare(key, before.settings[key] ?? defaults[key], settings[key]);
     for (const key of new Set([...Object.keys(before.identity), ...Object.keys(identity)])) {
       compare(key, before.identity[key], identity[key]);
     }

@@ -5,7 +5,7 @@ import { type Branch, countTokens, forestOf } from '../policy/index.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
 import { renderPrompt } from '../rollout/index.js';
-import { keysThatMatter, parseSettings } from '../settings.js';
+import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash } from './identity.js';
@@ -101,6 +101,7 @@ export class SupervisedTrainer<Row = unknown> {
       resume: resume ?? false,
       settings,
       matters: keysThatMatter(sftSchema),
+      defaults: defaultsOf(sftSchema),
       identity: { ...modelIdentity(policy), data: examples.fingerprint },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),

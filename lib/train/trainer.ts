@@ -7,6 +7,7 @@ import {
   formatMotivation,
   type LearnView,
   type Motivation,
+  type MotivationMix,
   type MotivationView,
   parseLearnUnder,
   parseMotivation,
@@ -21,16 +22,22 @@ import {
   EpisodeTally,
   type RolloutPolicy,
 } from '../rollout/index.js';
-import { keysThatMatter, parseSettings } from '../settings.js';
+import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
-import { isUniform, judgementOf } from './advantages.js';
+import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
+import { isWithoutSignal, judgementOf } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
-import { EpisodeSource } from './draw.js';
+import { Course, type CourseStage, type StepLesson } from './course.js';
+import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { hintMetrics } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { defaultKeepActivations } from './keep.js';
+import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { MetricsLog } from './metrics.js';
+import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
@@ -58,9 +65,14 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   rows?: readonly Row[];
   /** Held-out rows to evaluate on (default: the task's own). */
   evaluationRows?: readonly Row[];
+  /** The task with an option changed, for a `curriculum`; evaluations stay on `task`. */
+  openTask?: OpenTask<Row>;
   /** What the KL penalty holds the policy to; asked for where `kl` is above 0. */
   reference?: ReferencePolicy;
-  /** The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/. */
+  /**
+   * The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/; with an adaptive motivation
+   * motivation.jsonl, a line a step (`AdaptiveRecord`).
+   */
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
@@ -72,11 +84,15 @@ export interface TrainerOptions<Row> extends GrpoOptions {
 /** One row of metrics.jsonl. Times are in seconds; entropy and KL in nats a token. */
 export interface GrpoMetrics {
   step: number;
+  /** The stage of the curriculum, where there is one, as in `people=3`. */
+  curriculum?: string;
   /** The view or mix of views that the step's completions were drawn under. */
   motivation: string;
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
+  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
   reward: number;
@@ -86,8 +102,18 @@ export interface GrpoMetrics {
   cases: Record<string, Record<string, number>>;
   /** Share of episodes that reach the highest total. */
   correct: number;
-  /** Share of groups whose completions all have the same reward, which teach nothing. */
+  /** Share of groups whose advantages are all 0, mostly for equal rewards, which teach nothing. */
   uniformGroups: number;
+  /** With dynamic sampling: rollouts and prompts drawn, and groups without signal among those that were learned. */
+  rollouts?: number;
+  rowsDrawn?: number;
+  filledGroups?: number;
+  /** With `difficulty`: rows that were passed over. */
+  rowsSkipped?: number;
+  /** With `replay`: groups of earlier steps that were learned again. */
+  replayedGroups?: number;
+  /** Mean punishment of overlong completions, where there is one; `reward` is without it. */
+  overlong?: number;
   /** Mean tokens that the model drew in an episode, and the share of episodes that ran out of them. */
   length: number;
   truncated: number;
@@ -130,18 +156,35 @@ const stepsBeforeAdvice = 3;
 export class Trainer<Row = unknown> {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
-  readonly #motivation: Motivation;
+  readonly #motivation: Motivation | undefined;
+  /** In place of a schedule; each run begins with one that has learned nothing yet. */
+  #adaptive: AdaptiveMotivation | undefined;
+  readonly #hint: MotivationView | undefined;
   readonly #learnUnder: Schedule<readonly LearnView[]>;
   readonly #anchor: { under: MotivationView; to: MotivationView };
+  readonly #views: readonly MotivationView[];
+  readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
+  readonly #motivationLog: MetricsLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
   #stepsWithoutSignal = 0;
 
   /** @throws MerfError INVALID_CONFIG naming the setting, INVALID_ARGUMENT for a view that the task does not have */
   constructor(options: TrainerOptions<Row>) {
-    const { policy, task, rows, evaluationRows, reference, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      task,
+      rows,
+      evaluationRows,
+      openTask,
+      reference,
+      out,
+      resume,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(grpoSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     parsed.scaleAdvantages ??= parsed.loss !== 'dr_grpo';
@@ -154,20 +197,28 @@ export class Trainer<Row = unknown> {
     if (parsed.kl > 0 && reference === undefined) {
       throw new MerfError('INVALID_CONFIG', `Expected a reference policy where kl = ${parsed.kl} is above 0`);
     }
+    checkOverlong(parsed);
+    this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
-    this.#motivation = parseMotivation(parsed.motivation);
+    this.#adaptive = this.#newAdaptive();
+    this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
+    this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
     this.#learnUnder = parseLearnUnder(parsed.learnUnder);
     this.#anchor = {
       under: parseMotivationView(parsed.anchorUnder),
       to: parseMotivationView(parsed.anchorTo),
     };
     this.#completions = new CompletionLog(join(out, 'completions'));
-    const sampled = this.#motivation.flatMap(({ value }) => value);
+    this.#motivationLog = new MetricsLog(join(out, 'motivation.jsonl'));
+    const sampled = [
+      ...(this.#motivation ?? []).flatMap(({ value }) => value),
+      ...(this.#hint === undefined ? [] : [this.#hint]),
+    ];
     const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
-    checkViews(task, [...sampled, ...learned, ...parsed.evaluateMotivations.map(parseMotivationView)]);
-    if (parsed.anchor > 0) checkViews(task, Object.values(this.#anchor));
-    for (const { value: mix } of this.#motivation) {
+    this.#views = [...sampled, ...learned, ...(parsed.anchor > 0 ? Object.values(this.#anchor) : [])];
+    checkViews(task, [...this.#views, ...parsed.evaluateMotivations.map(parseMotivationView)]);
+    for (const { value: mix } of this.#motivation ?? []) {
       if (mix.length > parsed.groupSize) {
         throw new MerfError(
           'INVALID_CONFIG',
@@ -197,7 +248,12 @@ export class Trainer<Row = unknown> {
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
-    const source = new EpisodeSource({ policy, task, rows, settings });
+    const { openTask } = this.#options;
+    const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
+    for (const stage of course.stages) checkViews(stage.task, this.#views);
+    this.#adaptive = this.#newAdaptive();
+    const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -205,22 +261,32 @@ export class Trainer<Row = unknown> {
       resume: resume ?? false,
       settings,
       matters: keysThatMatter(grpoSchema),
+      defaults: defaultsOf(grpoSchema),
       identity: {
         ...modelIdentity(policy),
         task: task.name,
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
-        data: rows.fingerprint.slice(0, 16),
-        ...([settings.motivation, settings.learnUnder, settings.anchorUnder, settings.anchorTo].some((text) =>
-          text.includes('template:'),
-        ) && { template: contentHash([this.#motivation, this.#learnUnder, this.#anchor]) }),
+        data: course.fingerprint,
+        ...(this.#readsTemplates() && {
+          template: contentHash([
+            this.#motivation,
+            this.#learnUnder,
+            this.#anchor,
+            ...(this.#hint === undefined ? [] : [this.#hint]),
+          ]),
+        }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
-      discardAfter: (step) => this.#completions.discardAfter(step),
+      discardAfter: (step) => {
+        this.#completions.discardAfter(step);
+        this.#motivationLog.truncate(step);
+      },
+      ...(state && { state }),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(source, step, position, signal),
+      step: (step, position, signal) => this.#step(course, step, position, signal),
     });
     if (this.#stopping) this.#loop.stop();
     return this.#loop.run(options.signal);
@@ -232,29 +298,53 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  async #step(source: EpisodeSource<Row>, step: number, position: number, signal?: AbortSignal) {
+  #newAdaptive(): AdaptiveMotivation | undefined {
+    if (this.settings.motivation !== adaptiveWord) return undefined;
+    return new AdaptiveMotivation(this.#options.task.spec, this.settings);
+  }
+
+  #readsTemplates(): boolean {
+    const { motivation, learnUnder, anchorUnder, anchorTo, hintFailed = '' } = this.settings;
+    return [motivation, learnUnder, anchorUnder, anchorTo, hintFailed].some((text) =>
+      text.includes('template:'),
+    );
+  }
+
+  async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
-      const mix = stageAt(this.#motivation, step - 1);
+      const mix = this.#mixAt(step);
       this.#emit({ type: 'phase', phase: 'rollout', step });
-      const { groups, position: next, times } = await source.draw(step, position, mix, signal);
+      const { stage, position: first } = course.at(step, position);
+      const drawn = await stage.source.draw(step, first, mix, signal);
+      const { groups, times } = drawn;
       clock.lap();
 
-      const { rewards, advantages } = await judgementOf(groups, this.settings);
+      const lesson = await course.lesson(step, stage, drawn);
+      const { advantages, replayed } = lesson;
       const learnUnder = stageAt(this.#learnUnder, step - 1);
-      const { tally, gap } = await this.#update(groups, advantages, learnUnder, step, signal, () => {
+      const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf(groups, advantages, step));
-      const learned = formatLearnUnder(learnUnder);
+      this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
+      const under = formatLearnUnder(learnUnder);
       const metrics: Omit<GrpoMetrics, 'step'> = {
+        ...(stage.name !== '' && { curriculum: stage.name }),
         motivation: formatMotivation(mix),
-        ...(learned !== 'same' && { learnUnder: learned }),
+        ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...this.#rewardMetrics(groups, rewards),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
+        ...(await this.#rewardMetrics(stage, groups)),
+        ...(this.settings.dynamicSampling > 1 && {
+          rollouts: drawn.rollouts,
+          rowsDrawn: groups.length,
+          filledGroups: advantages.filter(isWithoutSignal).length,
+        }),
+        ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
+        ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
         rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
@@ -264,22 +354,39 @@ export class Trainer<Row = unknown> {
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      return { metrics: { ...metrics }, position: next };
+      await course.note(step, stage, drawn);
+      this.#learnMotivation(step, groups);
+      return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
   }
 
+  #mixAt(step: number): MotivationMix {
+    return this.#adaptive?.mix(step) ?? stageAt(this.#motivation as Motivation, step - 1);
+  }
+
+  /** Lets an adaptive motivation decide on the next steps, and says what it decided. */
+  #learnMotivation(step: number, groups: readonly EpisodeGroup<Row>[]): void {
+    if (this.#adaptive === undefined) return;
+    const record = this.#adaptive.learn(step, groups);
+    this.#motivationLog.append({ ...record });
+    for (const [name, { decision, why }] of Object.entries(record.components)) {
+      if (decision === 'stays') continue;
+      this.#emit({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
+    }
+  }
+
   async #update(
-    groups: readonly EpisodeGroup<Row>[],
-    advantages: readonly number[][],
+    { task }: CourseStage<Row>,
+    { groups, advantages }: StepLesson<Row>,
     learnUnder: readonly LearnView[],
     step: number,
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
   ): Promise<{ tally: UpdateTally; gap: PromptGap | undefined }> {
     this.#emit({ type: 'phase', phase: 'training', step });
-    const { policy, reference, task } = this.#options;
+    const { policy, reference } = this.#options;
     const { settings } = this;
     const lessons = await Lessons.prepare(groups, advantages, {
       policy,
@@ -309,12 +416,13 @@ export class Trainer<Row = unknown> {
     return { tally, gap: lessons.gap() };
   }
 
-  #rewardMetrics(groups: readonly EpisodeGroup<Row>[], rewards: readonly number[][]) {
-    const { task } = this.#options;
+  /** What all that was drawn came to, so that choosing among it does not bend the curve. */
+  async #rewardMetrics({ task }: CourseStage<Row>, groups: readonly EpisodeGroup<Row>[]) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const uniform = rewards.filter(isUniform).length;
-    this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
+    const { advantages } = await judgementOf(groups, this.settings);
+    const uniform = advantages.filter(isWithoutSignal).length;
+    this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
       const advice = task.demonstrate ? 'warm the model up first with merf sft, or try' : 'try';
       const message =
@@ -338,9 +446,13 @@ export class Trainer<Row = unknown> {
         byView: Object.fromEntries([...byView].map(([view, episodes]) => [view, summaryOf(episodes)])),
       }),
       ...tally.summary({ environment: task.environment !== undefined }),
-      rewardStd: standardDeviation(rewards.flat()),
+      rewardStd: standardDeviation(all.map(({ reward }) => reward.total)),
       correct: all.filter(({ reward }) => task.spec.isHighest(reward)).length / all.length,
-      uniformGroups: uniform / rewards.length,
+      uniformGroups: uniform / groups.length,
+      ...(this.settings.overlongBuffer > 0 && {
+        overlong:
+          all.reduce((sum, episode) => sum + overlongPunishment(episode, this.settings), 0) / all.length,
+      }),
     };
   }
 

@@ -55,8 +55,9 @@ class PackedWeight {
 //           one ratio for all rows of a sequence                                                  (GSPO)
 //   cross_entropy: -logprob
 // plus kl_coefficient * (exp(ref - logprob) - (ref - logprob) - 1), the k3 estimator, where ref is given,
-// and minus entropy_coefficient * entropy. The loss is sum over rows of weights[r] * row loss; the normalisation
-// of grpo / dapo / dr_grpo / bnpo is in the weights, which the caller computes over the whole batch.
+// and minus entropy_coefficient * entropy. The loss is the sum over rows of the three terms, each times the row's weight
+// for it (LossRows); the normalisation of grpo / dapo / dr_grpo / bnpo is in the weights, which the caller computes over
+// the whole batch.
 enum class LossKind : uint8_t { policy_gradient_clip, cispo, gspo, cross_entropy };
 
 struct LossOptions {
@@ -69,11 +70,13 @@ struct LossOptions {
 
 // Per loss row, all [R]; empty tensors where the kind does not need them.
 struct LossRows {
-  Tensor weights;             // f32; rows of weight 0 contribute neither loss nor gradient
+  Tensor weights;             // f32; what a row has for a term of weight 0 is not looked at
   Tensor advantages;          // f32
   Tensor old_logprobs;        // f32
   Tensor reference_logprobs;  // f32, or empty: no KL term
   Tensor sequences;  // i32, rising from 0 and contiguous; which completion a row belongs to; gspo only
+  // f32, or empty: `weights` stand in. They multiply the KL term and the entropy term, beside the coefficients.
+  Tensor kl_weights, entropy_weights;
 };
 
 // ---- sampling -----------------------------------------------------------------------------------------------

@@ -7,11 +7,11 @@
 namespace merf {
 
 std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<int32_t>& sequences,
-                                int64_t completions, int64_t max_tokens) {
-  const double rows = static_cast<double>(sequences.size()), all = static_cast<double>(completions);
+                                const LossNormalizer& normalizer, int64_t max_tokens) {
+  const auto [all, tokens] = normalizer;
   if (aggregation != LossAggregation::sequence_mean) {
     const double divisor =
-        aggregation == LossAggregation::constant ? all * static_cast<double>(max_tokens) : rows;
+        aggregation == LossAggregation::constant ? all * static_cast<double>(max_tokens) : tokens;
     return std::vector<float>(sequences.size(), static_cast<float>(1.0 / divisor));
   }
   std::vector<int64_t> lengths(sequences.size(), 0);  // no sequence has a higher number
@@ -32,14 +32,20 @@ LossStatistics loss_statistics(const BatchLoss& loss, const Scores& scores) {
   const double high = 1.0 + static_cast<double>(loss.options.clip_high);
   const size_t rows = scores.logprobs.size();
   const auto logprob = [&](size_t r) { return static_cast<double>(scores.logprobs[r]); };
-  const auto counts = [&](size_t r) { return loss.weights[r] != 0.0f; };
+  const auto kl_weight = [&](size_t r) {
+    return (loss.kl_weights.empty() ? loss.weights : loss.kl_weights)[r];
+  };
+  const auto entropy_weight = [&](size_t r) {
+    return (loss.entropy_weights.empty() ? loss.weights : loss.entropy_weights)[r];
+  };
+  const auto has_policy = [&](size_t r) { return has_ratio && loss.weights[r] != 0.0f; };
   const auto log_ratio = [&](size_t r) {
     const float old = loss.old_logprobs[r];
     return std::isnan(old) ? 0.0 : logprob(r) - static_cast<double>(old);
   };
 
   LossStatistics statistics;
-  int64_t clipped_low = 0, clipped_high = 0, ratios = 0;
+  int64_t clipped_low = 0, clipped_high = 0, ratios = 0, with_ratio = 0, penalized = 0;
   double kl = 0.0, entropy = 0.0, ratio_sum = 0.0;
   double least = std::numeric_limits<double>::infinity(), most = -least;
   for (size_t begin = 0, end = 0; begin < rows; begin = end) {
@@ -49,34 +55,38 @@ LossStatistics loss_statistics(const BatchLoss& loss, const Scores& scores) {
     double sum = 0.0;
     int64_t length = 0;
     for (size_t r = begin; r < end; ++r) {
-      if (!counts(r)) continue;
-      ++length;
-      if (has_ratio) sum += log_ratio(r);
+      if (loss.weights[r] == 0.0f && kl_weight(r) == 0.0f && entropy_weight(r) == 0.0f) continue;
+      ++statistics.tokens;
+      if (has_policy(r)) {
+        ++length;
+        sum += log_ratio(r);
+      }
       entropy += static_cast<double>(scores.entropies[r]);
-      if (loss.reference_logprobs.empty() || std::isnan(loss.reference_logprobs[r])) continue;
+      if (loss.reference_logprobs.empty() || std::isnan(loss.reference_logprobs[r]) || kl_weight(r) == 0.0f)
+        continue;
       const double difference = static_cast<double>(loss.reference_logprobs[r]) - logprob(r);
       kl += std::exp(difference) - difference - 1.0;
+      ++penalized;
     }
-    statistics.tokens += length;
-    if (length == 0 || !has_ratio) continue;
+    if (length == 0) continue;
+    with_ratio += length;
     const double ratio = std::exp(sum / static_cast<double>(length));
     ratio_sum += ratio;
     ++ratios;
     least = std::min(least, ratio);
     most = std::max(most, ratio);
     for (size_t r = begin; r < end; ++r) {
-      if (!counts(r)) continue;
+      if (!has_policy(r)) continue;
       clipped_low += loss.options.kind != LossKind::cispo && ratio < low && loss.advantages[r] < 0.0f;
       clipped_high += ratio > high && loss.advantages[r] > 0.0f;
     }
   }
   if (statistics.tokens == 0) return statistics;
-  const double tokens = static_cast<double>(statistics.tokens);
-  statistics.kl = kl / tokens;
-  statistics.entropy = entropy / tokens;
-  statistics.clip_low_fraction = static_cast<double>(clipped_low) / tokens;
-  statistics.clip_high_fraction = static_cast<double>(clipped_high) / tokens;
+  statistics.entropy = entropy / static_cast<double>(statistics.tokens);
+  if (penalized > 0) statistics.kl = kl / static_cast<double>(penalized);
   if (ratios > 0) {
+    statistics.clip_low_fraction = static_cast<double>(clipped_low) / static_cast<double>(with_ratio);
+    statistics.clip_high_fraction = static_cast<double>(clipped_high) / static_cast<double>(with_ratio);
     statistics.ratio_mean = ratio_sum / static_cast<double>(ratios);
     statistics.ratio_min = least;
     statistics.ratio_max = most;

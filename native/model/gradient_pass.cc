@@ -234,7 +234,9 @@ bool GradientPass::add_loss(const OpenMicroBatch& micro_batch, const Tensor& hid
                            model_.upload(picked(loss_.advantages, rows)),
                            model_.upload(old_logprobs_of(micro_batch, hidden)),
                            penalized ? model_.upload(picked(loss_.reference_logprobs, rows)) : Tensor(),
-                           by_sequence ? model_.upload(renumbered(picked(loss_.sequences, rows))) : Tensor()};
+                           by_sequence ? model_.upload(renumbered(picked(loss_.sequences, rows))) : Tensor(),
+                           penalized ? model_.upload(picked(loss_.kl_weights, rows)) : Tensor(),
+                           model_.upload(picked(loss_.entropy_weights, rows))};
   const Tensor logprobs = arena_.take(DType::f32, {count}), entropies = arena_.take(DType::f32, {count});
   Parameter& head = model_.parameters().head();
   const double loss =

@@ -1,5 +1,5 @@
 import { describe, expect, test } from '@jest/globals';
-import { duration, sparkline, stepLine, trainingView } from '../../lib/cli/terminal.js';
+import { duration, evaluationLine, sparkline, stepLine, trainingView } from '../../lib/cli/terminal.js';
 
 const metrics = {
   step: 3,
@@ -38,6 +38,28 @@ test('stepLine shows what there is', () => {
   expect(line).toMatch(/^step {2}3\/20 {2}reward -0\.500 {2}correct 25\.0% {2}length 40\.0/);
   expect(line).not.toContain('loss');
   expect(stepLine({ step: 1, loss: 2, seconds: 1 }, 5)).toMatch(/^step 1\/5 {2}loss 2\.0000 {2}1\.0s$/);
+});
+
+test('evaluationLine shows how many distinct rows the standard error is over', () => {
+  const line = evaluationLine({
+    motivation: 'none',
+    rows: 256,
+    clusters: 135,
+    samples: 2,
+    accuracy: 0.1875,
+    accuracyError: 0.0231,
+    reward: -0.5,
+    parts: {},
+    cases: {},
+    passAt: { 1: 0.1875, 2: 0.25 },
+    length: 40,
+    truncated: 0,
+    entropy: 0.2,
+    seconds: 1,
+  });
+  expect(line).toBe(
+    'motivation none:  accuracy 18.8% ± 2.3%  rows 256, 135 distinct  pass@2 25.0%  reward -0.500  length 40.0',
+  );
 });
 
 describe('trainingView', () => {

@@ -11,6 +11,7 @@ struct Problem {
   std::vector<float> hidden, head;
   std::vector<int32_t> rows, targets, sequences;
   std::vector<float> weights, advantages, old_logprobs, reference;
+  std::vector<float> kl_weights, entropy_weights;  // or none: `weights` stand in
 };
 
 struct Reference {
@@ -40,8 +41,15 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
   const double low = 1.0 - static_cast<double>(options.clip_low),
                high = 1.0 + static_cast<double>(options.clip_high);
   for (int64_t r = 0; r < p.count; ++r) {
-    if (p.weights[r] == 0.0f) continue;
     const double logprob = result.logprobs[r];
+    if (with_reference) {
+      const double d = p.reference[r] - logprob;
+      result.loss += static_cast<double>(options.kl_coefficient) *
+                     (p.kl_weights.empty() ? p.weights : p.kl_weights)[r] * (std::exp(d) - d - 1.0);
+    }
+    result.loss -= static_cast<double>(options.entropy_coefficient) *
+                   (p.entropy_weights.empty() ? p.weights : p.entropy_weights)[r] * result.entropies[r];
+    if (p.weights[r] == 0.0f) continue;
     double log_ratio = logprob - p.old_logprobs[r];
     if (options.kind == LossKind::gspo) {
       double sum = 0.0, members = 0.0;
@@ -67,11 +75,6 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
         loss = -logprob;
         break;
     }
-    if (with_reference) {
-      const double d = p.reference[r] - logprob;
-      loss += static_cast<double>(options.kl_coefficient) * (std::exp(d) - d - 1.0);
-    }
-    loss -= static_cast<double>(options.entropy_coefficient) * result.entropies[r];
     result.loss += p.weights[r] * loss;
   }
   return result;
@@ -80,7 +83,7 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
 Problem make_problem(int64_t tokens, int64_t width, int64_t vocabulary, int64_t count, DType dtype,
                      uint64_t seed) {
   Random random(seed);
-  Problem p{tokens, width, vocabulary, count, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Problem p{tokens, width, vocabulary, count, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   p.hidden = stored(random.normals(tokens * width), dtype);
   p.head = stored(random.normals(vocabulary * width, 1.0 / std::sqrt(static_cast<double>(width))), dtype);
   for (int64_t r = 0; r < count; ++r) {
@@ -119,6 +122,9 @@ Outputs run(Backend& backend, const Problem& p, DType dtype, const LossOptions& 
   }
   if (options.kind == LossKind::gspo) rows.sequences = upload(backend, {p.count}, p.sequences);
   if (with_reference) rows.reference_logprobs = upload(backend, DType::f32, {p.count}, p.reference);
+  if (!p.kl_weights.empty()) rows.kl_weights = upload(backend, DType::f32, {p.count}, p.kl_weights);
+  if (!p.entropy_weights.empty())
+    rows.entropy_weights = upload(backend, DType::f32, {p.count}, p.entropy_weights);
   const Tensor logprobs = poisoned(backend, DType::f32, {p.count}),
                entropies = poisoned(backend, DType::f32, {p.count});
   const Tensor dhidden = poisoned(backend, dtype, {p.tokens, p.width});
@@ -194,6 +200,24 @@ TEST_CASE("head_loss and its gradients agree with float64 for every loss") {
           }
         }
       }
+    }
+  });
+}
+
+TEST_CASE("head_loss with weights of each term's own agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const LossKind kind : kKinds) {
+      Problem p = make_problem(7, 9, 37, 16, DType::f32, 78);
+      Random random(79);
+      for (int64_t r = 0; r < p.count; ++r) {
+        p.kl_weights.push_back(r % 5 == 1 ? 0.0f : static_cast<float>(0.2 + random.uniform()));
+        p.entropy_weights.push_back(r % 4 == 2 ? 0.0f : static_cast<float>(random.normal()));
+      }
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.3f, 0.2f}, true, 1);
+      // A penalty alone, and a bonus alone.
+      p.weights.assign(p.count, 0.0f);
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.3f, 0.0f}, true, 1);
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.0f, 0.2f}, false, 1);
     }
   });
 }

@@ -623,13 +623,23 @@ TEST_CASE("rows are weighted by what their completions have") {
   // Completions of 3 and 5 rows, and two without any.
   const std::vector<int32_t> sequences = {0, 0, 0, 1, 1, 1, 1, 1};
   const auto weights = [&](LossAggregation aggregation) {
-    return loss_weights(aggregation, sequences, 4, 16);
+    return loss_weights(aggregation, sequences, {4, 8}, 16);
   };
   CHECK(weights(LossAggregation::token_mean) == std::vector<float>(8, 1.0f / 8.0f));
   CHECK(weights(LossAggregation::constant) == std::vector<float>(8, 1.0f / 64.0f));
   std::vector<float> means(3, 1.0f / 12.0f);
   means.insert(means.end(), 5, 1.0f / 20.0f);
   CHECK(weights(LossAggregation::sequence_mean) == means);
+
+  // Where the batch is a part of one of 10 completions and 32 rows.
+  const auto part = [&](LossAggregation aggregation) {
+    return loss_weights(aggregation, sequences, {10, 32}, 16);
+  };
+  CHECK(part(LossAggregation::token_mean) == std::vector<float>(8, 1.0f / 32.0f));
+  CHECK(part(LossAggregation::constant) == std::vector<float>(8, 1.0f / 160.0f));
+  std::vector<float> parts(3, 1.0f / 30.0f);
+  parts.insert(parts.end(), 5, 1.0f / 50.0f);
+  CHECK(part(LossAggregation::sequence_mean) == parts);
 }
 
 TEST_CASE("statistics of a loss are means over the rows that count") {
@@ -648,12 +658,23 @@ TEST_CASE("statistics of a loss are means over the rows that count") {
   const LossStatistics by_row = loss_statistics(loss, scores);
   CHECK(by_row.tokens == 4);
   CHECK(by_row.entropy == doctest::Approx(2.5).epsilon(1e-12));
-  CHECK(by_row.kl == doctest::Approx((std::exp(-0.25) + 0.25 - 1.0) / 4.0).epsilon(1e-12));
+  // Three of them have a reference, and two of those have it at what the policy says.
+  CHECK(by_row.kl == doctest::Approx((std::exp(-0.25) + 0.25 - 1.0) / 3.0).epsilon(1e-12));
   CHECK(by_row.ratio_mean == doctest::Approx((half + 1.0 + third + 1.0) / 4.0).epsilon(1e-12));
   CHECK(by_row.ratio_min == doctest::Approx(third).epsilon(1e-12));
   CHECK(by_row.ratio_max == doctest::Approx(half).epsilon(1e-12));
   CHECK(by_row.clip_low_fraction == 0.25);
   CHECK(by_row.clip_high_fraction == 0.25);
+
+  // The row of weight 0 has a penalty, and the first two have none.
+  loss.kl_weights = {0.0f, 0.0f, 0.5f, 0.5f, 0.5f};
+  const LossStatistics anchored = loss_statistics(loss, scores);
+  CHECK(anchored.tokens == 5);
+  CHECK(anchored.entropy == doctest::Approx(22.0).epsilon(1e-12));
+  CHECK(anchored.kl == doctest::Approx((std::exp(6.0) - 7.0) / 2.0).epsilon(1e-12));
+  CHECK(anchored.ratio_mean == by_row.ratio_mean);
+  CHECK(anchored.clip_low_fraction == 0.25);
+  loss.kl_weights.clear();
 
   loss.options.kind = LossKind::cispo;
   CHECK(loss_statistics(loss, scores).clip_low_fraction == 0.0);

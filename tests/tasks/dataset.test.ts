@@ -347,9 +347,42 @@ describe('verifyDataset', () => {
       references: { highest: 1, atHighest: 2, cases: { correctness: { right: 2, wrong: 0 } } },
       promptLengths: { unit: 'tokens', least: 20, median: 20, greatest: 20, limit: 20, overLimit: 0 },
       duplicates: 0,
+      distinct: 2,
       problems: [],
     });
     expect(formatVerifyReport(report)).toContain('Nothing is off.');
+  });
+
+  test('counts rows that are the same to the task, and test rows that are one of the data', async () => {
+    const file = write('repeats.jsonl', '{"a":1,"b":2}\n{"a":2,"b":1}\n{"a":2,"b":2}\n');
+    const testFile = write('tests.jsonl', '{"a":3,"b":1}\n{"a":2,"b":1}\n{"a":1}\n{"a":1,"b":3}\n');
+    const task = await defineTask<Sum>({
+      ...definition,
+      data: someSums,
+      identity: ({ a, b }) => `${Math.min(a, b)} ${Math.max(a, b)}`,
+    }).open();
+    const report = await verifyDataset(task, file, { testFile });
+    expect(report).toMatchObject({
+      rows: 3,
+      duplicates: 0,
+      distinct: 2,
+      test: { file: testFile, rows: 4, distinct: 2, leaked: 1 },
+      problems: [
+        {
+          row: 2,
+          where: `${testFile}, line 2`,
+          reason: `it is the same as ${file}, line 1, a row of the data`,
+        },
+        { row: 3, where: `${testFile}, line 3`, reason: 'Expected a number in column b' },
+      ],
+    });
+    const text = formatVerifyReport(report);
+    expect(text).toMatch(/distinct rows +2, whatever the wording/);
+    expect(text).toContain(`4 in ${testFile}, 2 distinct; 1 are the same as a row of the data`);
+    expect(text).toContain('2 rows are off:');
+    const alone = await verifyDataset(task, file);
+    expect(alone.problems).toEqual([]);
+    expect(alone).not.toHaveProperty('test');
   });
 
   test('names every row that is off, and why', async () => {

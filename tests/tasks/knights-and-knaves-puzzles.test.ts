@@ -1,5 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
+import { canonicalForm, maxTablePeople } from '../../lib/tasks/knights-and-knaves/canonical.js';
 import {
   type Claim,
   depthOf,
@@ -10,6 +11,7 @@ import {
   speechFormCount,
 } from '../../lib/tasks/knights-and-knaves/claim.js';
 import { generatePuzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
+import { knightsAndKnaves } from '../../lib/tasks/knights-and-knaves/index.js';
 import { answerLines, reasoning, workedSolution } from '../../lib/tasks/knights-and-knaves/reasoning.js';
 import { maxPersons, solve } from '../../lib/tasks/knights-and-knaves/solver.js';
 import { Random } from '../../lib/tasks/random.js';
@@ -355,5 +357,180 @@ describe('reasoning', () => {
       'INVALID_ARGUMENT',
     );
     expect(thrown(() => workedSolution({ names: [], statements: [paradox] })).message).toContain('names');
+  });
+});
+
+describe('when two puzzles are the same', () => {
+  function permutations(count: number): number[][] {
+    if (count === 0) return [[]];
+    return permutations(count - 1).flatMap((rest) =>
+      Array.from({ length: count }, (_, at) => [...rest.slice(0, at), count - 1, ...rest.slice(at)]),
+    );
+  }
+
+  const renamed = (claim: Claim, to: readonly number[]): Claim => {
+    if (claim.kind === 'knight' || claim.kind === 'knave') {
+      return { kind: claim.kind, person: to[claim.person] as number };
+    }
+    if (claim.kind === 'not') return { kind: 'not', claim: renamed(claim.claim, to) };
+    return { kind: claim.kind, left: renamed(claim.left, to), right: renamed(claim.right, to) };
+  };
+
+  /** The puzzle where person i becomes person `to[i]`. */
+  function permuted(statements: readonly Claim[], to: readonly number[]): Claim[] {
+    const result = new Array<Claim>(statements.length);
+    statements.forEach((claim, i) => {
+      result[to[i] as number] = renamed(claim, to);
+    });
+    return result;
+  }
+
+  /** The least truth tables among those of every order of the people, each of them tried. */
+  const tablesByOrder = new Map(
+    [2, 3, 4, 5].map((people) => [people, { orders: permutations(people), all: assignments(people) }]),
+  );
+  function leastTables(statements: readonly Claim[]): string {
+    const { orders, all } = tablesByOrder.get(statements.length) as {
+      orders: number[][];
+      all: boolean[][];
+    };
+    const values = new Map(
+      all.map((isKnight) => [
+        isKnight.map(Number).join(''),
+        statements.map((claim) => Number(truth(claim, isKnight))),
+      ]),
+    );
+    return orders
+      .map((order) =>
+        all
+          .map((isKnight) => {
+            const before = order.map((place) => Number(isKnight[place])).join('');
+            const said = values.get(before) as number[];
+            return said.map((_, place) => said[order.indexOf(place)]).join('');
+          })
+          .join(' '),
+      )
+      .sort()[0] as string;
+  }
+
+  const knave = (person: number): Claim => ({ kind: 'knave', person });
+  const iff = (left: Claim, right: Claim): Claim => ({ kind: 'iff', left, right });
+  const ring = (people: number) => Array.from({ length: people }, (_, i) => knave((i + 1) % people));
+  const pairs = (people: number) => Array.from({ length: people }, (_, i) => knave(i ^ 1));
+  const alike = (people: number) =>
+    Array.from({ length: people }, () => Array.from({ length: people }, (_, i) => knave(i)).reduce(iff));
+  const twoRings = [...ring(4), ...ring(4).map((claim) => renamed(claim, [4, 5, 6, 7]))];
+
+  test.each([2, 3, 4, 5])('%d people: agrees with every permutation tried', (people) => {
+    const random = new Random(31, people);
+    const short = (): Claim =>
+      random.chance(0.5)
+        ? knave(random.below(people))
+        : iff(knave(random.below(people)), knave(random.below(people)));
+    const puzzles: Claim[][] = [ring(people), alike(people)];
+    const rounds = people === 5 ? 60 : 250;
+    for (let round = 0; round < rounds; round++) {
+      const statements = Array.from({ length: people }, () =>
+        round % 2 === 0 ? short() : randomClaim(random, people, 1 + (round % 3)),
+      );
+      puzzles.push(statements, permuted(statements, random.shuffle([...statements.keys()])));
+      // Nearly the same: what one person says is turned around.
+      const liar = random.below(people);
+      puzzles.push(statements.map((claim, i) => (i === liar ? { kind: 'not', claim } : claim)));
+    }
+    const formOf = new Map<string, string>();
+    const forms = new Set<string>();
+    let repeats = 0;
+    for (const statements of puzzles) {
+      const least = leastTables(statements);
+      const form = canonicalForm(statements);
+      const before = formOf.get(least);
+      if (before === undefined) expect(forms.has(form)).toBe(false);
+      else {
+        repeats++;
+        expect(form).toBe(before);
+      }
+      formOf.set(least, form);
+      forms.add(form);
+    }
+    expect(repeats).toBeGreaterThanOrEqual(rounds);
+    expect(forms.size).toBeGreaterThan(25);
+  });
+
+  test('people may change places and names, and the wording may change, at any size', async () => {
+    const task = await knightsAndKnaves.open();
+    const random = new Random(32);
+    for (let people = 2; people <= 8; people++) {
+      for (let index = 0; index < 30; index++) {
+        const puzzle = generatePuzzle({ people, depth: 1 + (index % 2), seed: 33, index });
+        const to = random.shuffle([...puzzle.names.keys()]);
+        const other = {
+          quiz: 'Who is what?',
+          names: puzzle.names.map((name) => `Sir ${name}`),
+          statements: permuted(puzzle.statements, to),
+          solution: to.map((_, place) => puzzle.solution[to.indexOf(place)] as boolean),
+        };
+        expect(solve(other.statements)).toEqual([other.solution]);
+        expect(task.identity(other)).toBe(task.identity(puzzle));
+      }
+    }
+    const symmetric = [ring(8), pairs(8), alike(8), twoRings];
+    for (const statements of symmetric) {
+      for (let round = 0; round < 5; round++) {
+        const other = permuted(statements, random.shuffle([...statements.keys()]));
+        expect(canonicalForm(other)).toBe(canonicalForm(statements));
+      }
+    }
+    expect(new Set(symmetric.map(canonicalForm)).size).toBe(symmetric.length);
+  });
+
+  test('the shape of a formula does not count, what it says does', () => {
+    const a = knave(0);
+    const b = knave(1);
+    const second: Claim = { kind: 'knight', person: 0 };
+    const form = (first: Claim) => canonicalForm([first, second]);
+    const and = form({ kind: 'and', left: a, right: b });
+    expect(form({ kind: 'and', left: b, right: a })).toBe(and);
+    const knights: Claim = {
+      kind: 'or',
+      left: { kind: 'knight', person: 0 },
+      right: { kind: 'not', claim: b },
+    };
+    expect(form({ kind: 'not', claim: knights })).toBe(and);
+    expect(form({ kind: 'or', left: a, right: b })).not.toBe(and);
+    expect(canonicalForm([second, { kind: 'and', left: a, right: b }])).not.toBe(and);
+    expect(canonicalForm([a, b, a])).not.toBe(canonicalForm([a, b]));
+  });
+
+  test('two people make no more puzzles than there are pairs of tables with one solution, up to their order', () => {
+    const all = assignments(2);
+    const classes = new Set<string>();
+    for (let one = 0; one < 16; one++) {
+      for (let other = 0; other < 16; other++) {
+        const says = (table: number, [x, y]: boolean[]) => ((table >> (2 * Number(x) + Number(y))) & 1) === 1;
+        const fits = all.filter(([x, y]) => says(one, [!!x, !!y]) === x && says(other, [!!x, !!y]) === y);
+        if (fits.length !== 1) continue;
+        // With the two in the other order, the assignments 01 and 10 change places in both tables.
+        const turned = (table: number) => (table & 9) | ((table & 2) << 1) | ((table & 4) >> 1);
+        classes.add([`${one} ${other}`, `${turned(other)} ${turned(one)}`].sort()[0] as string);
+      }
+    }
+    const forms = (depth: number, count: number) =>
+      new Set(
+        Array.from({ length: count }, (_, index) =>
+          canonicalForm(generatePuzzle({ people: 2, depth, seed: 34, index }).statements),
+        ),
+      ).size;
+    expect(forms(2, 5000)).toBe(classes.size);
+    expect(forms(1, 5000)).toBe(38);
+  });
+
+  test('for more people than there are truth tables for, the claims as they stand decide', async () => {
+    const task = await knightsAndKnaves.open();
+    const identity = (statements: readonly Claim[]) =>
+      task.identity({ quiz: '', names: [], solution: [], statements });
+    const large = ring(maxTablePeople + 1);
+    expect(identity(large)).toBe(identity(structuredClone(large)));
+    expect(identity(large)).not.toBe(identity([...large.slice(1), large[0] as Claim]));
   });
 });

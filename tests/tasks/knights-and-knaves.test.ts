@@ -4,6 +4,7 @@ import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
 import type { Reward } from '../../lib/reward/spec.js';
+import type { Claim } from '../../lib/tasks/knights-and-knaves/claim.js';
 import { parseStatements } from '../../lib/tasks/knights-and-knaves/dataset.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';
 import { answerLines } from '../../lib/tasks/knights-and-knaves/reasoning.js';
@@ -178,16 +179,32 @@ describe('generated puzzles', () => {
     expect([...people].sort()).toEqual([2, 3, 5]);
   });
 
-  test('no claims of the training split come up for the test', async () => {
-    const task = await knightsAndKnaves.open({ people: 2 });
-    const seen = (split: 'train' | 'test', seed: number) => {
+  test('no claims of the training split come up for the test, nor do they with people in another order', async () => {
+    const task = await knightsAndKnaves.open({ people: 3 });
+    const seen = (split: 'train' | 'test', seed: number, order: readonly number[]) => {
       const rows = task.rows({ split, seed });
-      return new Set(Array.from({ length: 400 }, (_, i) => JSON.stringify(rows.at(i).statements)));
+      const swapped = (claim: Claim): Claim =>
+        JSON.parse(JSON.stringify(claim), (key, value) => (key === 'person' ? order[value] : value));
+      return new Set(
+        Array.from({ length: 400 }, (_, i) => {
+          const { statements } = rows.at(i);
+          return JSON.stringify(order.map((_, place) => swapped(statements[order.indexOf(place)] as Claim)));
+        }),
+      );
     };
-    const train = seen('train', 1);
-    const held = seen('test', 2);
-    expect(held.size).toBeGreaterThan(30);
-    expect([...held].filter((claims) => train.has(claims))).toEqual([]);
+    const held = seen('test', 2, [0, 1, 2]);
+    expect(held.size).toBeGreaterThan(150);
+    for (const order of [
+      [0, 1, 2],
+      [0, 2, 1],
+      [1, 0, 2],
+      [1, 2, 0],
+      [2, 0, 1],
+      [2, 1, 0],
+    ]) {
+      const train = seen('train', 1, order);
+      expect([...held].filter((claims) => train.has(claims))).toEqual([]);
+    }
   });
 
   test('reference and demonstration get the highest total', async () => {

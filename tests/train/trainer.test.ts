@@ -1,4 +1,4 @@
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
@@ -402,6 +402,23 @@ describe('stopping and resuming', () => {
       /groupSize was 8 and is 4.*motivation was "full" and is "none"/,
     );
     await expect(resumed({ rows: [{ id: 7 }] })).rejects.toThrow(/data was .* and is /);
+    await resumed({});
+    expect(metricsOf()).toHaveLength(4);
+  });
+
+  test('a setting that a run of before did not have was off in it', async () => {
+    await trainer(new FakePolicy(), { steps: 2 }).run();
+    const file = join(folder, 'run', 'run.json');
+    const saved = JSON.parse(readFileSync(file, 'utf8')) as { settings: Record<string, unknown> };
+    delete saved.settings.overlongBuffer;
+    delete saved.settings.topP;
+    writeFileSync(file, JSON.stringify(saved));
+    const resumed = (options: Partial<TrainerOptions<FakeRow>>) =>
+      trainer(new FakePolicy(), { steps: 4, resume: true, ...options }).run();
+    await expect(resumed({ overlongBuffer: 2 })).rejects.toMatchObject({
+      code: 'RESUME_MISMATCH',
+      message: expect.stringMatching(/: overlongBuffer was 0 and is 2$/),
+    });
     await resumed({});
     expect(metricsOf()).toHaveLength(4);
   });

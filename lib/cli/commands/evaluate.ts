@@ -36,7 +36,9 @@ export function addEvaluate(program: Command, factory: TaskFactory | undefined):
     .summary("measure a model's accuracy on a task, with and without motivation in the prompt")
     .description(
       "Samples completions of a task's held-out prompts and reports accuracy, mean reward and its parts, pass@k and " +
-        'the length of completions, for each view of the motivation. With --data, on all rows of that file.',
+        'the length of completions, for each view of the motivation. With --data, on all rows of that file. The standard ' +
+        'error after ± is over distinct rows: rows that the task takes for the same, such as a puzzle in other words, count ' +
+        'as one.',
     );
   const { testData: _, ...shape } = withTask(modelShape, factory);
   addFlags(command, { ...shape, ...limitSettings('Evaluation', false) });
@@ -96,11 +98,13 @@ async function run(flags: Flags): Promise<void> {
       onProgress: (done, all) => {
         if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
       },
-      onGroup: ({ episodes }) => {
+      onGroup: ({ row, episodes }) => {
         if (flags.out === undefined) return;
+        const identity = task.identity(row);
         const lines = episodes.map((episode) =>
           JSON.stringify({
             motivation: flags.motivation[i],
+            identity,
             prompt: episode.prompt.text,
             text: textOf(episode),
             tokens: episode.completion.tokenCount,

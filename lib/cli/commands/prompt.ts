@@ -1,8 +1,11 @@
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
-import { formatMotivation, parseMotivation } from '../../prompt/motivation.js';
+import { formatMotivation, type MotivationMix, parseMotivation } from '../../prompt/motivation.js';
 import { episodePrompt } from '../../rollout/index.js';
-import type { TaskFactory } from '../../tasks/index.js';
+import { parseSettings } from '../../settings.js';
+import type { Task, TaskFactory } from '../../tasks/index.js';
+import { AdaptiveMotivation, adaptiveWord } from '../../train/adaptive.js';
+import { grpoSchema } from '../../train/settings.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
 import { openTokenizer } from '../policies.js';
@@ -29,7 +32,8 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
     .optionsGroup('Prompt:')
     .option(
       '--motivation <view>',
-      'none, full, adverse, partial:COMPONENT, template:FILE; of a mix or a schedule every prompt is shown',
+      'none, full, adverse, partial:COMPONENT, template:FILE; of a mix or a schedule every prompt is shown, of ' +
+        "adaptive those of a run's first step",
       'full',
     )
     .option('--row <n>', 'which row, from 0', whole(0), 0)
@@ -54,10 +58,12 @@ async function prompt(flags: PromptFlags): Promise<void> {
     );
   }
   const rows = await task.rows({ split: flags.split, seed: flags.seed });
-  const schedule = parseMotivation(flags.motivation);
+  const adaptive = flags.motivation === adaptiveWord;
+  const schedule = adaptive ? [{ step: 0, value: firstMix(task) }] : parseMotivation(flags.motivation);
   const { tokenizer } = await openTokenizer(flags.model);
   const row = rows.at(flags.row);
   const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
+  if (adaptive) process.stdout.write(`${aboutAdaptive}\n`);
   for (const { step, value: mix } of schedule) {
     for (const view of new Set(mix)) {
       const { text, tokens } = episodePrompt(tokenizer, task, row, view);
@@ -71,4 +77,13 @@ async function prompt(flags: PromptFlags): Promise<void> {
     }
   }
   if (process.stdout.isTTY) process.stdout.write('\n');
+}
+
+const aboutAdaptive =
+  'An adaptive motivation begins with these. Later steps leave out the components in turn, and the words of those that\n' +
+  'no longer raise their own score are withdrawn; motivation.jsonl in the folder of a run says when and why.';
+
+/** The mix of an adaptive motivation before it has measured anything, in groups of the default size. */
+function firstMix(task: Task): MotivationMix {
+  return new AdaptiveMotivation(task.spec, parseSettings(grpoSchema, {})).mix(1);
 }

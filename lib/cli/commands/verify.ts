@@ -9,6 +9,7 @@ import { openTask, type TaskChoice } from '../task.js';
 
 interface VerifyFlags extends TaskChoice {
   model?: string;
+  testData?: string;
   motivation: string;
   maxTokens: number;
   problems: number;
@@ -22,13 +23,16 @@ export function addVerify(program: Command, factory: TaskFactory | undefined): v
     .description(
       'Checks every row of a data file: that it can be read, that its reference answer gets the highest total, that ' +
         'its prompt and a completion fit the context, that it is there only once, and what the task itself can check ' +
-        '(for knights and knaves, the solver against the published solution). Exits with 1 where something is off.',
+        '(for knights and knaves, the solver against the published solution). Counts the rows that differ, whatever their ' +
+        'wording, and with --test-data the test rows that are the same as a row of the data. Exits with 1 where something ' +
+        'is off.',
     );
   const { data: _, testData: __, ...shape } = withTask({ model: modelShape.model }, factory);
   addFlags(command, shape);
   command
     .optionsGroup('Checks:')
     .requiredOption('--data <file>', 'a .jsonl or .parquet file')
+    .option('--test-data <file>', 'rows to evaluate on, none of which may be the same as one of the data')
     .option('--motivation <view>', 'the view that prompts are measured with', 'full')
     .option('--max-tokens <n>', 'room that a prompt must leave for the completion, in tokens', whole(0), 256)
     .option('--problems <n>', 'how many offending rows to list', whole(0), 20)
@@ -38,7 +42,7 @@ export function addVerify(program: Command, factory: TaskFactory | undefined): v
 }
 
 async function verify(flags: VerifyFlags): Promise<void> {
-  const { data, ...choice } = flags;
+  const { data, testData, ...choice } = flags;
   const task = await openTask(choice);
   const view = parseMotivationView(flags.motivation);
   const { tokenizer, contextLength } = await openTokenizer(flags.model);
@@ -46,6 +50,7 @@ async function verify(flags: VerifyFlags): Promise<void> {
     motivation: view,
     tokenizer,
     maxPromptTokens: contextLength - flags.maxTokens,
+    ...(testData !== undefined && { testFile: testData }),
   });
   process.stdout.write(
     `${flags.json ? JSON.stringify(report, null, 2) : formatVerifyReport(report, flags.problems)}\n`,

@@ -4,6 +4,7 @@ import { maxDraws } from '../dataset.js';
 import { type DataOptions, defineTask, type TaskParts } from '../define.js';
 import { Random } from '../random.js';
 import { thinkAndAnswerText } from '../tags.js';
+import { canonicalForm, maxTablePeople } from './canonical.js';
 import { type KnightsAndKnavesRow, parsePublishedRow } from './dataset.js';
 import { generatePuzzle } from './generator.js';
 import { answerLines, reasoning } from './reasoning.js';
@@ -61,9 +62,12 @@ export const knightsAndKnaves = defineTask({
   }),
 });
 
-/** Puzzles with the same claims are the same puzzle, whatever the names and the wording. */
-function puzzleIdentity(row: KnightsAndKnavesRow): string {
-  return JSON.stringify(row.statements);
+/**
+ * Puzzles whose truth tables agree up to the order of people are the same puzzle, whatever the names and the
+ * wording. For more people than truth tables are made for, the claims as they stand must agree.
+ */
+function puzzleIdentity({ statements }: KnightsAndKnavesRow): string {
+  return statements.length <= maxTablePeople ? canonicalForm(statements) : JSON.stringify(statements);
 }
 
 function checkSolution(row: KnightsAndKnavesRow): string | undefined {

@@ -371,10 +371,10 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
   HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies, true);
   zero(dhidden);
 
-  const float* weight = loss_rows.weights.as<const float>();
+  const PolicyLossRows policy_rows = policy_loss_rows(logprobs, own_entropies, loss_rows);
   std::vector<float> entropy_weights(static_cast<size_t>(count));
   for (int64_t r = 0; r < count; ++r) {
-    entropy_weights[r] = weight[r] == 0.0f ? 0.0f : options.entropy_coefficient * weight[r];
+    entropy_weights[r] = static_cast<float>(policy_loss_weights(options, policy_rows, r).entropy);
   }
 
   std::vector<float> coefficients(static_cast<size_t>(count));
@@ -405,23 +405,15 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
     return loss;
   }
 
-  const bool has_ratio = options.kind != LossKind::cross_entropy;
-  const float* logprob = logprobs.as<const float>();
-  const float* entropy = own_entropies.as<const float>();
-  const float* advantage = loss_rows.advantages.as<const float>();
-  const float* old_logprob = loss_rows.old_logprobs.as<const float>();
-  const float* reference = loss_rows.reference_logprobs.as<const float>();
   std::vector<double> losses(static_cast<size_t>(count));
   backward([&](int64_t block, int64_t begin, int64_t end) {
     blocks.compute_logits(block, begin, end);
     blocks.compute_logprobs(begin, end);
     blocks.for_loss_rows(begin, end, [&](int64_t r) {
-      if (weight[r] == 0.0f) return;
+      const PolicyLossWeights weights = policy_loss_weights(options, policy_rows, r);
       const double log_ratio =
-          has_ratio ? static_cast<double>(logprob[r]) - static_cast<double>(old_logprob[r]) : 0.0;
-      const PolicyLossRow row =
-          policy_loss_row(options, weight[r], logprob[r], log_ratio, has_ratio ? advantage[r] : 0.0f,
-                          reference ? reference + r : nullptr, entropy[r]);
+          policy_loss_has_ratio(options, weights) ? policy_loss_log_ratio(policy_rows, r) : 0.0;
+      const PolicyLossRow row = policy_loss_row(options, policy_rows, weights, r, log_ratio);
       losses[r] = row.loss;
       coefficients[r] = static_cast<float>(row.from_log_ratio + row.from_logprob);
     });

@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 struct LossGradients {
   const float* logprobs;
   const float* entropies;
-  const float* weights;
+  const float* entropy_weights;
   const float* coefficients;
   float entropy_coefficient;
 };
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int j = begin; j < end; ++j) {
     const int r = by_source.order[j];
     const float c = of.coefficients[r];
-    const float w = of.weights[r] == 0.0f ? 0.0f : of.entropy_coefficient * of.weights[r];
+    const float w = of.entropy_coefficient * of.entropy_weights[r];
     coefficient_sum += c;
     weight_sum += w;
     any = any || c != 0.0f || w != 0.0f;
@@ -410,10 +410,10 @@ class HeadBlocks {
 
   // Adds the gradients of source rows [begin, end), which went forward, given d loss / d logprobs [R]. From the last
   // strip to the first: the last is still there where nothing else came since.
-  void backward(int64_t begin, int64_t end, const Tensor& coefficients, const Tensor& weights,
+  void backward(int64_t begin, int64_t end, const Tensor& coefficients, const float* entropy_weights,
                 float entropy_coefficient, const Tensor& dhidden, const Tensor& dhead) {
-    const LossGradients of{logprobs_.as<const float>(), entropies_.as<const float>(),
-                           weights.as<const float>(), coefficients.as<const float>(), entropy_coefficient};
+    const LossGradients of{logprobs_.as<const float>(), entropies_.as<const float>(), entropy_weights,
+                           coefficients.as<const float>(), entropy_coefficient};
     const int64_t count = end - begin;
     // What several groups give is summed in float32.
     const DType sum_type = groups_ > 1 ? DType::f32 : dhidden.dtype;
@@ -565,23 +565,24 @@ double CudaBackend::head_loss(const Tensor& hidden, const PackedWeight& head,
   // Float64, for which tensors have no type: the rows' losses and their sum.
   const Tensor losses = allocate(DType::i32, {count + 1, 2});
   double* sum = losses.as<double>() + count;
-  const PolicyLossRows policy_rows =
-      policy_loss_rows(logprobs, own_entropies, loss_rows, coefficients, losses.as<double>());
+  const PolicyLossRows policy_rows = policy_loss_rows(logprobs, own_entropies, loss_rows);
+  const PolicyLossOutputs outputs{coefficients.as<float>(), losses.as<double>()};
   HeadBlocks work(*this, hidden, head, rows, targets, logprobs, own_entropies,
                   dhead ? HeadBackward::hidden_and_head : HeadBackward::hidden);
   const auto backward = [&](int64_t begin, int64_t end) {
-    work.backward(begin, end, coefficients, loss_rows.weights, options.entropy_coefficient, dhidden, dhead);
+    work.backward(begin, end, coefficients, policy_rows.entropy_weights, options.entropy_coefficient, dhidden,
+                  dhead);
   };
 
   if (options.kind == LossKind::gspo) {
     // The ratio of a sequence takes all of its rows, which may be in any block.
     work.for_blocks([&](int64_t begin, int64_t end) { work.forward(begin, end); });
-    enqueue_policy_loss_by_sequence(gpu(), policy_rows, options, count);
+    enqueue_policy_loss_by_sequence(gpu(), policy_rows, outputs, options, count);
     work.for_blocks(backward);
   } else {
     work.for_blocks([&](int64_t begin, int64_t end) {
       work.forward(begin, end);
-      enqueue_policy_loss(gpu(), policy_rows, options, work.loss_rows(begin),
+      enqueue_policy_loss(gpu(), policy_rows, outputs, options, work.loss_rows(begin),
                           work.loss_row_count(begin, end));
       backward(begin, end);
     });
