@@ -458,7 +458,8 @@ export class Trainer<Row = unknown> {
 
   #loss(): Loss {
     const { loss: type, clipLow, clipHigh, kl, klRatio, entropy, temperature, maxTokens } = this.settings;
-    const common = { type, clipLow, clipHigh, kl, klRatio, entropy, temperature };
+    // The penalty of an anchor alone compares prompts, and its old log-probabilities are the policy's own.
+    const common = { type, clipLow, clipHigh, kl, klRatio: klRatio && kl > 0, entropy, temperature };
     return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
