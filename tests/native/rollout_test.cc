@@ -217,10 +217,10 @@ TEST_CASE(
 TEST_CASE("how many layers a rollout keeps depends on the request alone") {
   for_each_backend([](Backend& backend) {
     ModelConfig config = config_of(DType::f32);
-    config.layers = 16;
+    config.layers = 8;
     Fixture f(backend, config);
     f.model.initialize(7, 0.1f);
-    SampleRequest longer = make_request(3, 20), shorter = make_request(3, 19);
+    SampleRequest longer = make_request(3, 10), shorter = make_request(3, 9);
     const auto layers_of = [&](const SampleRequest& request) {
       int64_t rows = static_cast<int64_t>(request.tokens.size());
       for (size_t p = 0; p < request.counts.size(); ++p)
@@ -228,9 +228,9 @@ TEST_CASE("how many layers a rollout keeps depends on the request alone") {
       return ActivationCache::layers_within(request.keep_bytes, config, rows + rows / 16,
                                             f.model.borrow_gradients());
     };
-    while (layers_of(shorter) < 16) shorter.keep_bytes += 1024;
+    while (layers_of(shorter) < 8) shorter.keep_bytes += 1024;
     longer.keep_bytes = shorter.keep_bytes;
-    REQUIRE(layers_of(longer) == 15);
+    REQUIRE(layers_of(longer) == 7);
     for (SampleRequest* request : {&longer, &shorter, &longer}) {
       const SampleResult drawn = sample(f.model, {}, *request, Cancel(), nullptr);
       const Batch forest = first_prompt_with_completions(*request, drawn, 3);
