@@ -23,6 +23,9 @@ ModelConfig to_config(const Napi::Value& value) {
   c.vocab_size = integer("vocabSize", 1 << 24);
   c.max_positions = integer("maxPositions", kMostTokens);
   c.rms_norm_epsilon = static_cast<float>(to_number(object.Get("rmsNormEps"), "config.rmsNormEps", 0.0, 1.0));
+  if (const Napi::Value padding = object.Get("paddingId"); !padding.IsUndefined()) {
+    c.padding_id = static_cast<int32_t>(to_integer(padding, "config.paddingId", 0, c.vocab_size - 1));
+  }
   c.tied_head = flag("tiedHead");
   c.attention_bias = flag("attentionBias");
   c.output_bias = flag("outputBias");

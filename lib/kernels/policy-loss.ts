@@ -27,6 +27,8 @@ export interface PolicyLossOptions {
   clipHigh?: number | undefined;
   /** Default 0. */
   klCoefficient?: number | undefined;
+  /** Whether the KL term is multiplied by the ratio, through which gradient flows, too. Default false. */
+  klRatio?: boolean | undefined;
   /** Default 0. */
   entropyCoefficient?: number | undefined;
   /**
@@ -40,7 +42,7 @@ export interface PolicyLossOptions {
   entropyWeights?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
   advantages?: Tensor<FloatDType> | undefined;
-  /** [R] f32, not for cross_entropy. */
+  /** [R] f32, not for cross_entropy. NaN: the row's own log-probability stands in, and its ratio is 1. */
   oldLogprobs?: Tensor<FloatDType> | undefined;
   /** [R] f32, needed where klCoefficient is above 0. */
   referenceLogprobs?: Tensor<FloatDType> | undefined;
@@ -66,6 +68,8 @@ export interface FusedPolicyLossArguments extends PolicyLossOptions {
   rows: Int32Array;
   /** [R], the token ids they are to predict. */
   targets: Int32Array;
+  /** Divides the logits; 0 (greedy) stands for 1. Default 1. */
+  temperature?: number | undefined;
 }
 
 type Call = ReturnType<typeof kernelCall>;
@@ -82,6 +86,7 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
     oldLogprobs: call.optional(args.oldLogprobs, 'oldLogprobs'),
     referenceLogprobs: call.optional(args.referenceLogprobs, 'referenceLogprobs'),
     sequences: args.sequences,
+    klRatio: args.klRatio,
     klWeights: call.optional(args.klWeights, 'klWeights'),
     entropyWeights: call.optional(args.entropyWeights, 'entropyWeights'),
   };
@@ -119,7 +124,7 @@ export async function policyLoss(
 }
 
 /**
- * Head, log-softmax, loss and their backward in one, without ever holding rows x vocabulary.
+ * Head, log-softmax(logits / temperature), loss and their backward in one, without ever holding rows x vocabulary.
  * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as
  *   weight, f32)
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
@@ -138,6 +143,7 @@ export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{
     weight: call.handle(args.weight, 'weight'),
     rows: args.rows,
     targets: args.targets,
+    temperature: args.temperature,
   });
   return {
     loss: result.loss,

@@ -20,9 +20,12 @@ export interface TrainTarget {
   kl?: number | undefined;
   /** Coefficient of the entropy bonus on this target. Default: the loss's. */
   entropy?: number | undefined;
-  /** Untempered log-probabilities under the policy that drew the tokens (`Completion.logprobs`). */
+  /**
+   * Log-probabilities under the policy that drew the tokens (`Completion.logprobs`), at the loss's temperature. Default:
+   * those of the policy as it is now.
+   */
   logprobs?: ArrayLike<number> | undefined;
-  /** Untempered log-probabilities under the reference policy, for the KL penalty. */
+  /** Log-probabilities under the reference policy, for the KL penalty, at the loss's temperature. */
   referenceLogprobs?: ArrayLike<number> | undefined;
   /** 0 leaves a token out of loss and scores. Default: all 1. */
   mask?: ArrayLike<number> | undefined;

@@ -6,7 +6,7 @@ export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'g
 
 /**
  * What is minimised, summed over tokens t of completions c with advantage A and ratio r = exp(logprob - old
- * logprob):
+ * logprob), log-probabilities and entropies being those of softmax(logits / `temperature`):
  *
  * - `grpo`, `dapo`, `bnpo`, `dr_grpo`: -min(r A, clip(r, 1 - clipLow, 1 + clipHigh) A)
  * - `gspo`: the same with one ratio a completion, exp(mean over its tokens of (logprob - old logprob))
@@ -14,8 +14,8 @@ export type PolicyLossType = 'grpo' | 'dapo' | 'dr_grpo' | 'bnpo' | 'cispo' | 'g
  * - `cispo`: -stop_gradient(min(r, 1 + clipHigh)) A logprob (arXiv:2506.13585)
  * - `cross_entropy`: -logprob
  *
- * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob. Tokens are weighted as TRL names
- * it:
+ * plus `kl` times the k3 estimate exp(d) - d - 1, d = reference logprob - logprob, which `klRatio` multiplies by r.
+ * Tokens are weighted as TRL names it:
  *
  * - `grpo`, `gspo`: the mean over a completion of its tokens, then the mean over completions
  *   (arXiv:2402.03300)
@@ -39,13 +39,22 @@ export type Loss =
       clipHigh?: number | undefined;
       /** Coefficient of the KL penalty; not 0 needs `referenceLogprobs`. Default 0. A target may have its own. */
       kl?: number | undefined;
+      /**
+       * Whether the KL penalty is multiplied by the ratio, whose gradient it then has too (TRL's
+       * `use_bias_correction_kl`, arXiv:2512.02556; of gspo the ratio of the completion, of cispo without its cap). That
+       * makes it an unbiased estimate where tokens were drawn from an older policy. Default false.
+       */
+      klRatio?: boolean | undefined;
       /** Coefficient of the entropy bonus. Default 0. A target may have its own. */
       entropy?: number | undefined;
       /** dr_grpo's constant, in tokens: the most that a completion may have. */
       maxTokens?: number | undefined;
-      temperature?: number | undefined;
-      klRatio?: boolean | undefined;
       normalizer?: LossNormalizer | undefined;
+      /**
+       * At least 0. Divides the logits wherever the loss has a log-probability or an entropy: the temperature that the
+       * tokens were drawn at, where ratios are to compare what they were drawn from. 0 (greedy) stands for 1. Default 1.
+       */
+      temperature?: number | undefined;
     };
 
 /**
@@ -85,6 +94,8 @@ export interface ResolvedLoss {
   entropy: number;
   maxTokens: number | undefined;
   normalizer: LossNormalizer | undefined;
+  temperature: number;
+  klRatio: boolean;
 }
 
 /** How each loss treats a row, and how it joins the rows; the two are independent of each other. */
@@ -109,8 +120,19 @@ export function resolveLoss(loss: Loss): ResolvedLoss {
       throw invalidArgument(`loss.normalizer.${key}`, 'a positive number', value);
     }
   }
+  const { klRatio = false } = loss as { klRatio?: unknown };
+  if (typeof klRatio !== 'boolean') throw invalidArgument('loss.klRatio', 'true or false', klRatio);
   if (loss.type === 'cross_entropy') {
-    const none = { clipLow: 0, clipHigh: 0, kl: 0, entropy: 0, maxTokens: undefined };
+    if (klRatio) throw invalidArgument('loss.klRatio', 'a loss with a ratio', 'cross_entropy');
+    const none = {
+      clipLow: 0,
+      clipHigh: 0,
+      kl: 0,
+      entropy: 0,
+      maxTokens: undefined,
+      temperature: 1,
+      klRatio: false,
+    };
     return { type: loss.type, ...form, ...none, normalizer };
   }
   const gspo = loss.type === 'gspo';
@@ -123,6 +145,8 @@ export function resolveLoss(loss: Loss): ResolvedLoss {
     entropy: loss.entropy ?? 0,
     maxTokens: loss.maxTokens,
     normalizer,
+    temperature: checkTemperature('loss.temperature', loss.temperature),
+    klRatio,
   };
   for (const key of ['clipLow', 'clipHigh', 'kl'] as const) {
     if (!Number.isFinite(resolved[key]) || resolved[key] < 0) {
@@ -135,6 +159,15 @@ export function resolveLoss(loss: Loss): ResolvedLoss {
     throw invalidArgument('loss.maxTokens', 'a positive integer (dr_grpo divides by it)', loss.maxTokens);
   }
   return resolved;
+}
+
+/** The temperature, 1 where there is none. @throws MerfError INVALID_ARGUMENT */
+export function checkTemperature(name: string, temperature: number | undefined): number {
+  const chosen = temperature ?? 1;
+  if (typeof chosen !== 'number' || !(chosen >= 0 && chosen <= 1e6)) {
+    throw invalidArgument(name, 'a non-negative number', temperature);
+  }
+  return chosen;
 }
 
 /** @throws MerfError INVALID_ARGUMENT where a target lacks what the loss needs */
@@ -175,6 +208,8 @@ export function nativeLoss(loss: ResolvedLoss, forest: PackedForest): NativeLoss
     completions: forest.completions,
     maxTokens: loss.maxTokens,
     normalizer: loss.normalizer,
+    temperature: loss.temperature,
+    klRatio: loss.klRatio,
     ...(forest.targets.some(({ train }) => train.referenceLogprobs !== undefined) && {
       referenceLogprobs: byRow((train, token) => train.referenceLogprobs?.[token]),
     }),

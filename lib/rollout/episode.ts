@@ -24,9 +24,9 @@ export interface DrawnTurn {
   readonly text: string;
   /** [tokens] with the token that ended the turn, if one did. */
   readonly tokens: Int32Array;
-  /** [tokens] log-probabilities under softmax(logits), untempered and untruncated. */
+  /** [tokens] log-probabilities under softmax(logits / temperature), untruncated; where greedy, under softmax(logits). */
   readonly logprobs: Float32Array;
-  /** [tokens] entropies of softmax(logits), in nats. */
+  /** [tokens] entropies of that distribution, in nats. */
   readonly entropies: Float32Array;
   readonly finishReason: FinishReason;
 }

@@ -201,7 +201,7 @@ export const grpoSchema = z.strictObject({
     group: 'Motivation',
     description:
       "with --motivation adaptive: words are withdrawn where they are shown to raise their component's score by less " +
-      'than this share of its range, and come back where it is more than three times as much',
+      'than this share of its range, and come back where it is more than twice as much',
   }),
   adaptiveFloor: setting(z.number().positive().max(0.25).default(0.125), {
     group: 'Motivation',

@@ -25,12 +25,12 @@ import {
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
 import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
-import { isWithoutSignal, judgementOf } from './advantages.js';
+import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { hintMetrics } from './hints.js';
+import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { defaultKeepActivations } from './keep.js';
 import { keptTogether } from './kept.js';
@@ -91,7 +91,10 @@ export interface GrpoMetrics {
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
-  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  /**
+   * With `hintFailed`: the groups that were drawn again under it, and how many of them then had a signal. Reward, correct
+   * and the other figures are those of the hinted completions, which took the place of the failed ones.
+   */
   hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
@@ -336,8 +339,8 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
-        ...(await this.#rewardMetrics(stage, groups)),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+        ...this.#rewardMetrics(stage, groups, lesson.compared),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
           rowsDrawn: groups.length,
@@ -347,14 +350,14 @@ export class Trainer<Row = unknown> {
         ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
+        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
         trainingTokensPerSecond: tally.tokens / trainingSeconds,
         seconds: clock.total(),
         rolloutSeconds: times.rollout,
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      await course.note(step, stage, drawn);
+      course.note(step, stage, drawn, lesson);
       this.#learnMotivation(step, groups);
       return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
@@ -417,10 +420,13 @@ export class Trainer<Row = unknown> {
   }
 
   /** What all that was drawn came to, so that choosing among it does not bend the curve. */
-  async #rewardMetrics({ task }: CourseStage<Row>, groups: readonly EpisodeGroup<Row>[]) {
+  #rewardMetrics(
+    { task }: CourseStage<Row>,
+    groups: readonly EpisodeGroup<Row>[],
+    advantages: readonly number[][],
+  ) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const { advantages } = await judgementOf(groups, this.settings);
     const uniform = advantages.filter(isWithoutSignal).length;
     this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {

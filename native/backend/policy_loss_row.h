@@ -54,11 +54,14 @@ MERF_HOST_DEVICE inline PolicyLossWeights policy_loss_weights(const LossOptions&
 // under gspo it is left out of the mean over its sequence, as TRL's masked mean does.
 MERF_HOST_DEVICE inline bool policy_loss_has_ratio(const LossOptions& options,
                                                    const PolicyLossWeights& weights) {
-  return options.kind != LossKind::cross_entropy && weights.policy != 0.0;
+  return options.kind != LossKind::cross_entropy &&
+         (weights.policy != 0.0 || (options.kl_ratio && weights.kl != 0.0));
 }
 
+// Where a row has no old log-probability its own stands in: the ratio is 1, and carries gradient.
 MERF_HOST_DEVICE inline double policy_loss_log_ratio(const PolicyLossRows& rows, int64_t r) {
-  return static_cast<double>(rows.logprobs[r]) - static_cast<double>(rows.old_logprobs[r]);
+  const double logprob = rows.logprobs[r], old = rows.old_logprobs[r];
+  return logprob - (old == old ? old : logprob);
 }
 
 struct PolicyLossRow {
@@ -75,44 +78,47 @@ MERF_HOST_DEVICE inline PolicyLossRow policy_loss_row(const LossOptions& options
                                                       double log_ratio) {
   const double logprob = rows.logprobs[r];
   PolicyLossRow row{0, 0, 0};
-  if (weights.policy != 0.0) {
-    switch (options.kind) {
-      case LossKind::policy_gradient_clip:
-      case LossKind::gspo: {
-        const double advantage = rows.advantages[r];
-        const double ratio = std::exp(log_ratio);
-        const double low = 1.0 - static_cast<double>(options.clip_low);
-        const double high = 1.0 + static_cast<double>(options.clip_high);
-        const double clipped = ratio < low ? low : (ratio > high ? high : ratio);
-        const bool stopped = (advantage > 0 && ratio > high) || (advantage < 0 && ratio < low);
-        row.loss = -(stopped ? clipped : ratio) * advantage;
-        row.from_log_ratio = stopped ? 0.0 : -ratio * advantage;
-        break;
-      }
-      case LossKind::cispo: {
-        const double ratio = std::exp(log_ratio);
-        const double high = 1.0 + static_cast<double>(options.clip_high);
-        const double factor = (ratio > high ? high : ratio) * static_cast<double>(rows.advantages[r]);
-        row.loss = -factor * logprob;
-        row.from_logprob = -factor;
-        break;
-      }
-      case LossKind::cross_entropy:
-        row.loss = -logprob;
-        row.from_logprob = -1.0;
-        break;
-    }
-    row.loss *= weights.policy;
-    row.from_log_ratio *= weights.policy;
-    row.from_logprob *= weights.policy;
-  }
+  if (weights.entropy != 0.0) row.loss = -weights.entropy * static_cast<double>(rows.entropies[r]);
+  const double ratio = policy_loss_has_ratio(options, weights) ? std::exp(log_ratio) : 1.0;
   if (weights.kl != 0.0) {
     const double difference = static_cast<double>(rows.reference_logprobs[r]) - logprob;
-    const double ratio = std::exp(difference);
-    row.loss += weights.kl * (ratio - difference - 1.0);
-    row.from_logprob += weights.kl * (1.0 - ratio);
+    const double reference_ratio = std::exp(difference);
+    const double weight = options.kl_ratio ? weights.kl * ratio : weights.kl;
+    const double penalty = weight * (reference_ratio - difference - 1.0);
+    row.loss += penalty;
+    row.from_logprob = weight * (1.0 - reference_ratio);
+    if (options.kl_ratio) row.from_log_ratio = penalty;
   }
-  if (weights.entropy != 0.0) row.loss -= weights.entropy * static_cast<double>(rows.entropies[r]);
+  if (weights.policy == 0.0) return row;
+  switch (options.kind) {
+    case LossKind::policy_gradient_clip:
+    case LossKind::gspo: {
+      const double advantage = rows.advantages[r], gain = weights.policy * advantage;
+      const double low = 1.0 - static_cast<double>(options.clip_low);
+      const double high = 1.0 + static_cast<double>(options.clip_high);
+      if (advantage > 0 && ratio > high) {
+        row.loss -= high * gain;
+      } else if (advantage < 0 && ratio < low) {
+        row.loss -= low * gain;
+      } else {
+        row.loss -= ratio * gain;
+        row.from_log_ratio -= ratio * gain;
+      }
+      break;
+    }
+    case LossKind::cispo: {
+      const double high = 1.0 + static_cast<double>(options.clip_high);
+      const double factor =
+          weights.policy * (ratio > high ? high : ratio) * static_cast<double>(rows.advantages[r]);
+      row.loss -= factor * logprob;
+      row.from_logprob -= factor;
+      break;
+    }
+    case LossKind::cross_entropy:
+      row.loss -= weights.policy * logprob;
+      row.from_logprob -= weights.policy;
+      break;
+  }
   return row;
 }
 

@@ -43,10 +43,11 @@ std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<i
 // Means are over the rows, without those whose weights are all 0, and taken in float64.
 struct LossStatistics {
   int64_t tokens = 0;
-  // The k3 estimate of KL(policy || reference) in nats, over the rows that have a reference and a weight for it; 0 where
-  // there are none.
+  // The k3 estimate of KL(policy || reference) in nats, over the rows that have a reference and a weight for it, times
+  // their ratios under kl_ratio; 0 where there are none.
   double kl = 0.0;
-  // Shares of rows with a ratio whose ratio is clipped so that no gradient flows: below with A < 0, above with A > 0.
+  // Shares of the ratios, by row and for gspo by sequence, that are clipped so that no gradient flows: below with A < 0,
+  // above with A > 0.
   double clip_low_fraction = 0.0;
   double clip_high_fraction = 0.0;
   double clip_fraction() const { return clip_low_fraction + clip_high_fraction; }

@@ -72,26 +72,31 @@ Outcome run(Backend& backend, const Rows& rows, const LossOptions& options, bool
 double expected_loss(const Rows& rows, const std::vector<double>& logprobs, const std::vector<double>& frozen,
                      const LossOptions& o, bool reference) {
   double loss = 0;
+  const auto penalized = [&](int64_t r) {
+    return reference && o.kl_coefficient != 0 && rows.kl_weight(r) != 0;
+  };
+  const auto has_ratio = [&](int64_t r) { return rows.weights[r] != 0 || (o.kl_ratio && penalized(r)); };
   for (int64_t r = 0; r < rows.size(); ++r) {
-    const double d = rows.reference[r] - logprobs[r];
-    if (reference && rows.kl_weight(r) != 0)
-      loss += double{rows.kl_weight(r)} * o.kl_coefficient * (std::exp(d) - d - 1);
     if (rows.entropy_weight(r) != 0)
       loss -= double{rows.entropy_weight(r)} * o.entropy_coefficient * rows.entropies[r];
-    if (rows.weights[r] == 0) continue;
     double row = 0;
     double log_ratio = logprobs[r] - rows.old[r];
     if (o.kind == LossKind::gspo) {
       double sum = 0;
       int count = 0;
       for (int64_t i = 0; i < rows.size(); ++i) {
-        if (rows.sequences[i] != rows.sequences[r] || rows.weights[i] == 0) continue;
+        if (rows.sequences[i] != rows.sequences[r] || !has_ratio(i)) continue;
         sum += logprobs[i] - rows.old[i];
         ++count;
       }
       log_ratio = sum / count;
     }
     const double ratio = std::exp(log_ratio), advantage = rows.advantages[r];
+    if (penalized(r)) {
+      const double d = rows.reference[r] - logprobs[r];
+      loss += double{rows.kl_weight(r)} * o.kl_coefficient * (std::exp(d) - d - 1) * (o.kl_ratio ? ratio : 1);
+    }
+    if (rows.weights[r] == 0) continue;
     switch (o.kind) {
       case LossKind::policy_gradient_clip:
       case LossKind::gspo:
@@ -145,6 +150,23 @@ TEST_CASE("every policy loss and its coefficients") {
           check_rows(backend, rows, options, reference);
         }
       }
+    }
+  });
+}
+
+TEST_CASE("a penalty times the ratio, and its coefficients") {
+  for_each_backend([](Backend& backend) {
+    uint64_t seed = 40;
+    for (const LossKind kind : {LossKind::policy_gradient_clip, LossKind::cispo, LossKind::gspo}) {
+      LossOptions options{kind, 0.2f, 0.28f, 0.3f, 0.01f};
+      options.kl_ratio = true;
+      Rows rows = random_rows(131, ++seed);
+      check_rows(backend, rows, options, true);
+      weight_terms_apart(rows, seed);
+      check_rows(backend, rows, options, true);
+      // Without any other term.
+      rows.weights.assign(rows.weights.size(), 0.0f);
+      check_rows(backend, rows, options, true);
     }
   });
 }
@@ -209,6 +231,25 @@ TEST_CASE("at ratio 1 the coefficient is minus the advantage") {
       for (const float c : run(backend, rows, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false).coefficients) {
         CHECK(c == doctest::Approx(0.75f));
       }
+    }
+  });
+}
+
+TEST_CASE("a row without an old log-probability has its own") {
+  for_each_backend([](Backend& backend) {
+    for (const LossKind kind : {LossKind::policy_gradient_clip, LossKind::cispo, LossKind::gspo}) {
+      Rows rows = random_rows(70, 7), without = rows;
+      for (int64_t r = 0; r < rows.size(); r += 3) {
+        rows.old[r] = rows.logprobs[r];
+        without.old[r] = NAN;
+      }
+      const Outcome given = run(backend, rows, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false);
+      const Outcome standing_in = run(backend, without, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false);
+      CHECK(given.loss == standing_in.loss);
+      CHECK(same_bits(given.coefficients, standing_in.coefficients));
+      without.weights.assign(without.weights.size(), 1.0f);
+      without.logprobs[3] = NAN;
+      CHECK(!std::isfinite(run(backend, without, {kind, 0.2f, 0.2f, 0.0f, 0.0f}, false).loss));
     }
   });
 }

@@ -243,6 +243,8 @@ describe('the loss', () => {
     [{ type: 'grpo', kl: -0.1 }, 'kl'],
     [{ type: 'grpo', entropy: Number.POSITIVE_INFINITY }, 'entropy'],
     [{ type: 'dr_grpo' }, 'maxTokens'],
+    [{ type: 'grpo', temperature: -1 }, 'loss.temperature'],
+    [{ type: 'grpo', temperature: Number.NaN }, 'loss.temperature'],
     [{ type: 'grpo', normalizer: { completions: 0 } }, 'normalizer.completions'],
     [{ type: 'cross_entropy', normalizer: { tokens: -1 } }, 'normalizer.tokens'],
     [{ type: 'dapo', normalizer: { tokens: Number.NaN } }, 'normalizer.tokens'],
