@@ -246,7 +246,7 @@ export const grpoSchema = z.strictObject({
     group: 'Motivation',
     description: 'the view that they are held to',
   }),
-  loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('grpo'), {
+  loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('dapo'), {
     group: 'Loss',
     description: 'which policy loss',
   }),
