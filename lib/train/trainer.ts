@@ -32,9 +32,10 @@ import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculu
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
+import { defaultKeepActivations } from './keep.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
@@ -53,7 +54,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -239,6 +240,10 @@ export class Trainer<Row = unknown> {
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;
+    // A resumed run keeps what it kept before, however much memory is free by now.
+    settings.keepActivations ??= resume
+      ? ((readSavedRun(out).settings.keepActivations as number | undefined) ?? 0)
+      : defaultKeepActivations(policy);
     const given = this.#options.rows;
     const rows = given
       ? shuffledRows(given, settings.seed)
@@ -459,8 +464,10 @@ export class Trainer<Row = unknown> {
   }
 
   #loss(): Loss {
-    const { loss: type, clipLow, clipHigh, kl, entropy, temperature, maxTokens } = this.settings;
-    return { type, clipLow, clipHigh, kl, entropy, temperature, ...(type === 'dr_grpo' && { maxTokens }) };
+    const { loss: type, clipLow, clipHigh, kl, klRatio, entropy, temperature, maxTokens } = this.settings;
+    // The penalty of an anchor alone compares prompts, and its old log-probabilities are the policy's own.
+    const common = { type, clipLow, clipHigh, kl, klRatio: klRatio && kl > 0, entropy, temperature };
+    return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
   #emit(event: TrainingEvent): void {
