@@ -26,6 +26,7 @@ interface Case {
   anchor: number;
   kl: number;
   entropy: number;
+  temperature: number;
   /** The first update and the one after it. */
   updates: Update[];
 }
@@ -175,7 +176,7 @@ async function run(policy: Policy, one: Case): Promise<{ loss: number; gradient:
     loss: one.loss,
     kl: one.kl,
     entropy: one.entropy,
-    temperature: 1,
+    temperature: one.temperature,
     maskTruncated: true,
     miniBatches: 1,
     updatesPerRollout: 2,
@@ -197,7 +198,7 @@ async function run(policy: Policy, one: Case): Promise<{ loss: number; gradient:
     anchorTo: motivations.B,
   });
   const [clipLow, clipHigh] = one.loss === 'gspo' ? fixture.gspoClip : [fixture.clip, fixture.clip];
-  const { loss: type, kl, entropy } = one;
+  const { loss: type, kl, entropy, temperature } = one;
   const errors = [];
   for (const expected of one.updates) {
     const { forest, normalizer } = lessons.slice(0, groups.length);
@@ -208,6 +209,7 @@ async function run(policy: Policy, one: Case): Promise<{ loss: number; gradient:
       clipHigh,
       kl,
       entropy,
+      temperature,
       maxTokens,
       normalizer,
     });
@@ -256,8 +258,10 @@ describe('what is learned under which prompt has the gradient of the rows writte
     expect(fixture.cases).toHaveLength(280);
     const count = (key: keyof Case) => new Set(fixture.cases.map((one) => one[key])).size;
     expect(
-      (['sampled', 'learned', 'correction', 'loss', 'anchor', 'kl', 'entropy'] as const).map(count),
-    ).toEqual([2, 3, 3, 4, 2, 2, 2]);
+      (['sampled', 'learned', 'correction', 'loss', 'anchor', 'kl', 'entropy', 'temperature'] as const).map(
+        count,
+      ),
+    ).toEqual([2, 3, 3, 4, 2, 2, 2, 2]);
   });
 
   test('on cuda-emulated too', async () => {
