@@ -10,7 +10,14 @@ import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
 import { CallQueue, cancellable, withHint } from './calls.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
-import { type DeviceDescription, gib, type PlacedModel, parameterBytes, placeModel } from './devices.js';
+import {
+  type DeviceDescription,
+  freeBytesOf,
+  gib,
+  type PlacedModel,
+  parameterBytes,
+  placeModel,
+} from './devices.js';
 import { checkedTokens, type Forest, type PackedForest, packForest } from './forest.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
 import {
@@ -439,6 +446,17 @@ export class Policy {
   memory(): { used: number; peak: number; retries?: number } {
     this.#calls.check();
     return this.model.memory();
+  }
+
+  /**
+   * Bytes of the device's memory that are free, less what gradients and moments have yet to take. On the CPU a limit
+   * on the process (cgroup) counts.
+   */
+  spareMemory(): number {
+    const { used } = this.memory();
+    const { config, dtype, trainable, loraRank } = this;
+    const needed = parameterBytes(config, { dtype, trainable, lora: loraRank > 0 });
+    return Math.max(0, freeBytesOf(this.device.name) - Math.max(0, needed - used));
   }
 
   resetPeakMemory(): void {

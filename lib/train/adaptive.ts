@@ -1,6 +1,7 @@
 import { MerfError } from '../errors.js';
 import { formatMotivation, type MotivationMix, type MotivationView } from '../prompt/motivation.js';
 import type { Episode, EpisodeGroup } from '../rollout/index.js';
+import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 /** The word for a motivation that withdraws itself, where others are views, mixes or schedules. */
@@ -89,7 +90,7 @@ type ByView = ReadonlyMap<string, readonly Episode[]>;
 // An end of the interval is passed by chance in one case of 20.
 const deviations = 1.645;
 // Words come back for a lift that is this many times the one below which they are withdrawn.
-const returnFactor = 3;
+const returnFactor = 2;
 
 /**
  * A motivation that withdraws itself as the model comes to do without it (the idea of SKILL0, arXiv:2604.02268, for the
@@ -103,7 +104,7 @@ const returnFactor = 3;
  * same for every component. The total has a veto: words that are shown to raise it stay.
  *
  * A component is withdrawn where even the upper end of its lift is below `adaptiveLift`, and said again where even the
- * lower end is above three times that. There is one decision at a time, on a full window, and then all is measured afresh: what
+ * lower end is above twice that. There is one decision at a time, on a full window, and then all is measured afresh: what
  * a component's words do depends on what else is said.
  */
 export class AdaptiveMotivation {
@@ -158,7 +159,7 @@ export class AdaptiveMotivation {
     const mix = this.mix(step);
     const { said } = this.#state;
     const parts = this.#parts();
-    const byView = groups.map(({ failed, episodes }) => episodesByView(failed ?? episodes));
+    const byView = groups.map((group) => episodesByView(unhinted(group)));
     for (const part of parts) this.#measure(part, byView);
     const decided = this.#decide(parts);
     const records = this.#names.map((name): [string, ComponentRecord] => {

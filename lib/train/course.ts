@@ -3,8 +3,9 @@ import type { EpisodeGroup, RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { Curriculum, type CurriculumPlan, type OpenTask } from './curriculum.js';
-import { Difficulty } from './difficulty.js';
+import { Difficulty, shareRight } from './difficulty.js';
 import { type Drawn, EpisodeSource } from './draw.js';
+import { unhinted } from './hints.js';
 import { contentHash } from './identity.js';
 import type { Kept } from './kept.js';
 import { Replay, type ReplayedGroup } from './replay.js';
@@ -36,6 +37,8 @@ export interface StepLesson<Row> {
   groups: EpisodeGroup<Row>[];
   /** By group and episode. */
   advantages: number[][];
+  /** Those of all that was drawn, before weights. */
+  compared: number[][];
   /** The ones of the groups that an earlier step drew. */
   replayed: ReplayedGroup<Row>[];
 }
@@ -101,31 +104,31 @@ export class Course<Row> {
   /** What the step learns of what was drawn, with groups learned again in the place of those without a signal. */
   async lesson(step: number, stage: CourseStage<Row>, drawn: Drawn<Row>): Promise<StepLesson<Row>> {
     const { settings, policy } = this.#options;
+    const { advantages: compared } = await judgementOf(drawn.groups, settings);
     let groups: EpisodeGroup<Row>[] = drawn.learned;
     let replayed: ReplayedGroup<Row>[] = [];
     if (this.#replay) {
-      const { advantages } = await judgementOf(groups, settings);
-      const silent = advantages.map(isWithoutSignal);
-      const places = silent.filter((one) => one).length;
+      const silent = new Set(
+        drawn.groups.filter((_, i) => isWithoutSignal(compared[i] as number[])) as EpisodeGroup<Row>[],
+      );
+      const places = groups.filter((group) => silent.has(group)).length;
       replayed = this.#replay.choose(step, places, { ...stage, tokenizer: policy.tokenizer });
       const left = [...replayed];
-      groups = groups.map((group, i) => (silent[i] ? (left.shift() ?? group) : group));
+      groups = groups.map((group) => (silent.has(group) ? (left.shift() ?? group) : group));
     }
     const weights = stage.difficulty?.weights(groups);
+    if (groups === drawn.groups && weights === undefined) {
+      return { groups, advantages: compared, compared, replayed };
+    }
     const { advantages } = await judgementOf(groups, settings, weights);
-    return { groups, advantages, replayed };
+    return { groups, advantages, compared, replayed };
   }
 
   /** Takes note of a step that is over. */
-  async note(step: number, stage: CourseStage<Row>, drawn: Drawn<Row>): Promise<void> {
-    if (!this.#curriculum && !this.#replay && !stage.difficulty) return;
+  note(step: number, stage: CourseStage<Row>, drawn: Drawn<Row>, { compared }: StepLesson<Row>): void {
     const { groups, position } = drawn;
-    const { spec } = stage.task;
-    const { advantages } = await judgementOf(groups, this.#options.settings);
-    stage.difficulty?.note(groups, advantages);
-    this.#replay?.note(step, stage, groups, advantages);
-    const episodes = groups.flatMap((group) => group.episodes);
-    const right = episodes.filter(({ reward }) => spec.isHighest(reward)).length;
-    this.#curriculum?.note(step, position, right / episodes.length);
+    stage.difficulty?.note(groups, compared);
+    this.#replay?.note(step, stage, groups, compared);
+    this.#curriculum?.note(step, position, shareRight(groups.flatMap(unhinted), stage.task.spec));
   }
 }

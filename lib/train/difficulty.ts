@@ -1,8 +1,10 @@
 import { createHash } from 'node:crypto';
-import type { EpisodeGroup } from '../rollout/index.js';
+import type { RewardSpec } from '../reward/index.js';
+import type { Episode, EpisodeGroup } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
 import { Random } from '../tasks/random.js';
 import { isWithoutSignal } from './advantages.js';
+import { unhinted } from './hints.js';
 import type { GrpoSettings } from './settings.js';
 
 export type DifficultySettings = Pick<
@@ -89,10 +91,9 @@ export class Difficulty<Row> {
   }
 
   /** The running success rate of a group's row, with this visit. */
-  #rateWith({ row, episodes }: EpisodeGroup<Row>): number {
-    const right = episodes.filter(({ reward }) => this.#task.spec.isHighest(reward)).length;
-    const own = right / episodes.length;
-    const before = this.#visits.get(this.#key(row))?.rate ?? own;
+  #rateWith(group: EpisodeGroup<Row>): number {
+    const own = shareRight(unhinted(group), this.#task.spec);
+    const before = this.#visits.get(this.#key(group.row))?.rate ?? own;
     const { difficultyDecay } = this.#settings;
     return difficultyDecay * before + (1 - difficultyDecay) * own;
   }
@@ -101,4 +102,9 @@ export class Difficulty<Row> {
   #key(row: Row): string {
     return createHash('sha256').update(this.#task.identity(row)).digest('base64').slice(0, 16);
   }
+}
+
+/** The share of episodes with the highest total. */
+export function shareRight<Row>(episodes: readonly Episode[], spec: RewardSpec<Row>): number {
+  return episodes.filter(({ reward }) => spec.isHighest(reward)).length / episodes.length;
 }

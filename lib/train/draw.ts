@@ -10,6 +10,7 @@ import {
 import type { RowSource } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { hintFailed } from './hints.js';
+import { bytesToKeep } from './keep.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A group and the position of its row among the rows. */
@@ -110,7 +111,7 @@ export class EpisodeSource<Row> {
     signal: AbortSignal | undefined,
   ): Promise<EpisodeGroup<Row>[]> {
     const { policy, task, settings } = this.#options;
-    const { groupSize, temperature, topK, topP, minP, keepActivations, seed } = settings;
+    const { groupSize, temperature, topK, topP, minP, seed } = settings;
     return collect(policy, task, rows, {
       ...limitsOf(settings),
       temperature,
@@ -122,7 +123,7 @@ export class EpisodeSource<Row> {
       firstRow,
       seed: (BigInt(seed) << 32n) | BigInt(step),
       // What an earlier rollout kept is lost at the next, and a last one that fills up is too small to be worth it.
-      keepActivations: firstRow === 0 ? Math.floor(keepActivations * 2 ** 30) : 0,
+      keepActivations: firstRow === 0 ? bytesToKeep(settings, step) : 0,
       signal,
       onTimes: (taken) => {
         times.rollout += taken.rollout;

@@ -1,6 +1,7 @@
 import type { MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/index.js';
-import type { EpisodeGroup } from '../rollout/index.js';
+import type { Episode, EpisodeGroup } from '../rollout/index.js';
+import { isWithoutSignal } from './advantages.js';
 
 /**
  * Draws the groups without one correct completion again, under a hint, and puts these in their place, as Guide does
@@ -30,11 +31,27 @@ export async function hintFailed<Row>(
   });
 }
 
-/** How many groups were drawn again under the hint, and how many of them then had rewards that differ. */
-export function hintMetrics(groups: readonly EpisodeGroup[]): { groups: number; withSignal: number } {
-  const hinted = groups.filter(({ failed }) => failed !== undefined);
-  const withSignal = hinted.filter(({ episodes }) =>
-    episodes.some(({ reward }) => reward.total !== episodes[0]?.reward.total),
+/** The episodes that were drawn without a hint, which say what the model can do by itself. */
+export function unhinted({ failed, episodes }: EpisodeGroup): readonly Episode[] {
+  return failed ?? episodes;
+}
+
+/** The groups and, where some were drawn again, the episodes before that too. */
+export function withFailed(groups: readonly EpisodeGroup[]): EpisodeGroup[] {
+  return groups.flatMap((group) =>
+    group.failed ? [{ row: group.row, episodes: group.failed }, group] : [group],
   );
-  return { groups: hinted.length, withSignal: withSignal.length };
+}
+
+/**
+ * How many groups were drawn again under the hint, and how many of them then had advantages that are not 0.
+ *
+ * @param advantages those of all groups
+ */
+export function hintMetrics(
+  groups: readonly EpisodeGroup[],
+  advantages: readonly (readonly number[])[],
+): { groups: number; withSignal: number } {
+  const hinted = advantages.filter((_, i) => groups[i]?.failed !== undefined);
+  return { groups: hinted.length, withSignal: hinted.filter((one) => !isWithoutSignal(one)).length };
 }

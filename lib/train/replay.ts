@@ -12,6 +12,7 @@ import {
 import type { RowSource } from '../tasks/index.js';
 import { Random } from '../tasks/random.js';
 import { isWithoutSignal } from './advantages.js';
+import { shareRight } from './difficulty.js';
 import type { DrawnGroup } from './draw.js';
 import type { GrpoSettings } from './settings.js';
 
@@ -94,7 +95,7 @@ export class Replay<Row> {
     for (const [i, group] of groups.entries()) {
       const { episodes, position } = group;
       const own = advantages[i] as number[];
-      const right = episodes.filter(({ reward }) => task.spec.isHighest(reward)).length / episodes.length;
+      const right = shareRight(episodes, task.spec);
       if (right === 0 || right > replayCorrect || isWithoutSignal(own)) continue;
       const priority = own.reduce((sum, advantage) => sum + Math.abs(advantage), 0) / own.length;
       this.#groups.push({ step, stage: name, position, priority, episodes: episodes.map(packEpisode) });

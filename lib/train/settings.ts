@@ -177,11 +177,12 @@ export const grpoSchema = z.strictObject({
     group: 'Rollout',
     description: "drop tokens below this share of the likeliest one's probability; 0: off",
   }),
-  keepActivations: setting(coefficient.default(0), {
+  keepActivations: setting(coefficient.optional(), {
     group: 'Rollout',
     description:
       'GiB that may be taken, beside the memory of gradients, to keep what the first update needs of the rollout, ' +
-      'of whose forward pass through as many layers as that holds it then computes attention alone; 0: off',
+      'of whose forward pass through as many layers as that holds it then computes attention alone; 0: off ' +
+      '(default: 0.5, or less where the device has less than 2 GiB to spare when the run begins)',
     matters: false,
   }),
   motivation: setting(z.string().default('full'), {
@@ -200,7 +201,7 @@ export const grpoSchema = z.strictObject({
     group: 'Motivation',
     description:
       "with --motivation adaptive: words are withdrawn where they are shown to raise their component's score by less " +
-      'than this share of its range, and come back where it is more than three times as much',
+      'than this share of its range, and come back where it is more than twice as much',
   }),
   adaptiveFloor: setting(z.number().positive().max(0.25).default(0.125), {
     group: 'Motivation',
@@ -245,7 +246,7 @@ export const grpoSchema = z.strictObject({
     group: 'Motivation',
     description: 'the view that they are held to',
   }),
-  loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('grpo'), {
+  loss: setting(z.enum(['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo']).default('dapo'), {
     group: 'Loss',
     description: 'which policy loss',
   }),
@@ -260,6 +261,12 @@ export const grpoSchema = z.strictObject({
   kl: setting(coefficient.default(0), {
     group: 'Loss',
     description: 'coefficient of the k3 KL penalty against the reference (the initial weights); 0: off',
+  }),
+  klRatio: setting(z.boolean().default(true), {
+    group: 'Loss',
+    description:
+      'multiply the KL penalty by the importance ratio, whose gradient makes it that of the reverse KL divergence ' +
+      '(arXiv:2512.02556)',
   }),
   entropy: setting(coefficient.default(0), {
     group: 'Loss',

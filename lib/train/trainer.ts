@@ -25,16 +25,17 @@ import {
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
 import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
-import { isWithoutSignal, judgementOf } from './advantages.js';
+import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
-import { hintMetrics } from './hints.js';
+import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
+import { defaultKeepActivations } from './keep.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
@@ -53,7 +54,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -90,7 +91,10 @@ export interface GrpoMetrics {
   /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
   learnUnder?: string;
   promptGap?: PromptGap;
-  /** With `hintFailed`: the groups that were drawn again under it, and how many of them then had rewards that differ. */
+  /**
+   * With `hintFailed`: the groups that were drawn again under it, and how many of them then had a signal. Reward, correct
+   * and the other figures are those of the hinted completions, which took the place of the failed ones.
+   */
   hinted?: { groups: number; withSignal: number };
   /** Mean reward and share of highest totals by view, where several were drawn under. */
   byView?: Record<string, { completions: number; reward: number; correct: number }>;
@@ -236,6 +240,10 @@ export class Trainer<Row = unknown> {
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;
+    // A resumed run keeps what it kept before, however much memory is free by now.
+    settings.keepActivations ??= resume
+      ? ((readSavedRun(out).settings.keepActivations as number | undefined) ?? 0)
+      : defaultKeepActivations(policy);
     const given = this.#options.rows;
     const rows = given
       ? shuffledRows(given, settings.seed)
@@ -331,8 +339,8 @@ export class Trainer<Row = unknown> {
         motivation: formatMotivation(mix),
         ...(under !== 'same' && { learnUnder: under }),
         ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: hintMetrics(groups) }),
-        ...(await this.#rewardMetrics(stage, groups)),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+        ...this.#rewardMetrics(stage, groups, lesson.compared),
         ...(this.settings.dynamicSampling > 1 && {
           rollouts: drawn.rollouts,
           rowsDrawn: groups.length,
@@ -342,14 +350,14 @@ export class Trainer<Row = unknown> {
         ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
         ...tally.summary(),
         ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
+        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
         trainingTokensPerSecond: tally.tokens / trainingSeconds,
         seconds: clock.total(),
         rolloutSeconds: times.rollout,
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      await course.note(step, stage, drawn);
+      course.note(step, stage, drawn, lesson);
       this.#learnMotivation(step, groups);
       return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
@@ -412,10 +420,13 @@ export class Trainer<Row = unknown> {
   }
 
   /** What all that was drawn came to, so that choosing among it does not bend the curve. */
-  async #rewardMetrics({ task }: CourseStage<Row>, groups: readonly EpisodeGroup<Row>[]) {
+  #rewardMetrics(
+    { task }: CourseStage<Row>,
+    groups: readonly EpisodeGroup<Row>[],
+    advantages: readonly number[][],
+  ) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const { advantages } = await judgementOf(groups, this.settings);
     const uniform = advantages.filter(isWithoutSignal).length;
     this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
@@ -452,8 +463,10 @@ export class Trainer<Row = unknown> {
   }
 
   #loss(): Loss {
-    const { loss: type, clipLow, clipHigh, kl, entropy, temperature, maxTokens } = this.settings;
-    return { type, clipLow, clipHigh, kl, entropy, temperature, ...(type === 'dr_grpo' && { maxTokens }) };
+    const { loss: type, clipLow, clipHigh, kl, klRatio, entropy, temperature, maxTokens } = this.settings;
+    // The penalty of an anchor alone compares prompts, and its old log-probabilities are the policy's own.
+    const common = { type, clipLow, clipHigh, kl, klRatio: klRatio && kl > 0, entropy, temperature };
+    return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
   #emit(event: TrainingEvent): void {

@@ -243,13 +243,13 @@ describe('what is said', () => {
   /** Words of format help until step 100 and again from step 250 on; those of answer always do. */
   const decays: Chance = (name, sees, step) => {
     if (!sees(name)) return 0.4;
-    return name === 'answer' || step < 100 || step >= 250 ? 0.8 : 0.42;
+    return name === 'answer' || step < 100 || step >= 250 ? 0.8 : 0.4;
   };
 
   test.each([0, 1, 2])(
     'words are withdrawn once they stop helping, and come back once they help, seed %i',
     (seed) => {
-      const { records, changes } = simulate(names, 400, decays, { seed });
+      const { records, changes } = simulate(names, 400, decays, { seed, groups: 16 });
       expect(changes.map(({ name, decision }) => `${name} ${decision}`)).toEqual([
         'format withdrawn',
         'format said again',
@@ -269,7 +269,7 @@ describe('what is said', () => {
       );
       expect(components(records[away.step], 'format')).toMatchObject({ said: false, share: 1 / 8, steps: 1 });
       expect(components(records[back.step - 1], 'format').why).toMatch(
-        /^the lower end, 0\.\d+, of the lift of format is above 0\.15$/,
+        /^the lower end, 0\.\d+, of the lift of format is above 0\.1$/,
       );
       expect(components(records[back.step], 'format')).toMatchObject({ said: true });
       for (const record of records) expect(components(record, 'answer').said).toBe(true);
@@ -277,8 +277,8 @@ describe('what is said', () => {
   );
 
   test('nothing is decided before the window is full, nor again before it is full once more', () => {
-    for (let seed = 0; seed < 5; seed++) {
-      const { records, changes } = simulate(['a', 'b', 'c'], 300, () => 0.5, { seed });
+    for (let seed = 0; seed < 3; seed++) {
+      const { records, changes } = simulate(['a', 'b', 'c'], 200, () => 0.5, { seed });
       let last = 0;
       for (const { step } of changes) {
         expect(step - last).toBeGreaterThanOrEqual(10);
@@ -296,18 +296,18 @@ describe('what is said', () => {
 
   test('noise alone does not make words come and go', () => {
     // The lift is 0, or what words are withdrawn below; either way each of two components may go, and then stay away.
-    const runs = [0, 0.05].flatMap((lift) =>
-      [0, 1, 2, 3, 4].map((seed) =>
+    const runs = [0, 0.05].map((lift) =>
+      Array.from({ length: 10 }, (_, seed) =>
         simulate(names, 300, (name, sees) => (sees(name) ? 0.5 + lift : 0.5), { seed }),
       ),
     );
-    const counts = runs.map(({ changes }) => changes.length);
-    expect(Math.min(...counts.slice(0, 5))).toBe(2);
-    expect(Math.max(...counts)).toBeLessThanOrEqual(4);
-    const returns = runs.flatMap(({ changes }) =>
-      changes.filter(({ decision }) => decision === 'said again'),
-    );
-    expect(returns.length).toBeLessThanOrEqual(2);
+    for (const some of runs) {
+      const counts = some.map(({ changes }) => changes.length);
+      const mean = counts.reduce((sum, count) => sum + count, 0) / counts.length;
+      expect(mean).toBeGreaterThanOrEqual(1.5);
+      expect(mean).toBeLessThanOrEqual(3);
+      expect(Math.max(...counts)).toBeLessThanOrEqual(6);
+    }
   });
 
   test('words that raise the total stay, whatever they do to their own score', () => {
@@ -331,8 +331,8 @@ describe('what is said', () => {
     expect(changes.map(({ name }) => name)).toEqual(names);
     expect(changes[0]?.step).toBe(changes[1]?.step);
     const record = records[(changes[0]?.step ?? 0) - 1];
-    expect(record?.together?.interval?.[0]).toBeGreaterThan(0.15);
-    expect(components(record, 'format').why).toMatch(/of the lift of format\+answer is above 0\.15$/);
+    expect(record?.together?.interval?.[0]).toBeGreaterThan(0.1);
+    expect(components(record, 'format').why).toMatch(/of the lift of format\+answer is above 0\.1$/);
     expect(motivation.said).toEqual(names);
   });
 
@@ -386,14 +386,15 @@ describe('a run', () => {
       policy: policy.asPolicy,
       task: await fakeTask({ rows: 400 }),
       out: join(folder, 'run'),
-      steps: 40,
-      promptsPerStep: 8,
-      groupSize: 8,
-      maxTokens: 6,
-      learningRate: 2,
+      steps: 12,
+      promptsPerStep: 6,
+      groupSize: 4,
+      maxTokens: 3,
+      learningRate: 6,
       motivation: 'adaptive',
-      adaptiveWindow: 5,
-      saveEvery: 4,
+      adaptiveWindow: 3,
+      adaptiveLift: 0.2,
+      saveEvery: 3,
       keepCheckpoints: 10,
       ...options,
     });
@@ -418,26 +419,26 @@ describe('a run', () => {
     };
     await (await trainer(swayed(), { onEvent })).run();
     const lines = linesOf('run');
-    expect(lines.map(({ step }) => step)).toEqual(Array.from({ length: 40 }, (_, i) => i + 1));
+    expect(lines.map(({ step }) => step)).toEqual(Array.from({ length: 12 }, (_, i) => i + 1));
     const metrics = metricsOf('run');
     expect(lines.map(({ mix }) => mix)).toEqual(metrics.map(({ motivation }) => motivation));
     // At first the words help; later the model does as well without.
-    expect(components(lines[4], 'start').interval?.[0]).toBeGreaterThan(0.05);
+    expect(components(lines[2], 'start').interval?.[0]).toBeGreaterThan(0.1);
     const withdrawn = lines.find((line) => components(line, 'start').decision === 'withdrawn');
-    expect(withdrawn?.step).toBeGreaterThan(5);
+    expect(withdrawn?.step).toBeGreaterThan(3);
     expect(notices).toEqual([
       `Step ${withdrawn?.step}: the words of start are withdrawn: ${components(withdrawn, 'start').why}`,
     ]);
     for (const line of lines) {
       const said = line.step <= (withdrawn?.step as number);
-      expect(components(line, 'start')).toMatchObject({ said, share: said ? 7 / 8 : 1 / 8 });
+      expect(components(line, 'start')).toMatchObject({ said, share: said ? 3 / 4 : 1 / 4 });
     }
     // The figures are those of the completions that were kept.
-    for (const last of [lines[3], withdrawn] as AdaptiveRecord[]) {
+    for (const last of [lines[1], withdrawn] as AdaptiveRecord[]) {
       const differences: number[] = [];
-      for (let step = Math.max(1, last.step - 4); step <= last.step; step++) {
+      for (let step = Math.max(1, last.step - 2); step <= last.step; step++) {
         const records = completionsOf('run', step);
-        for (let prompt = 0; prompt < 8; prompt++) {
+        for (let prompt = 0; prompt < 6; prompt++) {
           const mean = (view: string) => {
             const some = records.filter((one) => one.promptIndex === prompt && one.view === view);
             return some.reduce((sum, { parts }) => sum + (parts.start?.score as number), 0) / some.length;
@@ -449,32 +450,44 @@ describe('a run', () => {
       expect(components(last, 'start').lift).toBeCloseTo(lift, 10);
       expect(components(last, 'start').groups).toBe(differences.length);
     }
-  });
+  }, 120_000);
 
   test('is the same to the last bit when it was broken off and resumed', async () => {
     const unbroken = swayed();
     await (await trainer(unbroken, { out: join(folder, 'unbroken') })).run();
-    const decided = linesOf('unbroken').find((line) => components(line, 'start').decision !== 'stays');
-    expect(decided?.step).toBeLessThan(37);
-    expect(decided?.step).toBeGreaterThan(20);
-    // The runs go on from steps 12 and 36: with a window half full, and after the decision.
-    for (const at of [13, 38]) {
-      const out = join(folder, `broken-${at}`);
-      const first = swayed();
-      first.onSample = () => {
-        if (first.sampleCalls.length === at + 1) throw new Error('pulled the plug');
+    const lines = linesOf('unbroken');
+    const decided = lines.findIndex((line) => components(line, 'start').decision !== 'stays') + 1;
+    let policy = new FakePolicy();
+    // The run goes on from a window that is not full, and then from after the decision.
+    for (const [resume, stop] of [
+      [false, 4],
+      [true, decided + 3],
+      [true, 12],
+    ] as const) {
+      policy = swayed();
+      const done = resume ? listCheckpoints(join(folder, 'run', 'checkpoints')).at(-1)?.step : 0;
+      policy.onSample = () => {
+        if (policy.sampleCalls.length === stop - (done as number) + 1) throw new Error('pulled the plug');
       };
-      await expect((await trainer(first, { out })).run()).rejects.toThrow('plug');
-      expect(linesOf(`broken-${at}`)).toHaveLength(at);
+      const run = (await trainer(policy, { resume })).run();
+      if (stop === 12) {
+        await run;
+        continue;
+      }
+      await expect(run).rejects.toThrow('plug');
+      expect(linesOf('run')).toEqual(lines.slice(0, stop));
       // A process that is killed leaves lines behind that no checkpoint has.
-      rmSync(listCheckpoints(join(out, 'checkpoints')).at(-1)?.path as string, { recursive: true });
-      const second = swayed();
-      await (await trainer(second, { out, resume: true })).run();
-      expect(second.logits).toEqual(unbroken.logits);
-      expect(linesOf(`broken-${at}`)).toEqual(linesOf('unbroken'));
-      expect(withoutTimes(metricsOf(`broken-${at}`))).toEqual(withoutTimes(metricsOf('unbroken')));
+      rmSync(listCheckpoints(join(folder, 'run', 'checkpoints')).at(-1)?.path as string, { recursive: true });
+      const left = listCheckpoints(join(folder, 'run', 'checkpoints')).at(-1)?.step as number;
+      expect(left).toBeLessThan(stop);
+      expect(left >= decided).toBe(stop > decided);
     }
-  });
+    expect(decided).toBeGreaterThan(4);
+    expect(decided).toBeLessThan(9);
+    expect(policy.logits).toEqual(unbroken.logits);
+    expect(linesOf('run')).toEqual(lines);
+    expect(withoutTimes(metricsOf('run'))).toEqual(withoutTimes(metricsOf('unbroken')));
+  }, 120_000);
 
   test('what does not fit is refused by name, and no other motivation writes the file', async () => {
     await expect(trainer(new FakePolicy(), { adaptiveFloor: 0.3 })).rejects.toThrow(/adaptiveFloor/);
@@ -504,9 +517,10 @@ describe('a run', () => {
     const hints = {
       motivation: 'none',
       hintFailed: 'full',
-      steps: 4,
+      steps: 2,
+      promptsPerStep: 4,
       learningRate: 0.1,
-      saveEvery: 2,
+      saveEvery: 1,
     } as const;
 
     test('rows that fail are drawn again under the hint, others are not', async () => {
@@ -523,8 +537,8 @@ describe('a run', () => {
           expect(record.view).toBe(number % 2 === 1 ? 'full' : 'none');
           expect(record.prompt.includes('begins with b')).toBe(number % 2 === 1);
         }
-        const groups = Array.from({ length: 8 }, (_, i) => records.filter((one) => one.promptIndex === i));
-        expect(groups.every((group) => group.length === 8)).toBe(true);
+        const groups = Array.from({ length: 4 }, (_, i) => records.filter((one) => one.promptIndex === i));
+        expect(groups.every((group) => group.length === 4)).toBe(true);
         // Advantages compare the hinted with each other.
         for (const group of groups) {
           expect(group.reduce((sum, { advantage }) => sum + advantage, 0)).toBeCloseTo(0, 4);
@@ -532,12 +546,12 @@ describe('a run', () => {
         const differs = groups.filter((group) => new Set(group.map(({ reward }) => reward)).size > 1);
         const withSignal = differs.filter(([one]) => odd.has(one?.promptIndex as number)).length;
         expect(hinted).toEqual({ groups: odd.size, withSignal });
-        expect(uniformGroups).toBe(1 - differs.length / 8);
-        expect(byView?.full?.completions).toBe(8 * odd.size);
+        expect(uniformGroups).toBe(1 - differs.length / 4);
+        expect(byView?.full?.completions).toBe(4 * odd.size);
         // The same rows are drawn in random streams of their own.
-        expect(calls[call++]).toMatchObject({ n: 8, keys: [0, 1, 2, 3, 4, 5, 6, 7] });
+        expect(calls[call++]).toMatchObject({ n: 4, keys: [0, 1, 2, 3] });
         expect(odd.size).toBeGreaterThan(0);
-        expect(calls[call++]).toMatchObject({ n: 8, keys: Array.from(odd, (_, i) => 2 ** 31 + i) });
+        expect(calls[call++]).toMatchObject({ n: 4, keys: Array.from(odd, (_, i) => 2 ** 31 + i) });
       }
       expect(calls).toHaveLength(call);
       const all = metricsOf('run').map(({ hinted }) => hinted?.withSignal as number);
@@ -548,9 +562,9 @@ describe('a run', () => {
       const policy = new FakePolicy();
       policy.sway = () => [0, 9, 0, 0];
       await (await trainer(policy, hints)).run();
-      expect(policy.sampleCalls).toHaveLength(4);
+      expect(policy.sampleCalls).toHaveLength(2);
       expect(metricsOf('run').map(({ hinted }) => hinted)).toEqual(
-        new Array(4).fill({ groups: 0, withSignal: 0 }),
+        new Array(2).fill({ groups: 0, withSignal: 0 }),
       );
     });
 
@@ -575,12 +589,12 @@ describe('a run', () => {
     test('a resumed run is the same', async () => {
       const unbroken = failing();
       await (await trainer(unbroken, { ...hints, out: join(folder, 'unbroken') })).run();
-      await (await trainer(failing(), { ...hints, steps: 2 })).run();
+      await (await trainer(failing(), { ...hints, steps: 1 })).run();
       const second = failing();
       await (await trainer(second, { ...hints, resume: true })).run();
       expect(second.logits).toEqual(unbroken.logits);
       expect(withoutTimes(metricsOf('run'))).toEqual(withoutTimes(metricsOf('unbroken')));
-      for (let step = 1; step <= 4; step++) {
+      for (let step = 1; step <= 2; step++) {
         expect(completionsOf('run', step)).toEqual(completionsOf('unbroken', step));
       }
     });

@@ -127,4 +127,20 @@ describe('replay', () => {
     });
     expect(runs.metrics('unbroken').some((row) => (row.replayedGroups as number) > 0)).toBe(true);
   });
+
+  test('together with an adaptive motivation, hints and difficulty it resumes exactly too', async () => {
+    await runs.expectExactResume({
+      task: await seldomRight(),
+      replay: 8,
+      groupSize: 6,
+      dynamicSampling: 2,
+      motivation: 'adaptive',
+      adaptiveWindow: 2,
+      hintFailed: 'full',
+      difficulty: 'weight',
+      multiObjectiveAggregation: 'normalize_then_sum',
+      clipAdvantages: 2,
+    });
+    expect(runs.metrics('unbroken').some((row) => (row.replayedGroups as number) > 0)).toBe(true);
+  });
 });

@@ -220,7 +220,14 @@ describe('Trainer', () => {
     const [first] = policy.forests[0]?.[0]?.children?.[0]?.children ?? [];
     const expected = 3 * ((first?.tokens[0] ?? 0) === 1 ? 1 : 0) - Math.log(3 + Math.exp(3));
     expect(first?.train?.referenceLogprobs?.[0]).toBeCloseTo(expected, 5);
-    expect(policy.losses[0]).toMatchObject({ type: 'grpo', kl: 0.1 });
+    expect(policy.losses[0]).toMatchObject({ type: 'dapo', kl: 0.1, klRatio: true });
+    const settings = { steps: 1, kl: 0.1, klRatio: false, reference: reference.asPolicy as never };
+    await trainer(policy, { ...settings, out: join(folder, 'without') }).run();
+    await trainer(policy, { steps: 1, out: join(folder, 'none') }).run();
+    expect(policy.losses.slice(1).map(({ type: _, ...loss }) => 'klRatio' in loss && loss.klRatio)).toEqual([
+      false,
+      false,
+    ]);
   });
 
   test('evaluates before, during and after, under each view', async () => {
