@@ -10,7 +10,7 @@ import {
 import type { RowSource } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { hintFailed } from './hints.js';
-import { bytesToKeep } from './keep.js';
+import { bytesToKeep } from './activation-memory.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A group and the position of its row among the rows. */

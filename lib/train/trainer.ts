@@ -32,7 +32,7 @@ import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculu
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
-import { defaultKeepActivations } from './keep.js';
+import { defaultKeepActivations } from './activation-memory.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';

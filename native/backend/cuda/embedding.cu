@@ -78,8 +78,9 @@ __global__ void __launch_bounds__(kThreads)
     add_rows_kernel(const int32_t* ids, const uint32_t* counts, const uint32_t* starts, const uint32_t* slots,
                     const int32_t* ordered, const T* dy, float* dtable, int64_t size, int32_t padding) {
   constexpr int kAhead = 4;  // rows on their way at a time
+  if (slots[blockIdx.x] != 0) return;
   const int32_t id = ids[blockIdx.x];
-  if (slots[blockIdx.x] != 0 || id == padding) return;
+  if (id == padding) return;
   const int32_t* tokens = ordered + starts[id];
   const int count = static_cast<int>(counts[id]);
   const int64_t step = int64_t{gridDim.y} * thread_count() * N;

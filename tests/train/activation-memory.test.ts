@@ -2,7 +2,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
-import { defaultKeepActivations } from '../../lib/train/keep.js';
+import { defaultKeepActivations } from '../../lib/train/activation-memory.js';
 import { Trainer, type TrainerOptions } from '../../lib/train/trainer.js';
 import { FakePolicy } from './fake-policy.js';
 import { type FakeRow, fakeTask } from './fake-task.js';
