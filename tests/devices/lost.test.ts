@@ -31,7 +31,7 @@ describe('a run on a GPU', () => {
   test('that is lost says what was lost first and what to resume from, and is resumed', async () => {
     const out = join(folder, 'lost');
     const { stderr, code } = await merf(train(out, 3), {
-      env: { MERF_EMULATION_FAIL_AT: 'embedding_backward:6' },
+      env: { MERF_EMULATION_FAIL_AT: 'adamw:2' },
     });
     expect(code).toBe(1);
     expect(stderr).toMatch(

@@ -77,7 +77,7 @@ test('what is sampled with a log-probability is scored with it, over 1,000 token
     tokens: promptTokens,
     children: completions.map(({ tokens }) => ({ tokens, train: {} })),
   }));
-  const { logprobs, entropies } = await policy.score(forest);
+  const { logprobs, entropies } = await policy.score(forest, { temperature: 1.3 });
   const completions = groups.flatMap((group) => group.completions);
   let tokens = 0;
   let gap = 0;
