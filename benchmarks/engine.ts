@@ -1,6 +1,6 @@
 // merf as the engines in peers.ts are run: a process of its own that reads a workload from the file it is given, says
 // that it is ready, and answers each line of its standard input, {"prompts": [[id, ...], ...]}, with the times of one
-// step on them; with {"keepActivations": bytes} beside them, of one whose rollout keeps what its update needs.
+// step on them, as a trainer takes it by default; {"keepActivations": bytes} beside them are what its rollout may keep.
 import { readFileSync } from 'node:fs';
 import { createInterface } from 'node:readline';
 import type { EngineSpec } from './peers.js';

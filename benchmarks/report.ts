@@ -4,7 +4,7 @@ import { join, relative } from 'node:path';
 import { type MatrixRates, type Parts, peakRate } from './floor.js';
 import type { OperatorLine } from './operators.js';
 import { root, say } from './paths.js';
-import { type EngineRuns, motivationTokens } from './rounds.js';
+import { type EngineRuns, keepingNone, motivationTokens } from './rounds.js';
 import type { StepTimes } from './step.js';
 import type { Dtype, Sizes } from './workloads.js';
 
@@ -26,7 +26,7 @@ export interface Steps {
   engines: EngineRuns[];
   /** merf's steps with common tokens in front of all prompts. */
   motivation: StepTimes[];
-  /** merf's steps whose rollouts keep what the forward pass of the update would compute again. */
+  /** merf's steps whose rollouts keep more or less than is the default of what the update would compute again. */
   keeping?: EngineRuns[] | undefined;
 }
 
@@ -87,6 +87,7 @@ export function goalsOf({ floor, engines, motivation, keeping }: Steps): Goal[] 
   };
   add('a step, in floors', floor && own.step / floor.step, 1.3, true);
   for (const { name, runs } of keeping ?? []) {
+    if (name === keepingNone) continue;
     const step = figuresOf(runs)?.step;
     add(`a step, ${name.replace(/^merf, /, '')}, in floors`, floor && step && step / floor.step, 1.3, true);
   }

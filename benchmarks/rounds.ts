@@ -39,9 +39,10 @@ export interface RoundOptions {
   strict: boolean;
 }
 
-/** What steps that keep the activations of their rollouts may take for them, in bytes. */
+/** What steps other than the default may take to keep the activations of their rollouts, in bytes. */
+export const keepingNone = 'merf, keeping no activations';
 const keepings = [
-  { name: 'merf, keeping activations in 512 MiB', bytes: 2 ** 29 },
+  { name: keepingNone, bytes: 0 },
   { name: 'merf, keeping all activations', bytes: 4 * 2 ** 30 },
 ];
 /** Tokens of the motivation that all prompts begin with in the runs that measure what one costs. */
@@ -55,7 +56,7 @@ const warmedSeconds = 30;
 
 /**
  * merf's runs first, then the peers'; `motivation`: merf's with common tokens in front of all prompts; `keeping`: merf's
- * that keep activations of the rollout for the update.
+ * that keep more or less of the rollout for the update than is the default.
  */
 export async function measureSteps(
   options: RoundOptions,

@@ -1,4 +1,4 @@
-import { type CompletionGroup, type Forest, forestOf, type Policy } from 'merf';
+import { type CompletionGroup, defaultKeepActivations, type Forest, forestOf, type Policy } from 'merf';
 import type { Sizes } from './workloads.js';
 
 /** Seconds of one GRPO step and its parts, and the tokens that were generated. */
@@ -12,13 +12,13 @@ export interface StepTimes {
   gap?: number;
 }
 
-/** One update on completions sampled for it. */
+/** One update on completions sampled for it; it keeps the bytes of activations that a trainer does by default. */
 export async function grpoStep(
   policy: Policy,
   prompts: readonly number[][],
   { group, completionTokens }: Pick<Sizes, 'group' | 'completionTokens'>,
   seed: number,
-  keepActivations = 0,
+  keepActivations = Math.floor(defaultKeepActivations(policy) * 2 ** 30),
 ): Promise<Required<StepTimes>> {
   const start = performance.now();
   const options = { n: group, maxTokens: completionTokens, seed, keepActivations };

@@ -1,5 +1,6 @@
 #include "model_arguments.h"
 
+#include <cmath>
 #include <limits>
 
 #include "arguments.h"
@@ -22,6 +23,9 @@ ModelConfig to_config(const Napi::Value& value) {
   c.vocab_size = integer("vocabSize", 1 << 24);
   c.max_positions = integer("maxPositions", kMostTokens);
   c.rms_norm_epsilon = static_cast<float>(to_number(object.Get("rmsNormEps"), "config.rmsNormEps", 0.0, 1.0));
+  if (const Napi::Value padding = object.Get("paddingId"); !padding.IsUndefined()) {
+    c.padding_id = static_cast<int32_t>(to_integer(padding, "config.paddingId", 0, c.vocab_size - 1));
+  }
   c.tied_head = flag("tiedHead");
   c.attention_bias = flag("attentionBias");
   c.output_bias = flag("outputBias");
@@ -110,18 +114,38 @@ Batch to_batch(const Napi::Value& value, const ModelConfig& config, bool with_ta
   return batch;
 }
 
+LossNormalizer to_loss_normalizer(const Napi::Object& object, const std::string& name,
+                                  const std::vector<int32_t>& sequences) {
+  const int64_t least = sequences.empty() ? 0 : sequences.back() + 1;
+  LossNormalizer normalizer;
+  normalizer.completions =
+      static_cast<double>(to_integer(object.Get("completions"), name + ".completions", least, kMostTokens));
+  normalizer.tokens = static_cast<double>(sequences.size());
+  const Napi::Value value = object.Get("normalizer");
+  if (value.IsUndefined()) return normalizer;
+  const Napi::Object given = to_object(value, name + ".normalizer");
+  const auto take = [&](const char* key, double& divisor) {
+    const std::string path = name + ".normalizer." + key;
+    const Napi::Value number = given.Get(key);
+    if (number.IsUndefined()) return;
+    divisor = to_number(number, path, 0.0, 0x1p53);
+    if (divisor == 0.0) refuse("a positive number", path, number);
+  };
+  take("completions", normalizer.completions);
+  take("tokens", normalizer.tokens);
+  return normalizer;
+}
+
 std::vector<float> to_loss_weights(const Napi::Object& object, const std::string& name,
                                    const std::vector<int32_t>& sequences) {
   const LossAggregation aggregation = static_cast<LossAggregation>(to_choice(
       object.Get("aggregation"), name + ".aggregation", {"token_mean", "sequence_mean", "constant"}));
-  const int64_t least = sequences.empty() ? 0 : sequences.back() + 1;
-  const int64_t completions =
-      to_integer(object.Get("completions"), name + ".completions", least, kMostTokens);
+  const LossNormalizer normalizer = to_loss_normalizer(object, name, sequences);
   int64_t max_tokens = 0;
   if (aggregation == LossAggregation::constant) {
     max_tokens = to_integer(object.Get("maxTokens"), name + ".maxTokens", 1, int64_t{1} << 53);
   }
-  return loss_weights(aggregation, sequences, completions, max_tokens);
+  return loss_weights(aggregation, sequences, normalizer, max_tokens);
 }
 
 BatchLoss to_loss(const Napi::Value& value, size_t rows) {
@@ -134,22 +158,46 @@ BatchLoss to_loss(const Napi::Value& value, size_t rows) {
     check_length(values, name, rows, "batch.sourceRows");
     return values;
   };
+  const auto given = [&](const char* key) { return !object.Get(key).IsUndefined(); };
   if (loss.options.kind != LossKind::cross_entropy) {
     loss.advantages = floats("advantages");
     check_finite(loss.advantages, "loss.advantages");
     loss.old_logprobs = floats("oldLogprobs");
     check_finite_or_nan(loss.old_logprobs, "loss.oldLogprobs");
   }
-  const bool penalized = loss.options.kl_coefficient > 0.0f;
-  if (penalized || !object.Get("referenceLogprobs").IsUndefined()) {
-    loss.reference_logprobs = floats("referenceLogprobs");
-    const auto check = penalized ? check_finite : check_finite_or_nan;
-    check(loss.reference_logprobs, "loss.referenceLogprobs");
-  }
   loss.sequences = to_int32s(object.Get("sequences"), "loss.sequences");
   check_length(loss.sequences, "loss.sequences", rows, "batch.sourceRows");
   check_sequences(loss.sequences, "loss.sequences");
   loss.weights = to_loss_weights(object, "loss", loss.sequences);
+  const auto times = [&](std::vector<float> values, const std::vector<float>& factors, const char* key) {
+    check_finite(factors, std::string("loss.") + key);
+    for (size_t r = 0; r < rows; ++r) values[r] *= factors[r];
+    return values;
+  };
+  if (given("klCoefficients")) {
+    loss.kl_weights = times(loss.weights, floats("klCoefficients"), "klCoefficients");
+    loss.options.kl_coefficient = 1.0f;
+  }
+  if (given("entropyCoefficients") || loss.options.entropy_coefficient != 0.0f) {
+    // The entropy's mean is over tokens whatever the policy's terms are joined by.
+    loss.entropy_weights = loss_weights(LossAggregation::token_mean, loss.sequences,
+                                        to_loss_normalizer(object, "loss", loss.sequences), 0);
+  }
+  if (given("entropyCoefficients")) {
+    loss.entropy_weights =
+        times(std::move(loss.entropy_weights), floats("entropyCoefficients"), "entropyCoefficients");
+    loss.options.entropy_coefficient = 1.0f;
+  }
+  if (loss.options.kl_coefficient > 0.0f || given("referenceLogprobs")) {
+    loss.reference_logprobs = floats("referenceLogprobs");
+    check_finite_or_nan(loss.reference_logprobs, "loss.referenceLogprobs");
+    for (size_t r = 0; r < rows && loss.options.kl_coefficient > 0.0f; ++r) {
+      const float weight = (loss.kl_weights.empty() ? loss.weights : loss.kl_weights)[r];
+      if (weight != 0.0f && std::isnan(loss.reference_logprobs[r])) {
+        refuse("a number", "loss.referenceLogprobs[" + std::to_string(r) + "]", "NaN");
+      }
+    }
+  }
   return loss;
 }
 

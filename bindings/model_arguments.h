@@ -26,7 +26,10 @@ void to_forest(const Napi::Object& object, const std::string& name, const ModelC
 Batch to_batch(const Napi::Value& value, const ModelConfig& config, bool with_targets);
 // The loss over that many rows.
 BatchLoss to_loss(const Napi::Value& value, size_t rows);
-// The weights of aggregation, sequences, completions and (for constant) maxTokens.
+// What sums are divided by: completions and the number of sequences' rows, or what `normalizer` says.
+LossNormalizer to_loss_normalizer(const Napi::Object& object, const std::string& name,
+                                  const std::vector<int32_t>& sequences);
+// The weights of aggregation, sequences, completions, normalizer and (for constant) maxTokens.
 std::vector<float> to_loss_weights(const Napi::Object& object, const std::string& name,
                                    const std::vector<int32_t>& sequences);
 // A number of tokens, or 0 where it is undefined.

@@ -131,14 +131,19 @@ AttentionArguments to_attention(const Operands& operands, const Napi::Object& ob
 }
 
 struct LossArguments {
-  State weights, advantages, old_logprobs, reference_logprobs;
+  State weights, advantages, old_logprobs, reference_logprobs, kl_weights, entropy_weights;
   std::vector<int32_t> sequences;
   LossOptions options;
 
   LossRows open_rows(Backend& backend) const {
     return {
-        open(weights), open(advantages), open(old_logprobs), open(reference_logprobs),
-        sequences.empty() ? Tensor() : upload(backend, sequences, {static_cast<int64_t>(sequences.size())})};
+        open(weights),
+        open(advantages),
+        open(old_logprobs),
+        open(reference_logprobs),
+        sequences.empty() ? Tensor() : upload(backend, sequences, {static_cast<int64_t>(sequences.size())}),
+        open(kl_weights),
+        open(entropy_weights)};
   }
 };
 
@@ -154,6 +159,8 @@ LossArguments to_loss(const Operands& operands, const Napi::Object& object, int6
   a.reference_logprobs = a.options.kl_coefficient > 0.0f
                              ? operands.get("referenceLogprobs", shape, {DType::f32})
                              : operands.get_optional("referenceLogprobs", shape, {DType::f32});
+  a.kl_weights = operands.get_optional("klWeights", shape, {DType::f32});
+  a.entropy_weights = operands.get_optional("entropyWeights", shape, {DType::f32});
   if (a.options.kind == LossKind::gspo) {
     a.sequences = to_int32s(object.Get("sequences"), operands.path("sequences"));
     check_length(a.sequences, operands.path("sequences"), static_cast<size_t>(rows), "loss rows");
@@ -179,7 +186,9 @@ LossStatistics statistics_of(Backend& backend, const LossOptions& options, const
                        download(rows.advantages),
                        download(rows.old_logprobs),
                        download(rows.reference_logprobs),
-                       sequences};
+                       sequences,
+                       download(rows.kl_weights),
+                       download(rows.entropy_weights)};
   return loss_statistics(loss, scores);
 }
 

@@ -221,12 +221,13 @@ Napi::Value NativeModel::score(const Napi::CallbackInfo& info) {
     Batch batch = to_batch(info[0], state()->config, true);
     auto cancel = to_cancel(info[1], "cancel");
     const int64_t max_tokens = to_max_tokens(info[2]);
+    const float temperature = info[3].IsUndefined() ? 1.0f : to_temperature(info[3], "temperature");
     return Environment::of(info.Env())
         .run(info.Env(), *state()->engine, cancel,
-             [state = state(), batch = std::move(batch), max_tokens, cancel]() -> Deliver {
+             [state = state(), batch = std::move(batch), max_tokens, temperature, cancel]() -> Deliver {
                Model& model = state->open();
                const int64_t most = max_tokens > 0 ? max_tokens : model.tokens_that_fit(false);
-               auto scores = std::make_shared<Scores>(model.score(batch, most, *cancel));
+               auto scores = std::make_shared<Scores>(model.score(batch, most, *cancel, temperature));
                return [scores](Napi::Env env) { return scores_to_js(env, std::move(*scores)); };
              });
   });

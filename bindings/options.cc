@@ -7,6 +7,12 @@
 
 namespace merf {
 
+float to_temperature(const Napi::Value& value, const std::string& name) {
+  const float temperature = static_cast<float>(to_number(value, name, 0.0, 1e6));
+  // Below this the reciprocal overflows; the draw is the greedy one either way.
+  return temperature < 1e-6f ? 0.0f : temperature;
+}
+
 LossOptions to_loss_options(const Napi::Object& object, const std::string& name) {
   LossOptions options;
   options.kind = static_cast<LossKind>(to_choice(object.Get("kind"), name + ".kind",
@@ -19,15 +25,20 @@ LossOptions to_loss_options(const Napi::Object& object, const std::string& name)
   options.clip_high = coefficient("clipHigh");
   options.kl_coefficient = coefficient("klCoefficient");
   options.entropy_coefficient = to_float(object.Get("entropyCoefficient"), name + ".entropyCoefficient");
+  if (const Napi::Value kl_ratio = object.Get("klRatio"); !kl_ratio.IsUndefined()) {
+    options.kl_ratio = to_bool(kl_ratio, name + ".klRatio");
+    if (options.kl_ratio && options.kind == LossKind::cross_entropy) {
+      refuse("a loss with a ratio", name + ".klRatio", "cross_entropy");
+    }
+  }
+  const Napi::Value temperature = object.Get("temperature");
+  if (!temperature.IsUndefined()) options.temperature = to_temperature(temperature, name + ".temperature");
   return options;
 }
 
 SamplingOptions to_sampling_options(const Napi::Object& object, const std::string& name) {
   SamplingOptions options;
-  options.temperature =
-      static_cast<float>(to_number(object.Get("temperature"), name + ".temperature", 0.0, 1e6));
-  // Below this the reciprocal overflows; the draw is the greedy one either way.
-  if (options.temperature < 1e-6f) options.temperature = 0.0f;
+  options.temperature = to_temperature(object.Get("temperature"), name + ".temperature");
   options.top_k = static_cast<int32_t>(
       to_integer(object.Get("topK"), name + ".topK", 0, std::numeric_limits<int32_t>::max()));
   options.top_p = static_cast<float>(to_number(object.Get("topP"), name + ".topP", 0.0, 1.0));

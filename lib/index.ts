@@ -13,10 +13,8 @@ export * from './policy/index.js';
 export {
   formatMotivation,
   type Motivation,
-  type MotivationSchedule,
-  type MotivationStage,
+  type MotivationMix,
   type MotivationView,
-  motivationAt,
   parseMotivation,
 } from './prompt/motivation.js';
 export * from './reward/index.js';

@@ -46,6 +46,8 @@ export interface NativeModelConfig {
   mlpSize: number;
   vocabSize: number;
   rmsNormEps: number;
+  /** The id whose embedding takes no gradient where it is looked up; a tied head's gradient it has all the same. */
+  paddingId?: number | undefined;
   /** The language-model head is the embedding table. */
   tiedHead: boolean;
   /** The q, k and v projections have biases. */
@@ -106,6 +108,10 @@ export interface NativeLossOptions {
   /** Coefficient of the k3 estimator; above 0 it needs reference log-probabilities. */
   klCoefficient: number;
   entropyCoefficient: number;
+  /** Divides the logits; 0 and none: 1. */
+  temperature?: number | undefined;
+  /** Whether the KL term is multiplied by the ratio, which carries gradient; not for cross_entropy. */
+  klRatio?: boolean | undefined;
 }
 
 /** How the losses of rows become one number. */
@@ -121,6 +127,8 @@ export interface NativeLossAggregation {
   completions: number;
   /** For `constant`. */
   maxTokens?: number | undefined;
+  /** What stands in for the number of completions and of rows; above 0. */
+  normalizer?: { completions?: number | undefined; tokens?: number | undefined } | undefined;
 }
 
 /** The loss over a batch's R rows; formulas of a row's loss in native/backend/backend.h. */
@@ -129,16 +137,26 @@ export interface NativeLoss extends NativeLossOptions, NativeLossAggregation {
   advantages?: Float32Array | undefined;
   /** [R], not for cross_entropy. NaN: the model as it is now stands in, and the ratio is 1. */
   oldLogprobs?: Float32Array | undefined;
-  /** [R]. NaN: there is none, which is refused where `klCoefficient` is above 0. */
+  /** [R]. NaN: there is none, which is refused where the row's KL coefficient is above 0. */
   referenceLogprobs?: Float32Array | undefined;
+  /** [R], each row's own in place of `klCoefficient`. */
+  klCoefficients?: Float32Array | undefined;
+  /** [R], each row's own in place of `entropyCoefficient`. */
+  entropyCoefficients?: Float32Array | undefined;
 }
 
 export interface NativeLossStatistics {
-  /** Rows, which all means below are over. */
+  /** Rows whose weights are not all 0. */
   tokens: number;
-  /** Mean k3 estimate of KL(policy || reference), in nats; 0 where no reference was given. */
+  /**
+   * Mean k3 estimate of KL(policy || reference), in nats, over the rows that have a reference and a KL weight, times
+   * their ratios under `klRatio`; 0 where there are none.
+   */
   kl: number;
-  /** Share of tokens whose ratio is clipped so that no gradient flows: below with A < 0, or above with A > 0. */
+  /**
+   * Share of the ratios, by token and for gspo by completion, in whose place the clip bound stands, so that no gradient
+   * flows: below with A < 0, or above with A > 0.
+   */
   clipFraction: number;
   clipLowFraction: number;
   clipHighFraction: number;
@@ -187,11 +205,11 @@ export interface NativeSampleResult {
   /** [S + 1], where each completion begins in the following. */
   offsets: Int32Array;
   tokens: Int32Array;
-  /** Under softmax(logits): what `score` gives and the importance ratio uses. */
+  /** Under softmax(logits / temperature), 0 as 1: what `score` gives and the importance ratio uses. */
   logprobs: Float32Array;
   /** Under the distribution drawn from. */
   samplingLogprobs: Float32Array;
-  /** Entropies of softmax(logits), in nats. */
+  /** Entropies of that distribution, in nats. */
   entropies: Float32Array;
   /** [S] 0: stop token, 1: length, 2: stop string, 3: pending, which has not ended */
   finishReasons: Uint8Array;
@@ -244,12 +262,14 @@ export interface NativeModel {
   logits(batch: Omit<NativeBatch, 'targets'>): Promise<Float32Array>;
   /**
    * `maxTokens` is the most tokens that go through the model at once, as far as segments divide the forest (default:
-   * as many as suit the device's memory); every token is computed once all the same.
+   * as many as suit the device's memory); every token is computed once all the same. `temperature` (default 1) divides
+   * the logits; 0 stands for 1.
    */
   score(
     batch: NativeBatch,
     cancel: CancelToken,
     maxTokens?: number,
+    temperature?: number,
   ): Promise<{ logprobs: Float32Array; entropies: Float32Array }>;
   /**
    * Adds to the gradients; `maxTokens` as for `score`. Where the loss is not finite (`finite` is false) or the engine
@@ -314,6 +334,8 @@ export interface NativeLossTensors extends NativeLossOptions {
   oldLogprobs?: NativeTensor | undefined;
   referenceLogprobs?: NativeTensor | undefined;
   sequences?: Int32Array | undefined;
+  klWeights?: NativeTensor | undefined;
+  entropyWeights?: NativeTensor | undefined;
 }
 
 /** Kernels over tensors; lib/kernels says what they compute. */

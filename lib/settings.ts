@@ -46,6 +46,12 @@ export function parseSettings<S extends z.ZodObject>(
   throw new MerfError(code, `In ${where}: ${problems.join('; ')}`);
 }
 
+/** What each key of `schema` is where it is not given. */
+export function defaultsOf(schema: z.ZodObject): Record<string, unknown> {
+  const fields = Object.entries(schema.shape) as [string, z.ZodType][];
+  return Object.fromEntries(fields.map(([key, field]) => [key, field.safeParse(undefined).data]));
+}
+
 /** The keys of `schema` in which a resumed run may not differ from the run it goes on with. */
 export function keysThatMatter(schema: z.ZodObject): string[] {
   return Object.entries(schema.shape)

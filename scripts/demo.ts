@@ -3,7 +3,7 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { shortPath } from '../lib/cli/paths.js';
 import { duration, percent, sparkline } from '../lib/cli/terminal.js';
-import { type Evaluation, evaluate } from '../lib/evaluate/index.js';
+import { type Evaluation, evaluate, pairedDifference, type RowResult } from '../lib/evaluate/index.js';
 import { packageRoot } from '../lib/package-root.js';
 import { defaultModel, Policy } from '../lib/policy/index.js';
 import { knightsAndKnaves } from '../lib/tasks/knights-and-knaves/index.js';
@@ -26,35 +26,60 @@ const seed = Number(values.seed);
 const started = performance.now();
 const elapsed = () => (performance.now() - started) / 1000;
 const live = process.stdout.isTTY === true;
-const task = await knightsAndKnaves.open({ people: 2 });
+const task = await knightsAndKnaves.open({ people: 3 });
 const testRows = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: puzzles }, (_, i) => testRows.at(i));
 const folder = join(packageRoot(), 'runs', 'demo');
-const maxTokens = 192;
+const maxTokens = 256;
 
-type Validation = Record<'none' | 'full', Evaluation>;
+const views = ['none', 'full'] as const;
+type Validation = Record<(typeof views)[number], { evaluation: Evaluation; rows: RowResult[] }>;
 
-async function validate(policy: Policy): Promise<Validation> {
-  const options = { samples: 2, maxTokens, seed: 1 };
-  return {
-    none: await evaluate(policy, task, heldOut, { ...options, motivation: 'none' }),
-    full: await evaluate(policy, task, heldOut, { ...options, motivation: 'full' }),
-  };
+interface Recipe {
+  name: string;
+  mark: string;
+  settings: { motivation: string; learnUnder?: string };
 }
 
-/** Trains the shipped model from its start with the motivation given, and shows the reward as it goes. */
-async function train(name: string, motivation: 'none' | 'full') {
-  const out = join(folder, motivation === 'full' ? 'merf' : 'rlvr');
+const recipes: readonly Recipe[] = [
+  { name: 'RLVR', mark: 'r', settings: { motivation: 'none' } },
+  { name: 'MeRF', mark: 'm', settings: { motivation: 'full' } },
+  {
+    name: 'MeRF, then none',
+    mark: 'n',
+    settings: { motivation: `full@0,none@${Math.round(steps / 2)}`, learnUnder: 'both' },
+  },
+];
+
+async function validate(policy: Policy): Promise<Validation> {
+  const under = async (motivation: (typeof views)[number]) => {
+    const rows: RowResult[] = [];
+    const onRow = (row: RowResult) => rows.push(row);
+    const evaluation = await evaluate(policy, task, heldOut, {
+      samples: 2,
+      maxTokens,
+      seed: 1,
+      motivation,
+      onRow,
+    });
+    return { evaluation, rows };
+  };
+  return { none: await under('none'), full: await under('full') };
+}
+
+/** Trains the shipped model from its start by a recipe, and shows the reward as it goes. */
+async function train({ name, settings }: Recipe) {
+  const out = join(folder, name.toLowerCase().replaceAll(/\W+/g, '-'));
   await rm(out, { recursive: true, force: true });
   const policy = await Policy.load(model);
   const rewards: number[] = [];
   const begun = performance.now();
   try {
     const trainer = new Trainer({
+      ...settings,
       policy,
       task,
       out,
-      motivation,
       steps,
       seed,
       promptsPerStep: 8,
@@ -69,7 +94,7 @@ async function train(name: string, motivation: 'none' | 'full') {
         if (typeof reward !== 'number') return;
         rewards.push(reward);
         const line =
-          `${name}  step ${String(event.step).padStart(3)}/${steps}  reward ${reward.toFixed(2).padStart(5)}  ` +
+          `${name.padEnd(15)}  step ${String(event.step).padStart(3)}/${steps}  reward ${reward.toFixed(2).padStart(5)}  ` +
           `correct ${percent(Number(correct)).padStart(6)}  ${sparkline(rewards, 40)}`;
         if (live) process.stdout.write(`\r\x1b[2K${line.slice(0, (process.stdout.columns ?? 100) - 1)}`);
         else if (event.step % 10 === 0 || event.step === steps) process.stdout.write(`${line}\n`);
@@ -108,41 +133,61 @@ function chart(curves: readonly { mark: string; values: readonly number[] }[]): 
   ].join('\n');
 }
 
-const cell = ({ accuracy, accuracyError, reward }: Evaluation) =>
-  `${percent(accuracy).padStart(6)} ±${(100 * accuracyError).toFixed(1).padStart(4)}  ${reward.toFixed(2).padStart(6)}`;
+const cell = ({ evaluation: { accuracy, accuracyError } }: Validation['none']) =>
+  `${percent(accuracy).padStart(6)} ± ${(100 * accuracyError).toFixed(1)}`;
 
-function tableLine(name: string, validation: Validation): string {
-  return `${name.padEnd(14)} ${cell(validation.none)}    ${cell(validation.full)}`;
+/** How much more accurate a recipe left the model than the first one did. */
+function less(first: Validation, other: Validation, view: (typeof views)[number]): string {
+  if (first === other) return '';
+  const { difference, error } = pairedDifference(other[view].rows, first[view].rows);
+  return `${difference < 0 ? '-' : '+'}${(100 * Math.abs(difference)).toFixed(1)} ± ${(100 * error).toFixed(1)}`;
 }
 
 console.log(
-  `Two-person knights and knaves, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
+  `Knights and knaves with three people, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
     `Validated on ${puzzles} held-out puzzles, 2 completions each, temperature 1.\n`,
 );
 const base = await Policy.load(model, { trainable: false });
 const device = `${base.device.description}, ${base.device.threads} threads`;
 const before = await validate(base);
 base.dispose();
+const { accuracy, clusters } = before.none.evaluation;
 console.log(
-  `before: accuracy ${percent(before.none.accuracy)} without and ${percent(before.full.accuracy)} with motivation ` +
+  `before: accuracy ${percent(accuracy)} without and ${percent(before.full.evaluation.accuracy)} with motivation ` +
     `(${duration(elapsed())})\n`,
 );
-const rlvr = await train('RLVR', 'none');
-const merf = await train('MeRF', 'full');
+const runs = [];
+for (const recipe of recipes) runs.push({ ...recipe, ...(await train(recipe)) });
+const [rlvr] = runs as [(typeof runs)[number]];
 
-console.log('\nMean reward of the training completions (r: RLVR, m: MeRF, *: both)');
 console.log(
-  chart([
-    { mark: 'r', values: rlvr.rewards },
-    { mark: 'm', values: merf.rewards },
-  ]),
+  `\nMean reward of the training completions (${runs.map(({ mark, name }) => `${mark}: ${name}`).join(', ')}, *: several)`,
 );
+console.log(chart(runs.map(({ mark, rewards }) => ({ mark, values: rewards }))));
+const table = [
+  ['', 'without motivation', 'less RLVR', 'with motivation', 'less RLVR'],
+  ['before', cell(before.none), '', cell(before.full), ''],
+  ...runs.map(({ name, validation }) => [
+    `after ${name}`,
+    cell(validation.none),
+    less(rlvr.validation, validation, 'none'),
+    cell(validation.full),
+    less(rlvr.validation, validation, 'full'),
+  ]),
+];
 console.log(`
-               validated without motivation    with motivation
-               accuracy       reward           accuracy       reward
-${tableLine('before', before)}
-${tableLine('after RLVR', rlvr.validation)}
-${tableLine('after MeRF', merf.validation)}
+Accuracy, with its standard error over the ${clusters} distinct puzzles; differences puzzle by puzzle.
+${table
+  .map((row) =>
+    row
+      .map((text, i) => text.padEnd(i === 0 ? 23 : 21))
+      .join('')
+      .trimEnd(),
+  )
+  .join('\n')}
 
-Training took ${duration(rlvr.seconds)} by RLVR and ${duration(merf.seconds)} by MeRF, everything together ${duration(elapsed())}, on ${device}.
-Metrics, completions and models are in ${shortPath(folder)}/rlvr and ${shortPath(folder)}/merf.`);
+What to look for: MeRF does best while it is told the rules and falls behind RLVR without them; learned under both prompts
+and then without, it needs no telling: it stands ahead of RLVR in the first column, and level with MeRF in the third.
+
+Training took ${runs.map(({ name, seconds }) => `${duration(seconds)} by ${name}`).join(', ')}, everything together ${duration(elapsed())}, on ${device}.
+Metrics, completions and models are in ${shortPath(folder)}.`);

@@ -1,5 +1,7 @@
 import { extname, isAbsolute, resolve } from 'node:path';
+import type { z } from 'zod';
 import { MerfError } from '../errors.js';
+import { unknownKey } from '../settings.js';
 import { getTaskFactory, type Task, type TaskFactory } from '../tasks/index.js';
 
 /** A task as settings give it: its name or path, or in a module also the task before or after it was opened. */
@@ -33,8 +35,7 @@ export function taskPath(task: string, folder: string): string {
  * @throws MerfError INVALID_CONFIG where there is none, and what `getTaskFactory` and opening throw
  */
 export async function openTask(settings: TaskChoice): Promise<Task> {
-  const { task } = settings;
-  if (task === undefined) throw new MerfError('INVALID_CONFIG', 'Expected a task: name one with --task');
+  const task = taskOf(settings);
   if (isOpened(task)) {
     if (settings.data === undefined && settings.testData === undefined) return task;
     throw new MerfError(
@@ -42,7 +43,55 @@ export async function openTask(settings: TaskChoice): Promise<Task> {
       `Expected no data beside the task ${task.name}, which the config file has opened already`,
     );
   }
-  const factory = isFactory(task) ? task : await getTaskFactory(task as string);
+  return openFactory(await factoryOf(task), settings);
+}
+
+/**
+ * The task that the settings name with some options changed, whose values are given as on the command line.
+ * @throws MerfError INVALID_CONFIG where the task has no such option, and as `openTask` does
+ */
+export async function openTaskWith(
+  settings: TaskChoice,
+  changed: Readonly<Record<string, string>>,
+): Promise<Task> {
+  const task = taskOf(settings);
+  if (isOpened(task)) {
+    throw new MerfError(
+      'INVALID_CONFIG',
+      `Expected a task that is not open yet where its options change, but the config file has opened ${task.name}`,
+    );
+  }
+  const factory = await factoryOf(task);
+  const shape = factory.options.shape as Record<string, z.ZodType>;
+  const values = Object.entries(changed).map(([key, text]) => {
+    const schema = shape[key];
+    if (schema === undefined) {
+      throw new MerfError(
+        'INVALID_CONFIG',
+        `The task ${factory.name}: ${unknownKey(key, Object.keys(shape))}`,
+      );
+    }
+    return [key, schema.safeParse(text).success ? text : literalOf(text)];
+  });
+  return openFactory(factory, { ...settings, ...Object.fromEntries(values) });
+}
+
+function taskOf({ task }: TaskChoice): NamedTask {
+  if (task === undefined) throw new MerfError('INVALID_CONFIG', 'Expected a task: name one with --task');
+  return task;
+}
+
+async function factoryOf(task: string | TaskFactory): Promise<TaskFactory> {
+  return isFactory(task) ? task : getTaskFactory(task);
+}
+
+function openFactory(factory: TaskFactory, settings: TaskChoice): Promise<Task> {
   const keys = Object.keys(factory.options.shape);
   return factory.open(Object.fromEntries(keys.map((key) => [key, settings[key]])));
+}
+
+/** A number or a truth value where the text reads as one. */
+function literalOf(text: string): unknown {
+  if (text === 'true' || text === 'false') return text === 'true';
+  return text.trim() === '' || Number.isNaN(Number(text)) ? text : Number(text);
 }

@@ -111,8 +111,9 @@ export async function verifyDataset<Row>(
             labels: [String(number)],
             signal,
           })
-        : [{ prompt: renderPrompt(tokenizer, task.messages(row, motivation)), episodes: [] }];
-      const { prompt, episodes } = group as NonNullable<typeof group>;
+        : [{ episodes: [] }];
+      const { episodes } = group as NonNullable<typeof group>;
+      const prompt = episodes[0]?.prompt ?? renderPrompt(tokenizer, task.messages(row, motivation));
       const { length } = prompt.tokens;
       lengths.push(length);
       if (options.tokenizer && length > (options.maxPromptTokens ?? Number.POSITIVE_INFINITY)) {

@@ -16,7 +16,8 @@ import { type FloatDType, kernelCall, type Tensor } from './device.js';
  * - `cross_entropy`: -logprob
  *
  * plus klCoefficient (exp(d) - d - 1) with d = referenceLogprob - logprob, the k3 estimator, minus
- * entropyCoefficient times the entropy. The loss is the sum of weights[r] times row r's.
+ * entropyCoefficient times the entropy. The loss is the sum over rows r of these three terms, times weights[r],
+ * klWeights[r] and entropyWeights[r].
  */
 export interface PolicyLossOptions {
   kind?: NativeLossKind | undefined;
@@ -26,16 +27,22 @@ export interface PolicyLossOptions {
   clipHigh?: number | undefined;
   /** Default 0. */
   klCoefficient?: number | undefined;
+  /** Whether the KL term is multiplied by the ratio, through which gradient flows, too. Default false. */
+  klRatio?: boolean | undefined;
   /** Default 0. */
   entropyCoefficient?: number | undefined;
   /**
-   * [R] f32, as `lossWeights` gives them: the normalisation of grpo, dapo, dr_grpo or bnpo lies in them. A
-   * row of weight 0 counts for nothing.
+   * [R] f32, as `lossWeights` gives them: the normalisation of grpo, dapo, dr_grpo or bnpo lies in them. What a
+   * row has for a term of weight 0 may be anything.
    */
   weights: Tensor<FloatDType>;
+  /** [R] f32, what the KL term is multiplied by beside klCoefficient. Default: `weights`. */
+  klWeights?: Tensor<FloatDType> | undefined;
+  /** [R] f32, what the entropy term is multiplied by beside entropyCoefficient. Default: `weights`. */
+  entropyWeights?: Tensor<FloatDType> | undefined;
   /** [R] f32, not for cross_entropy. */
   advantages?: Tensor<FloatDType> | undefined;
-  /** [R] f32, not for cross_entropy. */
+  /** [R] f32, not for cross_entropy. NaN: the row's own log-probability stands in, and its ratio is 1. */
   oldLogprobs?: Tensor<FloatDType> | undefined;
   /** [R] f32, needed where klCoefficient is above 0. */
   referenceLogprobs?: Tensor<FloatDType> | undefined;
@@ -61,6 +68,8 @@ export interface FusedPolicyLossArguments extends PolicyLossOptions {
   rows: Int32Array;
   /** [R], the token ids they are to predict. */
   targets: Int32Array;
+  /** Divides the logits; 0 (greedy) stands for 1. Default 1. */
+  temperature?: number | undefined;
 }
 
 type Call = ReturnType<typeof kernelCall>;
@@ -77,6 +86,9 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
     oldLogprobs: call.optional(args.oldLogprobs, 'oldLogprobs'),
     referenceLogprobs: call.optional(args.referenceLogprobs, 'referenceLogprobs'),
     sequences: args.sequences,
+    klRatio: args.klRatio,
+    klWeights: call.optional(args.klWeights, 'klWeights'),
+    entropyWeights: call.optional(args.entropyWeights, 'entropyWeights'),
   };
 }
 
@@ -86,6 +98,8 @@ function lossTensors(call: Call, args: PolicyLossOptions) {
  * - `sequence_mean`: the mean over a completion's rows, then the mean over completions (GRPO,
  *   arXiv:2402.03300)
  * - `constant`: the sum over rows, divided by completions times `maxTokens` (Dr. GRPO, arXiv:2503.20783)
+ *
+ * `normalizer` stands in for the number of rows or of completions, where these rows are a part of what is averaged.
  * @throws MerfError INVALID_ARGUMENT
  */
 export function lossWeights(args: NativeLossAggregation): Float32Array {
@@ -110,7 +124,7 @@ export async function policyLoss(
 }
 
 /**
- * Head, log-softmax, loss and their backward in one, without ever holding rows x vocabulary.
+ * Head, log-softmax(logits / temperature), loss and their backward in one, without ever holding rows x vocabulary.
  * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as
  *   weight, f32)
  * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
@@ -129,6 +143,7 @@ export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{
     weight: call.handle(args.weight, 'weight'),
     rows: args.rows,
     targets: args.targets,
+    temperature: args.temperature,
   });
   return {
     loss: result.loss,

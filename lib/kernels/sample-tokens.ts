@@ -22,11 +22,11 @@ export interface SampleTokensArguments {
 export interface SampledTokens {
   /** [B] i32 */
   tokens: Tensor<'i32'>;
-  /** [B] under softmax(logits): the one that an importance ratio compares. */
+  /** [B] under softmax(logits / temperature), greedy as 1, untruncated: the one that an importance ratio compares. */
   logprobs: Tensor<'f32'>;
   /** [B] under the distribution drawn from, after temperature and truncation; 0 where greedy. */
   samplingLogprobs: Tensor<'f32'>;
-  /** [B] of softmax(logits), in nats. */
+  /** [B] of the distribution of `logprobs`, in nats. */
   entropies: Tensor<'f32'>;
 }
 

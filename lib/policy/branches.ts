@@ -6,22 +6,44 @@ export interface Branch {
   completions: Segment[];
 }
 
+// A shared beginning of fewer tokens is computed twice: it would cost a segment of its own more than it saves.
+const leastShared = 16;
+
 /**
- * One tree of all branches: what their prompts begin with in common (the motivation, mostly) is the root, the
- * rest of each prompt a child of it, and its completions that one's children. Targets keep the order of the
- * branches.
+ * One tree of all branches: what their prompts begin with in common (the beginning of the system message, mostly) is the
+ * root, and what neighbours among them begin with beyond that (its motivation, say) a child of it; below stand the rest
+ * of each prompt and its completions. Targets keep the order of the branches, so those that share much belong beside each
+ * other.
  */
 export function forestOf(branches: readonly Branch[]): Forest {
-  const prompts = branches.map((branch) => branch.promptTokens);
-  const shared = branches.length > 1 ? commonPrefix(prompts) : 0;
-  const children = branches.map(
-    ({ promptTokens, completions }): Segment => ({
-      tokens: slice(promptTokens, shared),
-      children: completions,
-    }),
-  );
-  const first = prompts[0];
-  return shared > 0 && first !== undefined ? [{ tokens: slice(first, 0, shared), children }] : children;
+  return segmentsOf(branches, 0, 1);
+}
+
+/** Segments of branches whose first `depth` tokens stand above them. */
+function segmentsOf(branches: readonly Branch[], depth: number, least: number): Segment[] {
+  return neighbours(branches, depth, least).flatMap((together): Segment[] => {
+    const [first] = together as [Branch];
+    if (together.length === 1) {
+      return [{ tokens: slice(first.promptTokens, depth), children: first.completions }];
+    }
+    const shared = commonPrefix(together.map((branch) => branch.promptTokens));
+    const tokens = slice(first.promptTokens, depth, shared);
+    return [{ tokens, children: segmentsOf(together, shared, leastShared) }];
+  });
+}
+
+/** The branches in stretches, each as long as all of it share at least `least` tokens behind `depth`. */
+function neighbours(branches: readonly Branch[], depth: number, least: number): Branch[][] {
+  const stretches: Branch[][] = [];
+  for (const branch of branches) {
+    const stretch = stretches.at(-1);
+    const first = stretch?.[0];
+    // Of each at least one token is left over, so that no segment is empty.
+    const shared = first ? commonPrefix([first.promptTokens, branch.promptTokens]) - depth : 0;
+    if (stretch && shared >= least) stretch.push(branch);
+    else stretches.push([branch]);
+  }
+  return stretches;
 }
 
 /** Tokens computed for a forest: each distinct one once. */

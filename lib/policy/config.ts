@@ -10,6 +10,12 @@ export interface ModelConfig extends Omit<NativeModelConfig, 'rope' | 'dtype'> {
   rope: RopeConfig;
 }
 
+/** PyTorch's padding index of a table: from the end where it is negative; none where the table has no such row. */
+function paddingId(index: number | undefined, vocabSize: number): { paddingId?: number } {
+  const id = index === undefined || index >= 0 ? index : vocabSize + index;
+  return id === undefined || id < 0 || id >= vocabSize ? {} : { paddingId: id };
+}
+
 const limits = { size: 1 << 20, heads: 1 << 14, layers: 4096, vocabulary: 1 << 24, positions: 1 << 26 };
 
 /** What holds between a config's numbers, whichever file they came from. Returns the config. */
@@ -53,6 +59,13 @@ export function checkConfig(config: ModelConfig): ModelConfig {
         `Expected an integer from 1 to ${maximum} for config.${key} but received ${value}`,
       );
     }
+  }
+  const { paddingId: padding } = config;
+  if (padding !== undefined && !(Number.isInteger(padding) && padding >= 0 && padding < config.vocabSize)) {
+    throw new MerfError(
+      'INVALID_ARGUMENT',
+      `Expected a token id below ${config.vocabSize} for config.paddingId but received ${padding}`,
+    );
   }
   if (!(config.rmsNormEps >= 0 && config.rmsNormEps < 1)) {
     throw new MerfError(
@@ -129,6 +142,10 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
     );
   }
   const llamaBias = architecture === 'llama' && fields.boolean('attention_bias', false);
+  const vocabSize = fields.integer('vocab_size', 1, limits.vocabulary);
+  const pad = fields.has('pad_token_id')
+    ? fields.integer('pad_token_id', -limits.vocabulary, limits.vocabulary)
+    : undefined;
   return checked(path, {
     architecture,
     hiddenSize,
@@ -137,7 +154,8 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
     kvHeads: fields.integer('num_key_value_heads', 1, limits.heads, heads),
     headSize: fields.integer('head_dim', 1, limits.size, hiddenSize / heads),
     mlpSize: fields.integer('intermediate_size', 1, limits.size),
-    vocabSize: fields.integer('vocab_size', 1, limits.vocabulary),
+    vocabSize,
+    ...paddingId(pad, vocabSize),
     rmsNormEps: fields.number('rms_norm_eps', 'a number from 0 to 1', (n) => n >= 0 && n < 1, 1e-6),
     tiedHead: fields.boolean('tie_word_embeddings', false),
     attentionBias: architecture === 'qwen2' || llamaBias,
@@ -225,7 +243,7 @@ function ropeFromJson(fields: Fields): RopeConfig {
 export function configToJson(
   config: ModelConfig,
   dtype: 'float32' | 'bfloat16',
-  tokens: { bos?: number | undefined; eos: readonly number[]; pad?: number | undefined },
+  tokens: { bos?: number | undefined; eos: readonly number[] },
 ): Record<string, unknown> {
   const { rope } = config;
   const scaling =
@@ -264,7 +282,8 @@ export function configToJson(
     use_cache: true,
     bos_token_id: tokens.bos ?? null,
     eos_token_id: tokens.eos.length === 1 ? tokens.eos[0] : tokens.eos.length === 0 ? null : tokens.eos,
-    pad_token_id: tokens.pad ?? null,
+    // Beside its use in batches it says which embedding is not trained; the tokenizer's files have the pad token itself.
+    pad_token_id: config.paddingId ?? null,
     torch_dtype: dtype,
   };
 }
@@ -311,6 +330,10 @@ export function configFromGguf(file: GgufFile, ropeDivisors: Float32Array | unde
   const llamaBias = architecture === 'llama' && tensors.has('blk.0.attn_q.bias');
   const embedding = tensors.get('token_embd.weight');
   if (embedding === undefined) throw malformed(path, 'expected a tensor token_embd.weight but there is none');
+  const vocabSize = embedding.shape[0] as number;
+  const pad = all.has('tokenizer.ggml.padding_token_id')
+    ? all.integer('tokenizer.ggml.padding_token_id', 0, limits.vocabulary)
+    : undefined;
   return checked(path, {
     architecture,
     hiddenSize,
@@ -319,7 +342,8 @@ export function configFromGguf(file: GgufFile, ropeDivisors: Float32Array | unde
     kvHeads: fields.integer('attention.head_count_kv', 1, limits.heads, heads),
     headSize,
     mlpSize: fields.integer('feed_forward_length', 1, limits.size),
-    vocabSize: embedding.shape[0] as number,
+    vocabSize,
+    ...paddingId(pad, vocabSize),
     rmsNormEps: Number(
       fields
         .number('attention.layer_norm_rms_epsilon', 'a number from 0 to 1', (n) => n >= 0 && n < 1)

@@ -110,6 +110,11 @@ export function parameterBytes(
   return count * 16;
 }
 
+/** Bytes of the device's memory that could be taken now. */
+export function freeBytesOf(device: string): number {
+  return native().describeDevice(device).freeBytes;
+}
+
 export function gib(bytes: number): string {
   return `${(bytes / 2 ** 30).toFixed(1)} GiB`;
 }

@@ -11,11 +11,21 @@ export interface Segment {
 
 /** Per-token arrays have one element for each of the segment's tokens. */
 export interface TrainTarget {
-  /** The advantage of the whole completion; every loss but cross_entropy needs it. */
-  advantage?: number | undefined;
-  /** Untempered log-probabilities under the policy that drew the tokens (`Completion.logprobs`). */
+  /**
+   * The advantage of the whole completion, or [tokens] of each token (an importance weight times an advantage, say); every
+   * loss but cross_entropy needs it.
+   */
+  advantage?: number | ArrayLike<number> | undefined;
+  /** Coefficient of the KL penalty on this target, at least 0. Default: the loss's. */
+  kl?: number | undefined;
+  /** Coefficient of the entropy bonus on this target. Default: the loss's. */
+  entropy?: number | undefined;
+  /**
+   * Log-probabilities under the policy that drew the tokens (`Completion.logprobs`), at the loss's temperature. Default:
+   * those of the policy as it is now.
+   */
   logprobs?: ArrayLike<number> | undefined;
-  /** Untempered log-probabilities under the reference policy, for the KL penalty. */
+  /** Log-probabilities under the reference policy, for the KL penalty, at the loss's temperature. */
   referenceLogprobs?: ArrayLike<number> | undefined;
   /** 0 leaves a token out of loss and scores. Default: all 1. */
   mask?: ArrayLike<number> | undefined;
@@ -180,14 +190,26 @@ export function checkedTokens(tokens: ArrayLike<number>, vocabSize: number, argu
 }
 
 function activeTokens(train: TrainTarget, length: number, depth: number, where: string): Int32Array {
-  for (const key of ['logprobs', 'referenceLogprobs', 'mask'] as const) {
-    const values = train[key];
+  const perToken = {
+    logprobs: train.logprobs,
+    referenceLogprobs: train.referenceLogprobs,
+    ...(typeof train.advantage === 'object' && train.advantage !== null && { advantage: train.advantage }),
+  };
+  for (const [key, values] of Object.entries({ ...perToken, mask: train.mask })) {
     if (values !== undefined && values.length !== length) {
       throw invalidArgument(`${where}.${key}`, `${length} values, one for each token,`, values);
     }
   }
-  if (train.advantage !== undefined && !Number.isFinite(train.advantage)) {
-    throw invalidArgument(`${where}.advantage`, 'a finite number', train.advantage);
+  for (const key of ['advantage', 'kl', 'entropy'] as const) {
+    const value = train[key];
+    if (value === undefined || (key === 'advantage' && 'advantage' in perToken)) continue;
+    const valid = Number.isFinite(value) && (key !== 'kl' || (value as number) >= 0);
+    if (!valid)
+      throw invalidArgument(
+        `${where}.${key}`,
+        key === 'kl' ? 'a non-negative number' : 'a finite number',
+        value,
+      );
   }
   if (train.sequence !== undefined && !Number.isSafeInteger(train.sequence)) {
     throw invalidArgument(`${where}.sequence`, 'an integer', train.sequence);
@@ -198,9 +220,9 @@ function activeTokens(train: TrainTarget, length: number, depth: number, where: 
     const included = mask === undefined ? 1 : mask[i];
     if (included !== 0 && included !== 1) throw invalidArgument(`${where}.mask[${i}]`, '0 or 1', included);
     if (included === 0) continue;
-    for (const key of ['logprobs', 'referenceLogprobs'] as const) {
-      const value = train[key]?.[i];
-      if (value !== undefined && !Number.isFinite(value))
+    for (const [key, values] of Object.entries(perToken)) {
+      const value = values?.[i];
+      if (values !== undefined && !Number.isFinite(value))
         throw invalidArgument(`${where}.${key}[${i}]`, 'a finite number', value);
     }
     active.push(i);

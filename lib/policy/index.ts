@@ -6,7 +6,7 @@ export { defaultModel } from './default-model.js';
 export type { DeviceDescription } from './devices.js';
 export type { Forest, Segment, TrainTarget } from './forest.js';
 export type { TokenizerFiles } from './gguf-tokenizer.js';
-export type { Loss, LossStatistics, LossStats, PolicyLossType } from './loss.js';
+export type { Loss, LossNormalizer, LossStatistics, LossStats, PolicyLossType } from './loss.js';
 export { openModel, readTokenizerFiles } from './model-files.js';
 export type {
   CacheStatistics,

@@ -10,10 +10,25 @@ import type { FinishReason } from '../reward/completion.js';
 import { saveAdapter } from './adapter.js';
 import { CallQueue, cancellable, withHint } from './calls.js';
 import { checkConfig, type ModelConfig, parameterCount } from './config.js';
-import { type DeviceDescription, gib, type PlacedModel, parameterBytes, placeModel } from './devices.js';
+import {
+  type DeviceDescription,
+  freeBytesOf,
+  gib,
+  type PlacedModel,
+  parameterBytes,
+  placeModel,
+} from './devices.js';
 import { checkedTokens, type Forest, type PackedForest, packForest } from './forest.js';
 import type { TokenizerFiles } from './gguf-tokenizer.js';
-import { checkTargets, emptyStatistics, type Loss, type LossStats, nativeLoss, resolveLoss } from './loss.js';
+import {
+  checkTargets,
+  checkTemperature,
+  emptyStatistics,
+  type Loss,
+  type LossStats,
+  nativeLoss,
+  resolveLoss,
+} from './loss.js';
 import { openModel } from './model-files.js';
 import {
   type CacheStatistics,
@@ -236,23 +251,29 @@ export class Policy {
   }
 
   /**
-   * Log-probabilities (untempered) and entropies of the tokens of all segments with a `train` target. `maxTokens`
-   * bounds the tokens that are computed at once, as far as segments divide the forest (default: so many that they take
-   * a fifth of the device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
+   * Log-probabilities and entropies of the tokens of all segments with a `train` target, under softmax(logits /
+   * `temperature`) (default 1; 0, which is greedy where tokens are drawn, stands for 1). `maxTokens` bounds the tokens
+   * that are computed at once, as far as segments divide the forest (default: so many that they take a fifth of the
+   * device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted
    */
   async score(
     forest: Forest,
-    options: { maxTokens?: number | undefined; signal?: AbortSignal | undefined } = {},
+    options: {
+      maxTokens?: number | undefined;
+      temperature?: number | undefined;
+      signal?: AbortSignal | undefined;
+    } = {},
   ): Promise<Scores> {
     this.#calls.check();
+    const temperature = checkTemperature('temperature', options.temperature);
     const packed = this.#pack(forest, options.maxTokens);
     return this.#calls.enqueue('scoring', options.signal, async () => {
       if (packed.sourceRows.length === 0) {
         return { logprobs: byTarget(packed), entropies: byTarget(packed) };
       }
       const { logprobs, entropies } = await this.#batch('scoring', options.signal, (cancel) =>
-        this.model.score(nativeBatch(packed), cancel, options.maxTokens),
+        this.model.score(nativeBatch(packed), cancel, options.maxTokens, temperature),
       );
       return { logprobs: byTarget(packed, logprobs), entropies: byTarget(packed, entropies) };
     });
@@ -262,8 +283,7 @@ export class Policy {
    * Adds the gradient of the loss over the forest to the gradients. `maxTokens` bounds the tokens whose activations are
    * held at once, as far as segments divide it (default: so many that they take a quarter of what weights, gradients
    * and moments do, and at least 512 MiB); every token is computed once whatever it is, and the gradient does not depend
-   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in: its ratio is 1. They come from
-   * the same forward pass, and cost the product with the head once more.
+   * on it. Where a target has no `logprobs`, those of the policy as it is now stand in: its ratio is 1.
    *
    * A loss that is not finite (`finite` is false then), an abort or a lack of memory leaves all gradients zeroed, those
    * of earlier calls included, so that no update is made of a part of a batch. A signal that fires when all is done
@@ -426,6 +446,17 @@ export class Policy {
   memory(): { used: number; peak: number; retries?: number } {
     this.#calls.check();
     return this.model.memory();
+  }
+
+  /**
+   * Bytes of the device's memory that are free, less what gradients and moments have yet to take. On the CPU a limit
+   * on the process (cgroup) counts.
+   */
+  spareMemory(): number {
+    const { used } = this.memory();
+    const { config, dtype, trainable, loraRank } = this;
+    const needed = parameterBytes(config, { dtype, trainable, lora: loraRank > 0 });
+    return Math.max(0, freeBytesOf(this.device.name) - Math.max(0, needed - used));
   }
 
   resetPeakMemory(): void {

@@ -3,6 +3,7 @@ import type { NativeSampleRequest } from '../native.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
 import type { FinishReason } from '../reward/completion.js';
 import { checkedTokens, packPrompts } from './forest.js';
+import { checkTemperature } from './loss.js';
 import type { Tokenizer } from './tokenizer.js';
 
 /**
@@ -85,11 +86,14 @@ export interface Completion {
   text: string;
   /** With the token that ended it, if one did. */
   tokens: Int32Array;
-  /** [tokens] under softmax(logits), untempered and untruncated: the ones the importance ratio uses, on both sides. */
+  /**
+   * [tokens] under softmax(logits / temperature), untruncated; where greedy, under softmax(logits). The importance ratio
+   * uses these on both sides, with the temperature in the loss.
+   */
   logprobs: Float32Array;
   /** [tokens] under the distribution drawn from (temperature, top-k, top-p, min-p); 0 where greedy. */
   samplingLogprobs: Float32Array;
-  /** [tokens] of softmax(logits), in nats. */
+  /** [tokens] of the distribution of `logprobs`, in nats. */
   entropies: Float32Array;
   /** `stop`: an end token; `length`: maxTokens or the context; `stop_string`: one of `stop`. */
   finishReason: FinishReason;
@@ -180,13 +184,7 @@ export function sampleRequest(
     maxTokens: Int32Array.from(prompts, (prompt, p) =>
       Math.min(most[p] as number, limits.contextLength - prompt.length),
     ),
-    temperature: number(
-      'temperature',
-      options.temperature,
-      1,
-      'a non-negative number',
-      (v) => v >= 0 && v <= 1e6,
-    ),
+    temperature: checkTemperature('temperature', options.temperature),
     topK: integer('topK', options.topK, 0, 0, 2 ** 31 - 1),
     topP: number('topP', options.topP, 1, 'a number above 0 and at most 1', (v) => v > 0 && v <= 1),
     minP: number('minP', options.minP, 0, 'a number from 0 to 1', (v) => v >= 0 && v <= 1),

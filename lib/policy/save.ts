@@ -156,7 +156,7 @@ async function writeDescription(directory: string, contents: SaveContents): Prom
   await writeJson(
     join(directory, 'config.json'),
     configJson === undefined
-      ? configToJson(config, dtype, { bos: tokenizer.bosId, eos: tokenizer.eosIds, pad: tokenizer.padId })
+      ? configToJson(config, dtype, { bos: tokenizer.bosId, eos: tokenizer.eosIds })
       : { ...configJson, ...('dtype' in configJson ? { dtype } : { torch_dtype: dtype }) },
   );
   await writeFile(join(directory, 'tokenizer.json'), JSON.stringify(files.tokenizer));

@@ -17,70 +17,133 @@ export type MotivationView =
   | { readonly partial: readonly string[] }
   | { readonly template: string };
 
-/** From training step `step` on (0 is the first) the prompt shows `view`, until a later entry takes over. */
-export interface MotivationStage {
+/** From training step `step` on (0 is the first) holds `value`, until a later stage takes over. */
+export interface Stage<Value> {
   readonly step: number;
-  readonly view: MotivationView;
+  readonly value: Value;
 }
 
-/** A view for every training step: stages in ascending order of their steps, the first at step 0. */
-export type MotivationSchedule = readonly MotivationStage[];
+/** A value for every training step: stages in ascending order of their steps, the first at step 0. */
+export type Schedule<Value> = readonly Stage<Value>[];
 
-/** A view that stays, or one that changes as training goes on. */
-export type Motivation = MotivationView | MotivationSchedule;
+/** The views that the completions of a group are divided over, each by as many shares as it occurs. */
+export type MotivationMix = readonly MotivationView[];
 
-const accepted =
-  '"none", "full", "adverse", "partial:COMPONENT" (several joined by "+"), "template:FILE", ' +
-  'or a schedule of these such as "full@0,none@100"';
+/** A mix for every training step; a single view throughout is a mix of one in a schedule of one. */
+export type Motivation = Schedule<MotivationMix>;
+
+/** Under which prompts a completion is learned: the one that it was drawn under, or that of a view. */
+export type LearnView = 'same' | MotivationView;
+
+const acceptedViews =
+  '"none", "full", "adverse", "partial:COMPONENT" (several joined by "+"), "template:FILE"';
+const acceptedForms = 'a mix of these such as "full/none", or a schedule such as "full@0,none@100"';
 
 /**
- * Reads a motivation from the words of the command line and of config files: `none`, `full`, `adverse`,
- * `partial:correctness`, `partial:correctness+format`, `template:FILE` (a text file), or a schedule over training
- * steps such as `full@0,none@100`. Components are checked by the specification that describes itself.
+ * Reads a motivation from the words of the command line and of config files: a view (`none`, `full`, `adverse`,
+ * `partial:correctness`, `partial:correctness+format`, `template:FILE` for a text file), a mix of views such as
+ * `full/none` or `full/full/none`, or a schedule of these over training steps such as `full/none@0,none@100`. Components
+ * are checked by the specification that describes itself.
  *
  * @throws MerfError INVALID_ARGUMENT, or FILE_NOT_FOUND for a template that cannot be read
  */
 export function parseMotivation(text: string): Motivation {
-  if (typeof text !== 'string') throw invalidArgument('motivation', accepted, text);
-  const parts = text.split(',').map((part) => part.trim());
-  if (parts.length === 1 && !/@\d+$/.test(text.trim())) return parseView(text.trim());
-  const stages = parts.map((part): MotivationStage => {
-    const match = /^(.+)@(\d+)$/.exec(part);
-    if (!match) throw invalidArgument('motivation', `VIEW@STEP in every part of the schedule`, part);
-    return { view: parseView(match[1] as string), step: Number(match[2]) };
-  });
-  checkSchedule(stages);
-  return stages;
+  return parseSchedule(text, 'motivation', `${acceptedViews}, ${acceptedForms}`, (part, fail) =>
+    mixParts(part).map((one) => parseView(one, fail)),
+  );
+}
+
+/** A single view in the same words. @throws MerfError as `parseMotivation` does, for mixes and schedules too */
+export function parseMotivationView(text: string): MotivationView {
+  const [stage, ...later] = parseMotivation(text);
+  const [view, ...others] = (stage as Stage<MotivationMix>).value;
+  if (later.length > 0 || others.length > 0) {
+    throw invalidArgument('motivation', `one view (${acceptedViews})`, text);
+  }
+  return view as MotivationView;
 }
 
 /**
- * The view that holds at a training step.
+ * Reads under which prompts completions are learned: `same`, a view, several joined by "/" (each completion is learned
+ * under all of them), `both` for `same/none`, or a schedule of these.
+ *
+ * @throws MerfError INVALID_ARGUMENT, FILE_NOT_FOUND
+ */
+export function parseLearnUnder(text: string): Schedule<readonly LearnView[]> {
+  return parseSchedule(
+    text,
+    'learnUnder',
+    `"same", "both", ${acceptedViews}, ${acceptedForms}`,
+    (part, fail) =>
+      mixParts(part).flatMap((one): LearnView[] => {
+        if (one === 'both') return ['same', 'none'];
+        return [one === 'same' ? one : parseView(one, fail)];
+      }),
+  );
+}
+
+/**
+ * The value of a schedule that holds at a training step.
  *
  * @param step index of the training step, 0 is the first
  */
-export function motivationAt(motivation: Motivation, step: number): MotivationView {
-  if (!isSchedule(motivation)) return motivation;
-  checkSchedule(motivation);
-  let view: MotivationView = 'none';
-  for (const stage of motivation) if (stage.step <= step) view = stage.view;
-  return view;
+export function stageAt<Value>(schedule: Schedule<Value>, step: number): Value {
+  let current = schedule[0] as Stage<Value>;
+  for (const stage of schedule) if (stage.step <= step) current = stage;
+  return current.value;
 }
 
-/** The words that `parseMotivation` reads back as the same motivation; a template is shown by its length. */
-export function formatMotivation(motivation: Motivation): string {
-  if (isSchedule(motivation)) {
-    return motivation.map((stage) => `${formatMotivation(stage.view)}@${stage.step}`).join(',');
-  }
+/** The view of completion `index` of `count` under a mix: the shares lie beside each other, in the mix's order. */
+export function viewOf(mix: MotivationMix, index: number, count: number): MotivationView {
+  return mix[Math.floor((index * mix.length) / count)] as MotivationView;
+}
+
+/** The words that `parseMotivation` reads back as the same view or mix; a template is shown by its length. */
+export function formatMotivation(motivation: MotivationView | MotivationMix): string {
+  if (isMix(motivation)) return motivation.map(formatMotivation).join('/');
   if (typeof motivation === 'string') return motivation;
   if ('partial' in motivation) return `partial:${motivation.partial.join('+')}`;
   return `template of ${motivation.template.length} characters`;
 }
 
-function isSchedule(motivation: Motivation): motivation is MotivationSchedule {
+export function isMix(motivation: MotivationView | MotivationMix): motivation is MotivationMix {
   return Array.isArray(motivation);
 }
 
-function parseView(text: string): MotivationView {
+/** What a schedule or mix of the words reads as, part by part, where a part that is none of them fails. */
+type Fail = () => never;
+
+function parseSchedule<Value>(
+  text: string,
+  argument: string,
+  accepted: string,
+  parse: (part: string, fail: Fail) => Value,
+): Schedule<Value> {
+  const fail = (): never => {
+    throw invalidArgument(argument, accepted, text);
+  };
+  if (typeof text !== 'string') return fail();
+  const parts = text.split(',').map((part) => part.trim());
+  if (parts.length === 1 && !/@\d+$/.test(text.trim())) {
+    return [{ step: 0, value: parse(text.trim(), fail) }];
+  }
+  const stages = parts.map((part): Stage<Value> => {
+    const match = /^(.+)@(\d+)$/.exec(part);
+    if (!match) throw invalidArgument(argument, 'VIEW@STEP in every part of the schedule', part);
+    return { step: Number(match[2]), value: parse(match[1] as string, fail) };
+  });
+  checkSteps(stages, argument);
+  return stages;
+}
+
+/** The parts of a mix. A slash within the path of a template is none between two views. */
+function mixParts(text: string): string[] {
+  return text
+    .split(/\/(?=(?:none|full|adverse|same|both)(?:\/|$)|partial:|template:)/)
+    .map((part) => part.trim());
+}
+
+function parseView(text: string, fail: Fail): MotivationView {
   if (text === 'none' || text === 'full' || text === 'adverse') return text;
   const [, kind, value] = /^(partial|template):(.+)$/.exec(text) ?? [];
   if (kind === 'partial' && value !== undefined) {
@@ -103,17 +166,17 @@ function parseView(text: string): MotivationView {
       );
     }
   }
-  throw invalidArgument('motivation', accepted, text);
+  return fail();
 }
 
-function checkSchedule(stages: MotivationSchedule): void {
+function checkSteps(stages: Schedule<unknown>, argument: string): void {
   if (stages[0]?.step !== 0) {
-    throw invalidArgument('motivation', 'a schedule whose first view begins at step 0', stages[0]?.step);
+    throw invalidArgument(argument, 'a schedule whose first view begins at step 0', stages[0]?.step);
   }
   stages.forEach((stage, i) => {
     const previous = stages[i - 1];
     if (!Number.isSafeInteger(stage.step) || (previous && stage.step <= previous.step)) {
-      throw invalidArgument('motivation', 'whole steps in ascending order in the schedule', stage.step);
+      throw invalidArgument(argument, 'whole steps in ascending order in the schedule', stage.step);
     }
   });
 }

@@ -261,7 +261,8 @@ function sum(values: readonly number[]): number {
   return Number(values.reduce((total, value) => total + value, 0).toPrecision(12));
 }
 
-function labelOf(row: unknown): string {
+/** How messages name a row: its `id` or `index`, or the beginning of its JSON. */
+export function labelOf(row: unknown): string {
   if (typeof row === 'object' && row !== null) {
     for (const key of ['id', 'index']) {
       const value = (row as Record<string, unknown>)[key];

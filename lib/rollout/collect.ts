@@ -2,7 +2,7 @@ import { setMaxListeners } from 'node:events';
 import { invalidArgument, throwIfAborted } from '../errors.js';
 import type { Completion, Policy, SampleChunk } from '../policy/index.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
-import type { MotivationView } from '../prompt/motivation.js';
+import { isMix, type MotivationMix, type MotivationView, viewOf } from '../prompt/motivation.js';
 import { parseCompletion, type RewardSpec, type TurnText } from '../reward/index.js';
 import { defaultVerifiersAtOnce, Judge } from '../reward/judge.js';
 import type { Environment } from '../tasks/index.js';
@@ -34,8 +34,11 @@ export interface RolloutTask<Row> {
 export interface CollectOptions {
   /** Episodes of each row. Default 1. */
   n?: number | undefined;
-  /** What the prompts say about the reward. Default `none`. */
-  motivation?: MotivationView | undefined;
+  /**
+   * What the prompts say about the reward: one view, or a mix that the episodes of a row are divided over (`viewOf`).
+   * Default `none`.
+   */
+  motivation?: MotivationView | MotivationMix | undefined;
   /** The most tokens of a turn of the model. Default 256. */
   maxTokens?: number | undefined;
   /** The most tokens of an episode after its prompt, the environment's included. Default: what the context leaves. */
@@ -63,6 +66,8 @@ export interface CollectOptions {
   signal?: AbortSignal | undefined;
   /** Hears of tokens of the first turn as they are drawn, see `Policy.sample`: `prompt` counts the rows. */
   onToken?: ((chunk: SampleChunk) => void) | undefined;
+  /** How many rows were collected before these under the same seed: the place of a row among all. Default 0. */
+  firstRow?: number | undefined;
   /** Told of how long the engine and the environments took, and how long judging took after them, in seconds. */
   onTimes?: ((times: { rollout: number; judging: number }) => void) | undefined;
 }
@@ -71,6 +76,7 @@ export interface CollectOptions {
 const streamsOfATurn = 1 << 20;
 
 interface OpenEpisode {
+  readonly prompt: EpisodePrompt;
   readonly row: number;
   readonly index: number;
   readonly turns: Turn[];
@@ -82,7 +88,7 @@ interface OpenEpisode {
 }
 
 type EndedTurn = Pick<Completion, 'text' | 'tokens' | 'finishReason'>;
-type Judged = Omit<PlainEpisode, 'turns'> & Partial<Pick<Episode, 'reward'>>;
+type Judged = Omit<PlainEpisode, 'prompt' | 'turns'> & Partial<Pick<Episode, 'reward'>>;
 type Next = { turn: GivenTurn } | { episode: Promise<Judged> };
 
 /**
@@ -120,7 +126,6 @@ export function collect<Row>(
 }
 
 class Collection<Row> {
-  readonly #prompts: readonly EpisodePrompt[];
   readonly #open: OpenEpisode[][];
   readonly #judge: Judge<Row> | undefined;
   readonly #ended: Promise<PlainEpisode | Episode>[][];
@@ -144,21 +149,30 @@ class Collection<Row> {
     this.#maxTurns = environment ? whole('maxTurns', options.maxTurns, environment.maxTurns ?? 4) : 1;
     const atOnce = whole('verifiersAtOnce', options.verifiersAtOnce, defaultVerifiersAtOnce);
     this.#judge = spec && new Judge(spec, atOnce);
-    const view = options.motivation ?? 'none';
-    this.#prompts = rows.map((row) =>
-      renderPrompt(policy.tokenizer, task.messages(row, view), environment?.tools),
-    );
-    this.#open = rows.map((_, row) =>
-      Array.from({ length: n }, (_, index) => ({
-        row,
+    const { motivation = 'none' } = options;
+    const mix = isMix(motivation) ? motivation : [motivation];
+    if (mix.length === 0 || mix.length > n) {
+      throw invalidArgument('motivation', `1 to ${n} views, for ${n} episodes of a row,`, motivation);
+    }
+    this.#open = rows.map((row, i) => {
+      const prompts = new Map<string, EpisodePrompt>();
+      const promptOf = (view: MotivationView) => {
+        const key = JSON.stringify(view);
+        const prompt = prompts.get(key) ?? episodePrompt(policy.tokenizer, task, row, view);
+        prompts.set(key, prompt);
+        return prompt;
+      };
+      return Array.from({ length: n }, (_, index) => ({
+        prompt: promptOf(viewOf(mix, index, n)),
+        row: i,
         index,
         turns: [],
         drawn: 0,
         tokens: 0,
         state: undefined,
         next: undefined,
-      })),
-    );
+      }));
+    });
     this.#ended = rows.map(() => new Array<Promise<PlainEpisode>>(n));
     const { signal } = options;
     this.#signal = signal ? AbortSignal.any([signal, this.#abort.signal]) : this.#abort.signal;
@@ -181,7 +195,6 @@ class Collection<Row> {
       const groups = await Promise.all(
         this.rows.map(async (row, i) => ({
           row,
-          prompt: this.#prompts[i] as EpisodePrompt,
           episodes: await Promise.all(this.#ended[i] as Promise<PlainEpisode>[]),
         })),
       );
@@ -197,26 +210,41 @@ class Collection<Row> {
   }
 
   async #firstTurns(): Promise<void> {
-    const n = (this.#open[0] as OpenEpisode[]).length;
+    const episodes = this.#open.flat();
+    const { firstRow = 0, onToken, keepActivations } = this.options;
+    // Episodes of one prompt are asked for together; of a mix each has a prompt of its own, in the same random stream.
+    const alike = this.#open.every((row) => row.every(({ prompt }) => prompt === row[0]?.prompt));
+    const firsts = alike ? this.#open.map(([first]) => first as OpenEpisode) : episodes;
+    const n = episodes.length / firsts.length;
     await this.#draw(
-      this.#open.flat(),
-      this.#prompts.map(({ tokens }) => tokens),
-      { n, ...(this.options.onToken && { onToken: this.options.onToken }) },
+      episodes,
+      firsts.map(({ prompt }) => prompt.tokens),
+      {
+        n,
+        keys: firsts.map(({ row }) => firstRow + row),
+        firstIndices: firsts.map(({ index }) => index),
+        ...(onToken && {
+          onToken: ({ prompt, completion, ...chunk }) => {
+            const { row, index } = episodes[prompt * n + completion] as OpenEpisode;
+            onToken({ prompt: row, completion: index, ...chunk });
+          },
+        }),
+      },
       // An episode of several turns has no update right after its first sampling.
-      this.task.environment ? 0 : this.options.keepActivations,
+      this.task.environment ? 0 : keepActivations,
     );
   }
 
   async #furtherTurns(episodes: readonly OpenEpisode[]): Promise<void> {
-    const prompts = episodes.map(({ row, turns }) => {
-      const { tokens } = this.#prompts[row] as EpisodePrompt;
-      return Int32Array.from([tokens, ...turns.map((turn) => turn.tokens)].flatMap((part) => [...part]));
-    });
+    const { firstRow = 0 } = this.options;
+    const prompts = episodes.map(({ prompt, turns }) =>
+      Int32Array.from([prompt.tokens, ...turns.map((turn) => turn.tokens)].flatMap((part) => [...part])),
+    );
     await this.#draw(
       episodes,
       prompts,
       {
-        keys: episodes.map(({ row }) => row),
+        keys: episodes.map(({ row }) => firstRow + row),
         firstIndices: episodes.map(({ index, drawn }) => index + drawn * streamsOfATurn),
       },
       0,
@@ -282,7 +310,7 @@ class Collection<Row> {
     const before = [...open.turns];
     const room = this.#room(open);
     const end = (how: EpisodeEnd): Next => {
-      const episode = this.#episode(open.row, before, ended, how);
+      const episode = this.#episode(open, before, ended, how);
       // Its failure has ended the rollout by the time that anyone awaits it.
       episode.catch(() => undefined);
       return { episode };
@@ -318,12 +346,17 @@ class Collection<Row> {
   }
 
   /** Judges the episode that ends with `last` after `turns`. */
-  async #episode(row: number, turns: readonly Turn[], last: EndedTurn, end: EpisodeEnd): Promise<Judged> {
+  async #episode(
+    { prompt, row }: OpenEpisode,
+    turns: readonly Turn[],
+    last: EndedTurn,
+    end: EpisodeEnd,
+  ): Promise<Judged> {
     const texts: TurnText[] = [...turns, { role: 'model' as const, text: last.text }];
     const drawn = turns.reduce((sum, turn) => sum + (turn.role === 'model' ? turn.tokens.length : 0), 0);
     const completion = parseCompletion({
       raw: texts.map(({ role, text }) => (role === 'model' ? text : '')).join(''),
-      prompt: (this.#prompts[row] as EpisodePrompt).text,
+      prompt: prompt.text,
       finishReason: last.finishReason,
       tokenCount: drawn + last.tokens.length,
       turns: texts.map(({ role, text }) => ({ role, text })),
@@ -346,25 +379,35 @@ class Collection<Row> {
       this.#ready.push(open);
       return;
     }
-    const { turns } = open;
+    const { prompt, turns } = open;
     (this.#ended[open.row] as Promise<PlainEpisode>[])[open.index] = next.episode.then((judged) => ({
+      prompt,
       turns,
       ...judged,
     }));
   }
 
   /** Tokens that may follow what an episode has. */
-  #room({ row, tokens }: OpenEpisode): number {
-    const prompt = (this.#prompts[row] as EpisodePrompt).tokens.length;
+  #room({ prompt, tokens }: OpenEpisode): number {
     const most = this.options.maxEpisodeTokens ?? Number.POSITIVE_INFINITY;
     // A prompt that fills the context is for the policy to refuse.
-    return Math.max(1, Math.min(this.policy.contextLength - prompt, most) - tokens);
+    return Math.max(1, Math.min(this.policy.contextLength - prompt.tokens.length, most) - tokens);
   }
 
   #fail(error: unknown): void {
     this.#failure ??= { error };
     this.#abort.abort();
   }
+}
+
+/** The prompt of a row under a view. */
+export function episodePrompt<Row>(
+  tokenizer: RolloutTokenizer,
+  task: RolloutTask<Row>,
+  row: Row,
+  view: MotivationView,
+): EpisodePrompt {
+  return { ...renderPrompt(tokenizer, task.messages(row, view), task.environment?.tools), view };
 }
 
 function whole(name: string, value: number | undefined, fallback: number): number {

@@ -1,13 +1,20 @@
 import type { ChatMessage } from '../prompt/chat-template.js';
+import type { MotivationView } from '../prompt/motivation.js';
 import type { FinishReason, ParsedCompletion, Reward } from '../reward/index.js';
 
-/** What an episode begins with. */
-export interface EpisodePrompt {
+/** A prompt in the model's own terms. */
+export interface RenderedPrompt {
   /** The conversation, where the prompt is one; undefined for text that is taken as it stands. */
   readonly messages: readonly ChatMessage[] | undefined;
   /** The prompt as the model sees it. */
   readonly text: string;
   readonly tokens: readonly number[];
+}
+
+/** What an episode begins with. */
+export interface EpisodePrompt extends RenderedPrompt {
+  /** What it says about the reward. */
+  readonly view: MotivationView;
 }
 
 /** Tokens that the model drew, and the ones that are trained on. */
@@ -17,9 +24,9 @@ export interface DrawnTurn {
   readonly text: string;
   /** [tokens] with the token that ended the turn, if one did. */
   readonly tokens: Int32Array;
-  /** [tokens] log-probabilities under softmax(logits), untempered and untruncated. */
+  /** [tokens] log-probabilities under softmax(logits / temperature), untruncated; where greedy, under softmax(logits). */
   readonly logprobs: Float32Array;
-  /** [tokens] entropies of softmax(logits), in nats. */
+  /** [tokens] entropies of that distribution, in nats. */
   readonly entropies: Float32Array;
   readonly finishReason: FinishReason;
 }
@@ -43,6 +50,8 @@ export type EpisodeEnd = 'stop' | 'stop_string' | 'length' | 'turns' | 'failed';
 
 /** An episode that has not been judged. */
 export interface PlainEpisode {
+  /** Episodes of a row that see the same view share one. */
+  readonly prompt: EpisodePrompt;
   /** What follows the prompt; the first turn and every second one after it are the model's. */
   readonly turns: readonly Turn[];
   readonly end: EpisodeEnd;
@@ -54,11 +63,12 @@ export interface Episode extends PlainEpisode {
   readonly reward: Reward;
 }
 
-/** The episodes of one row, which all begin with the same prompt. */
+/** The episodes of one row. */
 export interface EpisodeGroup<Row = unknown, E extends PlainEpisode = Episode> {
   readonly row: Row;
-  readonly prompt: EpisodePrompt;
   readonly episodes: readonly E[];
+  /** The episodes that were drawn first, where all of them failed and these were drawn under a hint in their place. */
+  readonly failed?: readonly E[];
 }
 
 /** The turns of the model alone. */

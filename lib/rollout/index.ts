@@ -1,4 +1,10 @@
-export { type CollectOptions, collect, type RolloutPolicy, type RolloutTask } from './collect.js';
+export {
+  type CollectOptions,
+  collect,
+  episodePrompt,
+  type RolloutPolicy,
+  type RolloutTask,
+} from './collect.js';
 export {
   type DrawnTurn,
   drawnTurns,
@@ -8,6 +14,7 @@ export {
   type EpisodePrompt,
   type GivenTurn,
   type PlainEpisode,
+  type RenderedPrompt,
   type Turn,
   textOf,
 } from './episode.js';
@@ -15,4 +22,4 @@ export { type RolloutTokenizer, renderPrompt } from './prompt.js';
 export type { OnEnvironmentError } from './reply.js';
 export { type LimitSettings, limitSettings, limitsOf } from './settings.js';
 export { EpisodeTally } from './tally.js';
-export { branchesOf, countDrawn } from './targets.js';
+export { branchesOf, countDrawn, type TargetPlace } from './targets.js';

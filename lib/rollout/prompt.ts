@@ -1,7 +1,7 @@
 import { MerfError } from '../errors.js';
 import type { Tokenizer } from '../policy/index.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
-import type { EpisodePrompt } from './episode.js';
+import type { RenderedPrompt } from './episode.js';
 
 /** What a rollout asks of a tokenizer. `Tokenizer` has it. */
 export type RolloutTokenizer = Pick<
@@ -14,7 +14,7 @@ export function renderPrompt(
   tokenizer: RolloutTokenizer,
   prompt: string | readonly ChatMessage[],
   tools?: readonly object[],
-): EpisodePrompt {
+): RenderedPrompt {
   if (typeof prompt === 'string') {
     return { messages: undefined, text: prompt, tokens: tokenizer.encodePrompt(prompt) };
   }

@@ -22,6 +22,8 @@ export interface Progress {
 
 export interface Checkpoint extends Progress {
   path: string;
+  /** What the trainer itself keeps, where it keeps anything. */
+  state?: unknown;
 }
 
 const folderPattern = /^step-(\d{6,})$/;
@@ -49,7 +51,16 @@ function readCheckpoint(path: string): Checkpoint {
   if (!Number.isSafeInteger(step) || !Number.isSafeInteger(position)) {
     throw new MerfError('MALFORMED_FILE', `Expected whole numbers for step and position in ${file}`);
   }
-  return { path, step: step as number, position: position as number };
+  const state = join(path, 'trainer.json');
+  if (!existsSync(state)) return { path, step: step as number, position: position as number };
+  try {
+    const kept: unknown = JSON.parse(readFileSync(state, 'utf8'));
+    return { path, step: step as number, position: position as number, state: kept };
+  } catch (cause) {
+    throw new MerfError('MALFORMED_FILE', `Cannot read the checkpoint's ${state}: ${String(cause)}`, {
+      cause,
+    });
+  }
 }
 
 /** Writes a checkpoint beside its place, renames it there and deletes all but the newest `keep`. */
@@ -58,11 +69,13 @@ export async function saveCheckpoint(
   policy: StatefulPolicy,
   progress: Progress,
   keep: number,
+  state?: unknown,
 ): Promise<string> {
   mkdirSync(folder, { recursive: true });
   const path = join(folder, `step-${String(progress.step).padStart(6, '0')}`);
   await writeFolderAtomically(path, async (beside) => {
     await policy.saveState(join(beside, 'policy'));
+    if (state !== undefined) writeFileAtomically(join(beside, 'trainer.json'), JSON.stringify(state));
     writeFileAtomically(join(beside, 'progress.json'), `${JSON.stringify(progress, null, 2)}\n`);
   });
   for (const name of readdirSync(folder)) {

@@ -1,6 +1,7 @@
 import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { writeFileAtomically } from '../atomic-files.js';
+import { formatMotivation } from '../prompt/motivation.js';
 import type { Reward } from '../reward/index.js';
 import { type EpisodeEnd, type EpisodeGroup, textOf } from '../rollout/index.js';
 
@@ -10,6 +11,8 @@ export interface CompletionRecord {
   /** Which prompt of the step, and which completion of it, both from 0. */
   promptIndex: number;
   completionIndex: number;
+  /** What of the motivation the prompt shows. */
+  view: string;
   prompt: string;
   /** All that follows the prompt. */
   text: string;
@@ -21,17 +24,31 @@ export interface CompletionRecord {
   finishReason: EpisodeEnd;
   reward: number;
   parts: Reward['parts'];
+  /** What it was learned with. */
   advantage: number;
+  /** True where its group was drawn and not learned, as dynamic sampling leaves groups without signal out. */
+  dropped?: true;
+  /** The step that drew it, where this one learned it again. */
+  replayed?: number;
 }
 
+/**
+ * The records of all groups that were drawn or learned again.
+ *
+ * @param learned the ones of them that the step learned
+ * @param advantages those of the groups that were learned
+ */
 export function recordsOf(
-  groups: readonly EpisodeGroup[],
+  groups: readonly (EpisodeGroup & { readonly replayed?: number })[],
+  learned: readonly EpisodeGroup[],
   advantages: readonly number[][],
   step: number,
 ): CompletionRecord[] {
-  return groups.flatMap(({ prompt, episodes }, i) =>
-    episodes.map((episode, j) => {
-      const { turns, end, completion, reward } = episode;
+  const advantagesOf = new Map(learned.map((group, i) => [group, advantages[i] as number[]]));
+  return groups.flatMap((group, i) =>
+    group.episodes.map((episode, j) => {
+      const own = advantagesOf.get(group);
+      const { prompt, turns, end, completion, reward } = episode;
       const several = turns.length > 1 && {
         turns: turns.map((turn) => ({
           role: turn.role,
@@ -44,6 +61,7 @@ export function recordsOf(
         step,
         promptIndex: i,
         completionIndex: j,
+        view: formatMotivation(prompt.view),
         prompt: prompt.text,
         text: textOf(episode),
         ...several,
@@ -51,7 +69,9 @@ export function recordsOf(
         finishReason: end,
         reward: reward.total,
         parts: reward.parts,
-        advantage: (advantages[i] as number[])[j] as number,
+        advantage: own?.[j] ?? 0,
+        ...(own === undefined && { dropped: true }),
+        ...(group.replayed !== undefined && { replayed: group.replayed }),
       };
     }),
   );
@@ -83,9 +103,14 @@ export class CompletionLog {
 
 function transcript(records: readonly CompletionRecord[]): string {
   const lines: string[] = [];
+  let shown: string | undefined;
   for (const record of records) {
-    if (record.completionIndex === 0) {
-      lines.push(`${'='.repeat(80)}`, `PROMPT ${record.promptIndex + 1}`, '', record.prompt.trimEnd(), '');
+    if (record.completionIndex === 0 || record.prompt !== shown) {
+      const again = record.replayed === undefined ? '' : `, replayed from step ${record.replayed}`;
+      const dropped = record.dropped ? ', not learned' : '';
+      const title = `PROMPT ${record.promptIndex + 1}, motivation ${record.view}${dropped}${again}`;
+      lines.push(`${'='.repeat(80)}`, title, '', record.prompt.trimEnd(), '');
+      shown = record.prompt;
     }
     const parts = Object.entries(record.parts).map(
       ([name, part]) => `${name} ${part.case} ${signed(part.score)}`,

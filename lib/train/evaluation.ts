@@ -1,5 +1,5 @@
 import { type Evaluation, evaluate } from '../evaluate/index.js';
-import { motivationAt, parseMotivation } from '../prompt/motivation.js';
+import { parseMotivationView } from '../prompt/motivation.js';
 import { limitsOf, type RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import type { TrainingEvent } from './loop.js';
@@ -37,7 +37,7 @@ export async function evaluateDuringTraining<Row>(options: {
     results[text] = await evaluate(policy, task, rows, {
       samples: settings.evaluateSamples,
       ...(settings.passAt && { passAt: settings.passAt }),
-      motivation: motivationAt(parseMotivation(text), step),
+      motivation: parseMotivationView(text),
       ...limitsOf(settings),
       temperature: settings.evaluateTemperature,
       seed: settings.seed,

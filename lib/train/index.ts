@@ -1,5 +1,17 @@
+export {
+  AdaptiveMotivation,
+  type AdaptiveRecord,
+  type AdaptiveSettings,
+  type AdaptiveSpec,
+  type ComponentRecord,
+  type Lift,
+  type MeasuredLift,
+} from './adaptive.js';
 export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js';
 export type { CompletionRecord } from './completions.js';
+export type { OpenTask } from './curriculum.js';
+export { type ImportanceWeightOptions, importanceWeights } from './importance.js';
+export { defaultKeepActivations } from './activation-memory.js';
 export { type Phase, type RunResult, readSavedRun, type SavedRun, type TrainingEvent } from './loop.js';
 export { type MetricsRow, readMetrics } from './metrics.js';
 export { learningRateAt, type ScheduleKind, type ScheduleOptions } from './schedule.js';

@@ -46,11 +46,15 @@ export interface LoopOptions {
   settings: { steps: number; saveEvery: number; keepCheckpoints: number } & Record<string, unknown>;
   /** The settings in which a resumed run may not differ. */
   matters: readonly string[];
+  /** What a run has whose run.json, written before there was such a setting, does not name it. */
+  defaults: Readonly<Record<string, unknown>>;
   identity: Record<string, string>;
   launch?: Record<string, unknown>;
   onEvent?: (event: TrainingEvent) => void;
   /** Drops what a step that is to be done again left behind. */
   discardAfter?: (step: number) => void;
+  /** What the steps keep from one to the next beside the policy, as JSON: it goes into checkpoints and comes back. */
+  state?: { save(): unknown; load(state: unknown): void };
   /** The evaluation due after `step` (0: before the first), or undefined. */
   evaluate?: (step: number, signal?: AbortSignal) => Promise<Record<string, unknown> | undefined>;
   /** Does step `step`, counted from 1, from row `position` on. */
@@ -114,7 +118,10 @@ export class TrainingLoop {
     let step = checkpoint?.step ?? 0;
     let position = checkpoint?.position ?? 0;
     let saved = step;
-    if (checkpoint) await loadCheckpoint(checkpoint, policy);
+    if (checkpoint) {
+      await loadCheckpoint(checkpoint, policy);
+      if (checkpoint.state !== undefined) this.#options.state?.load(checkpoint.state);
+    }
     metricsLog.truncate(checkpoint ? step : -1);
     this.#options.discardAfter?.(step);
     onEvent?.({ type: 'start', step, steps, ...(checkpoint && { resumedFrom: checkpoint.path }) });
@@ -122,7 +129,9 @@ export class TrainingLoop {
     const save = async () => {
       if (saved === step) return;
       onEvent?.({ type: 'phase', phase: 'saving', step });
-      const path = await saveCheckpoint(checkpoints, policy, { step, position }, settings.keepCheckpoints);
+      const progress = { step, position };
+      const state = this.#options.state?.save();
+      const path = await saveCheckpoint(checkpoints, policy, progress, settings.keepCheckpoints, state);
       saved = step;
       onEvent?.({ type: 'checkpoint', step, path });
     };
@@ -215,14 +224,14 @@ export class TrainingLoop {
   }
 
   #differences(before: SavedRun): string[] {
-    const { kind, settings, identity, matters } = this.#options;
+    const { kind, settings, identity, matters, defaults } = this.#options;
     if (before.kind !== kind) return [`kind was ${before.kind} and is ${kind}`];
     const differences: string[] = [];
     const compare = (key: string, was: unknown, is: unknown) => {
       if (JSON.stringify(was) !== JSON.stringify(is))
         differences.push(`${key} was ${show(was)} and is ${show(is)}`);
     };
-    for (const key of matters) compare(key, before.settings[key], settings[key]);
+    for (const key of matters) compare(key, before.settings[key] ?? defaults[key], settings[key]);
     for (const key of new Set([...Object.keys(before.identity), ...Object.keys(identity)])) {
       compare(key, before.identity[key], identity[key]);
     }

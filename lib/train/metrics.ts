@@ -9,16 +9,16 @@ export interface MetricsRow {
   [key: string]: unknown;
 }
 
-/** Appends to a metrics.jsonl, one JSON object a line, one line a step. */
+/** Appends to a metrics.jsonl or a motivation.jsonl, one JSON object a line, one line a step. */
 export class MetricsLog {
   readonly path: string;
 
   constructor(path: string) {
     this.path = path;
-    mkdirSync(dirname(path), { recursive: true });
   }
 
   append(row: MetricsRow): void {
+    mkdirSync(dirname(this.path), { recursive: true });
     appendFileSync(this.path, `${JSON.stringify(row)}\n`);
   }
 

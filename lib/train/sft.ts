@@ -3,9 +3,9 @@ import { invalidArgument, MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import { type Branch, countTokens, forestOf } from '../policy/index.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
-import { type MotivationView, motivationAt, parseMotivation } from '../prompt/motivation.js';
+import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
 import { renderPrompt } from '../rollout/index.js';
-import { keysThatMatter, parseSettings } from '../settings.js';
+import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { contentHash } from './identity.js';
@@ -80,7 +80,8 @@ export class SupervisedTrainer<Row = unknown> {
         `The task ${task.name} cannot write demonstrations: give it examples`,
       );
     }
-    if (task) checkViews(task, [...parsed.motivation, ...parsed.evaluateMotivations]);
+    if (task)
+      checkViews(task, [...parsed.motivation, ...parsed.evaluateMotivations].map(parseMotivationView));
     this.settings = parsed;
     this.#options = options;
   }
@@ -100,6 +101,7 @@ export class SupervisedTrainer<Row = unknown> {
       resume: resume ?? false,
       settings,
       matters: keysThatMatter(sftSchema),
+      defaults: defaultsOf(sftSchema),
       identity: { ...modelIdentity(policy), data: examples.fingerprint },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
@@ -125,7 +127,7 @@ export class SupervisedTrainer<Row = unknown> {
     if (examples) return shuffledRows(examples, seed);
     const demonstrated = task as Task<Row>;
     const rows = given ? shuffledRows(given, seed) : await demonstrated.rows({ split: 'train', seed });
-    const views = motivation.map((text) => motivationAt(parseMotivation(text), 0));
+    const views = motivation.map(parseMotivationView);
     const at = (position: number): Example => {
       const row = rows.at(position);
       const view = views[position % views.length] as MotivationView;

@@ -2,30 +2,42 @@ import { existsSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
-import { groupAdvantages } from '../kernels/group-advantages.js';
-import { countTokens, forestOf, type Loss, type Policy } from '../policy/index.js';
+import { countTokens, type Loss, type Policy } from '../policy/index.js';
 import {
   formatMotivation,
+  type LearnView,
   type Motivation,
+  type MotivationMix,
   type MotivationView,
-  motivationAt,
+  parseLearnUnder,
   parseMotivation,
+  parseMotivationView,
+  type Schedule,
+  stageAt,
 } from '../prompt/motivation.js';
 import {
-  branchesOf,
-  collect,
   countDrawn,
+  type Episode,
   type EpisodeGroup,
   EpisodeTally,
-  limitsOf,
   type RolloutPolicy,
 } from '../rollout/index.js';
-import { keysThatMatter, parseSettings } from '../settings.js';
-import { type RowSource, shuffledRows, type Task } from '../tasks/index.js';
+import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
+import { shuffledRows, type Task } from '../tasks/index.js';
+import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
+import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
+import { Course, type CourseStage, type StepLesson } from './course.js';
+import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { defaultKeepActivations } from './activation-memory.js';
+import { keptTogether } from './kept.js';
+import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
+import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { MetricsLog } from './metrics.js';
+import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
 import { skippedNotice, type UpdateResult, update } from './update.js';
 
@@ -33,9 +45,16 @@ import { skippedNotice, type UpdateResult, update } from './update.js';
 export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
   Pick<
     Policy,
-    'forwardBackward' | 'optimStep' | 'zeroGradients' | 'tokenizer' | 'save' | 'saveState' | 'loadState'
+    | 'score'
+    | 'forwardBackward'
+    | 'optimStep'
+    | 'zeroGradients'
+    | 'tokenizer'
+    | 'save'
+    | 'saveState'
+    | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -46,9 +65,14 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   rows?: readonly Row[];
   /** Held-out rows to evaluate on (default: the task's own). */
   evaluationRows?: readonly Row[];
+  /** The task with an option changed, for a `curriculum`; evaluations stay on `task`. */
+  openTask?: OpenTask<Row>;
   /** What the KL penalty holds the policy to; asked for where `kl` is above 0. */
   reference?: ReferencePolicy;
-  /** The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/. */
+  /**
+   * The run's folder: metrics.jsonl, completions/, checkpoints/ and, in the end, model/; with an adaptive motivation
+   * motivation.jsonl, a line a step (`AdaptiveRecord`).
+   */
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
@@ -60,7 +84,20 @@ export interface TrainerOptions<Row> extends GrpoOptions {
 /** One row of metrics.jsonl. Times are in seconds; entropy and KL in nats a token. */
 export interface GrpoMetrics {
   step: number;
+  /** The stage of the curriculum, where there is one, as in `people=3`. */
+  curriculum?: string;
+  /** The view or mix of views that the step's completions were drawn under. */
   motivation: string;
+  /** What they were learned under, where that is not `same`, and how far those prompts are from the ones that drew them. */
+  learnUnder?: string;
+  promptGap?: PromptGap;
+  /**
+   * With `hintFailed`: the groups that were drawn again under it, and how many of them then had a signal. Reward, correct
+   * and the other figures are those of the hinted completions, which took the place of the failed ones.
+   */
+  hinted?: { groups: number; withSignal: number };
+  /** Mean reward and share of highest totals by view, where several were drawn under. */
+  byView?: Record<string, { completions: number; reward: number; correct: number }>;
   reward: number;
   rewardStd: number;
   /** Mean score of each component, and the share of completions in each of its cases. */
@@ -68,8 +105,18 @@ export interface GrpoMetrics {
   cases: Record<string, Record<string, number>>;
   /** Share of episodes that reach the highest total. */
   correct: number;
-  /** Share of groups whose completions all have the same reward, which teach nothing. */
+  /** Share of groups whose advantages are all 0, mostly for equal rewards, which teach nothing. */
   uniformGroups: number;
+  /** With dynamic sampling: rollouts and prompts drawn, and groups without signal among those that were learned. */
+  rollouts?: number;
+  rowsDrawn?: number;
+  filledGroups?: number;
+  /** With `difficulty`: rows that were passed over. */
+  rowsSkipped?: number;
+  /** With `replay`: groups of earlier steps that were learned again. */
+  replayedGroups?: number;
+  /** Mean punishment of overlong completions, where there is one; `reward` is without it. */
+  overlong?: number;
   /** Mean tokens that the model drew in an episode, and the share of episodes that ran out of them. */
   length: number;
   truncated: number;
@@ -112,16 +159,35 @@ const stepsBeforeAdvice = 3;
 export class Trainer<Row = unknown> {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
-  readonly #motivation: Motivation;
+  readonly #motivation: Motivation | undefined;
+  /** In place of a schedule; each run begins with one that has learned nothing yet. */
+  #adaptive: AdaptiveMotivation | undefined;
+  readonly #hint: MotivationView | undefined;
+  readonly #learnUnder: Schedule<readonly LearnView[]>;
+  readonly #anchor: { under: MotivationView; to: MotivationView };
+  readonly #views: readonly MotivationView[];
+  readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
+  readonly #motivationLog: MetricsLog;
   #loop: TrainingLoop | undefined;
   #stopping = false;
   #stepsWithoutSignal = 0;
 
   /** @throws MerfError INVALID_CONFIG naming the setting, INVALID_ARGUMENT for a view that the task does not have */
   constructor(options: TrainerOptions<Row>) {
-    const { policy, task, rows, evaluationRows, reference, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      task,
+      rows,
+      evaluationRows,
+      openTask,
+      reference,
+      out,
+      resume,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(grpoSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     parsed.scaleAdvantages ??= parsed.loss !== 'dr_grpo';
@@ -134,11 +200,35 @@ export class Trainer<Row = unknown> {
     if (parsed.kl > 0 && reference === undefined) {
       throw new MerfError('INVALID_CONFIG', `Expected a reference policy where kl = ${parsed.kl} is above 0`);
     }
+    checkOverlong(parsed);
+    this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
-    this.#motivation = parseMotivation(parsed.motivation);
+    this.#adaptive = this.#newAdaptive();
+    this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
+    this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
+    this.#learnUnder = parseLearnUnder(parsed.learnUnder);
+    this.#anchor = {
+      under: parseMotivationView(parsed.anchorUnder),
+      to: parseMotivationView(parsed.anchorTo),
+    };
     this.#completions = new CompletionLog(join(out, 'completions'));
-    checkViews(task, [parsed.motivation, ...parsed.evaluateMotivations]);
+    this.#motivationLog = new MetricsLog(join(out, 'motivation.jsonl'));
+    const sampled = [
+      ...(this.#motivation ?? []).flatMap(({ value }) => value),
+      ...(this.#hint === undefined ? [] : [this.#hint]),
+    ];
+    const learned = this.#learnUnder.flatMap(({ value }) => value).filter((view) => view !== 'same');
+    this.#views = [...sampled, ...learned, ...(parsed.anchor > 0 ? Object.values(this.#anchor) : [])];
+    checkViews(task, [...this.#views, ...parsed.evaluateMotivations.map(parseMotivationView)]);
+    for (const { value: mix } of this.#motivation ?? []) {
+      if (mix.length > parsed.groupSize) {
+        throw new MerfError(
+          'INVALID_CONFIG',
+          `Expected a mix of at most groupSize = ${parsed.groupSize} views but ${formatMotivation(mix)} has ${mix.length}`,
+        );
+      }
+    }
   }
 
   /**
@@ -150,6 +240,10 @@ export class Trainer<Row = unknown> {
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;
+    // A resumed run keeps what it kept before, however much memory is free by now.
+    settings.keepActivations ??= resume
+      ? ((readSavedRun(out).settings.keepActivations as number | undefined) ?? 0)
+      : defaultKeepActivations(policy);
     const given = this.#options.rows;
     const rows = given
       ? shuffledRows(given, settings.seed)
@@ -157,6 +251,12 @@ export class Trainer<Row = unknown> {
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+    const { openTask } = this.#options;
+    const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
+    for (const stage of course.stages) checkViews(stage.task, this.#views);
+    this.#adaptive = this.#newAdaptive();
+    const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({
       kind: 'grpo',
       policy,
@@ -164,20 +264,32 @@ export class Trainer<Row = unknown> {
       resume: resume ?? false,
       settings,
       matters: keysThatMatter(grpoSchema),
+      defaults: defaultsOf(grpoSchema),
       identity: {
         ...modelIdentity(policy),
         task: task.name,
         rules: contentHash([task.spec.describe('full'), task.messages(rows.at(0), 'full')]),
         ...(task.environment && { environment: contentHash([environmentOf(task)]) }),
-        data: rows.fingerprint.slice(0, 16),
-        ...(settings.motivation.includes('template:') && { template: contentHash([this.#motivation]) }),
+        data: course.fingerprint,
+        ...(this.#readsTemplates() && {
+          template: contentHash([
+            this.#motivation,
+            this.#learnUnder,
+            this.#anchor,
+            ...(this.#hint === undefined ? [] : [this.#hint]),
+          ]),
+        }),
       },
       ...(launch && { launch }),
       ...(onEvent && { onEvent }),
-      discardAfter: (step) => this.#completions.discardAfter(step),
+      discardAfter: (step) => {
+        this.#completions.discardAfter(step);
+        this.#motivationLog.truncate(step);
+      },
+      ...(state && { state }),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(rows, step, position, signal),
+      step: (step, position, signal) => this.#step(course, step, position, signal),
     });
     if (this.#stopping) this.#loop.stop();
     return this.#loop.run(options.signal);
@@ -189,110 +301,135 @@ export class Trainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  async #step(source: RowSource<Row>, step: number, position: number, signal?: AbortSignal) {
+  #newAdaptive(): AdaptiveMotivation | undefined {
+    if (this.settings.motivation !== adaptiveWord) return undefined;
+    return new AdaptiveMotivation(this.#options.task.spec, this.settings);
+  }
+
+  #readsTemplates(): boolean {
+    const { motivation, learnUnder, anchorUnder, anchorTo, hintFailed = '' } = this.settings;
+    return [motivation, learnUnder, anchorUnder, anchorTo, hintFailed].some((text) =>
+      text.includes('template:'),
+    );
+  }
+
+  async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
     let updated = false;
     try {
       const clock = new Stopwatch();
-      const view = motivationAt(this.#motivation, step - 1);
-      const rows = Array.from({ length: this.settings.promptsPerStep }, (_, i) => source.at(position + i));
-      const times = { rollout: 0, judging: 0 };
-      const groups = await this.#collect(rows, view, step, signal, times);
+      const mix = this.#mixAt(step);
+      this.#emit({ type: 'phase', phase: 'rollout', step });
+      const { stage, position: first } = course.at(step, position);
+      const drawn = await stage.source.draw(step, first, mix, signal);
+      const { groups, times } = drawn;
       clock.lap();
 
-      const { advantage: kind, scaleAdvantages: scale = true } = this.settings;
-      const rewards = groups.map(({ episodes }) => episodes.map(({ reward }) => reward.total));
-      const advantages = await groupAdvantages(rewards, { kind, scale });
-      const updates = await this.#update(groups, advantages, step, signal, () => {
+      const lesson = await course.lesson(step, stage, drawn);
+      const { advantages, replayed } = lesson;
+      const learnUnder = stageAt(this.#learnUnder, step - 1);
+      const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
         updated = true;
       });
       const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf(groups, advantages, step));
+      this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
+      const under = formatLearnUnder(learnUnder);
       const metrics: Omit<GrpoMetrics, 'step'> = {
-        motivation: formatMotivation(view),
-        ...this.#rewardMetrics(groups, rewards),
-        ...updates.summary(),
-        ...(this.settings.kl === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(groups) / times.rollout,
-        trainingTokensPerSecond: updates.tokens / trainingSeconds,
+        ...(stage.name !== '' && { curriculum: stage.name }),
+        motivation: formatMotivation(mix),
+        ...(under !== 'same' && { learnUnder: under }),
+        ...(gap && { promptGap: gap }),
+        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+        ...this.#rewardMetrics(stage, groups, lesson.compared),
+        ...(this.settings.dynamicSampling > 1 && {
+          rollouts: drawn.rollouts,
+          rowsDrawn: groups.length,
+          filledGroups: advantages.filter(isWithoutSignal).length,
+        }),
+        ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
+        ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
+        ...tally.summary(),
+        ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
+        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
+        trainingTokensPerSecond: tally.tokens / trainingSeconds,
         seconds: clock.total(),
         rolloutSeconds: times.rollout,
         judgingSeconds: times.judging,
         trainingSeconds,
       };
-      return { metrics: { ...metrics }, position: position + rows.length };
+      course.note(step, stage, drawn, lesson);
+      this.#learnMotivation(step, groups);
+      return { metrics: { ...metrics }, position: position + drawn.position - first };
     } catch (error) {
       throw new StepFailed(error, updated);
     }
   }
 
-  #collect(
-    rows: readonly Row[],
-    motivation: MotivationView,
-    step: number,
-    signal: AbortSignal | undefined,
-    times: { rollout: number; judging: number },
-  ): Promise<EpisodeGroup<Row>[]> {
-    this.#emit({ type: 'phase', phase: 'rollout', step });
-    const { policy, task } = this.#options;
-    const { groupSize, temperature, topK, topP, minP, keepActivations, seed } = this.settings;
-    return collect(policy, task, rows, {
-      ...limitsOf(this.settings),
-      temperature,
-      topK,
-      topP,
-      minP,
-      n: groupSize,
-      motivation,
-      seed: (BigInt(seed) << 32n) | BigInt(step),
-      keepActivations: Math.floor(keepActivations * 2 ** 30),
-      signal,
-      onTimes: (taken) => Object.assign(times, taken),
-    });
+  #mixAt(step: number): MotivationMix {
+    return this.#adaptive?.mix(step) ?? stageAt(this.#motivation as Motivation, step - 1);
+  }
+
+  /** Lets an adaptive motivation decide on the next steps, and says what it decided. */
+  #learnMotivation(step: number, groups: readonly EpisodeGroup<Row>[]): void {
+    if (this.#adaptive === undefined) return;
+    const record = this.#adaptive.learn(step, groups);
+    this.#motivationLog.append({ ...record });
+    for (const [name, { decision, why }] of Object.entries(record.components)) {
+      if (decision === 'stays') continue;
+      this.#emit({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
+    }
   }
 
   async #update(
-    groups: readonly EpisodeGroup<Row>[],
-    advantages: readonly number[][],
+    { task }: CourseStage<Row>,
+    { groups, advantages, replayed }: StepLesson<Row>,
+    learnUnder: readonly LearnView[],
     step: number,
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
-  ): Promise<UpdateTally> {
+  ): Promise<{ tally: UpdateTally; gap: PromptGap | undefined }> {
     this.#emit({ type: 'phase', phase: 'training', step });
     const { policy, reference } = this.#options;
     const { settings } = this;
-    const { promptsPerStep, miniBatches, updatesPerRollout, maskTruncated } = settings;
-    const referenceLogprobs =
-      reference && settings.kl > 0
-        ? (await reference.score(forestOf(branchesOf(groups)), { ...(signal && { signal }) })).logprobs
-        : undefined;
-    const branches = branchesOf(groups, ({ group, episode, turn, tokens }) => {
-      const masked = maskTruncated && groups[group]?.episodes[episode]?.end === 'length';
-      return {
-        advantage: advantages[group]?.[episode],
-        referenceLogprobs: referenceLogprobs?.[turn],
-        ...(masked && { mask: new Uint8Array(tokens) }),
-      };
+    const lessons = await Lessons.prepare(groups, advantages, {
+      policy,
+      reference,
+      task,
+      settings,
+      learnUnder,
+      anchorUnder: this.#anchor.under,
+      anchorTo: this.#anchor.to,
+      earlier: new Set<EpisodeGroup<Row>>(replayed),
+      signal,
     });
     const tally = new UpdateTally();
-    const promptsPerUpdate = promptsPerStep / miniBatches;
+    const { miniBatches, updatesPerRollout } = settings;
     for (let pass = 0; pass < updatesPerRollout; pass++) {
-      for (let from = 0; from < promptsPerStep; from += promptsPerUpdate) {
-        const forest = forestOf(branches.slice(from, from + promptsPerUpdate));
-        const result = await update(policy, forest, this.#loss(), settings, { step, signal, beforeUpdate });
+      for (let part = 0; part < miniBatches; part++) {
+        const lesson = lessons.slice(
+          Math.floor((part * groups.length) / miniBatches),
+          Math.floor(((part + 1) * groups.length) / miniBatches),
+        );
+        const loss = { ...this.#loss(), normalizer: lesson.normalizer };
+        const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
         if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
-        tally.add(countTokens(forest), result);
+        else if (pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
+        tally.add(countTokens(lesson.forest), result);
       }
     }
-    return tally;
+    return { tally, gap: lessons.gap() };
   }
 
-  #rewardMetrics(groups: readonly EpisodeGroup<Row>[], rewards: readonly number[][]) {
-    const { task } = this.#options;
+  /** What all that was drawn came to, so that choosing among it does not bend the curve. */
+  #rewardMetrics(
+    { task }: CourseStage<Row>,
+    groups: readonly EpisodeGroup<Row>[],
+    advantages: readonly number[][],
+  ) {
     const tally = new EpisodeTally();
     for (const group of groups) tally.add(group);
-    const uniform = rewards.filter((group) => group.every((reward) => reward === group[0])).length;
-    this.#stepsWithoutSignal = uniform === rewards.length ? this.#stepsWithoutSignal + 1 : 0;
+    const uniform = advantages.filter(isWithoutSignal).length;
+    this.#stepsWithoutSignal = uniform === groups.length ? this.#stepsWithoutSignal + 1 : 0;
     if (this.#stepsWithoutSignal === stepsBeforeAdvice) {
       const advice = task.demonstrate ? 'warm the model up first with merf sft, or try' : 'try';
       const message =
@@ -301,17 +438,36 @@ export class Trainer<Row = unknown> {
       this.#emit({ type: 'notice', message });
     }
     const all = groups.flatMap(({ episodes }) => episodes);
+    const byView = new Map<string, Episode[]>();
+    for (const episode of all) {
+      const view = formatMotivation(episode.prompt.view);
+      byView.set(view, [...(byView.get(view) ?? []), episode]);
+    }
+    const summaryOf = (episodes: readonly Episode[]) => ({
+      completions: episodes.length,
+      reward: episodes.reduce((sum, { reward }) => sum + reward.total, 0) / episodes.length,
+      correct: episodes.filter(({ reward }) => task.spec.isHighest(reward)).length / episodes.length,
+    });
     return {
+      ...(byView.size > 1 && {
+        byView: Object.fromEntries([...byView].map(([view, episodes]) => [view, summaryOf(episodes)])),
+      }),
       ...tally.summary({ environment: task.environment !== undefined }),
-      rewardStd: standardDeviation(rewards.flat()),
+      rewardStd: standardDeviation(all.map(({ reward }) => reward.total)),
       correct: all.filter(({ reward }) => task.spec.isHighest(reward)).length / all.length,
-      uniformGroups: uniform / rewards.length,
+      uniformGroups: uniform / groups.length,
+      ...(this.settings.overlongBuffer > 0 && {
+        overlong:
+          all.reduce((sum, episode) => sum + overlongPunishment(episode, this.settings), 0) / all.length,
+      }),
     };
   }
 
   #loss(): Loss {
-    const { loss: type, clipLow, clipHigh, kl, entropy, maxTokens } = this.settings;
-    return { type, clipLow, clipHigh, kl, entropy, ...(type === 'dr_grpo' && { maxTokens }) };
+    const { loss: type, clipLow, clipHigh, kl, klRatio, entropy, temperature, maxTokens } = this.settings;
+    // The penalty of an anchor alone compares prompts, and its old log-probabilities are the policy's own.
+    const common = { type, clipLow, clipHigh, kl, klRatio: klRatio && kl > 0, entropy, temperature };
+    return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
   }
 
   #emit(event: TrainingEvent): void {
@@ -320,14 +476,8 @@ export class Trainer<Row = unknown> {
 }
 
 /** Fails before any work where a view names what the task's specification does not have. */
-export function checkViews(task: Pick<Task<never>, 'spec'>, motivations: readonly string[]): void {
-  for (const text of motivations) {
-    const motivation = parseMotivation(text);
-    const views = Array.isArray(motivation)
-      ? motivation.map((stage) => stage.view)
-      : [motivationAt(motivation, 0)];
-    for (const view of views) task.spec.describe(view);
-  }
+export function checkViews(task: Pick<Task<never>, 'spec'>, views: readonly MotivationView[]): void {
+  for (const view of views) task.spec.describe(view);
 }
 
 export function modelIdentity(policy: { readonly path?: string }): Record<string, string> {

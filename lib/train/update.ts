@@ -1,5 +1,6 @@
 import { throwIfAborted } from '../errors.js';
 import type { Forest, Loss, LossStats, Policy } from '../policy/index.js';
+import { emptyStatistics } from '../policy/loss.js';
 import { learningRateAt, type ScheduleKind } from './schedule.js';
 
 export interface UpdateSettings {
@@ -27,7 +28,8 @@ export interface UpdateResult {
 }
 
 /**
- * One optimizer update on the loss over `forest`, skipped where the loss or the gradient is not finite.
+ * One optimizer update on the loss over `forest`, skipped where the loss or the gradient is not finite. An empty forest
+ * has no gradient; the optimizer's moments move the weights all the same.
  * @param options.beforeUpdate called once the weights are about to change
  * @throws MerfError ABORTED before the weights change
  */
@@ -40,7 +42,10 @@ export async function update(
 ): Promise<UpdateResult> {
   const { step, signal, beforeUpdate } = options;
   const learningRate = learningRateAt(step, { kind: settings.schedule, ...settings });
-  const stats = await policy.forwardBackward(forest, loss, { maxTokens: settings.batchTokens, signal });
+  const stats =
+    forest.length === 0
+      ? { ...emptyStatistics(), logprobs: [] }
+      : await policy.forwardBackward(forest, loss, { maxTokens: settings.batchTokens, signal });
   // Where the signal fires behind the last gradient, they wait for an update that does not come.
   if (signal?.aborted) await policy.zeroGradients();
   throwIfAborted(signal, `step ${step}`);

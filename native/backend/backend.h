@@ -55,8 +55,9 @@ class PackedWeight {
 //           one ratio for all rows of a sequence                                                  (GSPO)
 //   cross_entropy: -logprob
 // plus kl_coefficient * (exp(ref - logprob) - (ref - logprob) - 1), the k3 estimator, where ref is given,
-// and minus entropy_coefficient * entropy. The loss is sum over rows of weights[r] * row loss; the normalisation
-// of grpo / dapo / dr_grpo / bnpo is in the weights, which the caller computes over the whole batch.
+// and minus entropy_coefficient * entropy. The loss is the sum over rows of the three terms, each times the row's weight
+// for it (LossRows); the normalisation of grpo / dapo / dr_grpo / bnpo is in the weights, which the caller computes over
+// the whole batch.
 enum class LossKind : uint8_t { policy_gradient_clip, cispo, gspo, cross_entropy };
 
 struct LossOptions {
@@ -65,15 +66,21 @@ struct LossOptions {
   float clip_high = 0.2f;
   float kl_coefficient = 0.0f;
   float entropy_coefficient = 0.0f;
+  // Log-probabilities and entropies are those of softmax(logits / temperature); 0 stands for 1.
+  float temperature = 1.0f;
+  // The KL term is multiplied by the ratio, through which gradient flows, too. Not for cross_entropy.
+  bool kl_ratio = false;
 };
 
 // Per loss row, all [R]; empty tensors where the kind does not need them.
 struct LossRows {
-  Tensor weights;             // f32; rows of weight 0 contribute neither loss nor gradient
-  Tensor advantages;          // f32
-  Tensor old_logprobs;        // f32
+  Tensor weights;       // f32; what a row has for a term of weight 0 is not looked at
+  Tensor advantages;    // f32
+  Tensor old_logprobs;  // f32; NaN where the row's own log-probability stands in, so that its ratio is 1
   Tensor reference_logprobs;  // f32, or empty: no KL term
   Tensor sequences;  // i32, rising from 0 and contiguous; which completion a row belongs to; gspo only
+  // f32, or empty: `weights` stand in. They multiply the KL term and the entropy term, beside the coefficients.
+  Tensor kl_weights, entropy_weights;
 };
 
 // ---- sampling -----------------------------------------------------------------------------------------------
@@ -291,8 +298,9 @@ class Backend {
   // ---- embedding
   // y[T, H] f32|bf16 = rows of the table [V, H]; ids [T] i32.
   virtual void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) = 0;
-  // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens.
-  virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) = 0;
+  // dtable[V, H] f32 += rows of dy[T, H] f32|bf16, summed in the order of the tokens, but for tokens of id `padding`.
+  virtual void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                  int32_t padding = -1) = 0;
   // y[i] = x[rows[i]]; rows [N] i32.
   virtual void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) = 0;
   // Copies rows 0 to place[1] of every `from` to the rows of its `to` from place[0] on; place [2] i32, place[1] at most
@@ -353,12 +361,13 @@ class Backend {
                                 const HeadsView& out) = 0;
 
   // ---- head and loss: never hold more than a block of rows x vocabulary
-  // logprobs[r] = log softmax(hidden[rows[r]] * W^T)[targets[r]]; entropies [R] of the same distribution or empty.
+  // logprobs[r] = log softmax(hidden[rows[r]] * W^T / temperature)[targets[r]], 0 standing for a temperature of 1;
+  // entropies [R] of the same distribution or empty.
   // hidden [T, H] of W's type; rows, targets [R] i32; logprobs f32. `rows` and `targets` are given as they are on the
   // host, where the work is laid out.
   virtual void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                              const std::vector<int32_t>& targets, const Tensor& logprobs,
-                             const Tensor& entropies) = 0;
+                             const Tensor& entropies, float temperature = 1.0f) = 0;
   // The loss of LossOptions over those rows, and its gradients: dhidden [T, H] (overwritten; rows that no loss row
   // names become 0; hidden's type), dhead [V, H] f32 (+=), or empty: not wanted. logprobs, entropies [R] f32 are outputs.
   // Returns the loss.
@@ -375,8 +384,8 @@ class Backend {
   // logits [B, V] f32 (left unchanged). Row b draws with Philox4x32-10 keyed by (seed, keys[b]) at counter
   // positions[b] (native/backend/philox.h), so a draw does not depend on the batch. keys: [B] as 2 x i32 words,
   // shape [B, 2], low word first. Outputs: tokens [B] i32; sampling_logprobs [B] f32 under the distribution drawn from
-  // (temperature and truncation; greedy: 0); logprobs [B] f32 under softmax(logits); entropies [B] f32 of
-  // softmax(logits), or empty.
+  // (temperature and truncation; greedy: 0); logprobs [B] f32 under softmax(logits / temperature), 0 standing for a
+  // temperature of 1; entropies [B] f32 of the same distribution, or empty.
   virtual void sample_tokens(const Tensor& logits, const Tensor& keys, const Tensor& positions,
                              const SamplingOptions& options, const Tensor& tokens,
                              const Tensor& sampling_logprobs, const Tensor& logprobs,

@@ -169,9 +169,10 @@ void ProfiledBackend::embedding(const Tensor& ids, const PackedWeight& table, co
   timed("embedding", {0.0, 2.0 * bytes_of({y})}, [&] { backend_->embedding(ids, table, y); });
 }
 
-void ProfiledBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+void ProfiledBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                         int32_t padding) {
   timed("embedding_backward", {0.0, 3.0 * bytes_of({dy})},
-        [&] { backend_->embedding_backward(ids, dy, dtable); });
+        [&] { backend_->embedding_backward(ids, dy, dtable, padding); });
 }
 
 void ProfiledBackend::gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) {
@@ -261,10 +262,10 @@ void ProfiledBackend::attention_decode(const HeadsView& q, const PagedLayer& cac
 
 void ProfiledBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
                                     const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
-                                    const Tensor& logprobs, const Tensor& entropies) {
+                                    const Tensor& logprobs, const Tensor& entropies, float temperature) {
   timed(named("head_logprobs", head.outputs, head.inputs),
         {product(distinct(rows), head.outputs, head.inputs), 0.0},
-        [&] { backend_->head_logprobs(hidden, head, rows, targets, logprobs, entropies); });
+        [&] { backend_->head_logprobs(hidden, head, rows, targets, logprobs, entropies, temperature); });
 }
 
 double ProfiledBackend::head_loss(const Tensor& hidden, const PackedWeight& head,

@@ -64,7 +64,8 @@ class ProfiledBackend final : public Backend {
                               const Tensor& dbias) override;
 
   void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
-  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
+  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                          int32_t padding) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
   void store_rows(const std::vector<RowsCopy>& copies, const Tensor& place) override;
   void rms_norm(const Tensor& x, const Tensor& weight, float epsilon, const Tensor& y,
@@ -91,8 +92,8 @@ class ProfiledBackend final : public Backend {
                         const HeadsView& out) override;
 
   void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
-                     const std::vector<int32_t>& targets, const Tensor& logprobs,
-                     const Tensor& entropies) override;
+                     const std::vector<int32_t>& targets, const Tensor& logprobs, const Tensor& entropies,
+                     float temperature) override;
   double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                    const std::vector<int32_t>& targets, const LossRows& loss_rows, const LossOptions& options,
                    const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,

@@ -53,7 +53,7 @@ unsigned best_fit(const std::array<Columns, kTensors>& columns, int64_t rows, co
 
 ActivationCache::ActivationCache(Backend& backend, const ModelConfig& config, int64_t rows, size_t layers,
                                  std::vector<Tensor> gradients)
-    : backend_(backend), rows_(rows), gradients_(std::move(gradients)) {
+    : backend_(backend), rows_(rows), gradients_(std::move(gradients)), layers_in_use_(layers) {
   const auto columns = columns_of(config);
   for (size_t i = 0; i < layers; ++i) {
     const Tensor borrowed = borrowed_by(i, gradients_);
@@ -115,13 +115,13 @@ Activations ActivationCache::next(int64_t rows, const Activations& shared) {
   const auto window = [&](const Tensor& all) { return all.rows(first, first + rows); };
   Activations a = shared;
   a.tokens = rows;
-  a.saved_layers = layers_.size();
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  a.saved_layers = layers_in_use_;
+  for (size_t i = 0; i < layers_in_use_; ++i) {
     a.layers[i].attention_input = window(layers_[i].attention_input);
     a.layers[i].qkv = window(layers_[i].qkv);
     a.layers[i].gate_up = window(layers_[i].gate_up);
   }
-  a.input_of(layers_.size()) = window(output_);
+  a.input_of(layers_in_use_) = window(output_);
   return a;
 }
 
@@ -130,31 +130,31 @@ int64_t ActivationCache::advance(int64_t rows) {
     throw Error("INTERNAL", "Expected " + std::to_string(rows_) + " rows at most to be cached but received " +
                                 std::to_string(used_ + rows));
   }
-  if (borrows()) borrowing_ = layers_.size();
+  if (borrows()) borrowing_ = layers_in_use_;
   used_ += rows;
   return used_ - rows;
 }
 
 void ActivationCache::stage(Arena& arena, int64_t rows, Activations& activations) const {
   const auto like = [&](const Tensor& all) { return arena.take(all.dtype, {rows, all.shape[1]}); };
-  activations.saved_layers = layers_.size();
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  activations.saved_layers = layers_in_use_;
+  for (size_t i = 0; i < layers_in_use_; ++i) {
     activations.layers[i].attention_input = like(layers_[i].attention_input);
     activations.layers[i].qkv = like(layers_[i].qkv);
     activations.layers[i].gate_up = like(layers_[i].gate_up);
   }
-  activations.input_of(layers_.size()) = like(output_);
+  activations.input_of(layers_in_use_) = like(output_);
 }
 
 std::vector<RowsCopy> ActivationCache::copies(const Activations& staged) const {
   std::vector<RowsCopy> all;
-  for (size_t i = 0; i < layers_.size(); ++i) {
+  for (size_t i = 0; i < layers_in_use_; ++i) {
     all.push_back({staged.layers[i].attention_input, layers_[i].attention_input});
     all.push_back({staged.layers[i].qkv, layers_[i].qkv});
     all.push_back({staged.layers[i].gate_up, layers_[i].gate_up});
   }
   all.push_back(
-      {layers_.size() < staged.layers.size() ? staged.layers[layers_.size()].attention_input : staged.output,
+      {layers_in_use_ < staged.layers.size() ? staged.layers[layers_in_use_].attention_input : staged.output,
        output_});
   return all;
 }

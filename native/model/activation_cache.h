@@ -7,6 +7,7 @@
 // cached of layer i has gone when the first gradient of layer i - 1 comes.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
@@ -33,7 +34,10 @@ class ActivationCache {
                               const std::vector<Tensor>& gradients);
 
   int64_t rows() const { return rows_; }
-  size_t layers() const { return layers_.size(); }
+  // The layers that are cached of the tokens; use says how many, of those that there is room for.
+  size_t layers() const { return layers_in_use_; }
+  size_t room() const { return layers_.size(); }
+  void use(size_t layers) { layers_in_use_ = std::min(layers, layers_.size()); }
   bool borrows() const { return !gradients_.empty(); }
   // Forgets what is cached but keeps the memory, which the next rollout fills again; gives the gradients
   // back.
@@ -72,6 +76,7 @@ class ActivationCache {
   std::vector<Tensor> gradients_;
   size_t borrowing_ = 0;  // the first so many layers have written to the gradients that they borrow
   std::vector<Layer> layers_;
+  size_t layers_in_use_;
   Tensor output_;
   std::unordered_map<uint64_t, int32_t> row_of_;  // by the row before and the token
 };

@@ -44,6 +44,8 @@ class Arena {
   // Makes `bytes` resident (more than before, or the first), where nothing is taken: [bytes] as f32 words,
   // which begin with what was resident before. Throws OUT_OF_MEMORY, and leaves what there was.
   Tensor hold_resident(size_t bytes);
+  // Where it stands now: make_room may move it.
+  const Tensor& resident() const { return resident_; }
   size_t resident_bytes() const { return resident_ ? resident_.bytes() : 0; }
   // Tells one resident from the next: another number once it has been evicted.
   uint64_t resident_version() const { return resident_version_; }

@@ -18,6 +18,7 @@ struct BatchLoss {
   // NaN where a row has none, which a KL term cannot do with.
   std::vector<float> reference_logprobs;
   std::vector<int32_t> sequences;
+  std::vector<float> kl_weights, entropy_weights;
 };
 
 // How the losses of rows become one number; `sequences` are the completions of a batch.
@@ -27,20 +28,30 @@ enum class LossAggregation : uint8_t {
   constant,       // the sum by completions times `max_tokens`                         (Dr. GRPO)
 };
 
-// The weights [R] of rows: sequences [R], rising from 0 by at most 1, says which of the `completions` a row
-// belongs to. Completions without rows count, too, and come last. max_tokens is read by `constant` alone.
-std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<int32_t>& sequences,
-                                int64_t completions, int64_t max_tokens);
+// What sums are divided by. A batch that is a part of a larger one, or that was left something out of, is divided by
+// what the whole has.
+struct LossNormalizer {
+  double completions = 1.0;
+  double tokens = 1.0;
+};
 
-// Means are over the rows, without those of weight 0, and taken in float64.
+// The weights [R] of rows: sequences [R], rising from 0 by at most 1, says which completion a row belongs to. max_tokens
+// is read by `constant` alone.
+std::vector<float> loss_weights(LossAggregation aggregation, const std::vector<int32_t>& sequences,
+                                const LossNormalizer& normalizer, int64_t max_tokens);
+
+// Means are over the rows, without those whose weights are all 0, and taken in float64.
 struct LossStatistics {
   int64_t tokens = 0;
-  double kl = 0.0;  // the k3 estimate of KL(policy || reference) in nats; 0 where there is no reference
-  // Shares of rows whose ratio is clipped so that no gradient flows: below with A < 0, above with A > 0.
+  // The k3 estimate of KL(policy || reference) in nats, over the rows that have a reference and a weight for it, times
+  // their ratios under kl_ratio; 0 where there are none.
+  double kl = 0.0;
+  // Shares of the ratios, by row and for gspo by sequence, that are clipped so that no gradient flows: below with A < 0,
+  // above with A > 0.
   double clip_low_fraction = 0.0;
   double clip_high_fraction = 0.0;
   double clip_fraction() const { return clip_low_fraction + clip_high_fraction; }
-  // The importance ratio by row, for gspo by sequence; 1 where the loss has none.
+  // The importance ratio by row of a weight other than 0, for gspo by sequence; 1 where the loss has none.
   double ratio_mean = 1.0;
   double ratio_min = 1.0;
   double ratio_max = 1.0;

@@ -24,6 +24,7 @@ struct ModelConfig {
   bool mlp_bias = false;                   // gate, up and down projections
   std::vector<float> inverse_frequencies;  // [head_size / 2], RoPE scaling already in them
   float rope_attention_scale = 1.0f;
+  int32_t padding_id = -1;   // the id whose embedding takes no gradient where it is looked up, or -1
   DType dtype = DType::f32;  // of weights in products and of activations between them; f32|bf16
 
   // Rows of the fused q, k, v projection.

@@ -1,6 +1,5 @@
 #include "model/gradient_pass.h"
 
-#include <algorithm>
 #include <cmath>
 
 namespace merf {
@@ -205,20 +204,6 @@ void GradientPass::backward_embeddings(const std::vector<OpenMicroBatch>& micro_
   }
 }
 
-std::vector<float> GradientPass::old_logprobs_of(const OpenMicroBatch& micro_batch, const Tensor& hidden) {
-  std::vector<float> old = picked(loss_.old_logprobs, micro_batch.rows);
-  if (std::none_of(old.begin(), old.end(), [](float logprob) { return std::isnan(logprob); })) return old;
-  const Tensor logprobs = arena_.take(DType::f32, {static_cast<int64_t>(old.size())});
-  backend_.head_logprobs(hidden, *model_.parameters().head().packed, micro_batch.sources,
-                         picked(batch_.targets, micro_batch.rows), logprobs, Tensor());
-  std::vector<float> now(old.size());
-  backend_.download(now.data(), logprobs, logprobs.bytes());
-  for (size_t i = 0; i < old.size(); ++i) {
-    if (std::isnan(old[i])) old[i] = now[i];
-  }
-  return old;
-}
-
 bool GradientPass::add_loss(const OpenMicroBatch& micro_batch, const Tensor& hidden, const Tensor& dhidden) {
   model_.begin_accumulating();
   const std::vector<int32_t>& rows = micro_batch.rows;
@@ -232,9 +217,11 @@ bool GradientPass::add_loss(const OpenMicroBatch& micro_batch, const Tensor& hid
   const bool penalized = loss_.options.kl_coefficient > 0.0f;
   const LossRows loss_rows{model_.upload(picked(loss_.weights, rows)),
                            model_.upload(picked(loss_.advantages, rows)),
-                           model_.upload(old_logprobs_of(micro_batch, hidden)),
+                           model_.upload(picked(loss_.old_logprobs, rows)),
                            penalized ? model_.upload(picked(loss_.reference_logprobs, rows)) : Tensor(),
-                           by_sequence ? model_.upload(renumbered(picked(loss_.sequences, rows))) : Tensor()};
+                           by_sequence ? model_.upload(renumbered(picked(loss_.sequences, rows))) : Tensor(),
+                           penalized ? model_.upload(picked(loss_.kl_weights, rows)) : Tensor(),
+                           model_.upload(picked(loss_.entropy_weights, rows))};
   const Tensor logprobs = arena_.take(DType::f32, {count}), entropies = arena_.take(DType::f32, {count});
   Parameter& head = model_.parameters().head();
   const double loss =

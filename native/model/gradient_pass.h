@@ -40,8 +40,6 @@ class GradientPass {
   void run_cached_layer(size_t layer, const OpenMicroBatch& micro_batch, const Activations* above,
                         const Tensor& above_dqkv);
   void backward_embeddings(const std::vector<OpenMicroBatch>& micro_batches);
-  // The old log-probabilities of rows; where they are missing, those that the model gives now.
-  std::vector<float> old_logprobs_of(const OpenMicroBatch& micro_batch, const Tensor& hidden);
   // Adds the loss of the micro-batch's rows and writes dhidden; returns whether it is finite.
   bool add_loss(const OpenMicroBatch& micro_batch, const Tensor& hidden, const Tensor& dhidden);
 

@@ -362,12 +362,12 @@ std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
                        [&] { return compute_logits(batch, cancel); });
 }
 
-Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel) {
+Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel, float temperature) {
   prepare();
   const Batch batch = without_idle_tokens(given);
   const std::vector<MicroBatch> micro_batches = make_micro_batches(batch.visible_until, max_tokens, {});
   return within_memory(tokens_at_once(micro_batches), false, ScorePass::bytes(*this, micro_batches), [&] {
-    ScorePass pass(*this, batch, cancel);
+    ScorePass pass(*this, batch, temperature, cancel);
     pass.run(micro_batches);
     return pass.result();
   });

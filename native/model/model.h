@@ -79,8 +79,8 @@ class Model {
   std::vector<float> logits(const Batch& batch, const Cancel& cancel);
   // `max_tokens` (0: no bound) is the most tokens that go through the model at once, as far as segments
   // divide the forest (micro_batches.h); every token is computed once all the same, and on an exact device
-  // the scores do not depend on it.
-  Scores score(const Batch& batch, int64_t max_tokens, const Cancel& cancel);
+  // the scores do not depend on it. They are of softmax(logits / temperature).
+  Scores score(const Batch& batch, int64_t max_tokens, const Cancel& cancel, float temperature = 1.0f);
   // Adds to the gradients. They are zero, those of earlier calls included, where the loss is not finite or
   // the call throws: cancelled, out of memory. `max_tokens` is as for score; the gradients depend on it in
   // their rounding alone.

@@ -36,12 +36,13 @@ class AttentionBehind final : public AttentionStep {
 
 }  // namespace
 
-ScorePass::ScorePass(Model& model, const Batch& batch, const Cancel& cancel)
+ScorePass::ScorePass(Model& model, const Batch& batch, float temperature, const Cancel& cancel)
     : model_(model),
       backend_(model.backend()),
       arena_(model.arena()),
       transformer_(model.transformer()),
       batch_(batch),
+      temperature_(temperature),
       cancel_(cancel),
       reader_(batch) {
   scores_.logprobs.resize(batch.source_rows.size());
@@ -87,7 +88,7 @@ void ScorePass::run_one(const MicroBatch& micro_batch, const Ancestors* above, c
   const int64_t count = static_cast<int64_t>(rows.size());
   const Tensor logprobs = arena_.take(DType::f32, {count}), entropies = arena_.take(DType::f32, {count});
   backend_.head_logprobs(hidden, *model_.parameters().head().packed, sources, picked(batch_.targets, rows),
-                         logprobs, entropies);
+                         logprobs, entropies, temperature_);
   model_.download_scores(logprobs, entropies, rows, scores_);
 }
 

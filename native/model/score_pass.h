@@ -1,4 +1,4 @@
-// The log-probabilities of a batch's rows, micro-batch by micro-batch (micro_batches.h): a forward that keeps
+// The log-probabilities of a batch's rows at a temperature, micro-batch by micro-batch (micro_batches.h): a forward that keeps
 // nothing but the keys and values of segments with others under them.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace merf {
 
 class ScorePass {
  public:
-  ScorePass(Model& model, const Batch& batch, const Cancel& cancel);
+  ScorePass(Model& model, const Batch& batch, float temperature, const Cancel& cancel);
 
   void run(const std::vector<MicroBatch>& micro_batches) { run_all(micro_batches, nullptr); }
   Scores result() { return std::move(scores_); }
@@ -35,6 +35,7 @@ class ScorePass {
   Arena& arena_;
   Transformer& transformer_;
   const Batch& batch_;
+  const float temperature_;
   const Cancel& cancel_;
   const BatchReader reader_;
   Scores scores_;

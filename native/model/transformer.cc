@@ -273,7 +273,7 @@ void Transformer::backward_layer(size_t layer, const Forest& forest, const Activ
 
 void Transformer::backward_embedding(const Forest& forest, const Tensor& dx) {
   if (parameters_.embedding.trained) {
-    backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient);
+    backend_.embedding_backward(forest.ids, dx, parameters_.embedding.gradient, config_.padding_id);
   }
 }
 

@@ -46,9 +46,9 @@ enum class FinishReason : uint8_t { stop_token = 0, length = 1, stop_string = 2,
 struct SampleResult {
   std::vector<int32_t> offsets;  // [S + 1] into the following
   std::vector<int32_t> tokens;
-  std::vector<float> logprobs;           // under softmax(logits)
+  std::vector<float> logprobs;           // under softmax(logits / temperature), greedy as 1
   std::vector<float> sampling_logprobs;  // under the distribution drawn from
-  std::vector<float> entropies;          // of softmax(logits)
+  std::vector<float> entropies;          // of that distribution
   std::vector<FinishReason> finish_reasons;
   int64_t prefilled_tokens = 0;  // of the prompts, that were computed
   int64_t reused_tokens = 0;     // of the prompts, whose keys and values the session had

@@ -195,16 +195,18 @@ void Scheduler::make_activation_cache() {
     const auto within = [&](int64_t count) {
       return ActivationCache::layers_within(request_.keep_bytes, config_, count, gradients);
     };
-    // New memory costs time, so there is room for the next prompts, which may be a little longer, and what
-    // there is serves where it is not much less than could be.
+    // New memory costs time, so there is room for the next prompts, which may be a little longer. How many
+    // layers are cached depends on the request alone, and not on the memory that earlier ones have left: the
+    // last bits of gradients may depend on it, and a resumed run has no earlier requests.
     const int64_t roomy = rows + rows / 16;
     const size_t layers = within(roomy);
     if (layers == 0) return;
     cached_prompt_rows_.assign(request_.tokens.size(), -1);
     if (before && before->borrows() == !gradients.empty() && before->rows() >= rows &&
-        8 * before->layers() >= 7 * layers && before->layers() <= within(before->rows())) {
+        before->room() >= layers && before->room() <= within(before->rows())) {
       activation_cache_ = std::move(before);
       activation_cache_->clear();
+      activation_cache_->use(layers);
       return;
     }
     before.reset();

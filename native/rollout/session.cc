@@ -46,7 +46,9 @@ void Session::forget() {
 }
 
 void Session::begin() {
-  if (!valid()) clear();
+  if (!valid()) return clear();
+  // A gradient pass since the last call may have moved it.
+  cache_.stand_in(model_.arena().resident(), pages_.total());
 }
 
 void Session::end() {

@@ -161,6 +161,22 @@ describe('prompt', () => {
     expect(none.stdout).not.toContain('the share of letters');
     expect(none.stdout).toMatch(/<\|im_start\|>user\n[a-z]{5}<\|im_end\|>\n<\|im_start\|>assistant\n$/);
   });
+
+  test('of an adaptive motivation it prints what the first step shows, and says what becomes of it', async () => {
+    const args = ['prompt', '--task', lettersTask, '--model', tinyModel];
+    const { code, stdout, stderr } = await merf([...args, '--motivation', 'adaptive']);
+    expect(stderr).toBe('');
+    expect(code).toBe(0);
+    expect(stdout).toMatch(
+      /^An adaptive motivation [\s\S]*withdrawn;[\s\S]*7 of 8 completions under full[\s\S]*1 of 8 completions under none/,
+    );
+    expect(stdout.match(/the share of letters/g)).toHaveLength(1);
+    await fails(
+      ['evaluate', '--task', lettersTask, '--model', tinyModel, '--motivation', 'adaptive'],
+      1,
+      /motivation/,
+    );
+  });
 });
 
 describe('verify', () => {

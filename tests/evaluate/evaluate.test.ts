@@ -157,8 +157,8 @@ describe('evaluate', () => {
       maxTokens: 5,
       motivation: 'full',
       batch: 16,
-      onGroup: ({ prompt, episodes }) => {
-        expect(prompt.text).toContain('begins with b');
+      onGroup: ({ episodes }) => {
+        expect(episodes[0]?.prompt.text).toContain('begins with b');
         for (const { completion, reward } of episodes) {
           seen.push({ text: completion.text, total: reward.total });
         }

@@ -236,7 +236,7 @@ describe('sampling', () => {
     );
     expectClose(
       await truncated.logprobs.read(),
-      Array.from(kept, (t) => Math.log(probabilities[t] as number)),
+      Array.from(kept, (t) => Math.log((t === 0 ? 0.16 : 0.09) / 0.3)),
     );
     expect(new Set(await (await sampleTokens({ ...args, temperature: 0 })).tokens.read())).toEqual(
       new Set([0]),
@@ -339,6 +339,45 @@ describe('policy loss', () => {
     expect(statistics?.ratio.max).toBeCloseTo(Math.max(...ratios), 6);
   });
 
+  test('with weights of the penalty and of the bonus', async () => {
+    const reference = Float32Array.of(-1, -2, -1, -1, -2);
+    const entropies = Float32Array.of(1, 2, 3, 4, 5);
+    const klWeights = Float32Array.of(0, 1, 0.5, 0, 0.25);
+    const entropyWeights = Float32Array.of(0.5, 0, 0, 1, 0);
+    const plain = await policyLoss({ logprobs: device.tensor(now), ...rows() });
+    const { loss, coefficients } = await policyLoss({
+      logprobs: device.tensor(now),
+      entropies: device.tensor(entropies),
+      ...rows(),
+      referenceLogprobs: device.tensor(reference),
+      klCoefficient: 0.3,
+      entropyCoefficient: 0.2,
+      klWeights: device.tensor(klWeights),
+      entropyWeights: device.tensor(entropyWeights),
+    });
+    let expected = plain.loss;
+    const derivatives = Array.from(await plain.coefficients.read(), (own, r) => {
+      const d = (reference[r] as number) - (now[r] as number);
+      const weight = 0.3 * (klWeights[r] as number);
+      expected += weight * (Math.exp(d) - d - 1);
+      expected -= 0.2 * (entropyWeights[r] as number) * (entropies[r] as number);
+      return own + weight * (1 - Math.exp(d));
+    });
+    expect(loss).toBeCloseTo(expected, 6);
+    expectClose(await coefficients.read(), derivatives);
+    const short = await failure(() =>
+      policyLoss({
+        logprobs: device.tensor(now),
+        ...rows(),
+        klWeights: device.tensor(new Float32Array(R - 1)),
+      }),
+    );
+    expect(short).toMatchObject({
+      code: 'INVALID_ARGUMENT',
+      message: expect.stringContaining('klWeights'),
+    });
+  });
+
   test('weights rows by token, by completion or by a constant', async () => {
     const rows = { sequences: Int32Array.of(0, 0, 0, 1, 1, 1, 1, 1), completions: 4 };
     expectClose(lossWeights({ ...rows, aggregation: 'token_mean' }), new Array(8).fill(1 / 8), 1e-8);
@@ -346,6 +385,24 @@ describe('policy loss', () => {
     expectClose(lossWeights({ ...rows, aggregation: 'sequence_mean' }), byCompletion, 1e-8);
     const constant = lossWeights({ ...rows, aggregation: 'constant', maxTokens: 16 });
     expectClose(constant, new Array(8).fill(1 / 64), 1e-8);
+    const normalizer = { completions: 8, tokens: 32 };
+    expectClose(
+      lossWeights({ ...rows, aggregation: 'token_mean', normalizer }),
+      new Array(8).fill(1 / 32),
+      1e-8,
+    );
+    const part = lossWeights({ ...rows, aggregation: 'sequence_mean', normalizer: { completions: 8 } });
+    expectClose(
+      part,
+      byCompletion.map((weight) => weight / 2),
+      1e-8,
+    );
+    for (const key of ['completions', 'tokens']) {
+      const zero = await failure(() =>
+        lossWeights({ ...rows, aggregation: 'token_mean', normalizer: { [key]: 0 } }),
+      );
+      expect(zero).toMatchObject({ code: 'INVALID_ARGUMENT', message: expect.stringContaining(key) });
+    }
     const refused = await failure(() => lossWeights({ ...rows, aggregation: 'constant' }));
     expect(refused).toMatchObject({
       code: 'INVALID_ARGUMENT',

@@ -196,6 +196,14 @@ TEST_CASE("embedding gathers rows and its backward sums them in the order of the
           for (int64_t i = 0; i < width; ++i) expected[ids[t] * width + i] += dy[t * width + i];
         }
         CHECK(same_bits(download(backend, dtable), expected));
+        // Once more, but for the tokens of one id.
+        const int32_t padding = 4;
+        backend.embedding_backward(tids, upload(backend, dtype, {tokens, width}, dy), dtable, padding);
+        for (int64_t t = 0; t < tokens; ++t) {
+          for (int64_t i = 0; i < width && ids[t] != padding; ++i)
+            expected[ids[t] * width + i] += dy[t * width + i];
+        }
+        CHECK(same_bits(download(backend, dtable), expected));
         const Tensor gathered = poisoned(backend, dtype, {2, width});
         backend.gather_rows(ttable, upload(backend, {2}, std::vector<int32_t>{10, 0}), gathered);
         std::vector<float> ends(table.end() - width, table.end());

@@ -11,6 +11,7 @@ struct Problem {
   std::vector<float> hidden, head;
   std::vector<int32_t> rows, targets, sequences;
   std::vector<float> weights, advantages, old_logprobs, reference;
+  std::vector<float> kl_weights, entropy_weights;  // or none: `weights` stand in
 };
 
 struct Reference {
@@ -30,6 +31,7 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
       logits[v] = 0.0;
       for (int64_t i = 0; i < p.width; ++i)
         logits[v] += hidden[p.rows[r] * p.width + i] * head[v * p.width + i];
+      if (options.temperature != 0.0f) logits[v] /= static_cast<double>(options.temperature);
       max = std::max(max, logits[v]);
     }
     for (const double x : logits) sum += std::exp(x - max);
@@ -39,20 +41,31 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
   }
   const double low = 1.0 - static_cast<double>(options.clip_low),
                high = 1.0 + static_cast<double>(options.clip_high);
+  const auto kl_weight = [&](int64_t r) { return (p.kl_weights.empty() ? p.weights : p.kl_weights)[r]; };
+  const auto has_ratio = [&](int64_t r) {
+    return p.weights[r] != 0.0f || (options.kl_ratio && with_reference && kl_weight(r) != 0.0f);
+  };
   for (int64_t r = 0; r < p.count; ++r) {
-    if (p.weights[r] == 0.0f) continue;
     const double logprob = result.logprobs[r];
+    result.loss -= static_cast<double>(options.entropy_coefficient) *
+                   (p.entropy_weights.empty() ? p.weights : p.entropy_weights)[r] * result.entropies[r];
     double log_ratio = logprob - p.old_logprobs[r];
     if (options.kind == LossKind::gspo) {
       double sum = 0.0, members = 0.0;
       for (int64_t s = 0; s < p.count; ++s) {
-        if (p.sequences[s] != p.sequences[r] || p.weights[s] == 0.0f) continue;
+        if (p.sequences[s] != p.sequences[r] || !has_ratio(s)) continue;
         sum += result.logprobs[s] - p.old_logprobs[s];
         members += 1.0;
       }
       log_ratio = sum / members;
     }
     const double ratio = std::exp(log_ratio), advantage = p.advantages[r];
+    if (with_reference && kl_weight(r) != 0.0f) {
+      const double d = p.reference[r] - logprob;
+      result.loss += static_cast<double>(options.kl_coefficient) * kl_weight(r) * (std::exp(d) - d - 1.0) *
+                     (options.kl_ratio ? ratio : 1.0);
+    }
+    if (p.weights[r] == 0.0f) continue;
     double loss = 0.0;
     switch (options.kind) {
       case LossKind::policy_gradient_clip:
@@ -67,20 +80,15 @@ Reference evaluate(const Problem& p, const LossOptions& options, bool with_refer
         loss = -logprob;
         break;
     }
-    if (with_reference) {
-      const double d = p.reference[r] - logprob;
-      loss += static_cast<double>(options.kl_coefficient) * (std::exp(d) - d - 1.0);
-    }
-    loss -= static_cast<double>(options.entropy_coefficient) * result.entropies[r];
     result.loss += p.weights[r] * loss;
   }
   return result;
 }
 
 Problem make_problem(int64_t tokens, int64_t width, int64_t vocabulary, int64_t count, DType dtype,
-                     uint64_t seed) {
+                     uint64_t seed, float temperature = 1.0f) {
   Random random(seed);
-  Problem p{tokens, width, vocabulary, count, {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Problem p{tokens, width, vocabulary, count, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
   p.hidden = stored(random.normals(tokens * width), dtype);
   p.head = stored(random.normals(vocabulary * width, 1.0 / std::sqrt(static_cast<double>(width))), dtype);
   for (int64_t r = 0; r < count; ++r) {
@@ -93,7 +101,8 @@ Problem make_problem(int64_t tokens, int64_t width, int64_t vocabulary, int64_t 
   }
   const std::vector<double> hidden(p.hidden.begin(), p.hidden.end()), head(p.head.begin(), p.head.end());
   p.old_logprobs.assign(count, 0.0f);
-  const auto now = evaluate(p, {LossKind::cross_entropy, 0.2f, 0.2f, 0, 0}, false, hidden, head, nullptr);
+  const auto now =
+      evaluate(p, {LossKind::cross_entropy, 0.2f, 0.2f, 0, 0, temperature}, false, hidden, head, nullptr);
   for (int64_t r = 0; r < count; ++r) {
     // Ratios on both sides of both clip bounds.
     p.old_logprobs[r] = static_cast<float>(now.logprobs[r] + 0.3 * random.normal());
@@ -119,6 +128,9 @@ Outputs run(Backend& backend, const Problem& p, DType dtype, const LossOptions& 
   }
   if (options.kind == LossKind::gspo) rows.sequences = upload(backend, {p.count}, p.sequences);
   if (with_reference) rows.reference_logprobs = upload(backend, DType::f32, {p.count}, p.reference);
+  if (!p.kl_weights.empty()) rows.kl_weights = upload(backend, DType::f32, {p.count}, p.kl_weights);
+  if (!p.entropy_weights.empty())
+    rows.entropy_weights = upload(backend, DType::f32, {p.count}, p.entropy_weights);
   const Tensor logprobs = poisoned(backend, DType::f32, {p.count}),
                entropies = poisoned(backend, DType::f32, {p.count});
   const Tensor dhidden = poisoned(backend, dtype, {p.tokens, p.width});
@@ -165,6 +177,7 @@ void check_problem(Backend& backend, const Problem& p, DType dtype, const LossOp
   CAPTURE(static_cast<int>(options.kind));
   CAPTURE(options.kl_coefficient);
   CAPTURE(options.entropy_coefficient);
+  CAPTURE(options.temperature);
   const std::vector<double> hidden(p.hidden.begin(), p.hidden.end()), head(p.head.begin(), p.head.end());
   const Reference expected = evaluate(p, options, with_reference, hidden, head, nullptr);
   const Outputs out = run(backend, p, dtype, options, with_reference);
@@ -195,6 +208,56 @@ TEST_CASE("head_loss and its gradients agree with float64 for every loss") {
         }
       }
     }
+  });
+}
+
+TEST_CASE("head_loss with weights of each term's own agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const LossKind kind : kKinds) {
+      Problem p = make_problem(7, 9, 37, 16, DType::f32, 78);
+      Random random(79);
+      for (int64_t r = 0; r < p.count; ++r) {
+        p.kl_weights.push_back(r % 5 == 1 ? 0.0f : static_cast<float>(0.2 + random.uniform()));
+        p.entropy_weights.push_back(r % 4 == 2 ? 0.0f : static_cast<float>(random.normal()));
+      }
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.3f, 0.2f}, true, 1);
+      if (kind != LossKind::cross_entropy) {
+        check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.3f, 0.2f, 0.8f, true}, true, 1);
+      }
+      // A penalty alone, and a bonus alone.
+      p.weights.assign(p.count, 0.0f);
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.3f, 0.0f}, true, 1);
+      check_problem(backend, p, DType::f32, {kind, 0.2f, 0.28f, 0.0f, 0.2f}, false, 1);
+    }
+  });
+}
+
+TEST_CASE("head_loss at any temperature agrees with float64") {
+  for_each_backend([](Backend& backend) {
+    for (const DType dtype : {DType::f32, DType::bf16}) {
+      for (const float temperature : {0.7f, 1.6f, 0.0f}) {
+        const Problem p = make_problem(7, 9, 37, 16, dtype, 88, temperature);
+        for (const LossKind kind : kKinds) {
+          for (const float entropy : {0.0f, 0.2f}) {
+            check_problem(backend, p, dtype, {kind, 0.2f, 0.28f, 0.3f, entropy, temperature}, true, 1);
+          }
+        }
+        // Over several strips.
+        check_problem(backend, make_problem(5, 3, 9001, 8, dtype, 84, temperature), dtype,
+                      {LossKind::policy_gradient_clip, 0.2f, 0.28f, 0.1f, 0.1f, temperature}, true, 600);
+      }
+    }
+    // Greedy draws have the log-probabilities of temperature 1, bit for bit.
+    const Problem p = make_problem(7, 9, 37, 16, DType::f32, 88);
+    const LossOptions options{LossKind::gspo, 0.2f, 0.28f, 0.3f, 0.2f};
+    LossOptions greedy = options;
+    greedy.temperature = 0.0f;
+    const Outputs one = run(backend, p, DType::f32, options, true);
+    const Outputs zero = run(backend, p, DType::f32, greedy, true);
+    CHECK(one.loss == zero.loss);
+    CHECK(same_bits(one.logprobs, zero.logprobs));
+    CHECK(same_bits(one.dhidden, zero.dhidden));
+    CHECK(same_bits(one.dhead, zero.dhead));
   });
 }
 
@@ -257,9 +320,10 @@ TEST_CASE("rows of weight zero give neither loss nor gradient, whatever stands i
 
 TEST_CASE("head_logprobs gives what head_loss gives, with entropies or without") {
   for_each_backend([](Backend& backend) {
-    for (const DType dtype : {DType::f32, DType::bf16}) {
+    for (const auto& [dtype, temperature] :
+         {std::pair{DType::f32, 1.0f}, {DType::bf16, 1.0f}, {DType::f32, 0.7f}, {DType::bf16, 1.3f}}) {
       const Problem p = make_problem(40, 48, 300, 50, dtype, 80);
-      const LossOptions options{LossKind::policy_gradient_clip, 0.2f, 0.2f, 0.0f, 0.1f};
+      const LossOptions options{LossKind::policy_gradient_clip, 0.2f, 0.2f, 0.0f, 0.1f, temperature};
       const Outputs loss = run(backend, p, dtype, options, false);
       const Outputs without = run(backend, p, dtype, options, false, false);
       CHECK(same_bits(loss.dhidden, without.dhidden));
@@ -268,10 +332,10 @@ TEST_CASE("head_logprobs gives what head_loss gives, with entropies or without")
       const auto head = backend.pack_weight(upload(backend, dtype, {p.vocabulary, p.width}, p.head), false);
       const Tensor logprobs = poisoned(backend, DType::f32, {p.count});
       const Tensor entropies = poisoned(backend, DType::f32, {p.count});
-      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, entropies);
+      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, entropies, temperature);
       CHECK(same_bits(download(backend, logprobs), loss.logprobs));
       CHECK(same_bits(download(backend, entropies), loss.entropies));
-      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, {});
+      backend.head_logprobs(hidden, *head, p.rows, p.targets, logprobs, {}, temperature);
       CHECK(same_bits(download(backend, logprobs), loss.logprobs));
     }
   });
@@ -309,14 +373,23 @@ TEST_CASE("what is drawn and what is scored have one log-probability" * doctest:
       }
       const Tensor drawn = backend->allocate(DType::i32, {tokens});
       const Tensor raw = poisoned(*backend, DType::f32, {tokens}),
+                   sampling = poisoned(*backend, DType::f32, {tokens}),
                    scored = poisoned(*backend, DType::f32, {tokens});
-      backend->sample_tokens(logits, upload(*backend, {tokens, 2}, keys),
-                             upload(*backend, {tokens}, positions), {0.8f, 0, 0.9f, 0.0f, 5}, drawn,
-                             poisoned(*backend, DType::f32, {tokens}), raw, {});
-      backend->head_logprobs(hidden, *head, rows, download_ints(*backend, drawn), scored, {});
       CAPTURE(vocabulary);
       CAPTURE(name_of(dtype));
-      CHECK(same_bits(download(*backend, raw), download(*backend, scored)));
+      for (const float temperature : {0.8f, 1.0f, 0.0f, 1.7f, 0.03f}) {
+        CAPTURE(temperature);
+        for (const float top_p : {0.9f, 1.0f}) {
+          backend->sample_tokens(logits, upload(*backend, {tokens, 2}, keys),
+                                 upload(*backend, {tokens}, positions), {temperature, 0, top_p, 0.0f, 5},
+                                 drawn, sampling, raw, {});
+          backend->head_logprobs(hidden, *head, rows, download_ints(*backend, drawn), scored, {},
+                                 temperature);
+          CHECK(same_bits(download(*backend, raw), download(*backend, scored)));
+          if (top_p == 1.0f && temperature > 0.0f)
+            CHECK(same_bits(download(*backend, raw), download(*backend, sampling)));
+        }
+      }
     }
   }
 }

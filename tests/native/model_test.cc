@@ -623,13 +623,63 @@ TEST_CASE("rows are weighted by what their completions have") {
   // Completions of 3 and 5 rows, and two without any.
   const std::vector<int32_t> sequences = {0, 0, 0, 1, 1, 1, 1, 1};
   const auto weights = [&](LossAggregation aggregation) {
-    return loss_weights(aggregation, sequences, 4, 16);
+    return loss_weights(aggregation, sequences, {4, 8}, 16);
   };
   CHECK(weights(LossAggregation::token_mean) == std::vector<float>(8, 1.0f / 8.0f));
   CHECK(weights(LossAggregation::constant) == std::vector<float>(8, 1.0f / 64.0f));
   std::vector<float> means(3, 1.0f / 12.0f);
   means.insert(means.end(), 5, 1.0f / 20.0f);
   CHECK(weights(LossAggregation::sequence_mean) == means);
+
+  // Where the batch is a part of one of 10 completions and 32 rows.
+  const auto part = [&](LossAggregation aggregation) {
+    return loss_weights(aggregation, sequences, {10, 32}, 16);
+  };
+  CHECK(part(LossAggregation::token_mean) == std::vector<float>(8, 1.0f / 32.0f));
+  CHECK(part(LossAggregation::constant) == std::vector<float>(8, 1.0f / 160.0f));
+  std::vector<float> parts(3, 1.0f / 30.0f);
+  parts.insert(parts.end(), 5, 1.0f / 50.0f);
+  CHECK(part(LossAggregation::sequence_mean) == parts);
+}
+
+TEST_CASE(
+    "the padding id's embedding takes no gradient where it is looked up, and its row of a tied head does") {
+  for_each_backend([](Backend& backend) {
+    ModelConfig config = tiny_config(false);
+    const Batch batch = random_forest(kForest, config.vocab_size, 4);
+    const BatchLoss loss = random_loss(LossKind::cross_entropy, batch, 5);
+    const int32_t padding = batch.tokens[0];
+    const size_t width = static_cast<size_t>(config.hidden_size), row = width * static_cast<size_t>(padding);
+    const auto gradient_of = [&](int32_t id, bool tied, const char* name) {
+      config.padding_id = id;
+      config.tied_head = tied;
+      Arena arena(backend);
+      Model model(backend, arena, config, true);
+      for (const NamedParameter& named : model.parameters().named()) {
+        // The head has the table's values.
+        const bool table = named.name == "lm_head.weight" || named.name == "model.embed_tokens.weight";
+        Random random(table ? 3 : named.name.size());
+        model.write(named.name, ParameterKind::value, random.normals(named.size(), 0.25));
+      }
+      model.forward_backward(batch, loss, 0, Cancel());
+      return model.read(name, ParameterKind::gradient);
+    };
+    const auto row_of = [&](const std::vector<float>& from) {
+      return std::vector<float>(from.begin() + static_cast<std::ptrdiff_t>(row),
+                                from.begin() + static_cast<std::ptrdiff_t>(row + width));
+    };
+    const char* const table = "model.embed_tokens.weight";
+    const std::vector<float> all = gradient_of(-1, false, table);
+    std::vector<float> without = all;
+    std::fill_n(without.begin() + static_cast<std::ptrdiff_t>(row), width, 0.0f);
+    CHECK(!same_bits(all, without));
+    CHECK(same_bits(gradient_of(padding, false, table), without));
+    const std::vector<float> head = row_of(gradient_of(padding, false, "lm_head.weight"));
+    CHECK(relative_error(row_of(gradient_of(padding, true, table)),
+                         std::vector<double>(head.begin(), head.end())) < 1e-5);
+    CHECK(relative_error(row_of(gradient_of(-1, true, table)),
+                         std::vector<double>(head.begin(), head.end())) > 1e-2);
+  });
 }
 
 TEST_CASE("statistics of a loss are means over the rows that count") {
@@ -648,12 +698,30 @@ TEST_CASE("statistics of a loss are means over the rows that count") {
   const LossStatistics by_row = loss_statistics(loss, scores);
   CHECK(by_row.tokens == 4);
   CHECK(by_row.entropy == doctest::Approx(2.5).epsilon(1e-12));
-  CHECK(by_row.kl == doctest::Approx((std::exp(-0.25) + 0.25 - 1.0) / 4.0).epsilon(1e-12));
+  // Three of them have a reference, and two of those have it at what the policy says.
+  CHECK(by_row.kl == doctest::Approx((std::exp(-0.25) + 0.25 - 1.0) / 3.0).epsilon(1e-12));
   CHECK(by_row.ratio_mean == doctest::Approx((half + 1.0 + third + 1.0) / 4.0).epsilon(1e-12));
   CHECK(by_row.ratio_min == doctest::Approx(third).epsilon(1e-12));
   CHECK(by_row.ratio_max == doctest::Approx(half).epsilon(1e-12));
   CHECK(by_row.clip_low_fraction == 0.25);
   CHECK(by_row.clip_high_fraction == 0.25);
+
+  // The row of weight 0 has a penalty, and the first two have none.
+  loss.kl_weights = {0.0f, 0.0f, 0.5f, 0.5f, 0.5f};
+  const LossStatistics anchored = loss_statistics(loss, scores);
+  CHECK(anchored.tokens == 5);
+  CHECK(anchored.entropy == doctest::Approx(22.0).epsilon(1e-12));
+  CHECK(anchored.kl == doctest::Approx((std::exp(6.0) - 7.0) / 2.0).epsilon(1e-12));
+  CHECK(anchored.ratio_mean == by_row.ratio_mean);
+  CHECK(anchored.clip_low_fraction == 0.25);
+  loss.options.kl_ratio = true;
+  loss.old_logprobs[2] = -1.5f;
+  const LossStatistics corrected = loss_statistics(loss, scores);
+  CHECK(corrected.kl == doctest::Approx(half * (std::exp(6.0) - 7.0) / 2.0).epsilon(1e-12));
+  CHECK(corrected.ratio_mean == doctest::Approx((2.0 * half + 1.0 + third + 1.0) / 5.0).epsilon(1e-12));
+  loss.options.kl_ratio = false;
+  loss.old_logprobs[2] = -9.0f;
+  loss.kl_weights.clear();
 
   loss.options.kind = LossKind::cispo;
   CHECK(loss_statistics(loss, scores).clip_low_fraction == 0.0);
@@ -668,6 +736,13 @@ TEST_CASE("statistics of a loss are means over the rows that count") {
   CHECK(by_sequence.ratio_max == doctest::Approx(first).epsilon(1e-12));
   CHECK(by_sequence.clip_low_fraction == 0.5);
   CHECK(by_sequence.clip_high_fraction == 0.5);
+
+  // Clipping is counted by sequence, long or short.
+  BatchLoss longer = loss;
+  longer.weights[1] = 0.0f;
+  longer.weights[0] = 0.5f;
+  CHECK(loss_statistics(longer, scores).clip_low_fraction == 0.5);
+  CHECK(loss_statistics(longer, scores).clip_high_fraction == 0.5);
 
   loss.options.kind = LossKind::cross_entropy;
   loss.advantages.clear();

@@ -214,6 +214,49 @@ TEST_CASE(
   });
 }
 
+TEST_CASE("how many layers a rollout keeps depends on the request alone") {
+  for_each_backend([](Backend& backend) {
+    ModelConfig config = config_of(DType::f32);
+    config.layers = 8;
+    Fixture f(backend, config);
+    f.model.initialize(7, 0.1f);
+    SampleRequest longer = make_request(3, 10), shorter = make_request(3, 9);
+    const auto layers_of = [&](const SampleRequest& request) {
+      int64_t rows = static_cast<int64_t>(request.tokens.size());
+      for (size_t p = 0; p < request.counts.size(); ++p)
+        rows += request.counts[p] * (request.max_tokens[p] - 1);
+      return ActivationCache::layers_within(request.keep_bytes, config, rows + rows / 16,
+                                            f.model.borrow_gradients());
+    };
+    while (layers_of(shorter) < 8) shorter.keep_bytes += 1024;
+    longer.keep_bytes = shorter.keep_bytes;
+    REQUIRE(layers_of(longer) == 7);
+    for (SampleRequest* request : {&longer, &shorter, &longer}) {
+      const SampleResult drawn = sample(f.model, {}, *request, Cancel(), nullptr);
+      const Batch forest = first_prompt_with_completions(*request, drawn, 3);
+      REQUIRE(f.model.activation_cache() != nullptr);
+      CHECK(f.model.activation_cache()->layers() == layers_of(*request));
+      sample(f.model, {}, *request, Cancel(), nullptr);
+      BatchLoss loss;
+      loss.options.kind = LossKind::cross_entropy;
+      loss.weights.assign(forest.targets.size(), 0.01f);
+      std::vector<std::vector<float>> kept, computed;
+      for (std::vector<std::vector<float>>* all : {&kept, &computed}) {
+        CHECK((f.model.activation_cache()->used() > 0) == (all == &kept));
+        f.model.forward_backward(forest, loss, 0, Cancel());
+        for (const NamedParameter& named : f.model.parameters().named())
+          all->push_back(f.model.read(named.name, ParameterKind::gradient));
+        f.model.zero_gradients();
+      }
+      for (size_t i = 0; i < kept.size(); ++i) {
+        CAPTURE(f.model.parameters().named()[i].name);
+        if (f.model.parameters().named()[i].name.ends_with("k_proj.bias")) continue;
+        CHECK(relative_error(kept[i], computed[i]) < 1e-5);
+      }
+    }
+  });
+}
+
 TEST_CASE("what a rollout keeps gives the gradients of its forward pass, and gives back those it stood in") {
   for_each_backend([](Backend& backend) {
     for (ModelConfig config :

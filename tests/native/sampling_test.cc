@@ -149,7 +149,8 @@ std::string golden_file() {
   return std::string(named == nullptr ? MERF_GOLDEN_DIR : named) + "/draws.txt";
 }
 
-// A line for each row: case, row, token, log-probability of the distribution drawn from, of softmax(logits), entropy.
+// A line for each row: case, row, token, log-probability of the distribution drawn from, of softmax(logits / temperature),
+// its entropy.
 void write_golden(std::FILE* file, const GoldenCase& each, const Draws& draws) {
   for (size_t i = 0; i < draws.tokens.size(); ++i) {
     std::fprintf(file, "%s %zu %d %a %a %a\n", each.name.c_str(), i, draws.tokens[i],
@@ -213,7 +214,7 @@ TEST_CASE("draws follow the exact distribution of every filter") {
     for (const auto& [name, options] : filters()) {
       CAPTURE(name);
       const std::vector<double> p = expected_distribution(logits, options);
-      const std::vector<double> raw = softmax(logits, 1.0);
+      const std::vector<double> raw = softmax(logits, options.temperature);
       const Draws draws = draw(backend, rows, options);
       std::vector<int64_t> seen(logits.size(), 0);
       std::vector<double> sampling_logprobs, logprobs;
@@ -343,17 +344,30 @@ TEST_CASE("greedy takes the first maximum") {
   });
 }
 
-TEST_CASE("entropy and log-probability at temperature 1 are those of the softmax") {
+TEST_CASE("entropy and log-probability are those of the softmax at the temperature") {
   for_each_backend([](Backend& backend) {
     for (const int64_t vocabulary : {1, 2, 15, 16, 17, 1000, 49152}) {
       const std::vector<float> logits = Random(static_cast<uint64_t>(vocabulary)).normals(vocabulary, 3.0);
-      const std::vector<double> p = softmax(logits, 1.0);
-      double entropy = 0;
-      for (const double x : p) entropy -= x > 0 ? x * std::log(x) : 0.0;
-      const Draws draws = draw(backend, one(logits), {});
-      CHECK(draws.entropies[0] == doctest::Approx(entropy).epsilon(1e-5).scale(1.0));
-      CHECK(draws.logprobs[0] == doctest::Approx(std::log(p[draws.tokens[0]])).epsilon(1e-6).scale(1.0));
-      CHECK(draws.sampling_logprobs[0] == draws.logprobs[0]);
+      for (const float temperature : {1.0f, 0.0f, 0.7f, 1.9f, 1e4f}) {
+        CAPTURE(vocabulary);
+        CAPTURE(temperature);
+        // Greedy draws say what temperature 1 does.
+        const std::vector<double> p = softmax(logits, temperature == 0.0f ? 1.0 : double{temperature});
+        double entropy = 0;
+        for (const double x : p) entropy -= x > 0 ? x * std::log(x) : 0.0;
+        SamplingOptions options;
+        options.temperature = temperature;
+        const Draws draws = draw(backend, one(logits), options);
+        CHECK(draws.entropies[0] == doctest::Approx(entropy).epsilon(1e-5).scale(1.0));
+        CHECK(draws.logprobs[0] == doctest::Approx(std::log(p[draws.tokens[0]])).epsilon(1e-6).scale(1.0));
+        CHECK(draws.sampling_logprobs[0] == (temperature == 0.0f ? 0.0f : draws.logprobs[0]));
+        // A truncated draw says the log-probability of the whole distribution, too.
+        options.top_p = 0.5f;
+        const Draws truncated = draw(backend, one(logits), options);
+        CHECK(truncated.logprobs[0] ==
+              doctest::Approx(std::log(p[truncated.tokens[0]])).epsilon(1e-6).scale(1.0));
+        CHECK(truncated.entropies[0] == draws.entropies[0]);
+      }
     }
   });
 }

@@ -430,6 +430,38 @@ TEST_CASE("a session stands in the arena's memory, and makes way") {
   });
 }
 
+TEST_CASE("a session that a gradient pass has moved is found where it stands") {
+  for_each_backend([](Backend& backend) {
+    Fixture f(backend);
+    Session session(f.model);
+    const std::vector<Tokens> prompts = {tokens_from(1, 70), tokens_from(2, 40)};
+    const SampleRequest request = request_for(prompts, 2, 20);
+    const SampleResult first = check_sample(session, prompts, request);
+    CHECK(first.prefilled_tokens == 110);
+    Batch batch;
+    batch.tokens = tokens_from(3, is_slow(backend) ? 96 : 600);
+    for (size_t i = 0; i < batch.tokens.size(); ++i) {
+      batch.positions.push_back(static_cast<int32_t>(i));
+      batch.visible_until.push_back(static_cast<int32_t>(batch.tokens.size()));
+      if (i == 0) continue;
+      batch.source_rows.push_back(static_cast<int32_t>(i) - 1);
+      batch.targets.push_back(batch.tokens[i]);
+    }
+    BatchLoss loss;
+    loss.options.kind = LossKind::cross_entropy;
+    loss.weights.assign(batch.targets.size(), 0.01f);
+    // The first pass makes the arena as large as it comes to be. Pages are then taken in it, which the second wants.
+    for (int pass = 0; pass < 3; ++pass) {
+      CAPTURE(pass);
+      f.model.forward_backward(batch, loss, 0, Cancel());
+      f.model.zero_gradients();
+      const SampleResult again = check_sample(session, prompts, request);
+      CHECK(again.prefilled_tokens == 2);
+      CHECK(again.tokens == first.tokens);
+    }
+  });
+}
+
 TEST_CASE("an arena's resident memory stays while it may") {
   for_each_backend([](Backend& backend) {
     constexpr size_t kMiB = size_t{1} << 20;

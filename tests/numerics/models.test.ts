@@ -148,4 +148,15 @@ describe.each(['llama', 'qwen2'])('%s agrees with transformers', (name) => {
       }
     });
   });
+
+  test('the embedding of the padding token, read and predicted, is trained as the tied head alone', async () => {
+    const padding = readJson<{ tokens: number[]; gradients: Record<string, number[][]> }>('padding.json');
+    const [first, ...rest] = padding.tokens;
+    const forest = [{ tokens: [first as number], children: [{ tokens: rest, train: {} }] }];
+    await policy.forwardBackward(forest, { type: 'cross_entropy' });
+    const gradient = await policy.readParameter('model.embed_tokens.weight', 'gradient');
+    await policy.zeroGradients();
+    const wanted = (padding.gradients[name] as number[][]).flat();
+    expect(largestGap(gradient.subarray(0, wanted.length), wanted)).toBeLessThan(1e-5);
+  });
 });

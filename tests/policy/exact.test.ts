@@ -40,13 +40,17 @@ function widestGap(groups: CompletionGroup[], logprobs: Float32Array[]): number 
 test('what was drawn is scored and trained on with the same bits, whatever the batch', async () => {
   for (const dtype of ['f32', 'bf16'] as const) {
     const policy = await Policy.load(model, { device: 'cpu', dtype, exact: true });
-    const groups = await policy.sample(prompts, { n: 3, maxTokens: 12, seed: 3 });
-    for (const shared of [true, false]) {
-      expect(widestGap(groups, (await policy.score(forest(groups, shared))).logprobs)).toBe(0);
-    }
-    for (const maxTokens of [undefined, 90]) {
-      const stats = await policy.forwardBackward(forest(groups, true), { type: 'grpo' }, { maxTokens });
-      expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
+    for (const temperature of [1, 0.7, 1.4, 0]) {
+      const groups = await policy.sample(prompts, { n: 3, maxTokens: 12, seed: 3, temperature, topP: 0.95 });
+      for (const shared of [true, false]) {
+        const { logprobs } = await policy.score(forest(groups, shared), { temperature });
+        expect(widestGap(groups, logprobs)).toBe(0);
+      }
+      for (const maxTokens of [undefined, 90]) {
+        const loss = { type: 'grpo', temperature } as const;
+        const stats = await policy.forwardBackward(forest(groups, true), loss, { maxTokens });
+        expect(stats.ratio).toEqual({ mean: 1, min: 1, max: 1 });
+      }
     }
     policy.dispose();
   }

@@ -187,6 +187,20 @@ describe('packForest', () => {
       'logprobs\\[1\\]',
     ],
     ['a mask of other numbers', trained({ mask: [1, 2] }), 'INVALID_ARGUMENT', 'mask\\[1\\]'],
+    ['an advantage a token too few', trained({ advantage: [1] }), 'INVALID_ARGUMENT', 'train.advantage'],
+    [
+      "a token's advantage that is no number",
+      trained({ advantage: [0, Number.NaN] }),
+      'INVALID_ARGUMENT',
+      'advantage\\[1\\]',
+    ],
+    ['a negative KL coefficient', trained({ advantage: 1, kl: -0.1 }), 'INVALID_ARGUMENT', 'train.kl'],
+    [
+      'an infinite entropy coefficient',
+      trained({ advantage: 1, entropy: Number.NEGATIVE_INFINITY }),
+      'INVALID_ARGUMENT',
+      'train.entropy',
+    ],
     [
       'an infinite advantage',
       trained({ advantage: Number.POSITIVE_INFINITY }),

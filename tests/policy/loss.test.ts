@@ -1,6 +1,6 @@
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { packForest } from '../../lib/policy/forest.js';
-import { type Forest, Policy } from '../../lib/policy/index.js';
+import { type Forest, Policy, type TrainTarget } from '../../lib/policy/index.js';
 import { checkTargets, type Loss, type LossStats, resolveLoss } from '../../lib/policy/loss.js';
 import { expectFailure, random, tinyConfig, tokenizerFiles } from './helpers.js';
 
@@ -81,6 +81,146 @@ describe('weights', () => {
   });
 });
 
+describe('by target', () => {
+  const lengths = [4, 3, 5];
+  const types = ['grpo', 'dapo', 'dr_grpo', 'bnpo', 'cispo', 'gspo'] as const;
+  const draw = random(11);
+  const old = lengths.map((length) => Float32Array.from({ length }, () => -4 + draw()));
+  const reference = lengths.map((length) => Float32Array.from({ length }, () => -4 + draw()));
+  const forest = (train: (i: number) => Partial<TrainTarget> | undefined): Forest => [
+    {
+      tokens: [1, 2],
+      children: lengths.flatMap((length, i) => {
+        const own = train(i);
+        const tokens = Array.from({ length }, (_, t) => 20 + 9 * i + t);
+        return own === undefined ? [] : [{ tokens, train: { advantage: 0, logprobs: old[i], ...own } }];
+      }),
+    },
+  ];
+  /** The loss and all gradients of one call. */
+  async function gradients(of: Forest, loss: Loss) {
+    const stats = await policy.forwardBackward(of, loss);
+    const parameters = await Promise.all(
+      policy.parameters().map(({ name }) => policy.readParameter(name, 'gradient')),
+    );
+    await policy.zeroGradients();
+    return { stats, loss: stats.loss, values: Float32Array.from(parameters.flatMap((p) => [...p])) };
+  }
+  type Found = { loss: number; values: Float32Array };
+  function expectSum(whole: Found, parts: Found[]) {
+    const values = whole.values.map((_, i) => sum(parts.map((part) => part.values[i] as number)));
+    const size = Math.max(...values.map(Math.abs));
+    expect(size).toBeGreaterThan(1e-4);
+    const gap = whole.values.map((value, i) => Math.abs(value - (values[i] as number)));
+    expect(Math.max(...gap)).toBeLessThan(2e-6 * Math.max(1, size));
+    expect(whole.loss).toBeCloseTo(sum(parts.map(({ loss }) => loss)), 6);
+  }
+
+  test('an advantage may differ from token to token', async () => {
+    const advantages = [[1, 0.5, -1, 2], [0, 0, -0.7], new Float32Array([0.3, -2, 0, 0, 1])];
+    for (const type of types) {
+      const loss: Loss = { type, maxTokens: 8, clipLow: 0.2, clipHigh: 0.3 };
+      const whole = await gradients(
+        forest((i) => ({ advantage: advantages[i] as ArrayLike<number> })),
+        loss,
+      );
+      const parts = [];
+      for (const [i, row] of advantages.entries()) {
+        for (const [t, advantage] of Array.from(row).entries()) {
+          if (advantage === 0) continue;
+          // The loss is linear in the advantages, one of which is left at a time.
+          const alone = Array.from({ length: lengths[i] as number }, (_, k) => (k === t ? advantage : 0));
+          parts.push(
+            await gradients(
+              forest((j) => ({ advantage: j === i ? alone : 0 })),
+              loss,
+            ),
+          );
+        }
+      }
+      expectSum(whole, parts);
+    }
+  });
+
+  test('a penalty and a bonus of its own are beside the advantages of others', async () => {
+    for (const type of types) {
+      const loss: Loss = { type, maxTokens: 8, kl: 0.3, entropy: 0.2 };
+      const advantage = [1, 0, -1];
+      const referenceLogprobs = (i: number) => reference[i];
+      // The second is an anchor; the third has no reference.
+      const whole = await gradients(
+        forest((i) => ({
+          advantage: advantage[i],
+          ...(i === 1 && { kl: 0.7, entropy: 0 }),
+          ...(i === 2 ? { kl: 0 } : { referenceLogprobs: referenceLogprobs(i) }),
+        })),
+        loss,
+      );
+      const all = { type, maxTokens: 8 };
+      const only = (one: number, train: Partial<TrainTarget>) =>
+        gradients(
+          forest((i) => (i === one ? train : {})),
+          all,
+        );
+      expectSum(whole, [
+        await gradients(
+          forest((i) => ({ advantage: advantage[i] })),
+          all,
+        ),
+        await only(0, { kl: 0.3, referenceLogprobs: reference[0] }),
+        await only(1, { kl: 0.7, referenceLogprobs: reference[1] }),
+        await only(0, { entropy: 0.2 }),
+        await only(2, { entropy: 0.2 }),
+      ]);
+      const { logprobs } = whole.stats;
+      const k3 = [0, 1].flatMap((i) =>
+        Array.from(reference[i] as Float32Array, (value, t) => {
+          const d = value - (logprobs[i]?.[t] as number);
+          return Math.exp(d) - d - 1;
+        }),
+      );
+      expect(whole.stats.kl).toBeCloseTo(sum(k3) / k3.length, 5);
+    }
+  });
+
+  test('parts of a batch with its normalizer add up to the batch, without what has no gradient', async () => {
+    const normalizer = { completions: 3, tokens: 12 };
+    const train = (i: number) => ({ advantage: [1, -1, 0.5][i] as number, referenceLogprobs: reference[i] });
+    for (const type of types) {
+      const loss: Loss = { type, maxTokens: 8, kl: 0.1, entropy: 0.2 };
+      const whole = await gradients(forest(train), loss);
+      const part = (of: number[]) =>
+        gradients(
+          forest((i) => (of.includes(i) ? train(i) : undefined)),
+          { ...loss, normalizer },
+        );
+      expectSum(whole, [await part([0, 2]), await part([1])]);
+      const withIdle = await gradients(
+        forest((i) => (i === 1 ? { advantage: 0 } : { advantage: 1 })),
+        { type, maxTokens: 8 },
+      );
+      const without = await gradients(
+        forest((i) => (i === 1 ? undefined : { advantage: 1 })),
+        { type, maxTokens: 8, normalizer },
+      );
+      expectSum(withIdle, [without]);
+    }
+    const entropy = (await found(forest(train), { type: 'cross_entropy' })).loss;
+    const halved = await found(forest(train), { type: 'cross_entropy', normalizer: { tokens: 24 } });
+    expect(halved.loss).toBeCloseTo(entropy / 2, 6);
+  });
+
+  test('the bonus is the mean entropy over all tokens whatever the type', async () => {
+    for (const type of types) {
+      const { loss, entropy } = await found(
+        forest(() => ({ advantage: 0 })),
+        { type, maxTokens: 100, entropy: 0.5 },
+      );
+      expect(loss).toBeCloseTo(-0.5 * entropy, 6);
+    }
+  });
+});
+
 describe('the loss', () => {
   test('has its defaults', () => {
     expect(resolveLoss({ type: 'grpo' })).toMatchObject({
@@ -103,6 +243,11 @@ describe('the loss', () => {
     [{ type: 'grpo', kl: -0.1 }, 'kl'],
     [{ type: 'grpo', entropy: Number.POSITIVE_INFINITY }, 'entropy'],
     [{ type: 'dr_grpo' }, 'maxTokens'],
+    [{ type: 'grpo', temperature: -1 }, 'loss.temperature'],
+    [{ type: 'grpo', temperature: Number.NaN }, 'loss.temperature'],
+    [{ type: 'grpo', normalizer: { completions: 0 } }, 'normalizer.completions'],
+    [{ type: 'cross_entropy', normalizer: { tokens: -1 } }, 'normalizer.tokens'],
+    [{ type: 'dapo', normalizer: { tokens: Number.NaN } }, 'normalizer.tokens'],
   ])('refuses %j', async (loss, part) => {
     await expectFailure(() => resolveLoss(loss as Loss), 'INVALID_ARGUMENT', part);
   });
@@ -120,6 +265,12 @@ describe('the loss', () => {
       () => checkTargets(kl, targets({ advantage: 1 })),
       'INVALID_ARGUMENT',
       'referenceLogprobs',
+    );
+    checkTargets(kl, targets({ advantage: 1, kl: 0 }));
+    await expectFailure(
+      () => checkTargets(resolveLoss({ type: 'grpo' }), targets({ advantage: 1, kl: 0.2 })),
+      'INVALID_ARGUMENT',
+      'kl is 0.2',
     );
     checkTargets(resolveLoss({ type: 'cross_entropy' }), targets({}));
   });

@@ -2,6 +2,7 @@ import { existsSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
+import { configToJson } from '../../lib/policy/config.js';
 import { readGguf } from '../../lib/policy/gguf.js';
 import { openModel } from '../../lib/policy/model-files.js';
 import { inverseFrequencies } from '../../lib/policy/rope.js';
@@ -123,6 +124,17 @@ describe('a Hugging Face directory', () => {
     expect(five.config.rope).toEqual(expected);
     const linear = await openModel(withConfig({ rope_scaling: { type: 'linear', factor: 4 } }));
     expect(linear.config.rope).toEqual({ type: 'linear', theta: 10_000, factor: 4 });
+  });
+
+  test.each([
+    [7, 7],
+    [-1, tinyConfig.vocabSize - 1],
+    [null, undefined],
+    [tinyConfig.vocabSize, undefined],
+  ])('with pad_token_id %d leaves the embedding of %d untrained', async (pad, expected) => {
+    const { config } = await openModel(withConfig({ pad_token_id: pad }));
+    expect(config.paddingId).toBe(expected);
+    expect(configToJson(config, 'float32', { eos: [0] })).toMatchObject({ pad_token_id: expected ?? null });
   });
 
   test.each([
@@ -306,6 +318,12 @@ describe('a GGUF file', () => {
     const text = 'hello world<|im_end|> né 12';
     expect(tokenizer.encode(text)).toEqual(plain.encode(text));
     expect(tokenizer.eosIds).toEqual([0, 2]);
+  });
+
+  test('may name a padding token', async () => {
+    const padding = { key: 'tokenizer.ggml.padding_token_id', type: 'u32', value: 2 } as const;
+    const files = await openModel(file(ggufFile([...ggufFields(), padding], ggufTensors()), 'gguf'));
+    expect(files.config).toEqual({ ...tinyConfig, paddingId: 2 });
   });
 
   test.each([
@@ -614,6 +632,7 @@ describeShared('SmolLM2 [needs ../shared]', () => {
       headSize: 64,
       mlpSize: 1536,
       vocabSize: 49_152,
+      paddingId: 2,
       rmsNormEps: 1e-5,
       tiedHead: true,
       attentionBias: false,

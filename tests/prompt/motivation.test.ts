@@ -5,8 +5,11 @@ import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import {
   formatMotivation,
-  motivationAt,
+  parseLearnUnder,
   parseMotivation,
+  parseMotivationView,
+  stageAt,
+  viewOf,
   withMotivation,
 } from '../../lib/prompt/motivation.js';
 
@@ -21,30 +24,40 @@ function codeOf(run: () => unknown): [string, string] {
 
 describe('parseMotivation', () => {
   test.each([
-    ['none', 'none'],
-    ['full', 'full'],
-    ['adverse', 'adverse'],
-    ['partial:correctness', { partial: ['correctness'] }],
-    ['partial:correctness+format', { partial: ['correctness', 'format'] }],
-    [
-      'full@0,none@100',
-      [
-        { view: 'full', step: 0 },
-        { view: 'none', step: 100 },
-      ],
-    ],
-    ['full@0', [{ view: 'full', step: 0 }]],
-  ])('%s', (text, expected) => {
-    const motivation = parseMotivation(text);
-    expect(motivation).toEqual(expected);
-    expect(formatMotivation(motivation)).toBe(text);
+    ['none', ['none']],
+    ['full', ['full']],
+    ['adverse', ['adverse']],
+    ['partial:correctness', [{ partial: ['correctness'] }]],
+    ['partial:correctness+format', [{ partial: ['correctness', 'format'] }]],
+    ['full/none', ['full', 'none']],
+    ['full/full/none', ['full', 'full', 'none']],
+    ['partial:format/adverse', [{ partial: ['format'] }, 'adverse']],
+  ])('%s', (text, views) => {
+    expect(parseMotivation(text)).toEqual([{ step: 0, value: views }]);
+    expect(formatMotivation(parseMotivation(text)[0]?.value ?? 'none')).toBe(text);
+  });
+
+  test('reads schedules of views and mixes', () => {
+    expect(parseMotivation('full@0,none@100')).toEqual([
+      { step: 0, value: ['full'] },
+      { step: 100, value: ['none'] },
+    ]);
+    expect(parseMotivation('full/none@0, none@30')).toEqual([
+      { step: 0, value: ['full', 'none'] },
+      { step: 30, value: ['none'] },
+    ]);
   });
 
   test('reads a template from a file', () => {
     const folder = mkdtempSync(join(tmpdir(), 'merf-motivation-'));
     const file = join(folder, 'words.txt');
     writeFileSync(file, 'Mind this: {{rules}}');
-    expect(parseMotivation(`template:${file}`)).toEqual({ template: 'Mind this: {{rules}}' });
+    const template = { template: 'Mind this: {{rules}}' };
+    expect(parseMotivation(`template:${file}`)).toEqual([{ step: 0, value: [template] }]);
+    // The path's own slashes divide no mix.
+    expect(parseMotivation(`none/template:${file}/full`)).toEqual([
+      { step: 0, value: ['none', template, 'full'] },
+    ]);
     rmSync(folder, { recursive: true });
     const [code, message] = codeOf(() => parseMotivation(`template:${file}`));
     expect(code).toBe('FILE_NOT_FOUND');
@@ -56,6 +69,9 @@ describe('parseMotivation', () => {
     ['', '"none", "full"'],
     ['partial:', 'partial:'],
     ['partial:a++b', 'partial:a++b'],
+    ['full/nonee', 'full/nonee'],
+    ['full/', 'full/'],
+    ['same', 'same'],
     ['full,none@3', 'VIEW@STEP'],
     ['full@5,none@9', 'step 0'],
     ['full@0,none@0', 'ascending'],
@@ -67,17 +83,45 @@ describe('parseMotivation', () => {
   });
 });
 
-test('motivationAt follows the schedule', () => {
-  const schedule = parseMotivation('full@0,partial:format@10,none@20');
-  expect([0, 9, 10, 19, 20, 1000].map((step) => motivationAt(schedule, step))).toEqual([
-    'full',
-    'full',
-    { partial: ['format'] },
-    { partial: ['format'] },
-    'none',
-    'none',
+test('parseMotivationView takes one view alone', () => {
+  expect(parseMotivationView('partial:format')).toEqual({ partial: ['format'] });
+  for (const text of ['full/none', 'full@0,none@3']) {
+    expect(codeOf(() => parseMotivationView(text))[1]).toContain('one view');
+  }
+});
+
+test('parseLearnUnder reads same, both, views, several and schedules', () => {
+  expect(parseLearnUnder('same')).toEqual([{ step: 0, value: ['same'] }]);
+  expect(parseLearnUnder('both')).toEqual([{ step: 0, value: ['same', 'none'] }]);
+  expect(parseLearnUnder('both/full@0,none@9')).toEqual([
+    { step: 0, value: ['same', 'none', 'full'] },
+    { step: 9, value: ['none'] },
   ]);
-  expect(motivationAt('adverse', 7)).toBe('adverse');
+  const [code, message] = codeOf(() => parseLearnUnder('sames'));
+  expect(code).toBe('INVALID_ARGUMENT');
+  expect(message).toMatch(/"same", "both".* for learnUnder but received "sames"/);
+});
+
+test('stageAt follows the schedule', () => {
+  const schedule = parseMotivation('full@0,partial:format@10,none@20');
+  expect([0, 9, 10, 19, 20, 1000].map((step) => stageAt(schedule, step))).toEqual([
+    ['full'],
+    ['full'],
+    [{ partial: ['format'] }],
+    [{ partial: ['format'] }],
+    ['none'],
+    ['none'],
+  ]);
+});
+
+test('viewOf divides a group in the shares of the mix', () => {
+  const divided = (text: string, n: number) =>
+    Array.from({ length: n }, (_, i) =>
+      formatMotivation(viewOf(parseMotivation(text)[0]?.value ?? [], i, n)),
+    );
+  expect(divided('full/none', 4)).toEqual(['full', 'full', 'none', 'none']);
+  expect(divided('full/full/none', 8)).toEqual([...Array(6).fill('full'), 'none', 'none']);
+  expect(divided('none', 2)).toEqual(['none', 'none']);
 });
 
 test('withMotivation ends the system message with a paragraph of its own', () => {

@@ -94,10 +94,14 @@ describe('one turn', () => {
       [0, 1],
     ]);
     const [group] = groups;
-    expect(group?.prompt.text).toMatch(/\+1 point if it is Zoey\.[\s\S]*Who is number 0\?<\|im_end\|>/);
-    expect(group?.prompt.tokens).toEqual(tokenizer.encode(group?.prompt.text as string));
+    expect(group?.episodes[0]?.prompt.text).toMatch(
+      /\+1 point if it is Zoey\.[\s\S]*Who is number 0\?<\|im_end\|>/,
+    );
+    expect(group?.episodes[0]?.prompt.tokens).toEqual(
+      tokenizer.encode(group?.episodes[0]?.prompt.text as string),
+    );
     expect(policy.calls).toHaveLength(1);
-    expect(policy.calls[0]?.prompts[0]).toEqual(group?.prompt.tokens);
+    expect(policy.calls[0]?.prompts[0]).toEqual(group?.episodes[0]?.prompt.tokens);
     expect(policy.calls[0]?.options).toMatchObject({ n: 2, seed: 7, maxTokens: [9, 9, 9] });
     expect(group?.episodes[0]?.completion).toMatchObject({ text: 'It is Noah.', finishReason: 'stop' });
     expect(group?.episodes[0]?.end).toBe('stop');
@@ -106,10 +110,11 @@ describe('one turn', () => {
   test('without a specification nothing is judged, and text is taken as it stands', async () => {
     const policy = new ScriptedPolicy(tokenizer, () => ({ text: 'persons' }));
     const [group] = await collect(policy, { messages: () => 'Who?' }, [0]);
-    expect(group?.prompt).toEqual({
+    expect(group?.episodes[0]?.prompt).toEqual({
       messages: undefined,
       text: 'Who?',
       tokens: tokenizer.encodePrompt('Who?'),
+      view: 'none',
     });
     expect(group?.episodes[0]).not.toHaveProperty('reward');
   });
@@ -209,7 +214,7 @@ describe('several turns', () => {
     };
     const groups = await collect(policy, await taskWith(telling), rowsOf(1));
     expect(tokenizer.encode('I ask. </search>')).not.toEqual(letters);
-    const length = groups[0]?.prompt.tokens.length ?? 0;
+    const length = groups[0]?.episodes[0]?.prompt.tokens.length ?? 0;
     expect(policy.calls[1]?.prompts[0]?.slice(length, length + letters.length)).toEqual(letters);
     const [branch] = branchesOf(groups);
     expect(Array.from(branch?.completions[0]?.tokens as ArrayLike<number>)).toEqual(letters);
@@ -273,7 +278,7 @@ describe('several turns', () => {
     }));
     const groups = await collect(policy, await taskWith(conversing), rowsOf(1));
     const episode = only(groups);
-    expect(groups[0]?.prompt.text).toContain('(phone)<|im_start|>assistant');
+    expect(groups[0]?.episodes[0]?.prompt.text).toContain('(phone)<|im_start|>assistant');
     expect(spoken.map(({ index, finishReason }) => [index, finishReason])).toEqual([
       [0, 'stop'],
       [1, 'stop'],
@@ -459,7 +464,9 @@ describe('limits', () => {
     policy.contextLength = 120;
     const [group] = await collect(policy, task, rowsOf(1));
     const tokens = (group as EpisodeGroup<Row>).episodes[0]?.turns.reduce((n, t) => n + t.tokens.length, 0);
-    expect((tokens as number) + (group?.prompt.tokens.length as number)).toBeLessThanOrEqual(120);
+    expect((tokens as number) + (group?.episodes[0]?.prompt.tokens.length as number)).toBeLessThanOrEqual(
+      120,
+    );
     expect(group?.episodes[0]?.end).toBe('length');
   });
 

@@ -45,6 +45,8 @@ export class FakePolicy {
   forests: Forest[] = [];
   onSample?: () => void | Promise<void>;
   onForwardBackward?: () => void;
+  /** What is added to the logits after a prompt, for a model that its prompt's words sway. */
+  sway?: (prompt: string) => readonly number[];
   #calls = 0;
 
   tokenizer = { ...fakeTokenizer, encode: lettersOrCodes };
@@ -53,24 +55,35 @@ export class FakePolicy {
     return this as unknown as TrainablePolicy;
   }
 
-  #logprobs(): number[] {
-    const max = Math.max(...this.logits);
-    const sum = this.logits.reduce((total, logit) => total + Math.exp(logit - max), 0);
-    return this.logits.map((logit) => logit - max - Math.log(sum));
+  #logprobs(sway: readonly number[] = [0, 0, 0, 0]): number[] {
+    const logits = this.logits.map((logit, k) => logit + (sway[k] as number));
+    const max = Math.max(...logits);
+    const sum = logits.reduce((total, logit) => total + Math.exp(logit - max), 0);
+    return logits.map((logit) => logit - max - Math.log(sum));
   }
 
   async sample(
     prompts: ArrayLike<number>[],
-    options: { n: number; maxTokens: number[]; seed: bigint; signal?: AbortSignal },
+    options: {
+      n: number;
+      maxTokens: number[];
+      seed: bigint;
+      keys?: ArrayLike<number>;
+      firstIndices?: ArrayLike<number>;
+      signal?: AbortSignal;
+    },
   ): Promise<CompletionGroup[]> {
     this.sampleCalls.push(options);
     await this.onSample?.();
     if (options.signal?.aborted) throw new MerfError('ABORTED', 'sampling was aborted');
-    const logprobs = this.#logprobs();
     return prompts.map((promptTokens, p) => ({
       promptTokens: Array.from(promptTokens),
       completions: Array.from({ length: options.n }, (_, i) => {
-        const random = new Random(options.seed, p * 1000 + i);
+        const logprobs = this.#logprobs(this.sway?.(this.tokenizer.decode(promptTokens)));
+        const index = (options.firstIndices?.[p] ?? 0) + i;
+        const key = options.keys?.[p] ?? p;
+        // Streams have 32 bits: the key's highest is told apart by the seed's.
+        const random = new Random(options.seed ^ (BigInt(key >>> 31) << 63n), key * 1000 + index);
         const tokens: number[] = [];
         while (tokens.length < (options.maxTokens[p] as number) && tokens.at(-1) !== eos) {
           let draw = random.uniform();
@@ -131,8 +144,10 @@ export class FakePolicy {
         const token = tokens[i] as number;
         const old = train?.logprobs?.[i];
         const r = old === undefined ? 1 : Math.exp((logprobs[token] as number) - old);
-        const advantage = loss.type === 'cross_entropy' ? 1 : (train?.advantage ?? 0);
-        const weight = 1 / (targets.length * tokens.length);
+        const given = typeof train?.advantage === 'object' ? train.advantage[i] : train?.advantage;
+        const advantage = loss.type === 'cross_entropy' ? 1 : (given ?? 0);
+        const completions = ('normalizer' in loss && loss.normalizer?.completions) || targets.length;
+        const weight = 1 / (completions * tokens.length);
         total += weight * (loss.type === 'cross_entropy' ? -(logprobs[token] as number) : -r * advantage);
         count++;
         ratio.sum += r;

@@ -1,4 +1,4 @@
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs';
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
@@ -183,7 +183,7 @@ describe('Trainer', () => {
     expect(transcript(3)).not.toContain('begins with b');
   });
 
-  test('truncated completions are masked on request alone', async () => {
+  test('truncated completions are left out on request alone, and count in what the loss divides by', async () => {
     for (const maskTruncated of [true, false]) {
       const policy = new FakePolicy();
       await trainer(policy, {
@@ -196,11 +196,18 @@ describe('Trainer', () => {
         (question) => question.children ?? [],
       );
       const truncated = completions.filter((segment) => segment.tokens[segment.tokens.length - 1] !== 3);
-      expect(truncated.length).toBeGreaterThan(0);
-      for (const segment of completions) {
-        const masked = segment.train?.mask !== undefined;
-        expect(masked).toBe(maskTruncated && truncated.includes(segment));
-      }
+      expect(truncated.length > 0).toBe(!maskTruncated);
+      const [loss] = policy.losses as { normalizer?: { completions: number; tokens: number } }[];
+      expect(loss?.normalizer?.completions).toBe(32);
+      const drawn = readFileSync(
+        join(folder, String(maskTruncated), 'completions', 'step-000001.jsonl'),
+        'utf8',
+      )
+        .trim()
+        .split('\n')
+        .map((line) => JSON.parse(line) as CompletionRecord);
+      const counted = drawn.filter(({ finishReason }) => !maskTruncated || finishReason !== 'length');
+      expect(loss?.normalizer?.tokens).toBe(counted.reduce((sum, { tokens }) => sum + tokens, 0));
     }
   });
 
@@ -213,7 +220,14 @@ describe('Trainer', () => {
     const [first] = policy.forests[0]?.[0]?.children?.[0]?.children ?? [];
     const expected = 3 * ((first?.tokens[0] ?? 0) === 1 ? 1 : 0) - Math.log(3 + Math.exp(3));
     expect(first?.train?.referenceLogprobs?.[0]).toBeCloseTo(expected, 5);
-    expect(policy.losses[0]).toMatchObject({ type: 'grpo', kl: 0.1 });
+    expect(policy.losses[0]).toMatchObject({ type: 'dapo', kl: 0.1, klRatio: true });
+    const settings = { steps: 1, kl: 0.1, klRatio: false, reference: reference.asPolicy as never };
+    await trainer(policy, { ...settings, out: join(folder, 'without') }).run();
+    await trainer(policy, { steps: 1, out: join(folder, 'none') }).run();
+    expect(policy.losses.slice(1).map(({ type: _, ...loss }) => 'klRatio' in loss && loss.klRatio)).toEqual([
+      false,
+      false,
+    ]);
   });
 
   test('evaluates before, during and after, under each view', async () => {
@@ -395,6 +409,23 @@ describe('stopping and resuming', () => {
       /groupSize was 8 and is 4.*motivation was "full" and is "none"/,
     );
     await expect(resumed({ rows: [{ id: 7 }] })).rejects.toThrow(/data was .* and is /);
+    await resumed({});
+    expect(metricsOf()).toHaveLength(4);
+  });
+
+  test('a setting that a run of before did not have was off in it', async () => {
+    await trainer(new FakePolicy(), { steps: 2 }).run();
+    const file = join(folder, 'run', 'run.json');
+    const saved = JSON.parse(readFileSync(file, 'utf8')) as { settings: Record<string, unknown> };
+    delete saved.settings.overlongBuffer;
+    delete saved.settings.topP;
+    writeFileSync(file, JSON.stringify(saved));
+    const resumed = (options: Partial<TrainerOptions<FakeRow>>) =>
+      trainer(new FakePolicy(), { steps: 4, resume: true, ...options }).run();
+    await expect(resumed({ overlongBuffer: 2 })).rejects.toMatchObject({
+      code: 'RESUME_MISMATCH',
+      message: expect.stringMatching(/: overlongBuffer was 0 and is 2$/),
+    });
     await resumed({});
     expect(metricsOf()).toHaveLength(4);
   });

@@ -3,7 +3,7 @@ import type { Command } from 'commander';
 import { z } from 'zod';
 import { type Evaluation, evaluate } from '../../evaluate/index.js';
 import { Policy } from '../../policy/index.js';
-import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
+import { parseMotivationView } from '../../prompt/motivation.js';
 import { type LimitSettings, limitSettings, limitsOf, textOf } from '../../rollout/index.js';
 import { parseSettings } from '../../settings.js';
 import type { TaskFactory } from '../../tasks/index.js';
@@ -69,7 +69,7 @@ export function addEvaluate(program: Command, factory: TaskFactory | undefined):
 async function run(flags: Flags): Promise<void> {
   const { data, ...choice } = flags;
   const task = await openTask(choice);
-  const motivations = flags.motivation.map((text) => motivationAt(parseMotivation(text), 0));
+  const motivations = flags.motivation.map(parseMotivationView);
   for (const view of motivations) task.spec.describe(view);
   const rows =
     data === undefined
@@ -98,14 +98,14 @@ async function run(flags: Flags): Promise<void> {
       onProgress: (done, all) => {
         if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
       },
-      onGroup: ({ row, prompt, episodes }) => {
+      onGroup: ({ row, episodes }) => {
         if (flags.out === undefined) return;
         const identity = task.identity(row);
         const lines = episodes.map((episode) =>
           JSON.stringify({
             motivation: flags.motivation[i],
             identity,
-            prompt: prompt.text,
+            prompt: episode.prompt.text,
             text: textOf(episode),
             tokens: episode.completion.tokenCount,
             finishReason: episode.end,

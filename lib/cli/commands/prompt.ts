@@ -1,8 +1,11 @@
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
-import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
-import { renderPrompt } from '../../rollout/index.js';
-import type { TaskFactory } from '../../tasks/index.js';
+import { formatMotivation, type MotivationMix, parseMotivation } from '../../prompt/motivation.js';
+import { episodePrompt } from '../../rollout/index.js';
+import { parseSettings } from '../../settings.js';
+import type { Task, TaskFactory } from '../../tasks/index.js';
+import { AdaptiveMotivation, adaptiveWord } from '../../train/adaptive.js';
+import { grpoSchema } from '../../train/settings.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
 import { openTokenizer } from '../policies.js';
@@ -27,7 +30,12 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
   addFlags(command, withTask({ model: modelShape.model }, factory));
   command
     .optionsGroup('Prompt:')
-    .option('--motivation <view>', 'none, full, adverse, partial:COMPONENT, template:FILE', 'full')
+    .option(
+      '--motivation <view>',
+      'none, full, adverse, partial:COMPONENT, template:FILE; of a mix or a schedule every prompt is shown, of ' +
+        "adaptive those of a run's first step",
+      'full',
+    )
     .option('--row <n>', 'which row, from 0', whole(0), 0)
     .option('--split <name>', 'train or test', 'train')
     .option('--seed <n>', 'seed of the rows and their order', whole(0), 0)
@@ -35,7 +43,8 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
       'after',
       '\nExamples:\n' +
         '  merf prompt --task knights-and-knaves --people 3 --motivation full\n' +
-        '  merf prompt --task knights-and-knaves --motivation partial:correctness --row 7\n',
+        '  merf prompt --task knights-and-knaves --motivation partial:correctness --row 7\n' +
+        '  merf prompt --task countdown --motivation full/none@0,none@100\n',
     )
     .action(prompt);
 }
@@ -49,9 +58,32 @@ async function prompt(flags: PromptFlags): Promise<void> {
     );
   }
   const rows = await task.rows({ split: flags.split, seed: flags.seed });
-  const view = motivationAt(parseMotivation(flags.motivation), 0);
+  const adaptive = flags.motivation === adaptiveWord;
+  const schedule = adaptive ? [{ step: 0, value: firstMix(task) }] : parseMotivation(flags.motivation);
   const { tokenizer } = await openTokenizer(flags.model);
-  const messages = task.messages(rows.at(flags.row), view);
-  process.stdout.write(renderPrompt(tokenizer, messages, task.environment?.tools).text);
+  const row = rows.at(flags.row);
+  const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
+  if (adaptive) process.stdout.write(`${aboutAdaptive}\n`);
+  for (const { step, value: mix } of schedule) {
+    for (const view of new Set(mix)) {
+      const { text, tokens } = episodePrompt(tokenizer, task, row, view);
+      if (alone) process.stdout.write(text);
+      else {
+        const share = `${mix.filter((one) => one === view).length} of ${mix.length} completions`;
+        const from = schedule.length > 1 ? `from step ${step + 1}, ` : '';
+        const title = `${from}${share} under ${formatMotivation(view)}, ${tokens.length} tokens`;
+        process.stdout.write(`${'='.repeat(80)}\n${title}\n\n${text}\n`);
+      }
+    }
+  }
   if (process.stdout.isTTY) process.stdout.write('\n');
+}
+
+const aboutAdaptive =
+  'An adaptive motivation begins with these. Later steps leave out the components in turn, and the words of those that\n' +
+  'no longer raise their own score are withdrawn; motivation.jsonl in the folder of a run says when and why.';
+
+/** The mix of an adaptive motivation before it has measured anything, in groups of the default size. */
+function firstMix(task: Task): MotivationMix {
+  return new AdaptiveMotivation(task.spec, parseSettings(grpoSchema, {})).mix(1);
 }

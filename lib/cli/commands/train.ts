@@ -9,7 +9,7 @@ import { type TrainSettings, trainSchema } from '../config.js';
 import { shortPath } from '../paths.js';
 import { deviceText, loadOptions } from '../policies.js';
 import { addRunFlags, gather, launchOf, pick, type RunFlags, runTraining, trainedOptions } from '../runs.js';
-import { openTask, type TaskChoice } from '../task.js';
+import { openTask, openTaskWith, type TaskChoice } from '../task.js';
 
 export function addTrain(program: Command, factory: TaskFactory | undefined): void {
   const schema = trainSchema(factory);
@@ -57,6 +57,7 @@ async function train(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise
       ...pick(config, grpoSchema),
       policy,
       task,
+      ...(config.curriculum !== undefined && { openTask: (changed) => openTaskWith(config, changed) }),
       ...(reference && { reference }),
       out,
       resume,

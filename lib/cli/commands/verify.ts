@@ -1,6 +1,6 @@
 import type { Command } from 'commander';
 import { formatVerifyReport, verifyDataset } from '../../evaluate/index.js';
-import { motivationAt, parseMotivation } from '../../prompt/motivation.js';
+import { parseMotivationView } from '../../prompt/motivation.js';
 import type { TaskFactory } from '../../tasks/index.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
@@ -44,7 +44,7 @@ export function addVerify(program: Command, factory: TaskFactory | undefined): v
 async function verify(flags: VerifyFlags): Promise<void> {
   const { data, testData, ...choice } = flags;
   const task = await openTask(choice);
-  const view = motivationAt(parseMotivation(flags.motivation), 0);
+  const view = parseMotivationView(flags.motivation);
   const { tokenizer, contextLength } = await openTokenizer(flags.model);
   const report = await verifyDataset(task, data as string, {
     motivation: view,

@@ -111,11 +111,13 @@ void CpuBackend::embedding(const Tensor& ids, const PackedWeight& table, const T
   }
 }
 
-void CpuBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+void CpuBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                    int32_t padding) {
   const int32_t* id = ids.as<const int32_t>();
-  const int64_t tokens = ids.size();
-  std::vector<int32_t> order(static_cast<size_t>(tokens));
+  std::vector<int32_t> order(static_cast<size_t>(ids.size()));
   std::iota(order.begin(), order.end(), 0);
+  std::erase_if(order, [&](int32_t token) { return id[token] == padding; });
+  const int64_t tokens = static_cast<int64_t>(order.size());
   std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return id[a] < id[b]; });
   std::vector<int64_t> starts;
   for (int64_t i = 0; i < tokens; ++i) {

@@ -19,6 +19,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/parallel.h"
 #include "backend/policy_loss_row.h"
+#include "backend/temperature.h"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 #include "hwy/highway.h"
 
@@ -45,7 +46,7 @@ struct SourceRow {
 };
 
 // d loss / d logits of a source row: p * (entropy_weight * (log p + entropy) - coefficient), plus each target's own
-// coefficient at the target.
+// coefficient at the target. All of them have been divided by the temperature.
 struct RowGradient {
   float coefficient = 0.0f;
   float entropy_weight = 0.0f;
@@ -59,9 +60,8 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-constexpr float kLog2E = 1.44269504088896f;
-
-void row_statistics(const float* logits, int64_t size, RowStatistics* statistics) {
+void row_statistics(const float* logits, int64_t size, const Temperature& temperature,
+                    RowStatistics* statistics) {
   const F32 d;
   VF32 greatest = hn::Set(d, -INFINITY);
   for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
@@ -73,7 +73,7 @@ void row_statistics(const float* logits, int64_t size, RowStatistics* statistics
   });
   const float max = hn::GetLane(hn::MaxOfLanes(d, greatest));
   const VF32 vmax = hn::Set(d, max);
-  const VF32 log2e = hn::Set(d, kLog2E);
+  const VF32 factor = hn::Set(d, temperature.factor);
   // The sum of weights is exact, as it is where tokens are drawn: the same logits give the same log-probability here
   // and there. Of the entropy's sum short float32 stretches are joined in float64: exact enough for any vocabulary.
   constexpr int64_t kStretch = 2048;
@@ -83,7 +83,7 @@ void row_statistics(const float* logits, int64_t size, RowStatistics* statistics
     VF32 w = hn::Zero(d);
     for_vectors(d, std::min(kStretch, size - first), [&](size_t i, size_t n, auto whole) {
       const VF32 x = hn::Sub(load_part(d, logits + first + i, n, whole), vmax);
-      VF32 e = exact_weight(hn::Mul(x, log2e));
+      VF32 e = exact_weight(hn::Mul(x, factor));
       if constexpr (!decltype(whole)::value) e = hn::IfThenElseZero(hn::FirstN(d, n), e);
       sums = add_wide(sums, e);
       w = hn::MulAdd(e, x, w);
@@ -93,19 +93,20 @@ void row_statistics(const float* logits, int64_t size, RowStatistics* statistics
   const double sum = sum_of_lanes(sums);
   statistics->max = max;
   statistics->log_sum = std::log(sum);
-  statistics->entropy = statistics->log_sum - weighted / sum;
+  statistics->entropy = statistics->log_sum - weighted / sum / temperature.value;
 }
 
 void rows_statistics(int threads, const float* logits, int64_t rows, int64_t size,
-                     RowStatistics* statistics) {
+                     const Temperature& temperature, RowStatistics* statistics) {
   parallel_for(threads, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) row_statistics(logits + row * size, size, statistics + row);
+    for (int64_t row = begin; row < end; ++row)
+      row_statistics(logits + row * size, size, temperature, statistics + row);
   });
 }
 
 template <typename T>
-void row_gradient(const float* logits, int64_t size, const RowStatistics& statistics,
-                  const RowGradient& gradient, T* out) {
+void row_gradient(const float* logits, int64_t size, const Temperature& temperature,
+                  const RowStatistics& statistics, const RowGradient& gradient, T* out) {
   const F32 d;
   const float log_sum = static_cast<float>(statistics.log_sum);
   const float shift = static_cast<float>(statistics.entropy - statistics.log_sum);
@@ -119,28 +120,30 @@ void row_gradient(const float* logits, int64_t size, const RowStatistics& statis
     values = more.data();
   }
   for (size_t i = 0; i < gradient.targets.size(); ++i) {
-    const float x = logits[gradient.targets[i].first] - statistics.max;
+    const float x = (logits[gradient.targets[i].first] - statistics.max) * temperature.inverse;
     const float p = std::exp(x - log_sum);
     values[i] =
         p * (gradient.entropy_weight * (x + shift) - gradient.coefficient) + gradient.targets[i].second;
   }
   const VF32 vmax = hn::Set(d, statistics.max);
-  const VF32 log2e = hn::Set(d, kLog2E);
+  const VF32 vfactor = hn::Set(d, temperature.factor);
   const VF32 vscale = hn::Set(d, scale);
   const VF32 vcoefficient = hn::Set(d, -gradient.coefficient);
   if (gradient.entropy_weight == 0.0f) {
     const VF32 factor = hn::Mul(vscale, vcoefficient);
     for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
       const VF32 x = hn::Sub(load_part(d, logits + i, n, whole), vmax);
-      store_part(d, hn::Mul(exp2_nonpositive(d, hn::Mul(x, log2e)), factor), out + i, n, whole);
+      store_part(d, hn::Mul(exp2_nonpositive(d, hn::Mul(x, vfactor)), factor), out + i, n, whole);
     });
   } else {
+    const VF32 vinverse = hn::Set(d, temperature.inverse);
     const VF32 vshift = hn::Set(d, shift);
     const VF32 vweight = hn::Set(d, gradient.entropy_weight);
     for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
       const VF32 x = hn::Sub(load_part(d, logits + i, n, whole), vmax);
-      const VF32 p = hn::Mul(exp2_nonpositive(d, hn::Mul(x, log2e)), vscale);
-      store_part(d, hn::Mul(p, hn::MulAdd(vweight, hn::Add(x, vshift), vcoefficient)), out + i, n, whole);
+      const VF32 p = hn::Mul(exp2_nonpositive(d, hn::Mul(x, vfactor)), vscale);
+      const VF32 surprise = hn::MulAdd(x, vinverse, vshift);  // log p + entropy
+      store_part(d, hn::Mul(p, hn::MulAdd(vweight, surprise, vcoefficient)), out + i, n, whole);
     });
   }
   for (size_t i = 0; i < gradient.targets.size(); ++i)
@@ -149,14 +152,17 @@ void row_gradient(const float* logits, int64_t size, const RowStatistics& statis
 
 // dlogits may be the logits themselves where it is f32.
 void rows_gradient(int threads, const float* logits, int64_t rows, int64_t size,
-                   const RowStatistics* statistics, const RowGradient* gradients, const Tensor& dlogits) {
+                   const Temperature& temperature, const RowStatistics* statistics,
+                   const RowGradient* gradients, const Tensor& dlogits) {
   parallel_for(threads, rows, 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const float* from = logits + row * size;
       if (dlogits.dtype == DType::bf16) {
-        row_gradient(from, size, statistics[row], gradients[row], dlogits.as<bf16>() + row * size);
+        row_gradient(from, size, temperature, statistics[row], gradients[row],
+                     dlogits.as<bf16>() + row * size);
       } else {
-        row_gradient(from, size, statistics[row], gradients[row], dlogits.as<float>() + row * size);
+        row_gradient(from, size, temperature, statistics[row], gradients[row],
+                     dlogits.as<float>() + row * size);
       }
     }
   });
@@ -210,13 +216,14 @@ class HeadBlocks {
  public:
   HeadBlocks(CpuBackend& backend, const Tensor& hidden, const PackedWeight& head,
              const std::vector<int32_t>& rows, const std::vector<int32_t>& targets, const Tensor& logprobs,
-             const Tensor& entropies, bool for_backward)
+             const Tensor& entropies, float temperature, bool for_backward)
       : backend_(backend),
         hidden_(hidden),
         head_(head),
         targets_(targets),
         logprobs_(logprobs.as<float>()),
         entropies_(entropies.as<float>()),
+        temperature_(temperature_of(temperature)),
         plan_(plan_rows(rows)) {
     const auto most = [&](int64_t bytes, DType dtype) {
       const int64_t within = rows_within(bytes, head.outputs * static_cast<int64_t>(size_of(dtype)));
@@ -271,7 +278,7 @@ class HeadBlocks {
   // The log-probabilities and entropies of the strip whose logits were computed last.
   void compute_logprobs(int64_t begin, int64_t end) {
     HWY_DYNAMIC_DISPATCH(rows_statistics)
-    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs,
+    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs, temperature_,
      statistics_.data() + begin);
     for (int64_t i = begin; i < end; ++i) {
       const SourceRow& source = plan_.sources[i];
@@ -279,8 +286,7 @@ class HeadBlocks {
       const float* logits = logits_.as<const float>() + (i - begin) * head_.outputs;
       for (int64_t j = source.begin; j < source.end; ++j) {
         const int32_t r = plan_.order[j];
-        logprobs_[r] = static_cast<float>(static_cast<double>(logits[targets_[r]]) -
-                                          static_cast<double>(of.max) - of.log_sum);
+        logprobs_[r] = logprob_at(temperature_.value, logits[targets_[r]], of.max, of.log_sum);
         if (entropies_) entropies_[r] = static_cast<float>(of.entropy);
       }
     }
@@ -302,7 +308,7 @@ class HeadBlocks {
         const int32_t r = plan_.order[j];
         coefficient += coefficients[r];
         entropy_weight += entropy_weights[r];
-        all.emplace_back(targets_[r], coefficients[r]);
+        all.emplace_back(targets_[r], coefficients[r] * temperature_.inverse);
         any = any || coefficients[r] != 0.0f || entropy_weights[r] != 0.0f;
       }
       std::stable_sort(all.begin(), all.end(),
@@ -313,11 +319,11 @@ class HeadBlocks {
         }
         gradient.targets.back().second += of_target;
       }
-      gradient.coefficient = static_cast<float>(coefficient);
-      gradient.entropy_weight = static_cast<float>(entropy_weight);
+      gradient.coefficient = static_cast<float>(coefficient / temperature_.value);
+      gradient.entropy_weight = static_cast<float>(entropy_weight / temperature_.value);
     }
     HWY_DYNAMIC_DISPATCH(rows_gradient)
-    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs,
+    (backend_.num_threads(), logits_.as<const float>(), end - begin, head_.outputs, temperature_,
      statistics_.data() + begin, gradients_.data(), dlogits_.rows(begin - block, end - block));
     return any;
   }
@@ -342,6 +348,7 @@ class HeadBlocks {
   const std::vector<int32_t>& targets_;
   float* logprobs_;
   float* entropies_;
+  Temperature temperature_;
   Plan plan_;
   int64_t strip_ = 0, block_ = 0;  // of source rows, at most
   Tensor source_rows_, gathered_, strip_logits_, logits_, dlogits_, dhidden_block_;
@@ -353,8 +360,8 @@ class HeadBlocks {
 
 void CpuBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
                                const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
-                               const Tensor& logprobs, const Tensor& entropies) {
-  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies, false);
+                               const Tensor& logprobs, const Tensor& entropies, float temperature) {
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, entropies, temperature, false);
   blocks.for_strips(0, blocks.sources(), [&](int64_t begin, int64_t end) {
     blocks.compute_logits(begin, begin, end);
     blocks.compute_logprobs(begin, end);
@@ -368,13 +375,13 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
   const int64_t count = static_cast<int64_t>(rows.size());
   // The loss reads entropies where it has a term of them, wanted as an output or not.
   const Tensor own_entropies = entropies ? entropies : allocate(DType::f32, {count});
-  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies, true);
+  HeadBlocks blocks(*this, hidden, head, rows, targets, logprobs, own_entropies, options.temperature, true);
   zero(dhidden);
 
-  const float* weight = loss_rows.weights.as<const float>();
+  const PolicyLossRows policy_rows = policy_loss_rows(logprobs, own_entropies, loss_rows);
   std::vector<float> entropy_weights(static_cast<size_t>(count));
   for (int64_t r = 0; r < count; ++r) {
-    entropy_weights[r] = weight[r] == 0.0f ? 0.0f : options.entropy_coefficient * weight[r];
+    entropy_weights[r] = static_cast<float>(policy_loss_weights(options, policy_rows, r).entropy);
   }
 
   std::vector<float> coefficients(static_cast<size_t>(count));
@@ -405,23 +412,15 @@ double CpuBackend::head_loss(const Tensor& hidden, const PackedWeight& head, con
     return loss;
   }
 
-  const bool has_ratio = options.kind != LossKind::cross_entropy;
-  const float* logprob = logprobs.as<const float>();
-  const float* entropy = own_entropies.as<const float>();
-  const float* advantage = loss_rows.advantages.as<const float>();
-  const float* old_logprob = loss_rows.old_logprobs.as<const float>();
-  const float* reference = loss_rows.reference_logprobs.as<const float>();
   std::vector<double> losses(static_cast<size_t>(count));
   backward([&](int64_t block, int64_t begin, int64_t end) {
     blocks.compute_logits(block, begin, end);
     blocks.compute_logprobs(begin, end);
     blocks.for_loss_rows(begin, end, [&](int64_t r) {
-      if (weight[r] == 0.0f) return;
+      const PolicyLossWeights weights = policy_loss_weights(options, policy_rows, r);
       const double log_ratio =
-          has_ratio ? static_cast<double>(logprob[r]) - static_cast<double>(old_logprob[r]) : 0.0;
-      const PolicyLossRow row =
-          policy_loss_row(options, weight[r], logprob[r], log_ratio, has_ratio ? advantage[r] : 0.0f,
-                          reference ? reference + r : nullptr, entropy[r]);
+          policy_loss_has_ratio(options, weights) ? policy_loss_log_ratio(policy_rows, r) : 0.0;
+      const PolicyLossRow row = policy_loss_row(options, policy_rows, weights, r, log_ratio);
       losses[r] = row.loss;
       coefficients[r] = static_cast<float>(row.from_log_ratio + row.from_logprob);
     });

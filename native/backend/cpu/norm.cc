@@ -19,10 +19,6 @@ HWY_BEFORE_NAMESPACE();
 namespace merf {
 namespace HWY_NAMESPACE {
 
-// Rows whose contributions to dweight are summed before they join the others; fixed, so that the sums do not
-// depend on the number of threads.
-constexpr int64_t kRowsPerPartial = 32;
-
 template <typename X, typename Y>
 void norm_rows(int64_t begin, int64_t end, int64_t size, const X* x, const float* weight, float epsilon, Y* y,
                float* rstd) {
@@ -45,10 +41,10 @@ void norm_rows(int64_t begin, int64_t end, int64_t size, const X* x, const float
   }
 }
 
-// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight, and dweight += dy * x * rstd.
+// dx += rstd * (g - x * rstd^2 * mean(g * x)) where g = dy * weight.
 template <typename X, typename Y>
 void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, const X* x,
-                        const float* weight, const float* rstd, X* dx, float* dweight) {
+                        const float* weight, const float* rstd, X* dx) {
   const F32 d;
   for (int64_t t = begin; t < end; ++t) {
     const Y* dyt = dy + t * size;
@@ -57,11 +53,8 @@ void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, c
     const VF32 scale = hn::Set(d, rstd[t]);
     VF32 sum = hn::Zero(d);
     for_vectors(d, size, [&](size_t i, size_t n, auto whole) {
-      const VF32 vx = load_part(d, xt + i, n, whole);
-      const VF32 vdy = load_part(d, dyt + i, n, whole);
-      sum = hn::MulAdd(hn::Mul(vdy, load_part(d, weight + i, n, whole)), vx, sum);
-      const VF32 vdw = load_part(d, dweight + i, n, whole);
-      store_part(d, hn::MulAdd(hn::Mul(vdy, vx), scale, vdw), dweight + i, n, whole);
+      const VF32 g = hn::Mul(load_part(d, dyt + i, n, whole), load_part(d, weight + i, n, whole));
+      sum = hn::MulAdd(g, load_part(d, xt + i, n, whole), sum);
     });
     const float mean = hn::GetLane(hn::SumOfLanes(d, sum)) / static_cast<float>(size);
     const VF32 pull = hn::Set(d, mean * rstd[t] * rstd[t]);
@@ -69,6 +62,23 @@ void norm_backward_rows(int64_t begin, int64_t end, int64_t size, const Y* dy, c
       const VF32 g = hn::Mul(load_part(d, dyt + i, n, whole), load_part(d, weight + i, n, whole));
       const VF32 inner = hn::NegMulAdd(load_part(d, xt + i, n, whole), pull, g);
       store_part(d, hn::MulAdd(inner, scale, load_part(d, dxt + i, n, whole)), dxt + i, n, whole);
+    });
+  }
+}
+
+// dweight += dy * x * rstd in columns [begin, end), row after row: rows whose dy is 0 change no bit of the sum, wherever
+// they stand, and neither does the number of threads.
+template <typename X, typename Y>
+void norm_backward_weight(int64_t begin, int64_t end, int64_t rows, int64_t size, const Y* dy, const X* x,
+                          const float* rstd, float* dweight) {
+  const F32 d;
+  for (int64_t t = 0; t < rows; ++t) {
+    const VF32 scale = hn::Set(d, rstd[t]);
+    for_vectors(d, end - begin, [&](size_t i, size_t n, auto whole) {
+      const VF32 product = hn::Mul(load_part(d, dy + t * size + begin + i, n, whole),
+                                   load_part(d, x + t * size + begin + i, n, whole));
+      float* dw = dweight + begin + i;
+      store_part(d, hn::MulAdd(product, scale, load_part(d, dw, n, whole)), dw, n, whole);
     });
   }
 }
@@ -97,20 +107,18 @@ void rms_norm(int threads, const Tensor& x, const Tensor& weight, float epsilon,
 }
 
 void rms_norm_backward(int threads, const Tensor& dy, const Tensor& x, const Tensor& weight,
-                       const Tensor& rstd, const Tensor& dx, const Tensor& dweight, const Tensor& partials) {
+                       const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
   const int64_t rows = x.shape[0];
   const int64_t size = x.row_size();
-  const int64_t parts = partials.shape[0];
-  float* partial = partials.as<float>();
+  const float* prstd = rstd.as<const float>();
   const auto run = [&](auto* px, auto* pdy) {
     using X = std::remove_pointer_t<decltype(px)>;
-    parallel_for(threads, parts, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t part = begin; part < end; ++part) {
-        float* sums = partial + part * size;
-        std::fill(sums, sums + size, 0.0f);
-        norm_backward_rows(part * kRowsPerPartial, std::min(rows, (part + 1) * kRowsPerPartial), size, pdy,
-                           px, weight.as<const float>(), rstd.as<const float>(), dx.as<X>(), sums);
-      }
+    parallel_for(threads, rows, rows_of_elements(size, 4096), [&](int64_t begin, int64_t end) {
+      norm_backward_rows(begin, end, size, pdy, px, weight.as<const float>(), prstd, dx.as<X>());
+    });
+    if (!dweight) return;
+    parallel_for(threads, size, 64, [&](int64_t begin, int64_t end) {
+      norm_backward_weight(begin, end, rows, size, pdy, px, prstd, dweight.as<float>());
     });
   };
   const auto run_x = [&](auto* px) {
@@ -125,17 +133,6 @@ void rms_norm_backward(int threads, const Tensor& dy, const Tensor& x, const Ten
   } else {
     run_x(x.as<float>());
   }
-  const F32 d;
-  parallel_for(threads, size, 64, [&](int64_t begin, int64_t end) {
-    for_vectors(d, end - begin, [&](size_t i, size_t n, auto whole) {
-      float* dw = dweight.as<float>() + begin + i;
-      VF32 sum = hn::Zero(d);
-      for (int64_t part = 0; part < parts; ++part) {
-        sum = hn::Add(sum, load_part(d, partial + part * size + begin + i, n, whole));
-      }
-      store_part(d, hn::Add(load_part(d, dw, n, whole), sum), dw, n, whole);
-    });
-  });
 }
 
 void add(int threads, const Tensor& y, const Tensor& x) {
@@ -182,15 +179,7 @@ void CpuBackend::rms_norm(const Tensor& x, const Tensor& weight, float epsilon, 
 
 void CpuBackend::rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                    const Tensor& rstd, const Tensor& dx, const Tensor& dweight) {
-  constexpr int64_t rows_per_partial = HWY_STATIC_DISPATCH(kRowsPerPartial);
-  const int64_t parts = (x.shape[0] + rows_per_partial - 1) / rows_per_partial;
-  const Tensor partials = allocate(DType::f32, {parts, x.row_size()});
-  Tensor sum = dweight;
-  if (!sum) {
-    sum = allocate(DType::f32, {x.row_size()});
-    zero(sum);
-  }
-  HWY_DYNAMIC_DISPATCH(rms_norm_backward)(num_threads(), dy, x, weight, rstd, dx, sum, partials);
+  HWY_DYNAMIC_DISPATCH(rms_norm_backward)(num_threads(), dy, x, weight, rstd, dx, dweight);
 }
 
 void CpuBackend::add(const Tensor& y, const Tensor& x) { HWY_DYNAMIC_DISPATCH(add)(num_threads(), y, x); }

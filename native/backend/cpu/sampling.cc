@@ -2,7 +2,7 @@
 //
 // What is drawn is defined so that any device can reproduce it, whatever order it sums in:
 //
-//   m = max x;  t = fl(log2(e) / temperature), at most the largest float
+//   m = max x;  t = fl(log2(e) / temperature), at most the largest float (temperature.h)
 //   p[i] = 2^((x[i] - m) * t) in float32, as exp2_nonpositive computes it, hence p = 1 at the maximum
 //   w[i] = p[i] rounded to a multiple of 2^-34 (for p < 2^-11 by fl(fl(p + 2^-11) - 2^-11); larger ones are multiples
 //          already). Sums of up to 2^19 such weights are exact in float64, in every order (exact_sum-inl.h).
@@ -13,7 +13,7 @@
 //   token = the first i in vocabulary order with sum of kept w[0..i] > u * mass(kept), u = sampling_uniform()
 //
 // which is the order of filters in Hugging Face and vLLM: temperature, top-k, top-p, min-p. Greedy (temperature 0)
-// takes the first maximum. A row with NaN, +inf or nothing finite has no distribution: its token is 0 and its
+// takes the first maximum, and says the log-probability of temperature 1. A row with NaN, +inf or nothing finite has no distribution: its token is 0 and its
 // log-probabilities and entropy are NaN.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "backend/cpu/sampling.cc"
@@ -33,6 +33,7 @@
 #include "backend/cpu/cpu_backend.h"
 #include "backend/cpu/exact_sum-inl.h"
 #include "backend/philox.h"
+#include "backend/temperature.h"
 
 #ifndef MERF_BACKEND_CPU_SAMPLING_ONCE
 #define MERF_BACKEND_CPU_SAMPLING_ONCE
@@ -299,28 +300,23 @@ HWY_INLINE float filter_threshold(const float* weights, int64_t n, double mass,
 Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions& options, bool want_entropy,
            float* weights, float* candidates, ThresholdSearch& search) {
   constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-  constexpr double kLog2eExact = 1.44269504088896340736;
+  const Temperature temperature = temperature_of(options.temperature);
   const float maximum = finite_maximum(logits, n);
   if (std::isnan(maximum)) return {0, kNaN, kNaN, kNaN};
 
-  const double raw_mass = write_weights(logits, n, maximum, static_cast<float>(kLog2eExact), weights);
-  const double raw_log_mass = std::log(raw_mass);
+  double mass = write_weights(logits, n, maximum, temperature.factor, weights);
+  const double whole_log_mass = std::log(mass);
   Drawn drawn{};
   if (want_entropy) {
-    drawn.entropy = static_cast<float>(raw_log_mass - mean_numerator(logits, n, maximum, weights) / raw_mass);
+    const double mean = mean_numerator(logits, n, maximum, weights) / mass / temperature.value;
+    drawn.entropy = static_cast<float>(whole_log_mass - mean);
   }
   if (options.temperature <= 0.0f) {
     drawn.token = static_cast<int32_t>(std::find(logits, logits + n, maximum) - logits);
-    drawn.logprob = static_cast<float>(-raw_log_mass);
+    drawn.logprob = static_cast<float>(-whole_log_mass);
     return drawn;
   }
 
-  double mass = raw_mass;
-  if (options.temperature != 1.0f) {
-    const double factor = std::min(kLog2eExact / static_cast<double>(options.temperature),
-                                   static_cast<double>(std::numeric_limits<float>::max()));
-    mass = write_weights(logits, n, maximum, static_cast<float>(factor), weights);
-  }
   float threshold = std::clamp(options.min_p, 0.0f, 1.0f);
   bool truncated = threshold > 0.0f;
   if ((options.top_k > 0 && options.top_k < n) || options.top_p < 1.0f) {
@@ -340,10 +336,9 @@ Drawn draw(const float* logits, int64_t n, double uniform, const SamplingOptions
   }
 
   drawn.token = static_cast<int32_t>(find_drawn(weights, n, threshold, uniform * mass));
-  const double below = static_cast<double>(logits[drawn.token]) - static_cast<double>(maximum);
-  drawn.logprob = static_cast<float>(below - raw_log_mass);
-  drawn.sampling_logprob =
-      static_cast<float>(below / static_cast<double>(options.temperature) - std::log(mass));
+  const float logit = logits[drawn.token];
+  drawn.logprob = logprob_at(temperature.value, logit, maximum, whole_log_mass);
+  drawn.sampling_logprob = logprob_at(temperature.value, logit, maximum, std::log(mass));
   return drawn;
 }
 

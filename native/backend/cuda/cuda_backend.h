@@ -80,7 +80,8 @@ class CudaBackend final : public Backend {
 
   // embedding.cu
   void embedding(const Tensor& ids, const PackedWeight& table, const Tensor& y) override;
-  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) override;
+  void embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                          int32_t padding) override;
   void gather_rows(const Tensor& x, const Tensor& rows, const Tensor& y) override;
 
   // norm.cu
@@ -116,8 +117,8 @@ class CudaBackend final : public Backend {
 
   // head.cu
   void head_logprobs(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
-                     const std::vector<int32_t>& targets, const Tensor& logprobs,
-                     const Tensor& entropies) override;
+                     const std::vector<int32_t>& targets, const Tensor& logprobs, const Tensor& entropies,
+                     float temperature) override;
   double head_loss(const Tensor& hidden, const PackedWeight& head, const std::vector<int32_t>& rows,
                    const std::vector<int32_t>& targets, const LossRows& loss_rows, const LossOptions& options,
                    const Tensor& logprobs, const Tensor& entropies, const Tensor& dhidden,

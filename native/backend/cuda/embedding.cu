@@ -71,15 +71,16 @@ __global__ void __launch_bounds__(kThreads)
   ordered[start + rank] = static_cast<int32_t>(token);
 }
 
-// dtable[id] += dy[t] over the id's tokens in order; dy [tokens, size], dtable [vocabulary, size]. The block of the
+// dtable[id] += dy[t] over the id's tokens in order, but for those of id `padding`; dy [tokens, size], dtable [vocabulary, size]. The block of the
 // token that has its id's slot 0 does it.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads)
     add_rows_kernel(const int32_t* ids, const uint32_t* counts, const uint32_t* starts, const uint32_t* slots,
-                    const int32_t* ordered, const T* dy, float* dtable, int64_t size) {
+                    const int32_t* ordered, const T* dy, float* dtable, int64_t size, int32_t padding) {
   constexpr int kAhead = 4;  // rows on their way at a time
   if (slots[blockIdx.x] != 0) return;
   const int32_t id = ids[blockIdx.x];
+  if (id == padding) return;
   const int32_t* tokens = ordered + starts[id];
   const int count = static_cast<int>(counts[id]);
   const int64_t step = int64_t{gridDim.y} * thread_count() * N;
@@ -140,7 +141,8 @@ void CudaBackend::embedding(const Tensor& ids, const PackedWeight& packed, const
   });
 }
 
-void CudaBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable) {
+void CudaBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const Tensor& dtable,
+                                     int32_t padding) {
   const int64_t tokens = ids.size(), vocabulary = dtable.shape[0], size = dtable.row_size();
   if (tokens == 0 || size == 0) return;
   const Tensor counted = allocate(DType::i32, {vocabulary + 1});  // counts, then how many tokens are placed
@@ -164,7 +166,7 @@ void CudaBackend::embedding_backward(const Tensor& ids, const Tensor& dy, const 
     with_width<4>(vectors_fit(size, 4, {dy.data, dtable.data}), [&](auto width) {
       constexpr int kWidth = decltype(width)::value;
       launch(gpu(), name, add_rows_kernel<T, kWidth>, {blocks(tokens, chunks(size, kWidth)), kThreads}, id,
-             count, start, slots, ordered, dy.as<const T>(), dtable.as<float>(), size);
+             count, start, slots, ordered, dy.as<const T>(), dtable.as<float>(), size, padding);
     });
   });
 }

@@ -27,6 +27,7 @@
 #include "backend/cuda/products.h"
 #include "backend/cuda/sum.h"
 #include "backend/cuda/widths.h"
+#include "backend/temperature.h"
 
 namespace merf::cuda {
 
@@ -36,20 +37,20 @@ constexpr int kThreads = 512;  // at most, for one row
 constexpr int kScatterThreads = 256;
 constexpr int kLoads = 4;  // of 16 bytes, in flight in each thread
 
-// A row of logits x after some of its strips: the greatest, and the sums of exp(x - max) and of
-// exp(x - max) * (x - max).
+// A row of logits x after some of its strips: the greatest, and the sums of exp((x - max) / temperature) and of that
+// times x - max.
 struct RowState {
   double sum, weighted;
   float max;
   float unused;
 };
 
-// What the loss needs to know of one row of logits x: log p = x - m - log S, with m the greatest of them and S the sum of
-// exp(x - m).
+// What the loss needs to know of one row of logits x: log p = (x - m) / temperature - log S, with m the greatest of them
+// and S the sum of exp((x - m) / temperature).
 struct RowStatistics {
   float max;    // m
   float scale;  // 1 / S
-  float shift;  // log p + entropy = (x - m) + shift
+  float shift;  // log p + entropy = (x - m) / temperature + shift
 };
 
 // Loss rows by source row: those of source s are order[offsets[s], offsets[s + 1]), which predict the tokens that stand
@@ -99,8 +100,9 @@ __device__ inline void for_row(const float* row, int size, Body&& body) {
   }
 }
 
-// The sums of exp(x - max) and exp(x - max) * (x - max) over a thread's elements, with the max of those seen so far.
+// The sums of e = 2^((x - max) * factor) and e * (x - max) over a thread's elements, with the max of those seen so far.
 struct RowSums {
+  float factor;
   float max = -FLT_MAX;
   float sum = 0.0f;
   float weighted = 0.0f;
@@ -115,10 +117,10 @@ struct RowSums {
     }
     if (most > max) {
       const float lower = max - most;
-      const float factor = fast_exp2(lower * kLog2e);
-      // A factor of 0 leaves nothing of the earlier sums, and `lower` may be infinite then.
-      weighted = factor == 0.0f ? 0.0f : factor * fmaf(sum, lower, weighted);
-      sum *= factor;
+      const float share = fast_exp2(lower * factor);
+      // A share of 0 leaves nothing of the earlier sums, and `lower` may be infinite then.
+      weighted = share == 0.0f ? 0.0f : share * fmaf(sum, lower, weighted);
+      sum *= share;
       max = most;
     }
     // Few elements are added up at a time, so that the sums' rounding does not grow with the vocabulary.
@@ -128,7 +130,7 @@ struct RowSums {
 #pragma unroll
       for (int i = 0; i < N; ++i) {
         const float x = pieces.at[l].at[i] - max;
-        const float e = fast_exp2(x * kLog2e);
+        const float e = fast_exp2(x * factor);
         s += e;
         w = fmaf(e, x, w);
       }
@@ -141,7 +143,7 @@ struct RowSums {
 // A block a row of the strip. states, statistics [rows], the former null where there is one strip alone; logprobs and
 // entropies [R], the latter may be null. Until the last strip logprobs hold the targets' logits.
 __global__ void __launch_bounds__(kThreads, 2)
-    row_statistics_kernel(Strip strip, LossRowsBySource by_source, RowState* states,
+    row_statistics_kernel(Strip strip, LossRowsBySource by_source, Temperature temperature, RowState* states,
                           RowStatistics* statistics, float* logprobs, float* entropies) {
   SharedMemory shared;
   float* max_scratch = shared.take<float>(kThreads / kWarp);
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   RowState before{0.0, 0.0, -FLT_MAX, 0.0f};
   if (!strip.opening) before = states[row];
 
-  RowSums own;
+  RowSums own{temperature.factor};
   for_row(x, strip.columns, [&](const auto& pieces) { own.add(pieces); });
 
   float max = block_max(own.max, max_scratch);
@@ -159,9 +161,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   // Sums with a lower maximum than the row's; where nothing is left of them, `lower` may be infinite.
   const auto rebase = [&](double& sum, double& weighted, float from) {
     const double lower = static_cast<double>(from) - static_cast<double>(max);
-    const double factor = expf(static_cast<float>(lower));
-    weighted = factor == 0.0 ? 0.0 : factor * (weighted + sum * lower);
-    sum *= factor;
+    const double share = expf(static_cast<float>(lower) * temperature.inverse);
+    weighted = share == 0.0 ? 0.0 : share * (weighted + sum * lower);
+    sum *= share;
   };
   double sum = own.sum, weighted = own.weighted;
   rebase(sum, weighted, own.max);
@@ -174,7 +176,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 
   const double log_sum = strip.closing ? log(sum) : 0.0;
-  const double mean = strip.closing ? weighted / sum : 0.0;  // of x - max under p
+  // Of (x - max) / temperature under p.
+  const double mean = strip.closing ? weighted / sum / temperature.value : 0.0;
   if (thread_index() == 0) {
     if (strip.closing) {
       statistics[row] = {max, static_cast<float>(1.0 / sum), static_cast<float>(-mean)};
@@ -189,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     const bool inside = column >= 0 && column < strip.columns;
     if (strip.closing) {
       const float logit = inside ? x[column] : logprobs[r];
-      logprobs[r] = static_cast<float>(static_cast<double>(logit) - static_cast<double>(max) - log_sum);
+      logprobs[r] = logprob_at(temperature.value, logit, max, log_sum);
       if (entropies != nullptr) entropies[r] = static_cast<float>(log_sum - mean);
     } else if (inside) {
       logprobs[r] = x[column];
@@ -201,18 +204,18 @@ __global__ void __launch_bounds__(kThreads, 2)
 struct LossGradients {
   const float* logprobs;
   const float* entropies;
-  const float* weights;
+  const float* entropy_weights;
   const float* coefficients;
   float entropy_coefficient;
 };
 
 // d loss / d logits of a source row: p * (entropy_weight * (log p + entropy) - coefficient), plus each target's own
-// coefficient at the target. A block a row of the strip; row i of the gradient begins at dlogits + i * pitch, which may
+// coefficient at the target, over the temperature. A block a row of the strip; row i of the gradient begins at dlogits + i * pitch, which may
 // be where that of the logits begins.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 2)
-    row_gradient_kernel(Strip strip, LossRowsBySource by_source, const RowStatistics* statistics,
-                        LossGradients of, T* dlogits, int64_t pitch) {
+    row_gradient_kernel(Strip strip, LossRowsBySource by_source, Temperature temperature,
+                        const RowStatistics* statistics, LossGradients of, T* dlogits, int64_t pitch) {
   const int64_t row = blockIdx.x;
   const int size = strip.columns;
   const float* x = strip.logits + row * size;
@@ -225,13 +228,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (int j = begin; j < end; ++j) {
     const int r = by_source.order[j];
     const float c = of.coefficients[r];
-    const float w = of.weights[r] == 0.0f ? 0.0f : of.entropy_coefficient * of.weights[r];
+    const float w = of.entropy_coefficient * of.entropy_weights[r];
     coefficient_sum += c;
     weight_sum += w;
     any = any || c != 0.0f || w != 0.0f;
   }
-  const float coefficient = static_cast<float>(coefficient_sum);
-  const float entropy_weight = static_cast<float>(weight_sum);
+  const float coefficient = static_cast<float>(coefficient_sum / temperature.value);
+  const float entropy_weight = static_cast<float>(weight_sum / temperature.value);
   // d loss / d logits over p, given log p + entropy, which is not looked at where it has no weight.
   const auto slope = [&](float surprise) {
     return entropy_weight == 0.0f ? -coefficient : fmaf(entropy_weight, surprise, -coefficient);
@@ -242,6 +245,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     for (int i = thread_index(); i < size; i += thread_count()) out[i] = from_f32<T>(0.0f);
   } else {
     const auto [max, scale, shift] = statistics[row];
+    const float factor = temperature.factor, inverse = temperature.inverse;
     for_row(x, size, [&, max = max, scale = scale, shift = shift]<int L, int N>(const Pieces<L, N>& pieces) {
 #pragma unroll
       for (int l = 0; l < L; ++l) {
@@ -249,8 +253,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
         for (float& each : piece.at) {
           const float lower = each - max;
-          const float p = fast_exp2(lower * kLog2e) * scale;
-          each = p * slope(lower + shift);
+          const float p = fast_exp2(lower * factor) * scale;
+          each = p * slope(fmaf(lower, inverse, shift));
         }
         store_floats(out + pieces.first + l * pieces.step, piece.at);
       }
@@ -267,7 +271,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       at_target += of.coefficients[by_source.order[k]];
     const int r = by_source.order[j];
     const float log_p = of.logprobs[r];
-    out[target - strip.first] = from_f32<T>(expf(log_p) * slope(log_p + of.entropies[r]) + at_target);
+    out[target - strip.first] =
+        from_f32<T>(expf(log_p) * slope(log_p + of.entropies[r]) + at_target * temperature.inverse);
   }
 }
 
@@ -364,12 +369,13 @@ class HeadBlocks {
   // logprobs, entropies [R]; entropies may be empty.
   HeadBlocks(CudaBackend& backend, const Tensor& hidden, const PackedWeight& head,
              const std::vector<int32_t>& rows, const std::vector<int32_t>& targets, const Tensor& logprobs,
-             const Tensor& entropies, HeadBackward backward)
+             const Tensor& entropies, float temperature, HeadBackward backward)
       : backend_(backend),
         hidden_(hidden),
         head_(static_cast<const CudaPackedWeight&>(head)),
         logprobs_(logprobs),
-        entropies_(entropies) {
+        entropies_(entropies),
+        temperature_(temperature_of(temperature)) {
     lay_out(rows, targets);
     pieces_ = pieces_of(backend.gpu().properties(), sources_, head, backward);
     strips_ = divide_up(head.outputs, pieces_.columns);
@@ -397,7 +403,7 @@ class HeadBlocks {
       launch(backend_.gpu(), "row_statistics", row_statistics_kernel,
              {blocks(end - begin), threads_of_row(of.columns),
               shared_bytes<float>(kThreads / kWarp) + shared_bytes<double>(kThreads / kWarp)},
-             of, by_source(begin), states_ ? states_.as<RowState>() + begin : nullptr,
+             of, by_source(begin), temperature_, states_ ? states_.as<RowState>() + begin : nullptr,
              statistics_.as<RowStatistics>() + begin, logprobs_.as<float>(), entropies_.as<float>());
     }
   }
@@ -410,10 +416,10 @@ class HeadBlocks {
 
   // Adds the gradients of source rows [begin, end), which went forward, given d loss / d logprobs [R]. From the last
   // strip to the first: the last is still there where nothing else came since.
-  void backward(int64_t begin, int64_t end, const Tensor& coefficients, const Tensor& weights,
+  void backward(int64_t begin, int64_t end, const Tensor& coefficients, const float* entropy_weights,
                 float entropy_coefficient, const Tensor& dhidden, const Tensor& dhead) {
-    const LossGradients of{logprobs_.as<const float>(), entropies_.as<const float>(),
-                           weights.as<const float>(), coefficients.as<const float>(), entropy_coefficient};
+    const LossGradients of{logprobs_.as<const float>(), entropies_.as<const float>(), entropy_weights,
+                           coefficients.as<const float>(), entropy_coefficient};
     const int64_t count = end - begin;
     // What several groups give is summed in float32.
     const DType sum_type = groups_ > 1 ? DType::f32 : dhidden.dtype;
@@ -484,7 +490,7 @@ class HeadBlocks {
     with_type(head_.dtype, [&](auto type) {
       using T = decltype(type);
       launch(backend_.gpu(), "row_gradient", row_gradient_kernel<T>,
-             {blocks(end - begin), threads_of_row(logits.columns)}, logits, by_source(begin),
+             {blocks(end - begin), threads_of_row(logits.columns)}, logits, by_source(begin), temperature_,
              statistics_.as<const RowStatistics>() + begin, of,
              dlogits.as<T>() + (first_column(strip) - first_column(first)), dlogits.row_size());
     });
@@ -531,6 +537,7 @@ class HeadBlocks {
   const CudaPackedWeight& head_;
   const Tensor& logprobs_;
   const Tensor& entropies_;
+  const Temperature temperature_;
   int64_t sources_ = 0;
   HeadPieces pieces_{};
   int64_t strips_ = 0, groups_ = 0;
@@ -546,9 +553,9 @@ class HeadBlocks {
 
 void CudaBackend::head_logprobs(const Tensor& hidden, const PackedWeight& head,
                                 const std::vector<int32_t>& rows, const std::vector<int32_t>& targets,
-                                const Tensor& logprobs, const Tensor& entropies) {
+                                const Tensor& logprobs, const Tensor& entropies, float temperature) {
   if (rows.empty()) return;
-  HeadBlocks work(*this, hidden, head, rows, targets, logprobs, entropies, HeadBackward::none);
+  HeadBlocks work(*this, hidden, head, rows, targets, logprobs, entropies, temperature, HeadBackward::none);
   work.for_blocks([&](int64_t begin, int64_t end) { work.forward(begin, end); });
 }
 
@@ -565,23 +572,24 @@ double CudaBackend::head_loss(const Tensor& hidden, const PackedWeight& head,
   // Float64, for which tensors have no type: the rows' losses and their sum.
   const Tensor losses = allocate(DType::i32, {count + 1, 2});
   double* sum = losses.as<double>() + count;
-  const PolicyLossRows policy_rows =
-      policy_loss_rows(logprobs, own_entropies, loss_rows, coefficients, losses.as<double>());
-  HeadBlocks work(*this, hidden, head, rows, targets, logprobs, own_entropies,
+  const PolicyLossRows policy_rows = policy_loss_rows(logprobs, own_entropies, loss_rows);
+  const PolicyLossOutputs outputs{coefficients.as<float>(), losses.as<double>()};
+  HeadBlocks work(*this, hidden, head, rows, targets, logprobs, own_entropies, options.temperature,
                   dhead ? HeadBackward::hidden_and_head : HeadBackward::hidden);
   const auto backward = [&](int64_t begin, int64_t end) {
-    work.backward(begin, end, coefficients, loss_rows.weights, options.entropy_coefficient, dhidden, dhead);
+    work.backward(begin, end, coefficients, policy_rows.entropy_weights, options.entropy_coefficient, dhidden,
+                  dhead);
   };
 
   if (options.kind == LossKind::gspo) {
     // The ratio of a sequence takes all of its rows, which may be in any block.
     work.for_blocks([&](int64_t begin, int64_t end) { work.forward(begin, end); });
-    enqueue_policy_loss_by_sequence(gpu(), policy_rows, options, count);
+    enqueue_policy_loss_by_sequence(gpu(), policy_rows, outputs, options, count);
     work.for_blocks(backward);
   } else {
     work.for_blocks([&](int64_t begin, int64_t end) {
       work.forward(begin, end);
-      enqueue_policy_loss(gpu(), policy_rows, options, work.loss_rows(begin),
+      enqueue_policy_loss(gpu(), policy_rows, outputs, options, work.loss_rows(begin),
                           work.loss_row_count(begin, end));
       backward(begin, end);
     });

@@ -15,34 +15,18 @@ namespace {
 
 constexpr int kThreads = 256;
 
-__device__ inline double log_ratio_of(const PolicyLossRows& rows, int64_t r) {
-  return static_cast<double>(rows.logprobs[r]) - static_cast<double>(rows.old_logprobs[r]);
-}
-
-__device__ inline PolicyLossRow loss_of(const PolicyLossRows& rows, const LossOptions& options, int64_t r,
-                                        double log_ratio) {
-  return policy_loss_row(options, rows.weights[r], rows.logprobs[r], log_ratio,
-                         rows.advantages == nullptr ? 0.0f : rows.advantages[r],
-                         rows.reference_logprobs == nullptr ? nullptr : rows.reference_logprobs + r,
-                         rows.entropies == nullptr ? 0.0f : rows.entropies[r]);
-}
-
-// order [count] or null. Rows of weight 0 are not looked at: they may hold anything.
+// order [count] or null.
 __global__ void __launch_bounds__(kThreads)
-    policy_loss_kernel(PolicyLossRows rows, LossOptions options, const int32_t* order, int64_t count) {
+    policy_loss_kernel(PolicyLossRows rows, PolicyLossOutputs outputs, LossOptions options,
+                       const int32_t* order, int64_t count) {
   const int64_t i = grid_index();
   if (i >= count) return;
   const int64_t r = order == nullptr ? i : order[i];
-  double loss = 0.0;
-  float coefficient = 0.0f;
-  if (rows.weights[r] != 0.0f) {
-    const bool has_ratio = options.kind != LossKind::cross_entropy;
-    const PolicyLossRow row = loss_of(rows, options, r, has_ratio ? log_ratio_of(rows, r) : 0.0);
-    loss = row.loss;
-    coefficient = static_cast<float>(row.from_log_ratio + row.from_logprob);
-  }
-  rows.losses[r] = loss;
-  rows.coefficients[r] = coefficient;
+  const PolicyLossWeights weights = policy_loss_weights(options, rows, r);
+  const double log_ratio = policy_loss_has_ratio(options, weights) ? policy_loss_log_ratio(rows, r) : 0.0;
+  const PolicyLossRow row = policy_loss_row(options, rows, weights, r, log_ratio);
+  outputs.losses[r] = row.loss;
+  outputs.coefficients[r] = static_cast<float>(row.from_log_ratio + row.from_logprob);
 }
 
 // Calls body(r) in the lane that has row r of the sequence which begins at `begin`; whole warps call it.
@@ -60,7 +44,8 @@ __device__ inline void for_rows_of_sequence(const int32_t* sequences, int64_t be
 
 // A warp looks at 32 rows and goes over the sequences that begin among them, wherever they end.
 __global__ void __launch_bounds__(kThreads)
-    policy_loss_by_sequence_kernel(PolicyLossRows rows, LossOptions options, int64_t count) {
+    policy_loss_by_sequence_kernel(PolicyLossRows rows, PolicyLossOutputs outputs, LossOptions options,
+                                   int64_t count) {
   const int64_t first = grid_index() / kWarp * kWarp;
   const int64_t own = first + lane_index();
   uint32_t begins = ballot(own < count && (own == 0 || rows.sequences[own] != rows.sequences[own - 1]));
@@ -69,57 +54,42 @@ __global__ void __launch_bounds__(kThreads)
     const int64_t begin = first + at;
     double sum = 0.0, counted = 0.0;
     for_rows_of_sequence(rows.sequences, begin, count, [&](int64_t r) {
-      if (rows.weights[r] == 0.0f) return;
-      sum += log_ratio_of(rows, r);
+      if (!policy_loss_has_ratio(options, policy_loss_weights(options, rows, r))) return;
+      sum += policy_loss_log_ratio(rows, r);
       counted += 1.0;
     });
     sum = warp_sum(sum);
     counted = warp_sum(counted);
-    const double log_ratio = sum / counted;
+    const double log_ratio = counted == 0.0 ? 0.0 : sum / counted;
     double from_log_ratio = 0.0;
     for_rows_of_sequence(rows.sequences, begin, count, [&](int64_t r) {
-      if (rows.weights[r] != 0.0f) from_log_ratio += loss_of(rows, options, r, log_ratio).from_log_ratio;
+      from_log_ratio +=
+          policy_loss_row(options, rows, policy_loss_weights(options, rows, r), r, log_ratio).from_log_ratio;
     });
-    from_log_ratio = warp_sum(from_log_ratio) / counted;
+    from_log_ratio = warp_sum(from_log_ratio);
+    if (counted != 0.0) from_log_ratio /= counted;
     for_rows_of_sequence(rows.sequences, begin, count, [&](int64_t r) {
-      double loss = 0.0;
-      float coefficient = 0.0f;
-      if (rows.weights[r] != 0.0f) {
-        const PolicyLossRow row = loss_of(rows, options, r, log_ratio);
-        loss = row.loss;
-        coefficient = static_cast<float>(from_log_ratio + row.from_logprob);
-      }
-      rows.losses[r] = loss;
-      rows.coefficients[r] = coefficient;
+      const PolicyLossWeights weights = policy_loss_weights(options, rows, r);
+      const PolicyLossRow row = policy_loss_row(options, rows, weights, r, log_ratio);
+      outputs.losses[r] = row.loss;
+      outputs.coefficients[r] = static_cast<float>(
+          (policy_loss_has_ratio(options, weights) ? from_log_ratio : 0.0) + row.from_logprob);
     });
   }
 }
 
 }  // namespace
 
-PolicyLossRows policy_loss_rows(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
-                                const Tensor& coefficients, double* losses) {
-  return {logprobs.as<const float>(),
-          entropies.as<const float>(),
-          loss_rows.weights.as<const float>(),
-          loss_rows.advantages.as<const float>(),
-          loss_rows.old_logprobs.as<const float>(),
-          loss_rows.reference_logprobs.as<const float>(),
-          loss_rows.sequences.as<const int32_t>(),
-          coefficients.as<float>(),
-          losses};
-}
-
-void enqueue_policy_loss(Gpu& gpu, const PolicyLossRows& rows, const LossOptions& options,
-                         const int32_t* order, int64_t count) {
+void enqueue_policy_loss(Gpu& gpu, const PolicyLossRows& rows, const PolicyLossOutputs& outputs,
+                         const LossOptions& options, const int32_t* order, int64_t count) {
   launch(gpu, "policy_loss", policy_loss_kernel, {blocks(divide_up(count, kThreads)), kThreads}, rows,
-         options, order, count);
+         outputs, options, order, count);
 }
 
-void enqueue_policy_loss_by_sequence(Gpu& gpu, const PolicyLossRows& rows, const LossOptions& options,
-                                     int64_t count) {
+void enqueue_policy_loss_by_sequence(Gpu& gpu, const PolicyLossRows& rows, const PolicyLossOutputs& outputs,
+                                     const LossOptions& options, int64_t count) {
   launch(gpu, "policy_loss_by_sequence", policy_loss_by_sequence_kernel,
-         {blocks(divide_up(count, kThreads)), kThreads}, rows, options, count);
+         {blocks(divide_up(count, kThreads)), kThreads}, rows, outputs, options, count);
 }
 
 double CudaBackend::policy_loss(const Tensor& logprobs, const Tensor& entropies, const LossRows& loss_rows,
@@ -129,12 +99,12 @@ double CudaBackend::policy_loss(const Tensor& logprobs, const Tensor& entropies,
   // Float64, for which tensors have no type: the rows' losses and their sum.
   const Tensor losses = allocate(DType::i32, {count + 1, 2});
   double* sum = losses.as<double>() + count;
-  const PolicyLossRows rows =
-      policy_loss_rows(logprobs, entropies, loss_rows, coefficients, losses.as<double>());
+  const PolicyLossRows rows = policy_loss_rows(logprobs, entropies, loss_rows);
+  const PolicyLossOutputs outputs{coefficients.as<float>(), losses.as<double>()};
   if (options.kind == LossKind::gspo) {
-    enqueue_policy_loss_by_sequence(gpu(), rows, options, count);
+    enqueue_policy_loss_by_sequence(gpu(), rows, outputs, options, count);
   } else {
-    enqueue_policy_loss(gpu(), rows, options, nullptr, count);
+    enqueue_policy_loss(gpu(), rows, outputs, options, nullptr, count);
   }
   enqueue_sum(gpu(), losses.as<const double>(), count, sum);
   double loss = 0.0;

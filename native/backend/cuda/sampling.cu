@@ -7,7 +7,7 @@
 // one pass; the last block of a row to finish does what takes all of the row:
 //
 //   maximum  the maximum
-//   sums     the masses of softmax(logits) and of what is drawn from, the entropy. Where top-k or top-p truncate, also a
+//   sums     the masses of softmax(logits / temperature) and of what is drawn from, the entropy. Where top-k or top-p truncate, also a
 //            histogram over the upper bits of the weights, and last the bin that has the threshold (of top-k, if that
 //            is wanted)
 //   list     only where they truncate: the masses above that bin, and a list of the weights in it (for top-k all from it
@@ -28,6 +28,7 @@
 #include "backend/cuda/primitives/shared.h"
 #include "backend/cuda/primitives/warp.h"
 #include "backend/philox.h"
+#include "backend/temperature.h"
 
 namespace merf::cuda {
 
@@ -45,9 +46,9 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
 
 struct Filters {
-  float temperature;  // 0: greedy
-  float factor;       // log2(e) / temperature
-  int top_k;          // 0: off
+  bool greedy;
+  Temperature temperature;
+  int top_k;  // 0: off
   float top_p;
   float min_p;
   uint64_t seed;
@@ -261,8 +262,8 @@ __device__ inline uint64_t top_p_goal(float top_p, uint64_t units) {
 
 // What the blocks of a row tell each other; all 0 at first.
 struct RowWork {
-  uint64_t raw;        // mass of softmax(logits), in units
-  uint64_t numerator;  // sum of weight * (maximum - logit), in units of 2^-44
+  uint64_t whole;      // mass of softmax(logits / temperature), in units
+  uint64_t numerator;  // sum of weight * (maximum - logit) / temperature, in units of 2^-44
   uint64_t kept;       // mass of all weights that top-k and top-p choose from
   uint64_t above;      // of the bin, as Search::above
   uint32_t bin;
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kMaxThreads) maximum_kernel(Batch batch) {
 // Draws a row's token, by all of a block. `kept`: of the row's pieces, the mass of weights at or above the threshold;
 // `scratch` [kMaxWarps] in shared memory.
 __device__ inline void draw_token(const Row& row, const uint64_t* kept, float maximum, float threshold,
-                                  double raw_mass, const Filters& filters, const Draw& draw,
+                                  double whole_mass, const Filters& filters, const Draw& draw,
                                   uint64_t* scratch) {
   const int64_t b = blockIdx.x;
   // The token is the first at which the running mass passes the target. First among the pieces: a lane has some that
@@ -369,7 +370,7 @@ __device__ inline void draw_token(const Row& row, const uint64_t* kept, float ma
   // Then the stretch that has it is shared out among the warps until it is one step.
   while (stretch.end - stretch.begin > kStep) {
     const Stretch part = stretch.part(warp_index(), warp_count());
-    const uint64_t sum = kept_units(row, part, maximum, filters.factor, threshold);
+    const uint64_t sum = kept_units(row, part, maximum, filters.temperature.factor, threshold);
     sync_block();
     if (lane_index() == 0) scratch[warp_index()] = sum;
     sync_block();
@@ -383,7 +384,7 @@ __device__ inline void draw_token(const Row& row, const uint64_t* kept, float ma
   uint64_t units[4], sum = 0;
 #pragma unroll
   for (int j = 0; j < 4; ++j) {
-    const Weight w = weight_of(x[0][j] - maximum, filters.factor);
+    const Weight w = weight_of(x[0][j] - maximum, filters.temperature.factor);
     units[j] = w.value >= threshold ? w.units : 0;
     sum += units[j];
   }
@@ -403,11 +404,9 @@ __device__ inline void draw_token(const Row& row, const uint64_t* kept, float ma
     drawn_index = j;
     logit = x[0][j];
   }
-  const double below = static_cast<double>(logit) - static_cast<double>(maximum);
   draw.tokens[b] = stretch.begin + 4 * lane + drawn_index - row.shift;
-  draw.logprobs[b] = static_cast<float>(below - log(raw_mass));
-  draw.sampling_logprobs[b] =
-      static_cast<float>(below / static_cast<double>(filters.temperature) - log(mass));
+  draw.logprobs[b] = logprob_at(filters.temperature.value, logit, maximum, log(whole_mass));
+  draw.sampling_logprobs[b] = logprob_at(filters.temperature.value, logit, maximum, log(mass));
 }
 
 __device__ inline Histogram take_histogram(SharedMemory& shared) {
@@ -438,14 +437,15 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
     return;
   }
 
-  const bool greedy = filters.temperature <= 0.0f, truncated = batch.histogram != nullptr && !greedy;
-  const bool tempered = !greedy && filters.temperature != 1.0f, counted = filters.top_k > 0;
+  const bool greedy = filters.greedy, truncated = batch.histogram != nullptr && !greedy;
+  const bool counted = filters.top_k > 0;
+  const float factor = filters.temperature.factor, inverse = filters.temperature.inverse;
   const float least = truncated ? 0.0f : filters.min_p;  // that is kept, as far as is known yet
   if (truncated) {
     histogram.clear();
     sync_block();
   }
-  uint64_t raw = 0, kept = 0, numerator = 0;
+  uint64_t whole = 0, kept = 0, numerator = 0;
   int first = row.end();
   const Stretch part = piece_of(row, own_piece());
   for (int i = part.begin; i < part.end; i += kStep) {
@@ -455,11 +455,10 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
       const float below = x[0][j] - maximum;
-      Weight w = weight_of(below, kLog2e);
-      raw += w.units;
+      const Weight w = weight_of(below, factor);
+      whole += w.units;
       // Four at a time in float32, which costs a rounding that the float32 result does not show.
-      if (w.units > 0) products = fmaf(w.value, -below, products);
-      if (tempered) w = weight_of(below, filters.factor);
+      if (w.units > 0) products = fmaf(w.value, -below * inverse, products);
       kept += w.value >= least ? w.units : 0;
       if (truncated && w.units > 0) {
         histogram.add(static_cast<int>(key_of(w.value) >> kFirstShift), counted ? 1 : w.units);
@@ -468,12 +467,12 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
     }
     numerator += static_cast<uint64_t>(products * kNumeratorUnits);
   }
-  raw = warp_sum(raw);
+  whole = warp_sum(whole);
   kept = warp_sum(kept);
   numerator = warp_sum(numerator);
   if (lane_index() == 0) {
     batch.kept[b * piece_count() + own_piece()] = kept;
-    atomic_add(&work.raw, raw);
+    atomic_add(&work.whole, whole);
     atomic_add(&work.numerator, numerator);
     atomic_add(&work.kept, kept);
   }
@@ -490,10 +489,10 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
   }
   if (!is_last_block(&work.arrived[0], gridDim.y, arrival)) return;
 
-  const double raw_mass = mass_of(work.raw);
+  const double whole_mass = mass_of(work.whole);
   if (thread_index() == 0 && draw.entropies != nullptr) {
-    const double mean = static_cast<double>(work.numerator) * 0x1p-44 / raw_mass;
-    draw.entropies[b] = static_cast<float>(log(raw_mass) + mean);
+    const double mean = static_cast<double>(work.numerator) * 0x1p-44 / whole_mass;
+    draw.entropies[b] = static_cast<float>(log(whole_mass) + mean);
   }
   if (greedy) {
     if (thread_index() > 0) return;
@@ -503,7 +502,7 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
     }
     draw.tokens[b] = first - row.shift;
     draw.sampling_logprobs[b] = 0.0f;
-    draw.logprobs[b] = static_cast<float>(-log(raw_mass));
+    draw.logprobs[b] = static_cast<float>(-log(whole_mass));
   } else if (truncated) {
     const uint64_t* all = batch.histogram + b * kBins;
     for (int bin = thread_index(); bin < kBins; bin += thread_count()) {
@@ -518,7 +517,8 @@ __global__ void __launch_bounds__(kMaxThreads) sums_kernel(Batch batch, Filters 
     work.bin = static_cast<uint32_t>(histogram.found[0]);
     work.above = histogram.found[1];
   } else {
-    draw_token(row, batch.kept + b * piece_count(), maximum, filters.min_p, raw_mass, filters, draw, scratch);
+    draw_token(row, batch.kept + b * piece_count(), maximum, filters.min_p, whole_mass, filters, draw,
+               scratch);
   }
 }
 
@@ -565,7 +565,7 @@ __global__ void __launch_bounds__(kMaxThreads) list_kernel(Batch batch, Filters 
     bool listed[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      const Weight w = weight_of(x[0][j] - maximum, filters.factor);
+      const Weight w = weight_of(x[0][j] - maximum, filters.temperature.factor);
       const uint32_t own = key_of(w.value) >> kFirstShift;
       weights[j] = w.value;
       listed[j] = w.units > 0 && (counted ? own >= bin : own == bin);
@@ -592,7 +592,7 @@ __global__ void __launch_bounds__(kMaxThreads) list_kernel(Batch batch, Filters 
 
   const uint32_t count = work.listed;
   const bool complete = count <= kMaxListed;
-  const Weights weights{complete, list, static_cast<int>(count), row, maximum, filters.factor};
+  const Weights weights{complete, list, static_cast<int>(count), row, maximum, filters.temperature.factor};
   Search search;
   search.take(bin, work.above);
   float threshold = filter_threshold(weights, filters, work.kept, search, histogram, scratch);
@@ -606,14 +606,15 @@ __global__ void __launch_bounds__(kMaxThreads) list_kernel(Batch batch, Filters 
     }
   } else {
     for (int piece = warp_index(); piece < piece_count(); piece += warp_count()) {
-      const uint64_t sum = kept_units(row, piece_of(row, piece), maximum, filters.factor, threshold);
+      const uint64_t sum =
+          kept_units(row, piece_of(row, piece), maximum, filters.temperature.factor, threshold);
       if (lane_index() == 0) kept_of[piece] = sum;
     }
   }
   // Atomic additions are made in the second-level cache: what this block has read before is not what there is now.
   fence_memory();
   sync_block();
-  draw_token(row, kept_of, maximum, threshold, mass_of(work.raw), filters, draw, scratch);
+  draw_token(row, kept_of, maximum, threshold, mass_of(work.whole), filters, draw, scratch);
 }
 
 }  // namespace
@@ -624,17 +625,14 @@ void CudaBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const 
                                 const Tensor& entropies) {
   const int64_t rows = logits.shape[0], vocabulary = logits.shape[1];
   if (rows == 0 || vocabulary == 0) return;
-  constexpr double kLog2eExact = 1.44269504088896340736;
-  const double factor = std::min(kLog2eExact / static_cast<double>(options.temperature),
-                                 static_cast<double>(std::numeric_limits<float>::max()));
   Filters filters;
-  filters.temperature = options.temperature;
-  filters.factor = static_cast<float>(factor);
+  filters.greedy = options.temperature <= 0.0f;
+  filters.temperature = temperature_of(options.temperature);
   filters.top_k = options.top_k < vocabulary ? std::max(options.top_k, 0) : 0;
   filters.top_p = options.top_p;
   filters.min_p = std::clamp(options.min_p, 0.0f, 1.0f);
   filters.seed = options.seed;
-  const bool truncated = options.temperature > 0.0f && (filters.top_k > 0 || filters.top_p < 1.0f);
+  const bool truncated = !filters.greedy && (filters.top_k > 0 || filters.top_p < 1.0f);
 
   // A row has as many blocks as the GPU has room for, and a warp has 16 or more logits for each of its lanes.
   const int64_t room = gpu().properties().multiprocessors * kBlocksEach;

@@ -1,0 +1,134 @@
+import type { MotivationView } from '../prompt/motivation.js';
+import type { EpisodeGroup, RolloutPolicy } from '../rollout/index.js';
+import type { RowSource, Task } from '../tasks/index.js';
+import { isWithoutSignal, judgementOf } from './advantages.js';
+import { Curriculum, type CurriculumPlan, type OpenTask } from './curriculum.js';
+import { Difficulty, shareRight } from './difficulty.js';
+import { type Drawn, EpisodeSource } from './draw.js';
+import { unhinted } from './hints.js';
+import { contentHash } from './identity.js';
+import type { Kept } from './kept.js';
+import { Replay, type ReplayedGroup } from './replay.js';
+import type { GrpoSettings } from './settings.js';
+
+export interface CourseOptions<Row> {
+  policy: RolloutPolicy;
+  task: Task<Row>;
+  rows: RowSource<Row>;
+  settings: GrpoSettings;
+  /** The view under which groups that fail are drawn again, where any are. */
+  hint?: MotivationView | undefined;
+  /** In place of the task and its rows. */
+  curriculum?: { plan: CurriculumPlan; openTask: OpenTask<Row> } | undefined;
+}
+
+/** What a step is drawn from. */
+export interface CourseStage<Row> {
+  /** How the metrics name it, as in `people=3`; empty without a curriculum. */
+  readonly name: string;
+  readonly task: Task<Row>;
+  readonly rows: RowSource<Row>;
+  readonly source: EpisodeSource<Row>;
+  readonly difficulty: Difficulty<Row> | undefined;
+}
+
+/** What a step learns. */
+export interface StepLesson<Row> {
+  groups: EpisodeGroup<Row>[];
+  /** By group and episode. */
+  advantages: number[][];
+  /** Those of all that was drawn, before weights. */
+  compared: number[][];
+  /** The ones of the groups that an earlier step drew. */
+  replayed: ReplayedGroup<Row>[];
+}
+
+/**
+ * What a run is drawn from and what of it each step learns: the stages of a curriculum, how hard their rows are, and
+ * groups that are learned again. What it keeps changes at the end of a step alone, in `note`: a step that fails leaves
+ * all as it was.
+ */
+export class Course<Row> {
+  readonly stages: readonly CourseStage<Row>[];
+  readonly #options: CourseOptions<Row>;
+  readonly #curriculum: Curriculum<Row> | undefined;
+  readonly #replay: Replay<Row> | undefined;
+
+  private constructor(options: CourseOptions<Row>, curriculum: Curriculum<Row> | undefined) {
+    const { policy, task, rows, settings, hint } = options;
+    this.#options = options;
+    this.#curriculum = curriculum;
+    this.#replay = settings.replay > 0 ? new Replay(settings) : undefined;
+    this.stages = (curriculum?.stages ?? [{ name: '', task, rows }]).map((stage) => {
+      const difficulty = settings.difficulty === 'off' ? undefined : new Difficulty(stage.task, settings);
+      const accepts = difficulty && ((row: Row, position: number) => difficulty.draws(row, position));
+      return {
+        ...stage,
+        difficulty,
+        source: new EpisodeSource({ policy, settings, accepts, hint, ...stage }),
+      };
+    });
+  }
+
+  /** @throws MerfError as the task does for an option or a value of the curriculum that it does not have */
+  static async open<Row>(options: CourseOptions<Row>): Promise<Course<Row>> {
+    const { curriculum, settings } = options;
+    return new Course(
+      options,
+      curriculum && (await Curriculum.open(curriculum.plan, curriculum.openTask, settings)),
+    );
+  }
+
+  /** Equal where the same rows stand at the same positions. */
+  get fingerprint(): string {
+    const [first, ...others] = this.stages.map(({ rows }) => rows.fingerprint) as [string, ...string[]];
+    return others.length === 0 ? first.slice(0, 16) : contentHash([first, ...others]);
+  }
+
+  /** What is kept from step to step, each part under its name. */
+  get kept(): Record<string, Kept | undefined> {
+    const byStage = this.stages.map(({ name, difficulty }) => [`difficulty ${name}`.trim(), difficulty]);
+    return { curriculum: this.#curriculum, replay: this.#replay, ...Object.fromEntries(byStage) };
+  }
+
+  /**
+   * The stage of step `step`, counted from 1, and the position that its rows are drawn from.
+   * @param position how many rows the steps before went through
+   */
+  at(step: number, position: number): { stage: CourseStage<Row>; position: number } {
+    if (this.#curriculum === undefined) return { stage: this.stages[0] as CourseStage<Row>, position };
+    const { index, position: own } = this.#curriculum.at(step);
+    return { stage: this.stages[index] as CourseStage<Row>, position: own };
+  }
+
+  /** What the step learns of what was drawn, with groups learned again in the place of those without a signal. */
+  async lesson(step: number, stage: CourseStage<Row>, drawn: Drawn<Row>): Promise<StepLesson<Row>> {
+    const { settings, policy } = this.#options;
+    const { advantages: compared } = await judgementOf(drawn.groups, settings);
+    let groups: EpisodeGroup<Row>[] = drawn.learned;
+    let replayed: ReplayedGroup<Row>[] = [];
+    if (this.#replay) {
+      const silent = new Set(
+        drawn.groups.filter((_, i) => isWithoutSignal(compared[i] as number[])) as EpisodeGroup<Row>[],
+      );
+      const places = groups.filter((group) => silent.has(group)).length;
+      replayed = this.#replay.choose(step, places, { ...stage, tokenizer: policy.tokenizer });
+      const left = [...replayed];
+      groups = groups.map((group) => (silent.has(group) ? (left.shift() ?? group) : group));
+    }
+    const weights = stage.difficulty?.weights(groups);
+    if (groups === drawn.groups && weights === undefined) {
+      return { groups, advantages: compared, compared, replayed };
+    }
+    const { advantages } = await judgementOf(groups, settings, weights);
+    return { groups, advantages, compared, replayed };
+  }
+
+  /** Takes note of a step that is over. */
+  note(step: number, stage: CourseStage<Row>, drawn: Drawn<Row>, { compared }: StepLesson<Row>): void {
+    const { groups, position } = drawn;
+    stage.difficulty?.note(groups, compared);
+    this.#replay?.note(step, stage, groups, compared);
+    this.#curriculum?.note(step, position, shareRight(groups.flatMap(unhinted), stage.task.spec));
+  }
+}
