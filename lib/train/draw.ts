@@ -8,9 +8,9 @@ import {
   type RolloutTask,
 } from '../rollout/index.js';
 import type { RowSource } from '../tasks/index.js';
+import { bytesToKeep } from './activation-memory.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { hintFailed } from './hints.js';
-import { bytesToKeep } from './activation-memory.js';
 import type { GrpoSettings } from './settings.js';
 
 /** A group and the position of its row among the rows. */

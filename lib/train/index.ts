@@ -1,3 +1,4 @@
+export { defaultKeepActivations } from './activation-memory.js';
 export {
   AdaptiveMotivation,
   type AdaptiveRecord,
@@ -11,7 +12,6 @@ export { type Checkpoint, listCheckpoints, type Progress } from './checkpoint.js
 export type { CompletionRecord } from './completions.js';
 export type { OpenTask } from './curriculum.js';
 export { type ImportanceWeightOptions, importanceWeights } from './importance.js';
-export { defaultKeepActivations } from './activation-memory.js';
 export { type Phase, type RunResult, readSavedRun, type SavedRun, type TrainingEvent } from './loop.js';
 export { type MetricsRow, readMetrics } from './metrics.js';
 export { learningRateAt, type ScheduleKind, type ScheduleOptions } from './schedule.js';

@@ -24,6 +24,7 @@ import {
 } from '../rollout/index.js';
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { shuffledRows, type Task } from '../tasks/index.js';
+import { defaultKeepActivations } from './activation-memory.js';
 import { AdaptiveMotivation, adaptiveWord } from './adaptive.js';
 import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
@@ -32,7 +33,6 @@ import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculu
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
-import { defaultKeepActivations } from './activation-memory.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
 import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
