@@ -38,7 +38,7 @@ function neighbours(branches: readonly Branch[], depth: number, least: number): 
   for (const branch of branches) {
     const stretch = stretches.at(-1);
     const first = stretch?.[0];
-    // Of each at least one token is left over, so that no segment is empty.
+    // At least one token of each branch is left over, so that no segment is empty.
     const shared = first ? commonPrefix([first.promptTokens, branch.promptTokens]) - depth : 0;
     if (stretch && shared >= least) stretch.push(branch);
     else stretches.push([branch]);

@@ -24,7 +24,7 @@ interface Visits {
 const stream = 0x64696666n << 32n;
 
 /**
- * What is known of how hard each row is, and what follows from it:
+ * Knows how hard each row is, and what follows from it:
  * - `skip`: a row whose last z visits had no signal, all right or all wrong, is drawn with probability explore^z (GRESO,
  *   arXiv:2506.02177, with a constant exploration probability);
  * - `prioritize`: a row is drawn with a probability in proportion to 1 - its success rate (prioritized sampling, Kimi k1.5,

@@ -10,6 +10,7 @@ import {
   type StatefulPolicy,
   saveCheckpoint,
 } from './checkpoint.js';
+import type { Kept } from './kept.js';
 import { MetricsLog, type MetricsRow } from './metrics.js';
 
 export type Phase = 'rollout' | 'training' | 'evaluating' | 'saving';
@@ -54,7 +55,7 @@ export interface LoopOptions {
   /** Drops what a step that is to be done again left behind. */
   discardAfter?: (step: number) => void;
   /** What the steps keep from one to the next beside the policy, as JSON: it goes into checkpoints and comes back. */
-  state?: { save(): unknown; load(state: unknown): void };
+  state?: Kept;
   /** The evaluation due after `step` (0: before the first), or undefined. */
   evaluate?: (step: number, signal?: AbortSignal) => Promise<Record<string, unknown> | undefined>;
   /** Does step `step`, counted from 1, from row `position` on. */

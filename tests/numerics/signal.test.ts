@@ -2,22 +2,10 @@ import { expect, test } from '@jest/globals';
 import { defaultModel, forestOf, Policy } from '../../lib/policy/index.js';
 import { branchesOf, collect, type EpisodeGroup } from '../../lib/rollout/index.js';
 import { getTask } from '../../lib/tasks/index.js';
-import { type LessonSettings, Lessons } from '../../lib/train/lessons.js';
+import { Lessons } from '../../lib/train/lessons.js';
 import { relativeError } from '../support/compare.js';
 import { report } from '../support/report.js';
-
-const settings: LessonSettings = {
-  loss: 'grpo',
-  kl: 0,
-  entropy: 0,
-  temperature: 1,
-  maskTruncated: false,
-  miniBatches: 1,
-  updatesPerRollout: 1,
-  learnCorrection: 'none',
-  learnCap: 2,
-  anchor: 0,
-};
+import { plainLessons } from '../train/lesson-settings.js';
 
 /** Advantages by group and episode, 0 in the groups of `silent`. */
 const advantagesOf = (groups: readonly EpisodeGroup<unknown>[], silent: readonly number[]) =>
@@ -64,7 +52,7 @@ test.each(['f32', 'bf16'] as const)(
       const lessons = await Lessons.prepare(groups, advantages, {
         policy: to,
         task: task as never,
-        settings,
+        settings: plainLessons,
         learnUnder: ['same'],
         anchorUnder: 'full',
         anchorTo: 'none',

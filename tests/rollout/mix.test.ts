@@ -6,6 +6,7 @@ import { getTask } from '../../lib/tasks/index.js';
 import { Lessons } from '../../lib/train/lessons.js';
 import { expectFailure } from '../policy/helpers.js';
 import { relativeError } from '../support/compare.js';
+import { plainLessons } from '../train/lesson-settings.js';
 import { ScriptedPolicy } from './scripted-policy.js';
 
 const mix: MotivationMix = ['full', 'none', { partial: ['format'] }];
@@ -115,18 +116,7 @@ test('activations that a mix leaves give the gradient of an update, and what it 
         const lessons = await Lessons.prepare(groups, advantages, {
           policy,
           task: task as never,
-          settings: {
-            loss: 'grpo',
-            kl: 0,
-            entropy: 0,
-            temperature: 1,
-            maskTruncated: false,
-            miniBatches: 1,
-            updatesPerRollout: 1,
-            learnCorrection: 'truncated',
-            learnCap: 2,
-            anchor: 0.1,
-          },
+          settings: { ...plainLessons, learnCorrection: 'truncated', anchor: 0.1 },
           learnUnder: views,
           anchorUnder: 'full',
           anchorTo: 'none',

@@ -548,7 +548,7 @@ describe('a run', () => {
         expect(hinted).toEqual({ groups: odd.size, withSignal });
         expect(uniformGroups).toBe(1 - differs.length / 4);
         expect(byView?.full?.completions).toBe(4 * odd.size);
-        // The same rows are drawn in random streams of their own.
+        // Rows that are drawn again have random streams of their own.
         expect(calls[call++]).toMatchObject({ n: 4, keys: [0, 1, 2, 3] });
         expect(odd.size).toBeGreaterThan(0);
         expect(calls[call++]).toMatchObject({ n: 4, keys: Array.from(odd, (_, i) => 2 ** 31 + i) });

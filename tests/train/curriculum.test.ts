@@ -82,7 +82,7 @@ describe('a run', () => {
     // The third stage is one of its own, which begins with its first rows.
     expect(prompts(5)).toEqual(prompts(1));
     expect(prompts(2)).not.toEqual(prompts(1));
-    // What is evaluated stays the task that was given.
+    // Evaluations stay on the task that was given.
     expect(runs.metrics().at(-1)?.evaluation?.none?.accuracy).toBeLessThan(0.9);
   });
 

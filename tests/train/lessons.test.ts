@@ -13,6 +13,7 @@ import {
 import { type LessonOptions, type LessonSettings, Lessons } from '../../lib/train/lessons.js';
 import { expectFailure } from '../policy/helpers.js';
 import { fakeTokenizer } from './fake-policy.js';
+import { plainLessons } from './lesson-settings.js';
 
 interface Row {
   id: string;
@@ -109,18 +110,7 @@ function groupOf(id: string, drawn: Drawn[], of: RolloutTask<Row> = task): Episo
 
 const one = (text: string, rest: Omit<Drawn, 'turns'> = {}): Drawn => ({ turns: [drawnTurn(text)], ...rest });
 
-const defaults: LessonSettings = {
-  loss: 'grpo',
-  kl: 0,
-  entropy: 0,
-  temperature: 0.7,
-  maskTruncated: false,
-  miniBatches: 1,
-  updatesPerRollout: 1,
-  learnCorrection: 'none',
-  learnCap: 2,
-  anchor: 0,
-};
+const defaults: LessonSettings = { ...plainLessons, temperature: 0.7 };
 
 async function prepare(
   groups: EpisodeGroup<Row>[],

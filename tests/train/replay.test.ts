@@ -34,7 +34,7 @@ describe('replay', () => {
       const again = groups.filter(([first]) => first?.replayed !== undefined);
       expect(fresh).toHaveLength(4);
       expect(again).toHaveLength(row.replayedGroups as number);
-      // Of four groups each without a signal makes room for one, as far as there are any.
+      // A group without a signal makes room for a replayed one, as far as there are any.
       const silent = fresh.filter((group) => group.every(({ advantage }) => advantage === 0));
       expect(again.length).toBe(Math.min(silent.length, kept.size));
       expect(silent.filter(([first]) => first?.dropped)).toHaveLength(again.length);
