@@ -13,6 +13,8 @@ export interface TokenizerFiles {
   chatTemplate?: string;
   /** special_tokens_map.json, kept for saving */
   specialTokensMap?: Record<string, unknown>;
+  /** What a user should know of how the tokenizer was read. */
+  notices?: readonly string[];
 }
 
 const tokenType = { normal: 1, unknown: 2, control: 3, userDefined: 4, byte: 6 } as const;
