@@ -8,6 +8,19 @@ import { dataShape, importModule, type TaskFactory, type TaskOptions } from '../
 import { grpoSchema, sftSchema } from '../train/settings.js';
 import { isNamedTask, type NamedTask, type TaskChoice, taskPath } from './task.js';
 
+/** How a model's prompts are written. */
+export const tokenizerShape = {
+  splitSpecialTokens: setting(z.boolean().default(true), {
+    group: 'Model',
+    description:
+      'names of special tokens in messages and rows stay text, so that no row can end its own turn',
+  }),
+  systemMessages: setting(z.enum(['move', 'refuse']).default('move'), {
+    group: 'Model',
+    description: "a system message that the chat template has no place for joins the user's, or is refused",
+  }),
+};
+
 /** What every command that runs a model needs. */
 export const modelShape = {
   model: setting(z.string().optional(), {
@@ -28,6 +41,7 @@ export const modelShape = {
     group: 'Model',
     description: 'threads to compute with (default: all)',
   }),
+  ...tokenizerShape,
 };
 
 /** What of the model a run trains. */

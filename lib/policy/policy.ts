@@ -78,6 +78,8 @@ export class Policy {
   readonly loraRank: number;
   private readonly model: NativeModel;
   readonly #calls: CallQueue;
+  /** The tokens that end a completion, which its text leaves out. */
+  readonly #ends: ReadonlySet<number>;
   #hasTokenBytes = false;
   #tokensPrefilled = 0;
   #tokensReused = 0;
@@ -96,6 +98,7 @@ export class Policy {
     this.trainable = placed.trainable;
     this.loraRank = placed.loraRank;
     this.contextLength = config.maxPositions;
+    this.#ends = new Set(tokenizer.eosIds);
     this.parameterCount = parameterCount(config);
     const origin = path === undefined ? 'was created' : `was loaded from ${path}`;
     this.#calls = new CallQueue(
@@ -112,7 +115,7 @@ export class Policy {
     if (typeof path !== 'string' || path === '') throw invalidArgument('path', 'a path', path);
     throwIfAborted(options.signal, 'loading a model');
     const files = await openModel(path);
-    const tokenizer = new Tokenizer(files.tokenizer, path);
+    const tokenizer = new Tokenizer(files.tokenizer, path, options);
     checkVocabulary(tokenizer, files.config, path);
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
@@ -143,7 +146,7 @@ export class Policy {
       throw invalidArgument('standardDeviation', 'a non-negative number', deviation);
     }
     const seed = seedOf(options.seed ?? 0);
-    const tokenizer = new Tokenizer(tokenizerFiles, 'tokenizer');
+    const tokenizer = new Tokenizer(tokenizerFiles, 'tokenizer', options);
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
     const own = structuredClone(config);
@@ -204,13 +207,20 @@ export class Policy {
     const finishReason = finishReasons[result.finishReasons[sequence] as number] as FinishReason;
     if (finishReason === 'pending') throw new MerfError('ABORTED', 'sampling was aborted');
     return {
-      text: this.tokenizer.decode(tokens, { skipSpecial: true }),
+      text: this.#text(tokens, finishReason),
       tokens,
       logprobs: result.logprobs.slice(start, end),
       samplingLogprobs: result.samplingLogprobs.slice(start, end),
       entropies: result.entropies.slice(start, end),
       finishReason,
     };
+  }
+
+  /** A completion's text, without the token that ended it unless that is ordinary text. */
+  #text(tokens: Int32Array, finishReason: FinishReason): string {
+    const last = tokens.at(-1);
+    const ended = finishReason === 'stop' && last !== undefined && this.tokenizer.isSpecial(last);
+    return this.tokenizer.decode(ended ? tokens.subarray(0, -1) : tokens, { skip: this.#ends });
   }
 
   /** Tells the listeners of `options` of tokens; undefined where there are none. */
@@ -232,7 +242,7 @@ export class Policy {
       for (const [sequence, chunk] of chunks) {
         const which = { prompt: Math.floor(sequence / n), completion: sequence % n };
         if (onToken) {
-          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
+          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skip: this.#ends });
           streams.set(sequence, stream);
           onToken({ ...which, ...chunk, text: stream.push(chunk.tokens) });
         }
@@ -244,7 +254,7 @@ export class Policy {
         if (finishReason === undefined) continue;
         drawn.delete(sequence);
         const completed = Int32Array.from(all);
-        const text = this.tokenizer.decode(completed, { skipSpecial: true });
+        const text = this.#text(completed, finishReason);
         onCompletion({ ...which, text, tokens: completed, finishReason });
       }
     };
@@ -538,10 +548,11 @@ export class Policy {
 
 /** Every id that the tokenizer can give must have a row in the embedding table. */
 function checkVocabulary(tokenizer: Tokenizer, config: ModelConfig, path: string): void {
-  if (tokenizer.size > config.vocabSize) {
+  // An added token that the model has no row for is never used, or refused where it is.
+  if (tokenizer.mergedSize > config.vocabSize) {
     throw new MerfError(
       'MALFORMED_FILE',
-      `${path}: expected a tokenizer of at most ${config.vocabSize} tokens, as the model has rows, but it has ${tokenizer.size}`,
+      `${path}: expected a tokenizer of at most ${config.vocabSize} tokens, as the model has rows, but it has ${tokenizer.mergedSize}`,
     );
   }
 }

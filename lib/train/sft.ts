@@ -4,7 +4,13 @@ import type { Evaluation } from '../evaluate/index.js';
 import { type Branch, countTokens, forestOf } from '../policy/index.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
-import { renderPrompt } from '../rollout/index.js';
+import {
+  checkPrompts,
+  movedNotice,
+  type RolloutTokenizer,
+  renderCompletion,
+  renderPrompt,
+} from '../rollout/index.js';
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
@@ -57,6 +63,8 @@ export class SupervisedTrainer<Row = unknown> {
   readonly settings: SftSettings;
   readonly #options: SupervisedTrainerOptions<Row>;
   #loop: TrainingLoop | undefined;
+  /** The token that a completion ends with. */
+  #end: number | undefined;
   #stopping = false;
 
   /** @throws MerfError INVALID_CONFIG, INVALID_ARGUMENT, UNSUPPORTED for a task that cannot demonstrate */
@@ -91,6 +99,7 @@ export class SupervisedTrainer<Row = unknown> {
     const { policy, task, out, resume, onEvent, launch } = this.#options;
     const settings = this.settings;
     const examples = await this.#examples();
+    for (const message of await this.#promptNotices()) onEvent?.({ type: 'notice', message });
     const evaluationRows =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (task && settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
@@ -139,6 +148,19 @@ export class SupervisedTrainer<Row = unknown> {
     return { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) };
   }
 
+  /** What the user should know of how the prompts are written. */
+  async #promptNotices(): Promise<string[]> {
+    const { policy, examples, task, rows } = this.#options;
+    const { tokenizer } = policy;
+    if (examples) return exampleNotices(tokenizer, examples);
+    const demonstrated = task as Task<Row>;
+    const row = rows
+      ? rows[0]
+      : (await demonstrated.rows({ split: 'train', seed: this.settings.seed })).at(0);
+    const views = this.settings.motivation.map(parseMotivationView);
+    return row === undefined ? [] : checkPrompts(tokenizer, demonstrated, row, views);
+  }
+
   async #step(examples: RowSource<Example>, step: number, position: number, signal?: AbortSignal) {
     const { policy, onEvent } = this.#options;
     const s = this.settings;
@@ -179,9 +201,11 @@ export class SupervisedTrainer<Row = unknown> {
 
   #branch(example: Example): Branch {
     const { tokenizer, contextLength } = this.#options.policy;
-    const prompt = renderPrompt(tokenizer, 'messages' in example ? example.messages : example.prompt);
+    const said = 'messages' in example ? example.messages : example.prompt;
+    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
     const promptTokens = prompt.tokens;
-    const tokens = [...tokenizer.encode(example.completion), endOfTurn(tokenizer)];
+    this.#end ??= endOfTurn(tokenizer);
+    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
     if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
     const length = promptTokens.length + tokens.length;
     if (length > contextLength) {
@@ -193,6 +217,32 @@ export class SupervisedTrainer<Row = unknown> {
     }
     return { promptTokens, completions: [{ tokens, train: {} }] };
   }
+}
+
+function exampleNotices(tokenizer: RolloutTokenizer, examples: readonly Example[]): string[] {
+  const notices = [...(tokenizer.notices ?? [])];
+  const starts = examples.map((example) => ('messages' in example ? example.messages[0]?.role : undefined));
+  if (tokenizer.keepsSystemMessages === false && starts.includes('system')) notices.push(movedNotice);
+  const names = new Set<string>();
+  const naming = examples.filter((example) => {
+    const texts =
+      'messages' in example ? example.messages.map(({ content }) => content ?? '') : [example.prompt];
+    const found = texts.flatMap((text) =>
+      (tokenizer.specialSpans?.(text) ?? []).map(([start, end]) => text.slice(start, end)),
+    );
+    for (const name of found) names.add(name);
+    return found.length > 0;
+  });
+  if (naming.length > 0) {
+    const fate =
+      tokenizer.splitSpecialTokens === false
+        ? 'which become tokens there'
+        : 'which stay text (splitSpecialTokens: false makes them tokens)';
+    notices.push(
+      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ${[...names].join(', ')}`,
+    );
+  }
+  return notices;
 }
 
 /** The token that a completion ends with: the chat template's end of turn, or else the end of the sequence. */

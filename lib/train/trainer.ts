@@ -16,6 +16,7 @@ import {
   stageAt,
 } from '../prompt/motivation.js';
 import {
+  checkPrompts,
   countDrawn,
   type Episode,
   type EpisodeGroup,
@@ -255,6 +256,9 @@ export class Trainer<Row = unknown> {
     const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
     const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
+    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), this.#views)) {
+      this.#emit({ type: 'notice', message });
+    }
     this.#adaptive = this.#newAdaptive();
     const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({

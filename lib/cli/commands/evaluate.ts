@@ -80,6 +80,7 @@ async function run(flags: Flags): Promise<void> {
   if (flags.out !== undefined) writeFileSync(flags.out, '');
   const limits = limitsOf(parseSettings(z.object(limitSettings('Evaluation', false)), flags, 'the flags'));
   const results: Evaluation[] = [];
+  const told = new Set<string>();
   if (!flags.json) {
     const where = deviceText(policy);
     process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
@@ -95,6 +96,11 @@ async function run(flags: Flags): Promise<void> {
       topP: flags.topP,
       minP: flags.minP,
       seed: flags.seed,
+      // Each view of the motivation would tell the same.
+      onNotice: (message) => {
+        if (!told.has(message)) process.stderr.write(`merf: ${message}\n`);
+        told.add(message);
+      },
       onProgress: (done, all) => {
         if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
       },

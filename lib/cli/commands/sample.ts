@@ -1,11 +1,11 @@
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { Policy } from '../../policy/index.js';
-import { collect } from '../../rollout/index.js';
+import { checkPrompts, collect } from '../../rollout/index.js';
 import { modelShape } from '../config.js';
 import { addFlags, number, whole } from '../flags.js';
 import { resolveModel } from '../paths.js';
-import { loadOptions, type ModelFlags } from '../policies.js';
+import { loadOptions, type ModelFlags, tellNotices } from '../policies.js';
 
 interface SampleFlags extends ModelFlags {
   prompt: string;
@@ -69,6 +69,7 @@ async function sample(flags: SampleFlags): Promise<void> {
             { role: 'user', content: prompt },
           ],
   };
+  tellNotices(checkPrompts(policy.tokenizer, task, prompt, ['none']));
   const abort = new AbortController();
   const onInterrupt = () => abort.abort();
   process.once('SIGINT', onInterrupt);
