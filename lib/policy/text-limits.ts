@@ -5,7 +5,7 @@ import { SplitPreTokenizer } from './huggingface-tokenizers.js';
 const maxPatternLength = 10_000;
 /** What a pattern may take on the probes, and on a text before its length is counted. */
 const probeMilliseconds = 2_000;
-const baseMilliseconds = 10_000;
+const baseMilliseconds = 5_000;
 const millisecondsACharacter = 0.05;
 
 /** Texts on which patterns that try every way of dividing a run of one character take for ever. */

@@ -66,7 +66,11 @@ export function compileTemplate(source: string): Program {
   if (new RegExp(`\\s{${maxWhiteSpaceRun}}`).test(source)) {
     throw new TemplateLimitExceeded(`it has ${maxWhiteSpaceRun} characters of white space in a row`);
   }
-  const text = source.replace(/\r\n?/g, '\n');
+  // The library would take the tags of a `generation` block out, and white space at both sides would become one.
+  const text = source
+    .replace(/\r\n?/g, '\n')
+    .replace(/\{%(-?)\s*generation\s*(-?)%\}/g, '{%$1 if true $2%}')
+    .replace(/\{%(-?)\s*endgeneration\s*(-?)%\}/g, '{%$1 endif $2%}');
   return parse(tokenize(text, { lstrip_blocks: true, trim_blocks: true }));
 }
 
