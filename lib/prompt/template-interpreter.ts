@@ -51,8 +51,11 @@ const maxRange = 100_000;
 const maxItems = 1 << 17;
 const maxIndent = 1024;
 const baseWeight = 1 << 20;
-const baseWork = 1 << 22;
+const baseWork = 1 << 21;
 const workOfOperation = 16;
+const workOfCharacter = 256;
+/** What a value of the variables counts beside its text. */
+const sizeOfValue = 64;
 
 /**
  * Parses a template with the block settings that `transformers` uses. All line ends become `\n` first, as Jinja's lexer
@@ -82,8 +85,8 @@ export function renderTemplate(program: Program, variables: Readonly<Record<stri
     environment.variables.delete(name);
     environment.set(name, value);
   }
-  const length = given.reduce((sum, [, value]) => sum + textLength(value), 0);
-  return String(new LimitedInterpreter(environment, length).run(program).value);
+  const size = given.reduce((sum, [, value]) => sum + sizeOf(value), 0);
+  return String(new LimitedInterpreter(environment, size).run(program).value);
 }
 
 const globals: Readonly<Record<string, unknown>> = {
@@ -124,11 +127,11 @@ class LimitedInterpreter extends Interpreter {
   readonly #maxWeight: number;
   readonly #weights = new WeakMap<object, number>();
 
-  /** @param givenLength characters of the variables: what a template may make of them grows with them */
-  constructor(environment: Environment, givenLength: number) {
+  /** @param given size of the variables, which what a template may make of them grows with */
+  constructor(environment: Environment, given: number) {
     super(environment);
-    this.#maxWeight = baseWeight + 64 * givenLength;
-    this.#work = baseWork + 4096 * givenLength;
+    this.#maxWeight = baseWeight + 64 * given;
+    this.#work = baseWork + workOfCharacter * given;
   }
 
   override evaluate(statement: Node | undefined, environment: Environment): RuntimeValue {
@@ -183,10 +186,9 @@ class LimitedInterpreter extends Interpreter {
   }
 }
 
-function textLength(value: unknown): number {
-  if (typeof value === 'string') return value.length;
-  if (typeof value !== 'object' || value === null) return 0;
-  let sum = 0;
-  for (const [key, inner] of Object.entries(value)) sum += key.length + textLength(inner);
-  return sum;
+/** How much a value holds, in characters. */
+function sizeOf(value: unknown): number {
+  if (typeof value === 'string') return sizeOfValue + value.length;
+  if (typeof value !== 'object' || value === null) return sizeOfValue;
+  return Object.entries(value).reduce((sum, [key, inner]) => sum + key.length + sizeOf(inner), sizeOfValue);
 }

@@ -389,6 +389,75 @@ describe('a SentencePiece tokenizer of a GGUF file', () => {
   });
 });
 
+describe('a byte-level tokenizer of a GGUF file', () => {
+  const end = tinyTokens.indexOf('<|im_end|>');
+  const chat =
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' + '\\n' }}{% endfor %}";
+  const fields = (changes: Record<string, GgufValue | undefined> = {}) => {
+    const all: Record<string, GgufValue | undefined> = {
+      'tokenizer.ggml.model': 'gpt2',
+      'tokenizer.ggml.pre': 'gpt-2',
+      'tokenizer.ggml.tokens': tinyTokens,
+      'tokenizer.ggml.merges': ['h e', 'l l', 'o w', 'he ll', 'Ġ w', 'Ġw o'],
+      'tokenizer.ggml.token_type': tinyTokens.map((_, id) => (id < 3 ? 3 : 1)),
+      'tokenizer.ggml.bos_token_id': 0,
+      'tokenizer.ggml.eos_token_id': 0,
+      'tokenizer.chat_template': chat,
+      ...changes,
+    };
+    const given = Object.entries(all).filter((entry): entry is [string, GgufValue] => entry[1] !== undefined);
+    return { path: 'tiny.gguf', metadata: new Map(given), tensors: new Map() };
+  };
+  const read = (changes: Record<string, GgufValue | undefined> = {}) =>
+    new Tokenizer(tokenizerFromGguf(fields(changes), tinyTokens.length), 'tiny.gguf');
+
+  // llama.cpp's src/llama-vocab.cpp: `add_bos = true` for these pre-tokenizers, unless the file says otherwise.
+  test.each([
+    ['gpt-2', undefined, []],
+    ['qwen2', undefined, []],
+    ['smollm', undefined, []],
+    ['llama-bpe', undefined, [0]],
+    ['llama3', undefined, [0]],
+    ['llama-v3', undefined, [0]],
+    ['llama-bpe', false, []],
+    ['gpt-2', true, [0]],
+  ] as const)('cut as %s begins texts as llama.cpp does where add_bos_token is %s', (pre, flag, before) => {
+    const tokenizer = read({ 'tokenizer.ggml.pre': pre, 'tokenizer.ggml.add_bos_token': flag });
+    expect(tokenizer.encodePrompt('hello')).toEqual([...before, ...tokenizer.encode('hello')]);
+  });
+
+  test('ends texts where the file asks for it', () => {
+    const tokenizer = read({ 'tokenizer.ggml.add_eos_token': true, 'tokenizer.ggml.eos_token_id': end });
+    expect(tokenizer.encodePrompt('hello')).toEqual([...tokenizer.encode('hello'), end]);
+  });
+
+  test.each([1, 4])('ends completions with an end of turn that is typed %i', (type) => {
+    const types = tinyTokens.map((_, id) => (id < 3 ? type : 1));
+    const tokenizer = read({ 'tokenizer.ggml.token_type': types });
+    expect(tokenizer.eosIds).toEqual([0, end]);
+    expect(tokenizer.encode('a<|im_end|>')).toEqual([...tokenizer.encode('a'), end]);
+    expect([0, 1, 2].map((id) => tokenizer.isSpecial(id))).toEqual([true, true, true]);
+    expect(tokenizer.encode('<|im_start|>', { splitSpecialTokens: true })).not.toContain(1);
+  });
+
+  test('leaves an ordinary token ordinary, be it the end of texts', () => {
+    const line = tinyTokens.indexOf('Ċ');
+    const tokenizer = read({ 'tokenizer.ggml.eos_token_id': line, 'tokenizer.ggml.bos_token_id': line });
+    expect(tokenizer.isSpecial(line)).toBe(false);
+    expect(tokenizer.eosIds).toContain(line);
+  });
+
+  test('says that the file does not tell how text is cut', () => {
+    expect(read().notices).toEqual([]);
+    const [notice] = read({ 'tokenizer.ggml.pre': undefined }).notices;
+    expect(notice).toMatch(/tiny\.gguf.*tokenizer\.ggml\.pre/);
+  });
+
+  test.each(['__proto__', 'constructor', 'nonsense'])('is refused for the pre-tokenizer %s', async (pre) => {
+    await expectFailure(() => read({ 'tokenizer.ggml.pre': pre }), 'UNSUPPORTED', pre, 'llama-bpe');
+  });
+});
+
 const describeShared = existsSync(smollm) ? describe : describe.skip;
 describeShared('the tokenizer of SmolLM2 [needs ../shared]', () => {
   const here = dirname(fileURLToPath(import.meta.url));
