@@ -108,6 +108,11 @@ export function tokenText(value: unknown): string | undefined {
   return typeof content === 'string' ? content : undefined;
 }
 
+/** Whether a text is written as only marks of turns are, such as `<|im_start|>`. */
+export function looksLikeMark(text: string): boolean {
+  return /^<[|｜][^\s<>]{1,64}[|｜]>$/.test(text);
+}
+
 /** A stretch of a text that is a token, or (undefined) that is none. */
 export interface Section {
   readonly text: string;

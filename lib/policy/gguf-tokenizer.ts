@@ -1,3 +1,4 @@
+import { looksLikeMark } from './added-tokens.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
 
@@ -76,11 +77,6 @@ const endTexts: ReadonlySet<string> = new Set([
   '[EOS]',
   '<｜end▁of▁sentence｜>',
 ]);
-
-/** Whether a text is written as only marks of turns are, such as `<|im_start|>`. */
-function looksLikeMark(text: string): boolean {
-  return /^<[|｜][^\s<>]{1,64}[|｜]>$/.test(text);
-}
 
 /** Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line. */
 function looksLikeName(text: string): boolean {

@@ -4,6 +4,7 @@ import {
   type AddedToken,
   gatherAddedTokens,
   isTokenId,
+  looksLikeMark,
   maxTokenId,
   type Span,
   TokenFinder,
@@ -74,6 +75,8 @@ export class Tokenizer {
   readonly #around: Around;
   readonly #pieces: (Uint8Array | undefined)[] = [];
   readonly #special = new Set<number>();
+  /** The special tokens, and others that mark turns. */
+  readonly #guarded = new Set<number>();
   readonly #template: ChatTemplate | undefined;
   readonly #stripsFirstSpace: boolean;
   readonly #bosText: string | undefined;
@@ -110,9 +113,6 @@ export class Tokenizer {
       added
         .filter((token) => !isRaw(token) && token.content !== '')
         .map((token) => [this.#steps.normalize(token.content, 'start'), token]),
-    );
-    this.#specialTexts = new TokenFinder(
-      added.filter(({ special }) => special).map((token) => [token.content, token]),
     );
     for (const { content, id, special } of added) {
       this.#idOfAdded.set(content, id);
@@ -159,6 +159,15 @@ export class Tokenizer {
       files.chatTemplate === undefined ? undefined : new ChatTemplate(files.chatTemplate, named);
     const ends = [...idList(files.generation?.eos_token_id), idOf(named.eos_token), this.#endOfTurn()];
     this.eosIds = [...new Set(ends.filter((id) => id !== undefined))].filter((id) => id < size);
+    // Files have marks of turns that are not called special: a text must not become one of these either.
+    const marks = added.filter(
+      ({ id, content, special }) =>
+        special ||
+        this.eosIds.includes(id) ||
+        (looksLikeMark(content) && (files.chatTemplate?.includes(content) ?? false)),
+    );
+    for (const { id } of marks) this.#guarded.add(id);
+    this.#specialTexts = new TokenFinder(marks.map((token) => [token.content, token]));
   }
 
   /** The token that the chat template writes after an assistant's words, where it is one that is not merged. */
@@ -239,20 +248,21 @@ export class Tokenizer {
 
   #sections(text: string, options: EncodeOptions, atStart: boolean): number[] {
     const { splitSpecialTokens = false, literal = [] } = options;
-    const allowed = ({ special }: AddedToken, start: number, end: number) =>
-      !special || !(splitSpecialTokens || literal.some((span) => start < span[1] && end > span[0]));
+    const allowed = ({ id }: AddedToken, start: number, end: number) =>
+      !this.#guarded.has(id) ||
+      !(splitSpecialTokens || literal.some((span) => start < span[1] && end > span[0]));
     const ids: number[] = [];
     for (const section of this.#inText.divide(text, allowed)) {
       if (section.token) ids.push(section.token.id);
       else {
         const place = section.start > 0 ? 'section' : atStart ? 'start' : 'continued';
-        const inside = ({ special, content }: AddedToken, nth: number, count: number) => {
-          if (!special) return true;
+        const inside = (token: AddedToken, nth: number, count: number) => {
+          if (!this.#guarded.has(token.id)) return true;
           // Its places in the text as it was are those in the text as it is now, in their order.
-          const places = [...placesOf(section.text, content)];
+          const places = [...placesOf(section.text, token.content)];
           const start = section.start + (places[nth] ?? 0);
           return places.length === count
-            ? allowed({ special } as AddedToken, start, start + content.length)
+            ? allowed(token, start, start + token.content.length)
             : !splitSpecialTokens && literal.length === 0;
         };
         this.#encodeSection(section.text, place, inside, ids);

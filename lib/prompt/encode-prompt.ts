@@ -96,7 +96,13 @@ export function renderChat(
     for (const name of namesIn(tokenizer, text)) named.add(name);
     return text;
   };
-  if (tokenizer.specialSpans) mapTexts([messages, tools], note);
+  if (tokenizer.specialSpans) {
+    try {
+      mapTexts([messages, tools], note);
+    } catch (cause) {
+      throw new MerfError('INVALID_ARGUMENT', 'The messages are nested too deeply to be read', { cause });
+    }
+  }
   if (named.size === 0 || tokenizer.splitSpecialTokens === false) {
     return { text: write(messages, tools), literal: [], named: [...named] };
   }
