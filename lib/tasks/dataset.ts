@@ -19,13 +19,29 @@ export type Fields = Readonly<Record<string, unknown>>;
  * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED for another kind of file, MALFORMED_FILE for a file that is no
  * Parquet or not in UTF-8, EMPTY_DATASET, OUT_OF_MEMORY where the rows do not fit into JavaScript's heap
  */
-export async function readRows<Row>(file: string, parse: (fields: Fields) => Row): Promise<LoadedRow<Row>[]> {
-  const rows: LoadedRow<Row>[] = [];
+export function readRows<Row>(file: string, parse: (fields: Fields) => Row): Promise<LoadedRow<Row>[]> {
+  return collectRows(file, parse, (row) => row);
+}
+
+/**
+ * The rows of a file alone, as `readRows` reads them.
+ * @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read, and what `readRows` throws
+ */
+export function loadRows<Row>(file: string, parse: (fields: Fields) => Row): Promise<Row[]> {
+  return collectRows(file, parse, requireRow);
+}
+
+async function collectRows<Row, Kept>(
+  file: string,
+  parse: (fields: Fields) => Row,
+  keep: (row: LoadedRow<Row>) => Kept,
+): Promise<Kept[]> {
+  const rows: Kept[] = [];
   const slices = new Slices();
   for await (const some of readFields(file)) {
     checkHeap(file, rows.length);
     for (const { where, fields } of some) {
-      rows.push(parseRow({ number: rows.length + 1, where }, () => parse(fields())));
+      rows.push(keep(parseRow({ number: rows.length + 1, where }, () => parse(fields()))));
       if (slices.isOver()) await slices.next();
     }
   }
@@ -128,12 +144,14 @@ export function placeOf(row: unknown): string | undefined {
 
 /** The rows alone. @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read */
 export function requireRows<Row>(loaded: readonly LoadedRow<Row>[]): Row[] {
-  return loaded.map((entry) => {
-    if ('problem' in entry) throw new MerfError('MALFORMED_FILE', `${entry.where}: ${entry.problem}`);
-    const { row, where } = entry;
-    if (typeof row === 'object' && row !== null) places.set(row, where);
-    return row;
-  });
+  return loaded.map(requireRow);
+}
+
+function requireRow<Row>(entry: LoadedRow<Row>): Row {
+  if ('problem' in entry) throw new MerfError('MALFORMED_FILE', `${entry.where}: ${entry.problem}`);
+  const { row, where } = entry;
+  if (typeof row === 'object' && row !== null) places.set(row, where);
+  return row;
 }
 
 function parseRow<Row>(place: { number: number; where: string }, parse: () => Row): LoadedRow<Row> {
@@ -204,13 +222,17 @@ export function splitOf(key: string): Split {
  * @param name what the error calls the rows
  * @throws MerfError EMPTY_DATASET where a split has no row
  */
-export function splitRows<Row>(
+export async function splitRows<Row>(
   rows: readonly Row[],
   identity: (row: Row) => string,
   name: string,
-): Readonly<Record<Split, Row[]>> {
+): Promise<Readonly<Record<Split, Row[]>>> {
   const splits: Record<Split, Row[]> = { train: [], test: [] };
-  for (const row of rows) splits[splitOf(identity(row))].push(row);
+  const slices = new Slices();
+  for (const row of rows) {
+    splits[splitOf(identity(row))].push(row);
+    if (slices.isOver()) await slices.next();
+  }
   for (const [split, some] of Object.entries(splits)) {
     if (some.length > 0) continue;
     throw new MerfError(
@@ -231,12 +253,25 @@ export function shuffledRows<Row>(rows: readonly Row[], seed: number | bigint): 
   if (rows.length === 0)
     throw new MerfError('EMPTY_DATASET', 'Expected at least one row to shuffle but received none');
   const hash = createHash('sha256').update(`shuffled ${seed}`);
-  for (const row of rows) hash.update(`\n${identityOf(row)}`);
+  let hashed = 0;
+  const hashNext = () => void hash.update(`\n${identityOf(rows[hashed++])}`);
+  let fingerprint: string | undefined;
   let epoch = -1;
   let order: Row[] = [];
   return {
     size: rows.length,
-    fingerprint: hash.digest('hex'),
+    get fingerprint() {
+      while (hashed < rows.length) hashNext();
+      fingerprint ??= hash.digest('hex');
+      return fingerprint;
+    },
+    async prepare() {
+      const slices = new Slices();
+      while (hashed < rows.length) {
+        hashNext();
+        if (slices.isOver()) await slices.next();
+      }
+    },
     at(position) {
       checkPosition(position);
       const wanted = Math.floor(position / rows.length);

@@ -8,8 +8,8 @@ import {
   type Fields,
   generatedRows,
   identityOf,
+  loadRows,
   readRows,
-  requireRows,
   shuffledRows,
   splitRows,
 } from './dataset.js';
@@ -218,9 +218,9 @@ async function assemble<Row>(
     'data' | 'testData'
   >;
   const identity = (row: Row) => parts.identity?.(row) ?? identityOf(row);
-  const read = (file: string) =>
-    readRows(file, (fields) => (parts.parse ? parts.parse(fields) : (fields as Row)));
-  const load = async (file: string) => requireRows(await read(file));
+  const parse = (fields: Fields) => (parts.parse ? parts.parse(fields) : (fields as Row));
+  const read = (file: string) => readRows(file, parse);
+  const load = (file: string) => loadRows(file, parse);
   const rowsOf = async (source: string | readonly Row[]) =>
     typeof source === 'string' ? load(source) : source;
 
@@ -230,7 +230,10 @@ async function assemble<Row>(
     const all = await rowsOf(data);
     if (splits.test) splits.train = all;
     else
-      Object.assign(splits, splitRows(all, identity, typeof data === 'string' ? data : `the task ${name}`));
+      Object.assign(
+        splits,
+        await splitRows(all, identity, typeof data === 'string' ? data : `the task ${name}`),
+      );
   }
 
   const generated = (split: Split, seed: number | bigint) => {

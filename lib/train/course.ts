@@ -73,10 +73,10 @@ export class Course<Row> {
   /** @throws MerfError as the task does for an option or a value of the curriculum that it does not have */
   static async open<Row>(options: CourseOptions<Row>): Promise<Course<Row>> {
     const { curriculum, settings } = options;
-    return new Course(
-      options,
-      curriculum && (await Curriculum.open(curriculum.plan, curriculum.openTask, settings)),
-    );
+    const stages = curriculum && (await Curriculum.open(curriculum.plan, curriculum.openTask, settings));
+    const course = new Course(options, stages);
+    for (const { rows } of course.stages) await rows.prepare?.();
+    return course;
   }
 
   /** Equal where the same rows stand at the same positions. */

@@ -10,7 +10,14 @@ import {
 import { decompressLz4, decompressLz4Raw, decompressSnappy, decompressZstd } from 'hyparquet-compressors';
 
 /** What the process that reads a Parquet file is told: first which, then that it may go on. */
-export type ToReader = { readonly file: string; readonly rows: number; readonly bytes: number } | 'next';
+export type ToReader = ({ readonly file: string } & Bounds) | 'next';
+
+/** The most that is read of a file: rows, bytes of a row group decompressed, and bytes of all values. */
+interface Bounds {
+  readonly rows: number;
+  readonly bytes: number;
+  readonly valueBytes: number;
+}
 
 export type FromReader =
   | { readonly type: 'rows'; readonly rows: Record<string, unknown>[] }
@@ -42,20 +49,18 @@ const decompressors: Compressors = {
 };
 
 /** The rows of a file in the order of its row groups. */
-async function* read(
-  file: string,
-  limits: { rows: number; bytes: number },
-): AsyncGenerator<Record<string, unknown>[]> {
+async function* read(file: string, limits: Bounds): AsyncGenerator<Record<string, unknown>[]> {
   const buffer = await asyncBufferFromFile(file);
   const metadata = await parquetMetadataAsync(buffer, { geoparquet: false });
-  const count = metadata.row_groups.reduce((sum, group) => sum + Number(group.num_rows), 0);
-  if (!(count <= limits.rows)) {
+  const all = metadata.row_groups.reduce((sum, group) => sum + Number(group.num_rows), 0);
+  if (!(all <= limits.rows)) {
     throw new Error(
-      `it says that it has ${count} rows, and a file of its size has ${Math.floor(limits.rows)} at most`,
+      `it says that it has ${all} rows, and a file of its size has ${Math.floor(limits.rows)} at most`,
     );
   }
   const columns = parquetSchema(metadata).children.map(({ element }) => element);
   let rowStart = 0;
+  let valueBytes = 0;
   for (const group of metadata.row_groups) {
     const rowEnd = rowStart + Number(group.num_rows);
     if (rowEnd === rowStart) continue;
@@ -72,10 +77,15 @@ async function* read(
         chunks.set(columnName, [...(chunks.get(columnName) ?? []), columnData]);
       },
     });
-    yield* rowsOf(
-      columns.map((column) => valuesOf(column, chunks.get(column.name) ?? [], rowEnd - rowStart)),
-      rowEnd - rowStart,
-    );
+    const count = rowEnd - rowStart;
+    const values = columns.map((column) => valuesOf(column, chunks.get(column.name) ?? [], count));
+    for (const { rows, size } of rowsOf(values, count)) {
+      valueBytes += size;
+      if (valueBytes > limits.valueBytes) {
+        throw new Error(`its values are larger than ${Math.floor(limits.valueBytes / 2 ** 20)} MiB`);
+      }
+      yield rows;
+    }
     rowStart = rowEnd;
   }
 }
@@ -100,7 +110,11 @@ function valuesOf(
   return { name, values: values.map(exact) };
 }
 
-function* rowsOf(columns: readonly Column[], count: number): Generator<Record<string, unknown>[]> {
+/** The rows some at a time, with about how many bytes their values take. */
+function* rowsOf(
+  columns: readonly Column[],
+  count: number,
+): Generator<{ rows: Record<string, unknown>[]; size: number }> {
   let rows: Record<string, unknown>[] = [];
   let size = 0;
   for (let i = 0; i < count; i++) {
@@ -113,11 +127,11 @@ function* rowsOf(columns: readonly Column[], count: number): Generator<Record<st
     }
     rows.push(row);
     if (rows.length < mostRows && size < mostSize) continue;
-    yield rows;
+    yield { rows, size };
     rows = [];
     size = 0;
   }
-  if (rows.length > 0) yield rows;
+  if (rows.length > 0) yield { rows, size };
 }
 
 /** Decompressors that refuse to make more than `bytes` together. */

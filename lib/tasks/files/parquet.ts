@@ -14,6 +14,8 @@ export interface ParquetLimits {
   readonly rows: number;
   /** MiB of JavaScript's heap, and of decompressed pages of one row group. */
   readonly mebibytes: number;
+  /** MiB of the values of all rows together, each counted as often as it occurs. */
+  readonly valueMebibytes: number;
 }
 
 const mebibyte = 2 ** 20;
@@ -24,6 +26,7 @@ export function limitsFor(size: number): ParquetLimits {
     seconds: 20 + size / mebibyte,
     rows: 1_000_000 + size / 4,
     mebibytes: Math.ceil(Math.min(256 + (32 * size) / mebibyte, 8192)),
+    valueMebibytes: 1024 + (64 * size) / mebibyte,
   };
 }
 
@@ -35,10 +38,13 @@ export function limitsFor(size: number): ParquetLimits {
  *
  * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE
  */
-export async function* readParquet(file: string, limits?: ParquetLimits): AsyncGenerator<Fields[]> {
+export async function* readParquet(
+  file: string,
+  limits: Partial<ParquetLimits> = {},
+): AsyncGenerator<Fields[]> {
   const { handle, size } = await openDataFile(file);
   await handle.close();
-  const { seconds, rows, mebibytes } = limits ?? limitsFor(size);
+  const { seconds, rows, mebibytes, valueMebibytes } = { ...limitsFor(size), ...limits };
   const module = locate(new URL('./parquet-process.js', import.meta.url));
   const child = fork(fileURLToPath(module), [], {
     serialization: 'advanced',
@@ -73,7 +79,8 @@ export async function* readParquet(file: string, limits?: ParquetLimits): AsyncG
       child.send(message, () => undefined);
     });
   try {
-    let answer = await ask({ file, rows, bytes: mebibytes * mebibyte });
+    const bounds = { rows, bytes: mebibytes * mebibyte, valueBytes: valueMebibytes * mebibyte };
+    let answer = await ask({ file, ...bounds });
     for (; answer.type === 'rows'; answer = await ask('next')) yield answer.rows;
     if (answer.type === 'failure') throw fail(answer.message);
   } finally {
