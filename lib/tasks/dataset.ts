@@ -142,6 +142,11 @@ export function placeOf(row: unknown): string | undefined {
   return typeof row === 'object' && row !== null ? places.get(row) : undefined;
 }
 
+/** Says where a row stands that was made of one of a file. */
+export function notePlace(row: unknown, where: string | undefined): void {
+  if (typeof row === 'object' && row !== null && where !== undefined) places.set(row, where);
+}
+
 /** The rows alone. @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read */
 export function requireRows<Row>(loaded: readonly LoadedRow<Row>[]): Row[] {
   return loaded.map(requireRow);
@@ -149,9 +154,8 @@ export function requireRows<Row>(loaded: readonly LoadedRow<Row>[]): Row[] {
 
 function requireRow<Row>(entry: LoadedRow<Row>): Row {
   if ('problem' in entry) throw new MerfError('MALFORMED_FILE', `${entry.where}: ${entry.problem}`);
-  const { row, where } = entry;
-  if (typeof row === 'object' && row !== null) places.set(row, where);
-  return row;
+  notePlace(entry.row, entry.where);
+  return entry.row;
 }
 
 function parseRow<Row>(place: { number: number; where: string }, parse: () => Row): LoadedRow<Row> {

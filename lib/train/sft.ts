@@ -1,23 +1,17 @@
-import { z } from 'zod';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import { type Branch, countTokens, forestOf } from '../policy/index.js';
-import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
 import { renderPrompt } from '../rollout/index.js';
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
-import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
+import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
 import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
 import { skippedNotice, update } from './update.js';
-
-/** A prompt, as messages or as text that is encoded as it stands, and what the model should write after it. */
-export type Example =
-  | { messages: readonly ChatMessage[]; completion: string }
-  | { prompt: string; completion: string };
 
 export interface SupervisedTrainerOptions<Row> extends SftOptions {
   policy: TrainablePolicy;
@@ -209,26 +203,4 @@ function endOfTurn(tokenizer: TrainablePolicy['tokenizer']): number {
   const after = text.slice(text.lastIndexOf(reply) + reply.length).trimStart();
   const first = after === '' ? undefined : tokenizer.encode(after)[0];
   return first !== undefined && tokenizer.eosIds.includes(first) ? first : fallback;
-}
-
-const messageSchema = z.looseObject({ role: z.string(), content: z.string().nullable() });
-const exampleSchema = z.union([
-  z.object({ messages: z.array(messageSchema).min(1), completion: z.string().min(1) }),
-  z.object({ prompt: z.string().min(1), completion: z.string().min(1) }),
-]);
-
-/**
- * Examples from a .jsonl or .parquet file whose rows have a `completion` and either `messages` or a `prompt`.
- * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET, MALFORMED_FILE naming the line
- */
-export async function readExamples(file: string): Promise<Example[]> {
-  return requireRows(
-    await readRows(file, (fields) => {
-      const example = exampleSchema.safeParse(fields);
-      if (example.success) return example.data;
-      throw new Error(
-        'Expected a "completion" of text and either "messages" of roles and contents or a "prompt" of text',
-      );
-    }),
-  );
 }

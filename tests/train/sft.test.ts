@@ -2,8 +2,9 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
+import { readExamples } from '../../lib/train/examples.js';
 import { readMetrics } from '../../lib/train/metrics.js';
-import { readExamples, SupervisedTrainer, type SupervisedTrainerOptions } from '../../lib/train/sft.js';
+import { SupervisedTrainer, type SupervisedTrainerOptions } from '../../lib/train/sft.js';
 import { FakePolicy } from './fake-policy.js';
 import { type FakeRow, fakeTask } from './fake-task.js';
 
