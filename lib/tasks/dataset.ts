@@ -8,7 +8,7 @@ import { readParquet } from './files/parquet.js';
 import { Random } from './random.js';
 import type { LoadedRow, RowSource, Split } from './task.js';
 
-/** The columns of one row as the file has them: nulls as null; of Parquet, integers beyond 2^53 as strings. */
+/** The columns of one row as the file has them: nulls as null, integers beyond 2^53 as strings. */
 export type Fields = Readonly<Record<string, unknown>>;
 
 /**
@@ -98,7 +98,7 @@ function parseLine(text: string | undefined): Fields {
   if (text === undefined) throw new Error('Expected a JSON object in UTF-8 but found bytes that are none');
   let value: unknown;
   try {
-    value = JSON.parse(text);
+    value = JSON.parse(longNumber.test(text) ? withLongIntegersAsText(text) : text);
   } catch (error) {
     throw new Error(`Expected a JSON object but ${(error as Error).message}`);
   }
@@ -109,6 +109,16 @@ function parseLine(text: string | undefined): Fields {
     throw new Error(`Expected lists and objects at most ${deepest} deep in each other but found deeper ones`);
   }
   return value as Fields;
+}
+
+const longNumber = /\d{16}/;
+const stringOrNumber = /"[^"\\]*(?:\\.[^"\\]*)*"|-?\d[\d.eE+-]*/g;
+
+/** A JSON text whose integers beyond 2^53, which a number would round, are strings. */
+function withLongIntegersAsText(json: string): string {
+  return json.replace(stringOrNumber, (token) =>
+    /^-?\d+$/.test(token) && !Number.isSafeInteger(Number(token)) ? `"${token}"` : token,
+  );
 }
 
 // What compares, copies and writes rows goes into them by recursion, whose depth has to end before the stack does.

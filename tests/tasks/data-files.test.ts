@@ -81,6 +81,23 @@ describe('JSONL', () => {
     ]);
   });
 
+  test('integers that a number would round are strings, as in Parquet', async () => {
+    const line = '{"id":1152921504606846977,"text":"1152921504606846977 \\" 12345678901234567890",';
+    const file = write(
+      'long.jsonl',
+      `${line}"list":[-9007199254740993,9007199254740991],"real":0.12345678901234567,"power":12345678901234567e3}\n`,
+    );
+    expect(await fieldsOf(file)).toEqual([
+      {
+        id: '1152921504606846977',
+        text: '1152921504606846977 " 12345678901234567890',
+        list: ['-9007199254740993', 9007199254740991],
+        real: Number('0.12345678901234567'),
+        power: 12345678901234567e3,
+      },
+    ]);
+  });
+
   test('what nests without end is a problem of its row', async () => {
     const file = write('deep.jsonl', `{"a":${'['.repeat(100_000)}${']'.repeat(100_000)}}\n{"a":[[[1]]]}`);
     expect(await fieldsOf(file)).toEqual([
