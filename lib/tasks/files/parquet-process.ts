@@ -21,6 +21,7 @@ interface Bounds {
 }
 
 export type FromReader =
+  | { readonly type: 'ready' }
   | { readonly type: 'rows'; readonly rows: Record<string, unknown>[] }
   | { readonly type: 'end' }
   | { readonly type: 'failure'; readonly message: string };
@@ -200,3 +201,4 @@ process.on('disconnect', () => process.exit());
 // A decoder that never returns hears nothing of that: a thread of its own sees that the program has ended.
 const watch = `const { ppid } = process; setInterval(() => process.ppid === ppid || process.kill(process.pid, 'SIGKILL'), 1000)`;
 new Worker(watch, { eval: true, execArgv: [] }).unref();
+send({ type: 'ready' });

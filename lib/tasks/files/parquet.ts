@@ -19,6 +19,7 @@ export interface ParquetLimits {
 }
 
 const mebibyte = 2 ** 20;
+const startMilliseconds = 120_000;
 
 /** Limits that no file of `size` bytes comes near which holds data. */
 export function limitsFor(size: number): ParquetLimits {
@@ -56,36 +57,54 @@ export async function* readParquet(
   });
   const fail = (reason: string) =>
     new MerfError('MALFORMED_FILE', `${file} cannot be read as Parquet: ${reason}`);
-  let left = seconds * 1000;
-  const ask = (message: ToReader) =>
-    new Promise<FromReader>((resolve, reject) => {
-      const started = performance.now();
-      const timer = setTimeout(() => {
-        settle(() => reject(fail(`it had not been read after ${Math.round(seconds)} s`)));
-      }, left);
-      const settle = (end: () => void) => {
-        clearTimeout(timer);
-        child.removeAllListeners();
-        left -= performance.now() - started;
-        end();
-      };
-      child.once('message', (answer) => settle(() => resolve(answer as FromReader)));
-      child.once('error', (error) => settle(() => reject(fail(error.message))));
-      child.once('exit', (code, signal) => {
-        const reason = `reading it took more than ${mebibytes} MiB of memory (${signal ?? `exit code ${code}`})`;
-        settle(() => reject(fail(reason)));
-      });
-      // Where the process has ended, its exit is told as well.
-      child.send(message, () => undefined);
+  let ended: MerfError | undefined;
+  let waiting: ((outcome: FromReader | MerfError) => void) | undefined;
+  child.on('message', (message) => waiting?.(message as FromReader));
+  child.on('error', (cause) => {
+    ended ??= new MerfError('INTERNAL', `Cannot start a process to read ${file}: ${cause.message}`, {
+      cause,
     });
+    waiting?.(ended);
+  });
+  child.on('exit', (code, signal) => {
+    const how = signal ?? `exit code ${code}`;
+    ended ??= fail(`the process that reads it, which may take ${mebibytes} MiB of memory, ended with ${how}`);
+    waiting?.(ended);
+  });
+  let left = seconds * 1000;
+  /** What the process answers to a message, or says first. */
+  const hear = async (message: ToReader | undefined, milliseconds: number): Promise<FromReader> => {
+    const late = () => waiting?.(fail(`it had not been read after ${Math.round(seconds)} s`));
+    const timer = setTimeout(late, milliseconds);
+    try {
+      const outcome = await new Promise<FromReader | MerfError>((resolve) => {
+        waiting = resolve;
+        // Where the process has ended, its exit says so.
+        if (ended) resolve(ended);
+        else if (message !== undefined) child.send(message, () => undefined);
+      });
+      if (outcome instanceof MerfError) throw outcome;
+      return outcome;
+    } finally {
+      clearTimeout(timer);
+      waiting = undefined;
+    }
+  };
+  const ask = async (message: ToReader): Promise<FromReader> => {
+    const started = performance.now();
+    const answer = await hear(message, left);
+    left -= performance.now() - started;
+    return answer;
+  };
   try {
+    // A busy machine may take long to start it, which is no fault of the file.
+    const first = await hear(undefined, startMilliseconds);
+    if (first.type === 'failure') throw fail(first.message);
     const bounds = { rows, bytes: mebibytes * mebibyte, valueBytes: valueMebibytes * mebibyte };
     let answer = await ask({ file, ...bounds });
     for (; answer.type === 'rows'; answer = await ask('next')) yield answer.rows;
     if (answer.type === 'failure') throw fail(answer.message);
   } finally {
-    child.removeAllListeners();
-    child.on('error', () => undefined);
     child.kill('SIGKILL');
   }
 }
