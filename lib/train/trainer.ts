@@ -31,7 +31,7 @@ import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
-import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
@@ -249,12 +249,25 @@ export class Trainer<Row = unknown> {
     const rows = given
       ? shuffledRows(given, settings.seed)
       : await task.rows({ split: 'train', seed: settings.seed });
-    const evaluationRows =
+    const told = { onEvent, signal: options.signal };
+    const evaluationRows = await fittingRows(
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
-      (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+        (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []),
+      {
+        policy,
+        task,
+        views: settings.evaluateMotivations.map(parseMotivationView),
+        filter: settings.filterOverlongPrompts,
+        setting: 'filterOverlongPrompts',
+        ...told,
+      },
+    );
     const { openTask } = this.#options;
     const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
-    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
+    // The words of an adaptive motivation are part of the full ones.
+    const views: MotivationView[] = this.#adaptive ? ['full', ...this.#views] : [...this.#views];
+    const hint = this.#hint;
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
     for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), this.#views)) {
       this.#emit({ type: 'notice', message });
