@@ -1,6 +1,6 @@
 import { basename, join } from 'node:path';
 import { MerfError } from '../errors.js';
-import type { TensorSource } from '../native.js';
+import { type TensorSource, weightEncodings } from '../native.js';
 import { configFromGguf, configFromJson, type ModelConfig, parameterShapes } from './config.js';
 import {
   fileSize,
@@ -26,16 +26,7 @@ export interface ModelFiles {
   configJson?: Record<string, unknown>;
 }
 
-const encodings: ReadonlySet<string> = new Set<TensorSource['encoding']>([
-  'F32',
-  'F16',
-  'BF16',
-  'Q8_0',
-  'Q4_0',
-  'Q4_1',
-  'Q4_K',
-  'Q6_K',
-]);
+const encodings: ReadonlySet<string> = new Set(weightEncodings);
 
 /**
  * Reads a Hugging Face directory (config.json, model.safetensors or its shards with their index, tokenizer.json and
