@@ -42,7 +42,8 @@ export async function lfsPointer(path: string): Promise<MerfError | undefined> {
   return pointerError(path, Buffer.from(await readRange(path, 0, length)).toString('latin1'));
 }
 
-function unreadable(path: string, error: unknown): MerfError {
+/** What reading a file failed with, as a MerfError. */
+export function unreadable(path: string, error: unknown): MerfError {
   if (error instanceof MerfError) return error;
   return new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
     cause: error,
@@ -158,6 +159,7 @@ export class Fields {
   constructor(
     readonly path: string,
     private readonly get: (key: string) => unknown,
+    private readonly keys: () => string[] = () => [],
   ) {}
 
   raw(key: string): unknown {
@@ -205,6 +207,15 @@ export class Fields {
     const value = this.raw(key);
     if (value === undefined) return undefined;
     if (typeof value !== 'object' || Array.isArray(value)) throw this.#wrong(key, 'an object', value);
-    return new Fields(this.path, (inner) => (value as Record<string, unknown>)[inner]);
+    const record = value as Record<string, unknown>;
+    return new Fields(
+      this.path,
+      (inner) => record[inner],
+      () => Object.keys(record),
+    );
+  }
+
+  isEmpty(): boolean {
+    return this.keys().length === 0;
   }
 }

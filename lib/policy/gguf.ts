@@ -61,6 +61,9 @@ const limits = {
   arrayDepth: 4,
   /** Bytes that names and values may take. Those of the largest vocabularies and their merges take 20 MB. */
   keptBytes: 1 << 28,
+  /** What a string that is skipped and an array within an array count as, so that their number is bounded too. */
+  skippedBytes: 128,
+  nestedBytes: 4096,
   /** Elements of an array, and bytes of a string, from which on those that no reader asks for are skipped. */
   smallArray: 4096,
   smallString: 1 << 16,
@@ -259,11 +262,13 @@ class HeaderReader {
   }
 
   u64(what: string): number {
-    const value = this.#view.getBigUint64(this.#advance(8, what), true);
-    if (value > BigInt(Number.MAX_SAFE_INTEGER)) {
-      throw malformed(this.path, `${what} at byte ${this.position - 8} is ${value}, larger than any file`);
+    const at = this.#advance(8, what);
+    const value = this.#view.getUint32(at + 4, true) * 2 ** 32 + this.#view.getUint32(at, true);
+    if (value > Number.MAX_SAFE_INTEGER) {
+      const exact = this.#view.getBigUint64(at, true);
+      throw malformed(this.path, `${what} at byte ${this.position - 8} is ${exact}, larger than any file`);
     }
-    return Number(value);
+    return value;
   }
 
   /** A count of things that take at least `bytesEach`, so that a lying count is refused before it is believed. */
@@ -322,7 +327,7 @@ class HeaderReader {
       if (first > 0) await setImmediate();
       if (elementType === arrayType) {
         for (let i = first; i < last; ++i) {
-          this.#keep(8, what);
+          this.#keep(limits.nestedBytes, what);
           const inner = await this.#array(what, wanted, depth + 1);
           if (keeps && inner !== undefined) values.push(inner);
         }
@@ -345,7 +350,7 @@ class HeaderReader {
         if (values !== undefined) {
           values.push(this.#scalar(type, what));
         } else {
-          this.#keep(8, what);
+          this.#keep(limits.skippedBytes, what);
           this.#pass(this.u64(`the length of ${what}`), what);
         }
       } catch (error) {
