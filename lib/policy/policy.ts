@@ -91,6 +91,10 @@ export class Policy {
     /** Where it was loaded from; undefined for one that was created. */
     readonly path: string | undefined,
     private readonly configJson: Record<string, unknown> | undefined,
+    /** The files that it was loaded from; none for one that was created. */
+    readonly files: readonly string[],
+    /** What a user should know of how its files were read. */
+    readonly notices: readonly string[],
   ) {
     this.model = placed.model;
     this.device = placed.device;
@@ -108,8 +112,10 @@ export class Policy {
   }
 
   /**
-   * Loads a Hugging Face directory (config.json, safetensors, tokenizer.json, ...) or a .gguf file.
-   * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, UNSUPPORTED (by name), DEVICE_UNAVAILABLE, OUT_OF_MEMORY
+   * Loads a Hugging Face directory (config.json, safetensors, tokenizer.json, ...) or a .gguf file, of which a split
+   * one may be named by any of its parts.
+   * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, UNSUPPORTED (by name), NON_FINITE where a weight is,
+   *   DEVICE_UNAVAILABLE, OUT_OF_MEMORY
    */
   static async load(path: string, options: DeviceOptions = {}): Promise<Policy> {
     if (typeof path !== 'string' || path === '') throw invalidArgument('path', 'a path', path);
@@ -119,7 +125,8 @@ export class Policy {
     checkVocabulary(tokenizer, files.config, path);
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
-    const policy = new Policy(files.config, tokenizer, placed, path, files.configJson);
+    const { config, configJson, notices } = files;
+    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files, notices);
     try {
       await cancellable('loading a model', options.signal, (cancel) =>
         policy.model.load(files.sources, cancel),
@@ -150,7 +157,7 @@ export class Policy {
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
     const own = structuredClone(config);
-    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined);
+    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, [], []);
     try {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
@@ -167,7 +174,7 @@ export class Policy {
    * earlier call has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
    * @returns groups in the order of the prompts
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED where a prompt fills the context, UNSUPPORTED where
-   *   messages are given and the model has no chat template
+   *   messages are given and the model has no chat template, NON_FINITE where logits are not finite
    */
   async sample(prompts: readonly Prompt[], options: SampleOptions = {}): Promise<CompletionGroup[]> {
     this.#calls.check();
@@ -265,7 +272,8 @@ export class Policy {
    * `temperature`) (default 1; 0, which is greedy where tokens are drawn, stands for 1). `maxTokens` bounds the tokens
    * that are computed at once, as far as segments divide the forest (default: so many that they take a fifth of the
    * device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE where logits are not finite, OUT_OF_MEMORY, which
+   *   says how many tokens would have fitted
    */
   async score(
     forest: Forest,

@@ -55,7 +55,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory' | 'files'>>;
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -497,8 +497,13 @@ export function checkViews(task: Pick<Task<never>, 'spec'>, views: readonly Moti
   for (const view of views) task.spec.describe(view);
 }
 
-export function modelIdentity(policy: { readonly path?: string }): Record<string, string> {
-  return policy.path !== undefined && existsSync(policy.path) ? { model: fingerprint(policy.path) } : {};
+/** The model that a policy was loaded from, by what was read of it; nothing where that is there no more. */
+export function modelIdentity({
+  files = [],
+}: {
+  readonly files?: readonly string[];
+}): Record<string, string> {
+  return files.length > 0 && files.every((path) => existsSync(path)) ? { model: fingerprint(files) } : {};
 }
 
 /** What of an environment a resumed run may not differ in: its limits and words, and the options of its task. */
