@@ -93,8 +93,6 @@ export class Policy {
     private readonly configJson: Record<string, unknown> | undefined,
     /** The files that it was loaded from; none for one that was created. */
     readonly files: readonly string[],
-    /** What a user should know of how its files were read. */
-    readonly notices: readonly string[],
   ) {
     this.model = placed.model;
     this.device = placed.device;
@@ -125,8 +123,8 @@ export class Policy {
     checkVocabulary(tokenizer, files.config, path);
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
-    const { config, configJson, notices } = files;
-    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files, notices);
+    const { config, configJson } = files;
+    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files);
     try {
       await cancellable('loading a model', options.signal, (cancel) =>
         policy.model.load(files.sources, cancel),
@@ -157,7 +155,7 @@ export class Policy {
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
     const own = structuredClone(config);
-    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, [], []);
+    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, []);
     try {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
@@ -358,8 +356,9 @@ export class Policy {
 
   /**
    * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors, tokenizer, generation
-   * settings, chat template. Adapters are merged into the weights. Files are written beside the directory and renamed
-   * into place.
+   * settings, chat template. Norms and biases that bfloat16 lacks bits of are stored as float32, so that the policy
+   * computes the same when it is loaded again. Adapters are merged into the weights, where bfloat16 rounds what they
+   * add. Files are written beside the directory and renamed into place.
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
   async save(directory: string, options: SaveOptions = {}): Promise<void> {
