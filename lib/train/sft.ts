@@ -12,7 +12,7 @@ import { contentHash } from './identity.js';
 import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
-import { skippedNotice, update } from './update.js';
+import { smallnessNotice, update, updateNotice } from './update.js';
 
 /** A prompt, as messages or as text that is encoded as it stands, and what the model should write after it. */
 export type Example =
@@ -126,6 +126,8 @@ export class SupervisedTrainer<Row = unknown> {
       step: (...of) => this.#step(examples, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -177,7 +179,8 @@ export class SupervisedTrainer<Row = unknown> {
       },
     });
     const { stats, gradientNorm, learningRate, skipped } = result;
-    if (skipped) onEvent?.({ type: 'notice', message: skippedNotice(step, skipped) });
+    const message = updateNotice(step, result);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
     const seconds = (performance.now() - started) / 1000;
     const metrics: Omit<SftMetrics, 'step'> = {
       loss: stats?.loss ?? null,

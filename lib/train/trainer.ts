@@ -39,7 +39,7 @@ import { type RunResult, readSavedRun, type StepProgress, type TrainingEvent, Tr
 import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
-import { skippedNotice, type UpdateResult, update } from './update.js';
+import { smallnessNotice, type UpdateResult, update, updateNotice } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
 export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
@@ -296,6 +296,8 @@ export class Trainer<Row = unknown> {
       step: (...of) => this.#step(course, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) this.#emit({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -417,8 +419,9 @@ export class Trainer<Row = unknown> {
         );
         const loss = { ...this.#loss(), normalizer: lesson.normalizer };
         const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
-        if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
-        else if (pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
+        const message = updateNotice(step, result);
+        if (message !== undefined) this.#emit({ type: 'notice', message });
+        if (!result.skipped && pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
         tally.add(countTokens(lesson.forest), result);
       }
     }
