@@ -77,6 +77,12 @@ export class MerfError extends Error {
     super(withControlsShown(message), options);
     this.code = code;
   }
+
+  /** Errors of another copy of this library count as well: a task's module may have brought its own. */
+  static override [Symbol.hasInstance](value: unknown): boolean {
+    const { name, code } = (value ?? {}) as { name?: unknown; code?: unknown };
+    return name === 'MerfError' && isMerfErrorCode(code);
+  }
 }
 
 /** Whether the device that the work ran on is lost, and all that was on it. */

@@ -2,6 +2,13 @@ import { type Context, createContext, Script } from 'node:vm';
 import { MerfError } from '../errors.js';
 import { guardedFor, takeCut, watch } from './watchdog.js';
 
+interface Listeners {
+  readonly onCut: Set<() => void>;
+  readonly onLate: Set<(failure: MerfError) => void>;
+}
+
+const listeners: unique symbol = Symbol.for('merf.listeners') as never;
+
 /** Thrown where work outlasts its time. */
 export class TimeLimitExceeded extends Error {}
 
@@ -87,7 +94,10 @@ export async function runWithin<T>(
   }
 }
 
-const cutListeners = new Set<() => void>();
+/** Those who listen, in one place for all copies of this library: a task's module may have brought its own. */
+const registry = globalThis as { [listeners]?: Listeners };
+registry[listeners] ??= { onCut: new Set(), onLate: new Set() };
+const { onCut: cutListeners, onLate: lateListeners } = registry[listeners];
 let turnAfterCut: Promise<void> | undefined;
 
 function handleCut(): void {
@@ -110,8 +120,6 @@ export function onLoopCut(listener: () => void): () => void {
   cutListeners.add(listener);
   return () => cutListeners.delete(listener);
 }
-
-const lateListeners = new Set<(failure: MerfError) => void>();
 
 /**
  * Hears of errors that nobody waits for, which would end the process: mostly in a promise that a verifier does not await, or

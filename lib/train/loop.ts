@@ -232,11 +232,7 @@ export class TrainingLoop {
   /** What failed, and what of the run is left where it was something that resuming goes on after. */
   #explained(error: unknown): unknown {
     if (!(error instanceof MerfError) || !leavesRun.has(error.code)) return error;
-    const { out } = this.#options;
-    const last = listCheckpoints(join(out, 'checkpoints')).at(-1);
-    const left = last
-      ? `resume ${out}, which goes on after step ${last.step} from ${last.path}`
-      : `${out} has no checkpoint yet, so the run has to be started again`;
+    const left = whatIsLeft(this.#options.out);
     return new MerfError(error.code, `${error.message}; ${left}`, { cause: error });
   }
 
@@ -321,6 +317,14 @@ export class TrainingLoop {
     }
     return differences;
   }
+}
+
+/** What there is to go on from after a run in `out` has failed, in words. */
+export function whatIsLeft(out: string): string {
+  const last = listCheckpoints(join(out, 'checkpoints')).at(-1);
+  return last
+    ? `resume ${out}, which goes on after step ${last.step} from ${last.path}`
+    : `${out} has no checkpoint yet, so the run has to be started again`;
 }
 
 /** Failures that have nothing to do with the run's own settings and files. */

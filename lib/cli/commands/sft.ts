@@ -36,7 +36,7 @@ export function addSft(program: Command, factory: TaskFactory | undefined): void
 }
 
 async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<void> {
-  const { settings, out, resume, configPath } = await gather(flags, schema, 'sft', 'sft');
+  const { settings, out, resumed, configPath } = await gather(flags, schema, 'sft', 'sft');
   const config = settings as SftFileSettings;
   const { data } = config;
   const isExamples = typeof data === 'string' && extname(data) === '.jsonl' && holdsExamples(data);
@@ -63,7 +63,7 @@ async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<v
       ...(examples && { examples }),
       ...(task && { task }),
       out,
-      resume,
+      ...resumed,
       launch,
       onEvent: view.event,
     });
