@@ -1,9 +1,13 @@
 import { url as debuggerUrl } from 'node:inspector';
 import { Worker } from 'node:worker_threads';
 
-/** Seconds that a loop may go on behind its limit before it is cut off, and before the process is ended then. */
-const graceSeconds = 2;
-const secondsToRecover = 20;
+/**
+ * How often the thread looks, and how often in a row it has to find the event loop stuck before it cuts off what runs, and then
+ * before it ends the process. It counts looks, not seconds: a process that was suspended is not stuck.
+ */
+const millisecondsBetweenLooks = 250;
+const looksBeforeCut = 8;
+const looksBeforeEnd = 88;
 
 // Places of the memory that both threads see: seconds of the monotonic clock, and a count.
 const deadlinePlace = 0;
@@ -20,26 +24,26 @@ const { writeSync } = require('node:fs');
 const { workerData } = require('node:worker_threads');
 const shared = new Float64Array(workerData.memory);
 const now = () => Number(process.hrtime.bigint()) / 1e9;
-let cutAt;
+let stuck = 0;
+let last = 0;
 setInterval(() => {
   const deadline = shared[${deadlinePlace}];
-  const overdue = now() - Math.max(deadline, shared[${guardedPlace}]) > ${graceSeconds};
-  if (deadline === 0 || !overdue) {
-    cutAt = undefined;
-  } else if (cutAt === undefined) {
-    cutAt = now();
+  const isOver = deadline !== 0 && now() > Math.max(deadline, shared[${guardedPlace}]);
+  stuck = !isOver ? 0 : deadline === last ? stuck + 1 : 1;
+  last = deadline;
+  if (stuck === ${looksBeforeCut}) {
     shared[${cutsPlace}] += 1;
     writeSync(2, 'merf: the time limit of a verifier or environment is over and the event loop does not turn: what runs, ' +
       'mostly a loop behind an await, is cut off\\n');
     const session = new Session();
     session.connectToMainThread();
     session.post('Runtime.terminateExecution', () => session.disconnect());
-  } else if (now() - cutAt > ${secondsToRecover}) {
+  } else if (stuck === ${looksBeforeEnd}) {
     writeSync(2, 'merf: a verifier or environment holds the process in a loop that cannot be ended, so the process is ' +
       'killed; what was saved stays\\n');
     process.kill(process.pid, 'SIGKILL');
   }
-}, 250);
+}, ${millisecondsBetweenLooks});
 `;
 
 const shared = new Float64Array(new SharedArrayBuffer(3 * Float64Array.BYTES_PER_ELEMENT));
