@@ -179,8 +179,12 @@ export class TrainingLoop {
     let last: MetricsRow | undefined;
     let fruitless = 0;
     if (step === 0) {
-      const evaluation = await evaluate(0);
-      if (evaluation) metricsLog.append({ step: 0, evaluation });
+      try {
+        const evaluation = await evaluate(0);
+        if (evaluation) metricsLog.append({ step: 0, evaluation });
+      } catch (error) {
+        throw await failing(error);
+      }
     }
     while (step < steps && !this.#stopping) {
       if (interruptions.failure) throw await failing(interruptions.failure);

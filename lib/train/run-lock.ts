@@ -102,7 +102,11 @@ export class RunLock {
     process.off('exit', this.#releaseAtExit);
     closeSync(this.#descriptor);
     held.delete(this.#holder.token);
-    if (readHolder(this.#path)?.token === this.#holder.token) rmSync(this.#path, { force: true });
+    try {
+      if (readHolder(this.#path)?.token === this.#holder.token) rmSync(this.#path, { force: true });
+    } catch {
+      // What cannot be removed is taken over once this process has ended.
+    }
   }
 }
 
