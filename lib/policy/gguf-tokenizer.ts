@@ -14,7 +14,7 @@ export interface TokenizerFiles {
   chatTemplate?: string;
   /** special_tokens_map.json, kept for saving */
   specialTokensMap?: Record<string, unknown>;
-  /** What a user should know of how the tokenizer was read. */
+  /** What a user should know of how the model's files were read. */
   notices?: readonly string[];
 }
 

@@ -63,7 +63,7 @@ export class Tokenizer {
   readonly padId: number | undefined;
   readonly splitSpecialTokens: boolean;
   readonly systemMessages: SystemMessages;
-  /** What a user should know of how these files were read. */
+  /** What a user should know of how the model's files were read. */
   readonly notices: readonly string[];
   readonly #model: BpeModel;
   readonly #steps: TextSteps;

@@ -26,6 +26,7 @@ export {
   renderCompletion,
   renderPrompt,
 } from './prompt.js';
+export { PromptBounds, type PromptLengthOptions, PromptLengths } from './prompt-lengths.js';
 export type { OnEnvironmentError } from './reply.js';
 export { type LimitSettings, limitSettings, limitsOf } from './settings.js';
 export { EpisodeTally } from './tally.js';

@@ -212,8 +212,15 @@ describe('defineTask', () => {
       'MALFORMED_FILE',
       `${wrong}, line 2: Expected a number in column a`,
     ]);
-    const few = await failureOf(() => defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }).open());
+    // A row alone is in one split, whose rows are there, and none are in the other.
+    const one = await defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }).open();
+    const few = await failureOf(() => [
+      one.rows({ split: 'train', seed: 0 }),
+      one.rows({ split: 'test', seed: 0 }),
+    ]);
     expect([few.code, few.message]).toEqual(['EMPTY_DATASET', expect.stringContaining('give test rows')]);
+    const split = splitOf(one.identity({ a: 1, b: 1 }));
+    expect(one.rows({ split, seed: 0 }).size).toBe(1);
     const none = await failureOf(() => defineTask<Sum>({ ...sumTask, data: 5 as never }));
     expect(none.code).toBe('INVALID_ARGUMENT');
     for (const [key, value] of Object.entries({ name: '', spec: {}, messages: 'What?' })) {
