@@ -112,8 +112,8 @@ export class SupervisedTrainer<Row = unknown> {
     const settings = this.settings;
     const told = { onEvent, signal: options.signal };
     const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
-    const { examples, all } = await this.#examples();
-    for (const message of await this.#promptNotices()) onEvent?.({ type: 'notice', message });
+    const { examples, all, row } = await this.#examples();
+    for (const message of this.#promptNotices(row)) onEvent?.({ type: 'notice', message });
     if (all) {
       await findOverlong(all.examples, {
         what: 'examples',
@@ -161,10 +161,11 @@ export class SupervisedTrainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  /** The examples by position, and all that there may be where there is an end of them. */
+  /** The examples by position, all that there may be where there is an end of them, and a row that is demonstrated. */
   async #examples(): Promise<{
     examples: RowSource<Example>;
     all?: { count: number; examples: Iterable<Example> };
+    row?: Row;
   }> {
     const { examples, task, rows: given } = this.#options;
     const { seed, motivation } = this.settings;
@@ -197,6 +198,7 @@ export class SupervisedTrainer<Row = unknown> {
     }
     return {
       examples: { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) },
+      row: rows.at(0),
       ...(size !== undefined && { all: { count: size * views.length, examples: ofEachRow(size) } }),
     };
   }
@@ -229,26 +231,20 @@ export class SupervisedTrainer<Row = unknown> {
     const bound = this.#bounds.of(prompt);
     if (bound + Buffer.byteLength(example.completion) < contextLength) return undefined;
     if (bound === Number.POSITIVE_INFINITY) this.#bounds.note(prompt, renderPrompt(tokenizer, prompt).text);
-    try {
-      this.#branch(example);
-      return undefined;
-    } catch (error) {
-      if (!isOverlong(error)) throw error;
-    }
-    return renderPrompt(tokenizer, prompt).tokens.length + tokenizer.encode(example.completion).length + 1;
+    const { promptTokens, tokens } = this.#encoded(example);
+    const length = promptTokens.length + tokens.length;
+    return length > contextLength ? length : undefined;
   }
 
-  /** What the user should know of how the prompts are written. */
-  async #promptNotices(): Promise<string[]> {
-    const { policy, examples, task, rows } = this.#options;
-    const { tokenizer } = policy;
-    if (examples) return exampleNotices(tokenizer, examples);
-    const demonstrated = task as Task<Row>;
-    const row = rows
-      ? rows[0]
-      : (await demonstrated.rows({ split: 'train', seed: this.settings.seed })).at(0);
+  /**
+   * What the user should know of how the prompts are written.
+   * @param row one that the task demonstrates, where there are no examples
+   */
+  #promptNotices(row: Row | undefined): string[] {
+    const { policy, examples, task } = this.#options;
+    if (examples) return exampleNotices(policy.tokenizer, examples);
     const views = this.settings.motivation.map(parseMotivationView);
-    return row === undefined ? [] : checkPrompts(tokenizer, demonstrated, row, views);
+    return checkPrompts(policy.tokenizer, task as Task<Row>, row as Row, views);
   }
 
   async #step(
@@ -290,13 +286,8 @@ export class SupervisedTrainer<Row = unknown> {
   }
 
   #branch(example: Example): Branch {
-    const { tokenizer, contextLength } = this.#options.policy;
-    const said = 'messages' in example ? example.messages : example.prompt;
-    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
-    const promptTokens = prompt.tokens;
-    this.#end ??= endOfTurn(tokenizer);
-    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
-    if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    const { contextLength } = this.#options.policy;
+    const { promptTokens, tokens } = this.#encoded(example);
     const length = promptTokens.length + tokens.length;
     if (length > contextLength) {
       throw new MerfError(
@@ -306,6 +297,16 @@ export class SupervisedTrainer<Row = unknown> {
       );
     }
     return { promptTokens, completions: [{ tokens, train: {} }] };
+  }
+
+  #encoded(example: Example): { promptTokens: readonly number[]; tokens: readonly number[] } {
+    const { tokenizer } = this.#options.policy;
+    const said = 'messages' in example ? example.messages : example.prompt;
+    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
+    if (prompt.tokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    this.#end ??= endOfTurn(tokenizer);
+    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
+    return { promptTokens: prompt.tokens, tokens };
   }
 }
 

@@ -272,7 +272,7 @@ export class Trainer<Row = unknown> {
     const hint = this.#hint;
     const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
-    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), this.#views)) {
+    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), views)) {
       this.#emit({ type: 'notice', message });
     }
     this.#adaptive = this.#newAdaptive();
