@@ -30,7 +30,8 @@ const named = ['bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'].map((name) => `
 
 /**
  * The added tokens of a tokenizer as `transformers` gathers them: those of tokenizer.json, then those that
- * `added_tokens_decoder` of tokenizer_config.json adds or describes anew, then those that it names as special ones.
+ * `added_tokens_decoder` of tokenizer_config.json adds or describes anew, then those that it names as special
+ * ones.
  *
  * @param vocabulary ids of the model's own tokens
  * @throws MerfError MALFORMED_FILE
@@ -127,9 +128,9 @@ interface Node {
 }
 
 /**
- * Finds tokens in texts as the Rust library `tokenizers` does: the leftmost and there the longest one, where it may
- * stand. (@huggingface/tokenizers takes no heed of `single_word`, and lets the vocabulary's piece of the same spelling
- * have the token's id.)
+ * Finds tokens in texts as the Rust library `tokenizers` does: the leftmost and there the longest one, where
+ * it may stand. (@huggingface/tokenizers takes no heed of `single_word`, and lets the vocabulary's piece of
+ * the same spelling have the token's id.)
  */
 export class TokenFinder {
   readonly #root: Node = { next: new Map() };
@@ -149,7 +150,10 @@ export class TokenFinder {
     }
   }
 
-  /** The text in sections. @param allowed whether a token may be found where it stands, which it is skipped otherwise */
+  /**
+   * The text in sections. @param allowed whether a token may be found where it stands, which it is skipped
+   * otherwise
+   */
   divide(text: string, allowed: (token: AddedToken, start: number, end: number) => boolean): Section[] {
     const sections: Section[] = [];
     let done = 0;
@@ -183,7 +187,10 @@ export class TokenFinder {
     }
   }
 
-  /** Every place where a token stands, those that others overlap included, as spans that do not touch each other. */
+  /**
+   * Every place where a token stands, those that others overlap included, as spans that do not touch each
+   * other.
+   */
   spans(text: string): Span[] {
     const spans: [number, number][] = [];
     if (this.#root.next.size === 0) return spans;

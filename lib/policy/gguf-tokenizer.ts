@@ -57,7 +57,10 @@ const preTokenizers: ReadonlyMap<string, PreTokenization> = new Map(
   }),
 );
 
-/** Tokens that end a turn or a text and that converters have stored as ordinary ones; llama.cpp mends these too. */
+/**
+ * Tokens that end a turn or a text and that converters have stored as ordinary ones; llama.cpp mends these
+ * too.
+ */
 const endTexts: ReadonlySet<string> = new Set([
   '<|eot_id|>',
   '<|eom_id|>',
@@ -78,7 +81,9 @@ const endTexts: ReadonlySet<string> = new Set([
   '<｜end▁of▁sentence｜>',
 ]);
 
-/** Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line. */
+/**
+ * Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line.
+ */
 function looksLikeName(text: string): boolean {
   return /^<[^\s<>]{1,64}>$|^\[[^\s[\]]{1,64}\]$/.test(text);
 }
@@ -159,8 +164,8 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
   const notices =
     model === 'gpt2' && !fields.has('pre')
       ? [
-          `${path} does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is read as gpt-2's, which few models ` +
-            'are, so that prompts may be other tokens than the model was trained on',
+          `${path} does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is read as gpt-2's, which few ` +
+            'models are, so that prompts may be other tokens than the model was trained on',
         ]
       : [];
   return {

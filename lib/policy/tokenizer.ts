@@ -40,20 +40,24 @@ export type SystemMessages = 'move' | 'refuse';
 /** How a model's prompts are written. */
 export interface TokenizerOptions {
   /**
-   * Whether a special token's name in the messages of a prompt, or in a row's text, stays text (true, the default) or
-   * becomes the token, as in `transformers` by default. Those that the chat template itself writes are tokens always.
+   * Whether a special token's name in the messages of a prompt, or in a row's text, stays text (true, the
+   * default) or becomes the token, as in `transformers` by default. Those that the chat template itself
+   * writes are tokens always.
    */
   splitSpecialTokens?: boolean | undefined;
   /**
-   * What becomes of a system message where the chat template drops or refuses it: `move` (default) puts its words at
-   * the beginning of the user's, `refuse` fails.
+   * What becomes of a system message where the chat template drops or refuses it: `move` (default) puts its
+   * words at the beginning of the user's, `refuse` fails.
    */
   systemMessages?: SystemMessages | undefined;
 }
 
 /** Text to token ids and back, and the model's chat template. */
 export class Tokenizer {
-  /** Number of ids; every id is below it. A model's vocabulary may be larger (padded), or smaller by unused tokens. */
+  /**
+   * Number of ids; every id is below it. A model's vocabulary may be larger (padded), or smaller by unused
+   * tokens.
+   */
   readonly size: number;
   /** The least number of ids that a model needs a row for: those of the tokens that merging ends in. */
   readonly mergedSize: number;
@@ -170,7 +174,9 @@ export class Tokenizer {
     this.#specialTexts = new TokenFinder(marks.map((token) => [token.content, token]));
   }
 
-  /** The token that the chat template writes after an assistant's words, where it is one that is not merged. */
+  /**
+   * The token that the chat template writes after an assistant's words, where it is one that is not merged.
+   */
   #endOfTurn(): number | undefined {
     if (this.#template === undefined) return undefined;
     const reply = 'reply';
@@ -196,8 +202,8 @@ export class Tokenizer {
   }
 
   /**
-   * Whether the chat template writes the system message that a conversation begins with. Mistral's first templates
-   * drop it, Gemma's refuse it.
+   * Whether the chat template writes the system message that a conversation begins with. Mistral's first
+   * templates drop it, Gemma's refuse it.
    */
   get keepsSystemMessages(): boolean {
     this.#keepsSystem ??= this.#writesSystem();
@@ -215,7 +221,10 @@ export class Tokenizer {
     }
   }
 
-  /** @throws MerfError INVALID_ARGUMENT where `text` is not a string, UNSUPPORTED where its patterns take too long */
+  /**
+   * @throws MerfError INVALID_ARGUMENT where `text` is not a string, UNSUPPORTED where its patterns take too
+   *   long
+   */
   encode(text: string, options: EncodeOptions = {}): number[] {
     if (typeof text !== 'string') throw invalidArgument('text', 'a string', text);
     const ids = this.#encode(text, options, true);
@@ -344,7 +353,8 @@ export class Tokenizer {
   }
 
   /**
-   * All tokens' bytes after one another, with those that end a completion empty (they never match a stop string).
+   * All tokens' bytes after one another, with those that end a completion empty (they never match a stop
+   * string).
    * @param vocabSize entries wanted, [vocabSize + 1] offsets
    */
   byteTable(vocabSize: number): { bytes: Uint8Array; offsets: Int32Array } {
@@ -509,8 +519,8 @@ interface Around {
 }
 
 /**
- * What the post-processor puts around a single text, or where tokenizer_config.json says so by `add_bos_token` and
- * `add_eos_token` what these ask for, which win in `transformers`.
+ * What the post-processor puts around a single text, or where tokenizer_config.json says so by
+ * `add_bos_token` and `add_eos_token` what these ask for, which win in `transformers`.
  */
 function specialsAround(
   { tokenizer, config }: TokenizerFiles,

@@ -33,7 +33,9 @@ export interface SupervisedTrainerOptions<Row> extends SftOptions {
   evaluationRows?: readonly Row[];
   out: string;
   resume?: boolean;
-  /** With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed. */
+  /**
+   * With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed.
+   */
   checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   launch?: Record<string, unknown>;
@@ -161,7 +163,10 @@ export class SupervisedTrainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  /** The examples by position, all that there may be where there is an end of them, and a row that is demonstrated. */
+  /**
+   * The examples by position, all that there may be where there is an end of them, and a row that is
+   * demonstrated.
+   */
   async #examples(): Promise<{
     examples: RowSource<Example>;
     all?: { count: number; examples: Iterable<Example> };
@@ -330,7 +335,8 @@ function exampleNotices(tokenizer: RolloutTokenizer, examples: readonly Example[
         ? 'which become tokens there'
         : 'which stay text (splitSpecialTokens: false makes them tokens)';
     notices.push(
-      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ${[...names].join(', ')}`,
+      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ` +
+        [...names].join(', '),
     );
   }
   return notices;
