@@ -84,7 +84,7 @@ export function gatherAddedTokens(
     const token = tokens.get(content);
     const id = vocabulary.get(content);
     if (token) add({ ...token, special: true });
-    else if (id !== undefined)
+    else if (id !== undefined && looksLikeName(content))
       add({ id, content, ...flagsOf(Object(value)), special: true, normalized: false });
   }
   return [...tokens.values()];
@@ -112,6 +112,14 @@ export function tokenText(value: unknown): string | undefined {
 /** Whether a text is written as only marks of turns are, such as `<|im_start|>`. */
 export function looksLikeMark(text: string): boolean {
   return /^<[|｜][^\s<>]{1,64}[|｜]>$/.test(text);
+}
+
+/**
+ * Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line,
+ * or pad them with an exclamation mark.
+ */
+export function looksLikeName(text: string): boolean {
+  return /^<[^\s<>]{1,64}>$|^\[[^\s[\]]{1,64}\]$/.test(text);
 }
 
 /** A stretch of a text that is a token, or (undefined) that is none. */

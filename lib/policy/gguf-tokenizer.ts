@@ -1,4 +1,4 @@
-import { looksLikeMark } from './added-tokens.js';
+import { looksLikeMark, looksLikeName } from './added-tokens.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
 
@@ -80,13 +80,6 @@ const endTexts: ReadonlySet<string> = new Set([
   '[EOS]',
   '<｜end▁of▁sentence｜>',
 ]);
-
-/**
- * Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line.
- */
-function looksLikeName(text: string): boolean {
-  return /^<[^\s<>]{1,64}>$|^\[[^\s[\]]{1,64}\]$/.test(text);
-}
 
 /** What begins and ends texts where the file does not say, as llama.cpp has it. */
 const sentencePieceDefaults = { bos: 1, eos: 2, unknown: 0 } as const;
