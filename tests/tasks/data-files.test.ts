@@ -157,7 +157,7 @@ describe('Parquet', () => {
   const limited: [string, Partial<ParquetLimits>, string][] = [
     ['time', { seconds: 0.001 }, 'it had not been read after 0 s'],
     ['rows', { rows: 23 }, 'it says that it has 24 rows, and a file of its size has 23 at most'],
-    ['decompressed pages', { mebibytes: 64, valueMebibytes: 0.0001 }, 'its values are larger than'],
+    ['values', { mebibytes: 64, valueMebibytes: 0.0001 }, 'its values are larger than'],
     ['memory', { mebibytes: 2 }, 'the process that reads it, which may take 2 MiB of memory, ended with SIG'],
   ];
   test.each(limited)('%s over the limit is an error, and the process goes on', async (_, limits, reason) => {
