@@ -81,6 +81,7 @@ export class Policy {
   /** The tokens that end a completion, which its text leaves out. */
   readonly #ends: ReadonlySet<number>;
   #hasTokenBytes = false;
+  #smallest: string | undefined;
   #tokensPrefilled = 0;
   #tokensReused = 0;
 
@@ -331,12 +332,33 @@ export class Policy {
   /**
    * Clips the gradients to `maxGradNorm`, updates by AdamW (decoupled weight decay, arXiv:1711.05101) and zeroes the
    * gradients. Where their norm is not finite nothing is updated: `applied` is false.
+   * @throws MerfError INVALID_ARGUMENT, NON_FINITE where the update left weights that are not finite, as a learning rate
+   *   beyond reason does
    */
   async optimStep(options: OptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }> {
     this.#calls.check();
     this.#requireTrainable('optimStep');
     const resolved = resolveOptimizer(options);
-    return this.#calls.enqueue('optimStep', undefined, () => this.model.optimStep(resolved));
+    return this.#calls.enqueue('optimStep', undefined, async () => {
+      const result = await this.model.optimStep(resolved);
+      if (result.applied) await this.#checkUpdated(resolved.learningRate);
+      return result;
+    });
+  }
+
+  /** Looks at the smallest parameter that is trained: what drives weights beyond all numbers drives all of them there. */
+  async #checkUpdated(learningRate: number): Promise<void> {
+    this.#smallest ??= this.model
+      .parameters()
+      .filter(({ trained }) => trained)
+      .map(({ name, shape }) => ({ name, size: shape.reduce((product, n) => product * n, 1) }))
+      .reduce((a, b) => (b.size < a.size ? b : a)).name;
+    const values = await this.model.readTensor(this.#smallest, 'value');
+    if (values.every(Number.isFinite)) return;
+    throw new MerfError(
+      'NON_FINITE',
+      `The update left weights in ${this.#smallest} that are not finite: the learning rate ${learningRate} is too high`,
+    );
   }
 
   /** Throws away the gradients added so far. */

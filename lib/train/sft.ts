@@ -16,11 +16,11 @@ import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
 import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
 import { findOverlong } from './overlong-rows.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
-import { skippedNotice, update } from './update.js';
+import { smallnessNotice, update, updateNotice } from './update.js';
 
 export interface SupervisedTrainerOptions<Row> extends SftOptions {
   policy: TrainablePolicy;
@@ -33,6 +33,8 @@ export interface SupervisedTrainerOptions<Row> extends SftOptions {
   evaluationRows?: readonly Row[];
   out: string;
   resume?: boolean;
+  /** With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed. */
+  checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   launch?: Record<string, unknown>;
 }
@@ -67,8 +69,19 @@ export class SupervisedTrainer<Row = unknown> {
 
   /** @throws MerfError INVALID_CONFIG, INVALID_ARGUMENT, UNSUPPORTED for a task that cannot demonstrate */
   constructor(options: SupervisedTrainerOptions<Row>) {
-    const { policy, examples, task, rows, evaluationRows, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      examples,
+      task,
+      rows,
+      evaluationRows,
+      out,
+      resume,
+      checkpoint,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(sftSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     if (parsed.evaluateEvery > 0 && task === undefined) {
@@ -95,7 +108,7 @@ export class SupervisedTrainer<Row = unknown> {
 
   /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, onEvent, launch } = this.#options;
+    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
     const settings = this.settings;
     const told = { onEvent, signal: options.signal };
     const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
@@ -123,6 +136,7 @@ export class SupervisedTrainer<Row = unknown> {
       policy,
       out,
       resume: resume ?? false,
+      ...(checkpoint !== undefined && { checkpoint }),
       settings,
       matters: keysThatMatter(sftSchema),
       defaults: defaultsOf(sftSchema),
@@ -133,9 +147,11 @@ export class SupervisedTrainer<Row = unknown> {
         evaluate: (step, signal) =>
           evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       }),
-      step: (step, position, signal) => this.#step(examples, step, position, signal),
+      step: (...of) => this.#step(examples, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -235,40 +251,42 @@ export class SupervisedTrainer<Row = unknown> {
     return row === undefined ? [] : checkPrompts(tokenizer, demonstrated, row, views);
   }
 
-  async #step(examples: RowSource<Example>, step: number, position: number, signal?: AbortSignal) {
+  async #step(
+    examples: RowSource<Example>,
+    step: number,
+    position: number,
+    signal: AbortSignal,
+    progress: StepProgress,
+  ) {
     const { policy, onEvent } = this.#options;
     const s = this.settings;
     const started = performance.now();
-    let updated = false;
-    try {
-      onEvent?.({ type: 'phase', phase: 'training', step });
-      const { branches, position: next } = this.#branches(examples, position);
-      const forest = forestOf(branches);
-      const loss = { type: 'cross_entropy' as const };
-      const result = await update(policy, forest, loss, s, {
-        step,
-        signal,
-        beforeUpdate: () => {
-          updated = true;
-        },
-      });
-      const { stats, gradientNorm, learningRate, skipped } = result;
-      if (skipped) onEvent?.({ type: 'notice', message: skippedNotice(step, skipped) });
-      const seconds = (performance.now() - started) / 1000;
-      const metrics: Omit<SftMetrics, 'step'> = {
-        loss: stats?.loss ?? null,
-        gradientNorm: skipped ? null : gradientNorm,
-        learningRate,
-        updates: skipped ? 0 : 1,
-        skippedUpdates: skipped ? 1 : 0,
-        tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
-        trainingTokensPerSecond: countTokens(forest) / seconds,
-        seconds,
-      };
-      return { metrics: { ...metrics }, position: next };
-    } catch (error) {
-      throw new StepFailed(error, updated);
-    }
+    onEvent?.({ type: 'phase', phase: 'training', step });
+    const { branches, position: next } = this.#branches(examples, position);
+    const forest = forestOf(branches);
+    const loss = { type: 'cross_entropy' as const };
+    const result = await update(policy, forest, loss, s, {
+      step,
+      signal,
+      beforeUpdate: () => {
+        progress.updated = true;
+      },
+    });
+    const { stats, gradientNorm, learningRate, skipped } = result;
+    const message = updateNotice(step, result);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
+    const seconds = (performance.now() - started) / 1000;
+    const metrics: Omit<SftMetrics, 'step'> = {
+      loss: stats?.loss ?? null,
+      gradientNorm: skipped ? null : gradientNorm,
+      learningRate,
+      updates: skipped ? 0 : 1,
+      skippedUpdates: skipped ? 1 : 0,
+      tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
+      trainingTokensPerSecond: countTokens(forest) / seconds,
+      seconds,
+    };
+    return { metrics: { ...metrics }, position: next };
   }
 
   #branch(example: Example): Branch {

@@ -512,7 +512,11 @@ describe('forwardBackward and optimStep', () => {
       ['beta1', 1],
       ['beta2', -0.1],
       ['epsilon', '1'],
+      ['epsilon', 0],
+      ['epsilon', 1e-40],
       ['maxGradNorm', -1],
+      ['learningRate', 1e-50],
+      ['maxGradNorm', 1e-50],
     ]) {
       await expectFailure(() => optimStep({ [key as string]: value }), 'INVALID_ARGUMENT', key as string);
     }
@@ -528,6 +532,16 @@ describe('forwardBackward and optimStep', () => {
     );
     await expectFailure(() => policy.score([{ tokens: [1, 272], train: {} }]), 'INVALID_ARGUMENT', '272');
     await expectFailure(() => policy.logits([]), 'INVALID_ARGUMENT', 'tokens');
+  });
+
+  test('say where an update left weights that are not finite', async () => {
+    const policy = await load();
+    await policy.forwardBackward(forest(), { type: 'grpo' });
+    await expectFailure(
+      () => policy.optimStep({ learningRate: 1e38 }),
+      'NON_FINITE',
+      'layernorm.weight that are not finite: the learning rate 1e+38 is too high',
+    );
   });
 
   test('need a trainable policy', async () => {
