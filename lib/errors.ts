@@ -103,7 +103,9 @@ export function describeValue(value: unknown): string {
   }
   if (typeof value === 'function') return `function ${value.name || '(anonymous)'}`;
   if (Array.isArray(value)) return `array of length ${value.length}`;
-  const constructorName = (value as object).constructor?.name;
+  // Data from outside may have keys of this name.
+  const named: unknown = (value as object).constructor?.name;
+  const constructorName = typeof named === 'string' ? named : undefined;
   if (ArrayBuffer.isView(value) && 'length' in value)
     return `${constructorName} of length ${String(value.length)}`;
   return `${typeof value} of type ${constructorName ?? 'Object'}`;

@@ -26,7 +26,10 @@ export interface RunFlags {
 /** The flags of a command that trains: where its settings are, and each of them. */
 export function addRunFlags(command: Command, schema: z.ZodObject): void {
   command
-    .option('--config <file>', 'a .yaml, .json, .ts or .js file of settings; flags go over it')
+    .option(
+      '--config <file>',
+      'a .yaml, .json, .ts or .js file of settings, whose paths are relative to it; flags go over it',
+    )
     .option(
       '--resume <folder>',
       'go on with the run in this folder, from its newest checkpoint, with its settings',

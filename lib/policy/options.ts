@@ -1,7 +1,8 @@
 import { invalidArgument } from '../errors.js';
 import type { ModelConfig } from './config.js';
+import type { TokenizerOptions } from './tokenizer.js';
 
-export interface DeviceOptions {
+export interface DeviceOptions extends TokenizerOptions {
   /**
    * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free
    * memory; `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's

@@ -171,7 +171,7 @@ async function startPool(
  * A module that lets a thread import TypeScript through tsx. tsx's own entry registers nothing in a thread,
  * and a tsconfig's path aliases could lead to sources of this library instead of to the one that runs.
  */
-function typeScriptLoader(): string {
+export function typeScriptLoader(): string {
   const { resolve } = createRequire(import.meta.url);
   const api = new URL('./esm/api/index.mjs', pathToFileURL(resolve('tsx'))).href;
   const code = `import { register } from ${JSON.stringify(api)}; register({ tsconfig: false });`;
@@ -179,7 +179,7 @@ function typeScriptLoader(): string {
 }
 
 /** The URL of the module's file, or of the TypeScript file beside it where there is only that. */
-function locate(module: URL | string): URL {
+export function locate(module: URL | string): URL {
   let url: URL | undefined;
   try {
     url = new URL(module);

@@ -16,6 +16,7 @@ import {
   stageAt,
 } from '../prompt/motivation.js';
 import {
+  checkPrompts,
   countDrawn,
   type Episode,
   type EpisodeGroup,
@@ -30,7 +31,7 @@ import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
-import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
@@ -54,7 +55,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory' | 'files'>>;
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -251,13 +252,29 @@ export class Trainer<Row = unknown> {
     const rows = given
       ? shuffledRows(given, settings.seed)
       : await task.rows({ split: 'train', seed: settings.seed });
-    const evaluationRows =
+    const told = { onEvent, signal: options.signal };
+    const evaluationRows = await fittingRows(
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
-      (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+        (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []),
+      {
+        policy,
+        task,
+        views: settings.evaluateMotivations.map(parseMotivationView),
+        filter: settings.filterOverlongPrompts,
+        setting: 'filterOverlongPrompts',
+        ...told,
+      },
+    );
     const { openTask } = this.#options;
     const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
-    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
+    // The words of an adaptive motivation are part of the full ones.
+    const views: MotivationView[] = this.#adaptive ? ['full', ...this.#views] : [...this.#views];
+    const hint = this.#hint;
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
+    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), this.#views)) {
+      this.#emit({ type: 'notice', message });
+    }
     this.#adaptive = this.#newAdaptive();
     const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({
@@ -488,8 +505,13 @@ export function checkViews(task: Pick<Task<never>, 'spec'>, views: readonly Moti
   for (const view of views) task.spec.describe(view);
 }
 
-export function modelIdentity(policy: { readonly path?: string }): Record<string, string> {
-  return policy.path !== undefined && existsSync(policy.path) ? { model: fingerprint(policy.path) } : {};
+/** The model that a policy was loaded from, by what was read of it; nothing where that is there no more. */
+export function modelIdentity({
+  files = [],
+}: {
+  readonly files?: readonly string[];
+}): Record<string, string> {
+  return files.length > 0 && files.every((path) => existsSync(path)) ? { model: fingerprint(files) } : {};
 }
 
 /** What of an environment a resumed run may not differ in: its limits and words, and the options of its task. */

@@ -148,7 +148,8 @@ describe('sample', () => {
       group.forEach((completion, i) => {
         expect(completion.tokens.length).toBeGreaterThan(0);
         expect(completion.tokens.length).toBeLessThanOrEqual(12);
-        expect(completion.text).toBe(policy.tokenizer.decode(completion.tokens, { skipSpecial: true }));
+        const ends = new Set(policy.tokenizer.eosIds);
+        expect(completion.text).toBe(policy.tokenizer.decode(completion.tokens, { skip: ends }));
         expect(completion.finishReason === 'length').toBe(
           completion.tokens.length === 12 && ![0, 2].includes(completion.tokens[11] as number),
         );
@@ -207,6 +208,26 @@ describe('sample', () => {
       expect(completion.text).toMatch(/a$/);
       expect(completion.text.indexOf('a')).toBe(completion.text.length - 1);
       expect(completion.tokens.at(-1)).toBe(ascii);
+    }
+  });
+
+  test('writes special tokens into the text, finds them as stop strings, and leaves the end token out', async () => {
+    const policy = await load();
+    const name = '<|im_start|>';
+    const [group] = await policy.sample([prompt], { n: 256, maxTokens: 60, seed: 4, stop: [`${name}`] });
+    const completions = group?.completions ?? [];
+    const stopped = completions.filter(({ finishReason }) => finishReason === 'stop_string');
+    expect(stopped.length).toBeGreaterThan(0);
+    for (const { text, tokens } of stopped) {
+      expect(text.endsWith(name)).toBe(true);
+      expect(text.indexOf(name)).toBe(text.length - name.length);
+      expect(tokens.at(-1)).toBe(1);
+    }
+    const ended = completions.filter(({ finishReason }) => finishReason === 'stop');
+    expect(ended.length).toBeGreaterThan(0);
+    for (const { text, tokens } of ended) {
+      expect([0, 2]).toContain(tokens.at(-1));
+      expect(text).toBe(policy.tokenizer.decode(tokens.slice(0, -1)));
     }
   });
 

@@ -1,18 +1,19 @@
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
+import type { TokenizerOptions } from '../../policy/index.js';
 import { formatMotivation, type MotivationMix, parseMotivation } from '../../prompt/motivation.js';
 import { episodePrompt } from '../../rollout/index.js';
 import { parseSettings } from '../../settings.js';
 import type { Task, TaskFactory } from '../../tasks/index.js';
 import { AdaptiveMotivation, adaptiveWord } from '../../train/adaptive.js';
 import { grpoSchema } from '../../train/settings.js';
-import { modelShape, withTask } from '../config.js';
+import { modelShape, tokenizerShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
 import { print, TextPrinter } from '../output.js';
 import { openTokenizer } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 
-interface PromptFlags extends TaskChoice {
+interface PromptFlags extends TaskChoice, TokenizerOptions {
   model?: string;
   motivation: string;
   split: 'train' | 'test';
@@ -28,7 +29,7 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
     .description(
       "Prints the prompt of one of a task's rows with the model's chat template applied, as the model will see it.",
     );
-  addFlags(command, withTask({ model: modelShape.model }, factory));
+  addFlags(command, withTask({ model: modelShape.model, ...tokenizerShape }, factory));
   command
     .optionsGroup('Prompt:')
     .option(
@@ -62,7 +63,7 @@ async function prompt(flags: PromptFlags): Promise<void> {
   const rows = await task.rows({ split: flags.split, seed: flags.seed });
   const adaptive = flags.motivation === adaptiveWord;
   const schedule = adaptive ? [{ step: 0, value: firstMix(task) }] : parseMotivation(flags.motivation);
-  const { tokenizer } = await openTokenizer(flags.model);
+  const { tokenizer } = await openTokenizer(flags.model, flags);
   const row = rows.at(flags.row);
   const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
   const printer = new TextPrinter(flags.verbatim ?? false);

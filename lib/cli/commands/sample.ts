@@ -1,12 +1,12 @@
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { Policy } from '../../policy/index.js';
-import { collect } from '../../rollout/index.js';
+import { checkPrompts, collect } from '../../rollout/index.js';
 import { modelShape } from '../config.js';
-import { addFlags, number, whole } from '../flags.js';
+import { addFlags, number, texts, whole } from '../flags.js';
 import { print, printError, TextPrinter } from '../output.js';
 import { resolveModel } from '../paths.js';
-import { loadOptions, type ModelFlags } from '../policies.js';
+import { loadOptions, type ModelFlags, tellNotices } from '../policies.js';
 
 interface SampleFlags extends ModelFlags {
   prompt: string;
@@ -42,7 +42,7 @@ export function addSample(program: Command): void {
     .option('--top-k <n>', 'draw among the k likeliest tokens; 0: off', whole(0))
     .option('--top-p <n>', 'draw among the likeliest tokens of this total probability; 1: off', number)
     .option('--min-p <n>', "drop tokens below this share of the likeliest one's probability; 0: off", number)
-    .option('--stop <text...>', 'strings that end a completion')
+    .option('--stop <text...>', 'strings that end a completion, as they stand or as JSON', texts('stop'))
     .option('--seed <n>', 'the same seed draws the same completions', whole(0), 0)
     .option('--verbatim', 'print control characters in completions as they are, not written out')
     .addHelpText(
@@ -73,6 +73,7 @@ async function sample(flags: SampleFlags): Promise<void> {
           ],
   };
   const printer = new TextPrinter(flags.verbatim ?? false);
+  tellNotices(checkPrompts(policy.tokenizer, task, prompt, ['none']));
   const abort = new AbortController();
   const onInterrupt = () => abort.abort();
   process.once('SIGINT', onInterrupt);
