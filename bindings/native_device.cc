@@ -190,6 +190,15 @@ LossStatistics statistics_of(Backend& backend, const LossOptions& options, const
   return loss_statistics(loss, scores);
 }
 
+// Runs a kernel, unless it was cancelled before it began.
+Napi::Value run_kernel(Napi::Env env, Engine& engine, const std::shared_ptr<Cancel>& cancel, const char* name,
+                       Work work) {
+  return Environment::of(env).run(env, engine, cancel, [cancel, name, work = std::move(work)]() -> Deliver {
+    cancel->check(name);
+    return work();
+  });
+}
+
 // Delivers named tensors as one object.
 Deliver deliver_tensors(std::vector<std::pair<const char*, State>> tensors) {
   return [tensors = std::move(tensors)](Napi::Env env) -> Napi::Value {
@@ -403,8 +412,8 @@ Napi::Value NativeDevice::attention(const Napi::CallbackInfo& info) {
     auto a = to_attention(operands, object);
     const State out = make_state(*engine_, a.q->dtype, a.q->shape);
     const State lse = make_state(*engine_, DType::f32, {a.q->shape[1], a.q->shape[0]});
-    return Environment::of(env).run(
-        env, *engine_, cancel, [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
+    return run_kernel(
+        env, *engine_, cancel, "attention", [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
           Backend& backend = engine->backend();
           const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
           backend.attention(heads(a.q->open()), heads(a.k->open()), heads(a.v->open()), visible_until,
@@ -427,16 +436,16 @@ Napi::Value NativeDevice::attention_backward(const Napi::CallbackInfo& info) {
     const State dq = make_state(*engine_, a.q->dtype, a.q->shape);
     const State dk = make_state(*engine_, a.q->dtype, a.k->shape);
     const State dv = make_state(*engine_, a.q->dtype, a.k->shape);
-    return Environment::of(env).run(
-        env, *engine_, cancel, [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
-          Backend& backend = engine->backend();
-          const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
-          backend.attention_backward(heads(dout->open()), heads(a.q->open()), heads(a.k->open()),
-                                     heads(a.v->open()), heads(out->open()), lse->open(), visible_until,
-                                     a.visible_until, a.scale, heads(dq->open()), heads(dk->open()),
-                                     heads(dv->open()));
-          return deliver_tensors({{"dq", dq}, {"dk", dk}, {"dv", dv}});
-        });
+    return run_kernel(env, *engine_, cancel, "attentionBackward",
+                      [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
+                        backend.attention_backward(heads(dout->open()), heads(a.q->open()),
+                                                   heads(a.k->open()), heads(a.v->open()), heads(out->open()),
+                                                   lse->open(), visible_until, a.visible_until, a.scale,
+                                                   heads(dq->open()), heads(dk->open()), heads(dv->open()));
+                        return deliver_tensors({{"dq", dq}, {"dk", dk}, {"dv", dv}});
+                      });
   });
 }
 
@@ -459,20 +468,19 @@ Napi::Value NativeDevice::sample_tokens(const Napi::CallbackInfo& info) {
     const State sampling_logprobs = make_state(*engine_, DType::f32, {rows});
     const State logprobs = make_state(*engine_, DType::f32, {rows});
     const State entropies = make_state(*engine_, DType::f32, {rows});
-    return Environment::of(env).run(
-        env, *engine_, cancel,
-        [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions), options, tokens,
-         sampling_logprobs, logprobs, entropies]() -> Deliver {
-          Backend& backend = engine->backend();
-          const int64_t rows = logits->shape[0];
-          backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
-                                upload(backend, positions, {rows}), options, tokens->open(),
-                                sampling_logprobs->open(), logprobs->open(), entropies->open());
-          return deliver_tensors({{"tokens", tokens},
-                                  {"logprobs", logprobs},
-                                  {"samplingLogprobs", sampling_logprobs},
-                                  {"entropies", entropies}});
-        });
+    return run_kernel(env, *engine_, cancel, "sampleTokens",
+                      [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions),
+                       options, tokens, sampling_logprobs, logprobs, entropies]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const int64_t rows = logits->shape[0];
+                        backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
+                                              upload(backend, positions, {rows}), options, tokens->open(),
+                                              sampling_logprobs->open(), logprobs->open(), entropies->open());
+                        return deliver_tensors({{"tokens", tokens},
+                                                {"logprobs", logprobs},
+                                                {"samplingLogprobs", sampling_logprobs},
+                                                {"entropies", entropies}});
+                      });
   });
 }
 
@@ -503,15 +511,13 @@ Napi::Value NativeDevice::group_advantages(const Napi::CallbackInfo& info) {
     const float epsilon = static_cast<float>(
         to_number(object.Get("epsilon"), "arguments.epsilon", 0.0, std::numeric_limits<float>::max()));
     const State advantages = make_state(*engine_, DType::f32, rewards->shape);
-    return Environment::of(env).run(env, *engine_, cancel,
-                                    [engine = engine_, rewards, offsets = std::move(offsets), kind, scale,
-                                     epsilon, advantages]() -> Deliver {
-                                      engine->backend().group_advantages(rewards->open(), offsets, kind,
-                                                                         scale, epsilon, advantages->open());
-                                      return [advantages](Napi::Env env) {
-                                        return NativeTensor::create(env, advantages);
-                                      };
-                                    });
+    return run_kernel(env, *engine_, cancel, "groupAdvantages",
+                      [engine = engine_, rewards, offsets = std::move(offsets), kind, scale, epsilon,
+                       advantages]() -> Deliver {
+                        engine->backend().group_advantages(rewards->open(), offsets, kind, scale, epsilon,
+                                                           advantages->open());
+                        return [advantages](Napi::Env env) { return NativeTensor::create(env, advantages); };
+                      });
   });
 }
 
@@ -528,31 +534,30 @@ Napi::Value NativeDevice::policy_loss(const Napi::CallbackInfo& info) {
                                 : operands.get_optional("entropies", logprobs->shape, {DType::f32});
     const State coefficients = make_state(*engine_, DType::f32, logprobs->shape);
     const bool with_statistics = to_bool(object.Get("statistics"), "arguments.statistics");
-    return Environment::of(env).run(
-        env, *engine_, cancel,
-        [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients,
-         with_statistics]() -> Deliver {
-          Backend& backend = engine->backend();
-          const LossRows rows = loss.open_rows(backend);
-          const double value = backend.policy_loss(logprobs->open(), open(entropies), rows, loss.options,
-                                                   coefficients->open());
-          std::optional<LossStatistics> statistics;
-          if (with_statistics) {
-            statistics =
-                statistics_of(backend, loss.options, rows, loss.sequences, logprobs->open(), open(entropies));
-          }
-          return [value, coefficients, statistics](Napi::Env env) -> Napi::Value {
-            const Napi::Object result = Napi::Object::New(env);
-            result.Set("loss", value);
-            result.Set("coefficients", NativeTensor::create(env, coefficients));
-            if (statistics) {
-              const Napi::Object object = Napi::Object::New(env);
-              set_statistics(object, *statistics);
-              result.Set("statistics", object);
-            }
-            return result;
-          };
-        });
+    return run_kernel(env, *engine_, cancel, "policyLoss",
+                      [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients,
+                       with_statistics]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const LossRows rows = loss.open_rows(backend);
+                        const double value = backend.policy_loss(logprobs->open(), open(entropies), rows,
+                                                                 loss.options, coefficients->open());
+                        std::optional<LossStatistics> statistics;
+                        if (with_statistics) {
+                          statistics = statistics_of(backend, loss.options, rows, loss.sequences,
+                                                     logprobs->open(), open(entropies));
+                        }
+                        return [value, coefficients, statistics](Napi::Env env) -> Napi::Value {
+                          const Napi::Object result = Napi::Object::New(env);
+                          result.Set("loss", value);
+                          result.Set("coefficients", NativeTensor::create(env, coefficients));
+                          if (statistics) {
+                            const Napi::Object object = Napi::Object::New(env);
+                            set_statistics(object, *statistics);
+                            result.Set("statistics", object);
+                          }
+                          return result;
+                        };
+                      });
   });
 }
 
@@ -580,8 +585,8 @@ Napi::Value NativeDevice::fused_policy_loss(const Napi::CallbackInfo& info) {
     const State entropies = make_state(*engine_, DType::f32, {count});
     const State dhidden = make_state(*engine_, hidden->dtype, hidden->shape);
     const State dweight = make_state(*engine_, DType::f32, weight->shape);
-    return Environment::of(env).run(
-        env, *engine_, cancel,
+    return run_kernel(
+        env, *engine_, cancel, "fusedPolicyLoss",
         [engine = engine_, hidden, weight, rows = std::move(rows), targets = std::move(targets),
          loss = std::move(loss), logprobs, entropies, dhidden, dweight]() -> Deliver {
           Backend& backend = engine->backend();
