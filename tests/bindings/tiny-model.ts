@@ -25,7 +25,7 @@ export const config: NativeModelConfig = {
   rope: { inverseFrequencies: Float32Array.of(1, 0.3, 0.1, 0.03), attentionScale: 1 },
   dtype: 'f32',
 };
-export const cpu = { name: 'cpu', threads: 0 };
+export const cpu = { name: 'cpu', threads: 1 };
 export const batch: NativeBatch = {
   tokens: Int32Array.of(1, 2, 3, 4, 5, 6),
   positions: Int32Array.of(0, 1, 2, 3, 2, 3),
@@ -86,11 +86,13 @@ function source(value: unknown): string {
   return String(JSON.stringify(value));
 }
 
-/** What scripts of `runScript` begin with: the addon, a model of `changes`, and `train()`, a step with all primitives. */
-export function preamble(changes: Partial<NativeModelConfig> = {}): string {
+/** What scripts of `runScript` begin with: the addon, `config` with `changes`, a model of it, and `train()`, a step with all primitives. */
+export function preamble(changes: Partial<NativeModelConfig> = {}, threads = 1): string {
   return `
     const addon = require(${JSON.stringify(addonFile)});
-    const model = addon.createModel(${source({ ...config, ...changes })}, ${source(cpu)}, true);
+    const config = ${source({ ...config, ...changes })};
+    const cpu = ${source({ ...cpu, threads })};
+    const model = addon.createModel(config, cpu, true);
     const token = () => addon.createCancelToken();
     const train = async () => {
       const { tokens } = await model.sample(${source(request)}, token(), () => {});
