@@ -1,11 +1,14 @@
 import { existsSync, mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
-import { afterAll, describe, expect, test } from '@jest/globals';
+import { afterAll, describe, expect, jest, test } from '@jest/globals';
 import { loadRows, placeOf, readRows, requireRows } from '../../lib/tasks/dataset.js';
 import { readLines } from '../../lib/tasks/files/jsonl.js';
 import { type ParquetLimits, readParquet } from '../../lib/tasks/files/parquet.js';
 import { fixturePath, readJson } from '../support/fixtures.js';
+
+// Each Parquet file is read by a process of its own, which a busy machine takes long to start.
+jest.setTimeout(180_000);
 
 const cases = join(import.meta.dirname, '../../../shared/cases');
 const hasCases = existsSync(cases);
