@@ -34,7 +34,7 @@ export class Interruptions {
         if (!hasUpdated()) this.#abort.abort(failure);
       }),
       onLoopCut(() => {
-        this.#timer ??= setTimeout(() => lose(onCut()), secondsAfterCut * 1000).unref();
+        this.#timer ??= setTimeout(() => lose(onCut()), secondsAfterCut * 1000);
       }),
     ];
   }

@@ -72,8 +72,8 @@ async function sample(flags: SampleFlags): Promise<void> {
             { role: 'user', content: prompt },
           ],
   };
-  tellNotices(checkPrompts(policy.tokenizer, task, prompt, ['none']));
   const printer = new TextPrinter(flags.verbatim ?? false);
+  tellNotices(checkPrompts(policy.tokenizer, task, prompt, ['none']));
   const abort = new AbortController();
   const onInterrupt = () => abort.abort();
   process.once('SIGINT', onInterrupt);
