@@ -67,6 +67,25 @@ export interface NativeModelConfig {
   dtype: NativeDType;
 }
 
+/** Encodings of tensors that are read; ggml defines the quantised ones. */
+export const weightEncodings = [
+  'F32',
+  'F16',
+  'BF16',
+  'Q8_0',
+  'Q4_0',
+  'Q4_1',
+  'Q5_0',
+  'Q5_1',
+  'Q2_K',
+  'Q3_K',
+  'Q4_K',
+  'Q5_K',
+  'Q6_K',
+  'IQ4_NL',
+  'IQ4_XS',
+] as const;
+
 /** The place of a parameter in a file. */
 export interface TensorSource {
   /** The name that Hugging Face gives it, for instance model.layers.0.self_attn.q_proj.weight. */
@@ -75,7 +94,7 @@ export interface TensorSource {
   /** Bytes. */
   offset: number;
   byteLength: number;
-  encoding: 'F32' | 'F16' | 'BF16' | 'Q8_0' | 'Q4_0' | 'Q4_1' | 'Q4_K' | 'Q6_K';
+  encoding: (typeof weightEncodings)[number];
   /** Rows first. */
   shape: number[];
   /** The q or k projection of a llama GGUF, whose rows stand in another order: the number of its heads. */

@@ -56,6 +56,13 @@ export function parseCurriculum(text: string): CurriculumPlan {
   return { option, stages };
 }
 
+/** The words of a curriculum with each value of its option changed. @throws MerfError INVALID_ARGUMENT */
+export function mapCurriculum(text: string, change: (value: string) => string): string {
+  const { option, stages } = parseCurriculum(text);
+  const changed = stages.map(({ value, step }) => `${change(value)}${step === undefined ? '' : `@${step}`}`);
+  return `${option}=${changed.join(',')}`;
+}
+
 interface CurriculumState {
   stage: number;
   positions: number[];

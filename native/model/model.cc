@@ -369,7 +369,17 @@ Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel
   return within_memory(tokens_at_once(micro_batches), false, ScorePass::bytes(*this, micro_batches), [&] {
     ScorePass pass(*this, batch, temperature, cancel);
     pass.run(micro_batches);
-    return pass.result();
+    Scores scores = pass.result();
+    const auto none = std::find_if(scores.logprobs.begin(), scores.logprobs.end(),
+                                   [](float logprob) { return std::isnan(logprob); });
+    if (none != scores.logprobs.end()) {
+      const auto row = none - scores.logprobs.begin();
+      throw Error("NON_FINITE", "Expected finite logits but received NaN or Infinity for scored token " +
+                                    std::to_string(row) + ", whose id is " +
+                                    std::to_string(batch.targets[static_cast<size_t>(row)]) +
+                                    ": the model's weights or its activations have overflowed");
+    }
+    return scores;
   });
 }
 

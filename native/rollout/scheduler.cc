@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <numeric>
 #include <tuple>
 
@@ -250,6 +251,7 @@ void Scheduler::take_draws(const Step& step) {
       sequence.cached_row = activation_cache_->set(step.cached_first + static_cast<int64_t>(r),
                                                    sequence.cached_row, sequence.tokens.back());
     }
+    if (std::isnan(outputs[2 * rows + r])) refuse_logits(sequence);
     if (push(sequence, tokens[r], outputs[rows + r], outputs[2 * rows + r], outputs[3 * rows + r])) {
       leave(sequence);
       finished = true;
@@ -266,6 +268,20 @@ void Scheduler::take_draws(const Step& step) {
     live_.erase(end, live_.end());
   }
   if (on_draw_ && !drawn_.sequences.empty()) on_draw_(drawn_);
+}
+
+// A row of logits without a distribution has NaN for its log-probability (cpu/sampling.cc).
+void Scheduler::refuse_logits(const Sequence& sequence) {
+  // A step may be on its way, whose results nobody will wait for.
+  backend_.synchronize();
+  int32_t prompt = 0, within = sequence.index;
+  while (within >= request_.counts[static_cast<size_t>(prompt)]) {
+    within -= request_.counts[static_cast<size_t>(prompt++)];
+  }
+  throw Error("NON_FINITE", "Expected finite logits but received NaN, Infinity or nothing finite for token " +
+                                std::to_string(sequence.tokens.size()) + " of completion " +
+                                std::to_string(within) + " of prompt " + std::to_string(prompt) +
+                                ": the model's weights or its activations have overflowed");
 }
 
 // Appends a token; whether it was the last.

@@ -87,6 +87,7 @@ class Scheduler {
   void make_buffers();
   void make_activation_cache();
   void take_draws(const Step& step);
+  [[noreturn]] void refuse_logits(const Sequence& sequence);
   bool push(Sequence& sequence, int32_t token, float sampling_logprob, float logprob, float entropy);
   void leave(Sequence& sequence);
   void release_unused_segments();
