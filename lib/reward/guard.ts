@@ -58,11 +58,10 @@ export async function runWithin<T>(
   refuseExit();
   const milliseconds = Math.max(1, Math.ceil(seconds * 1000));
   handleCut();
-  if (turnAfterCut) {
-    // What has hung is told first, and may be the end of this work as well.
-    await turnAfterCut;
-    if (signal?.aborted) throw signal.reason;
-  }
+  // What has hung before is told first, and may be the end of this work as well: else each of many would hang in turn.
+  if (turnAfterCut) await turnAfterCut;
+  for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn;
+  if (signal?.aborted) throw signal.reason;
   const called = callWithin(work, milliseconds);
   if (!called.isThenable) return called.result;
   let end = () => {};
