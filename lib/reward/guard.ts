@@ -58,9 +58,10 @@ export async function runWithin<T>(
   refuseExit();
   const milliseconds = Math.max(1, Math.ceil(seconds * 1000));
   handleCut();
-  if (turnAfterCut) {
-    // What has hung is told first, and may be the end of this work as well.
-    await turnAfterCut;
+  if (turnAfterHang) {
+    // What has hung is told first, and may be the end of this work as well: else each of many would hang in turn.
+    await turnAfterHang;
+    for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn;
     if (signal?.aborted) throw signal.reason;
   }
   const called = callWithin(work, milliseconds);
@@ -98,16 +99,21 @@ export async function runWithin<T>(
 const registry = globalThis as { [listeners]?: Listeners };
 registry[listeners] ??= { onCut: new Set(), onLate: new Set() };
 const { onCut: cutListeners, onLate: lateListeners } = registry[listeners];
-let turnAfterCut: Promise<void> | undefined;
+let turnAfterHang: Promise<void> | undefined;
 
-function handleCut(): void {
-  if (!takeCut()) return;
-  turnAfterCut = new Promise((resolve) => {
+/** Lets the work that would begin in this turn of the event loop wait for the next one. */
+function awaitTurnAfterHang(): void {
+  turnAfterHang ??= new Promise((resolve) => {
     setImmediate(() => {
-      turnAfterCut = undefined;
+      turnAfterHang = undefined;
       resolve();
     });
   });
+}
+
+function handleCut(): void {
+  if (!takeCut()) return;
+  awaitTurnAfterHang();
   for (const listener of cutListeners) listener();
 }
 
@@ -191,8 +197,9 @@ function callWithin<T>(work: () => T, milliseconds: number): Called<T> {
     return guard.script.runInContext(guard.context, { timeout: milliseconds }) as Called<T>;
   } catch (error) {
     const code = (error as { code?: unknown } | undefined)?.code;
-    if (code === 'ERR_SCRIPT_EXECUTION_TIMEOUT') throw new TimeLimitExceeded();
-    throw error;
+    if (code !== 'ERR_SCRIPT_EXECUTION_TIMEOUT') throw error;
+    awaitTurnAfterHang();
+    throw new TimeLimitExceeded();
   } finally {
     executing -= 1;
     unguard();

@@ -53,6 +53,7 @@ describe('a step ends with its first verifier that hangs', () => {
   test('after a synchronous one nothing more is judged', () => {
     expect(results.synchronous?.asked).toBe(1);
     expect(results['a getter']?.asked).toBe(1);
+    expect(results.environments?.asked).toBe(1);
   });
 
   test('loops that are cut off are said', () => {

@@ -1,5 +1,6 @@
 // A process of its own in which verifiers do what would end or stop it; guard.test.ts reads what became of each.
 import { type MerfError, parseCompletion, RewardSpec } from 'merf';
+import { runWithin } from '../../lib/reward/guard.js';
 import { Judge } from '../../lib/reward/judge.js';
 
 const completion = parseCompletion({ raw: 'text' });
@@ -43,6 +44,21 @@ async function outcome(verify: (row: number) => unknown) {
   return { code: first?.code, message: first?.message, asked, seconds: (performance.now() - started) / 1000 };
 }
 
+/** The same of environments, which are asked without a judge. */
+async function environments() {
+  let asked = 0;
+  const controller = new AbortController();
+  const work = () => {
+    asked += 1;
+    forEver();
+  };
+  const started = performance.now();
+  await Promise.allSettled(
+    Array.from({ length: 16 }, () => runWithin(work, 0.5, controller.signal).catch(() => controller.abort())),
+  );
+  return { asked, seconds: (performance.now() - started) / 1000 };
+}
+
 const exits = () => process.exit(0);
 const results = {
   synchronous: await outcome(() => forEver()),
@@ -63,6 +79,7 @@ const results = {
     for (;;) await null;
   }),
   'a getter': await outcome(() => Object.defineProperty({}, 'then', { get: forEver })),
+  environments: await environments(),
   exit: await outcome(exits),
   'exit behind a timer': await outcome(async (row) => {
     await later(20);
