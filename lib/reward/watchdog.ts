@@ -53,6 +53,13 @@ let cutsHandled = 0;
 
 const now = () => Number(process.hrtime.bigint()) / 1e9;
 
+/** Starts the thread that watches, once for the process; to be called ahead of work whose timing matters. */
+export function startWatch(): void {
+  if (watching || debuggerUrl() !== undefined) return;
+  watching = true;
+  new Worker(program, { eval: true, workerData: { memory: shared.buffer }, execArgv: [] }).unref();
+}
+
 /**
  * Watches over work that goes on behind an `await`, where the virtual machine's own watchdog does not reach: from a thread
  * of its own, which cuts off whatever the main thread executes once the limit is over and the event loop does not turn.
@@ -64,10 +71,7 @@ const now = () => Number(process.hrtime.bigint()) / 1e9;
 export function watch(seconds: number, onLate: () => void): () => void {
   // A debugger that holds the process is no loop.
   if (debuggerUrl() !== undefined) return () => undefined;
-  if (!watching) {
-    watching = true;
-    new Worker(program, { eval: true, workerData: { memory: shared.buffer }, execArgv: [] }).unref();
-  }
+  startWatch();
   const deadline = { at: now() + seconds, onLate };
   deadlines.add(deadline);
   if (shared[deadlinePlace] === 0 || deadline.at < (shared[deadlinePlace] as number)) {
