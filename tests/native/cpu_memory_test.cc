@@ -81,7 +81,9 @@ TEST_CASE("a container that sees its group's path from outside has the limits of
 }
 
 TEST_CASE("without control groups there is no limit") {
-  const FakeRoot none({{"/proc/self/other", ""}}), unlimited({{"/proc/self/cgroup", "0::/\nnonsense\n:\n"}});
+  using Files = std::vector<std::pair<std::string, std::string>>;
+  const FakeRoot none(Files{{"/proc/self/other", ""}});
+  const FakeRoot unlimited(Files{{"/proc/self/cgroup", "0::/\nnonsense\n:\n"}});
   CHECK(none.memory().limit == kNone);
   CHECK(unlimited.memory().available == kNone);
 }
