@@ -1,10 +1,8 @@
 // `merf bench` (`npm run bench` in a clone): how fast this machine takes GRPO steps, beside what it could at best and
 // beside other engines.
-
 import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { MerfError } from 'merf';
-import { print } from '../lib/cli/output.js';
 import { agentMarkdown, agentTurns, measureAgent, turnTokens } from './agent.js';
 import { bestRates, measureMatrixRates, operationsOf, peakRate, secondsOf } from './floor.js';
 import { launchesText } from './launches.js';
@@ -63,7 +61,7 @@ export async function bench(options: BenchOptions): Promise<boolean> {
     );
   }
   if (options.launches) {
-    print(await launchesText(options.model));
+    process.stdout.write(await launchesText(options.model));
     return true;
   }
   const { fastBf16, threads } = options.processor;
@@ -80,7 +78,7 @@ export async function bench(options: BenchOptions): Promise<boolean> {
   const dtypes: Dtype[] = options.dtype ? [options.dtype] : fastBf16 ? ['f32', 'bf16'] : ['f32'];
   const fastest = dtypes.at(-1) as Dtype;
   if (options.profile) {
-    print(profileText(await profileStep(workload, fastest, threads)));
+    process.stdout.write(profileText(await profileStep(workload, fastest, threads)));
     return true;
   }
   const done = options.scaling
@@ -131,7 +129,7 @@ async function steps(
     if (rate !== undefined) step.floor = secondsOf(operationsOf(config, sizes), rate);
   }
   const text = markdown(report);
-  print(`\n${text}\n`);
+  process.stdout.write(`\n${text}\n`);
   writeResults(report.processor, options.out, {
     '.md': text,
     '.json': `${JSON.stringify(report, null, 2)}\n`,
@@ -148,7 +146,7 @@ async function scaling(options: BenchOptions, workload: Workload, dtype: Dtype):
   const seconds = 60 * (options.minutes ?? 8);
   const points = await measureScaling(workload, dtype, machine.threads, seconds);
   const text = scalingMarkdown(machine, workload.title, dtype, points);
-  print(`\n${text}\n`);
+  process.stdout.write(`\n${text}\n`);
   const json = { ...machine, model: workload.title, dtype, points };
   const plot = await scalingPlot(points, `${machine.processor}, ${workload.title}, ${dtype}`);
   if (plot === undefined)
@@ -179,7 +177,7 @@ async function agent(options: BenchOptions, workload: Workload, dtype: Dtype): P
   const machine = machineOf(options);
   const measured = await measureAgent(workload, dtype, machine.threads, 60 * (options.minutes ?? 5));
   const text = agentMarkdown(machine, workload, dtype, measured);
-  print(`\n${text}\n`);
+  process.stdout.write(`\n${text}\n`);
   const json = { ...machine, model: workload.title, dtype, ...workload.sizes, ...measured };
   writeResults(machine.processor, options.out, {
     '-agent.md': text,

@@ -1,6 +1,5 @@
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
-import { printError } from '../lib/cli/output.js';
 
 /** The package's folder. */
 export const root = dirname(createRequire(import.meta.url).resolve('merf/package.json'));
@@ -11,4 +10,4 @@ export const programPath = (name: string) => join(root, 'build', 'Release', name
 /** The folder in which `npm run bench` puts the peers that it brings. */
 export const peersFolder = join(root, 'build', 'peers');
 
-export const say = (line: string) => printError(`${line}\n`);
+export const say = (line: string) => process.stderr.write(`${line}\n`);
