@@ -21,11 +21,10 @@ export async function attempt(
   iteration: number,
   folder: string,
 ): Promise<Outcome> {
-  const input = await inputOf(target, seed, iteration);
   rmSync(folder, { recursive: true, force: true });
   mkdirSync(folder, { recursive: true });
   try {
-    await target.run(input, folder);
+    await target.run(await inputOf(target, seed, iteration), folder);
     return 'value';
   } catch (error) {
     return judged(error);

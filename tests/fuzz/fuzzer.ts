@@ -124,7 +124,8 @@ export class Fuzzer {
     if (repeated < 3) {
       const folder = join(findings, `${target.name}-${seed}-${iteration}`);
       mkdirSync(folder, { recursive: true });
-      writeInput(folder, await inputOf(target, seed, iteration));
+      // An input that cannot be made has no files.
+      writeInput(folder, await inputOf(target, seed, iteration).catch(() => ({})));
       writeFileSync(join(folder, 'finding.txt'), `${fault.message}\n${fault.stack}\n`);
     }
     onFinding?.(finding, repeated);

@@ -54,7 +54,8 @@ function marksOf(file: Buffer): { offset: number; bytes: 4 | 8 }[] {
     return Number(file.readBigUInt64LE(at - 8));
   };
   const text = () => {
-    at += u64();
+    const length = u64();
+    at += length;
   };
   const scalarBytes = [1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8];
   u32();

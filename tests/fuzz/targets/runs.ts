@@ -200,7 +200,8 @@ const state: Target = {
     writeInput(folder, input);
     const { policy } = await trainingStates();
     await policy.loadState(folder);
-    await policy.score({ segments: [{ tokens: [1, 2, 3, tinyConfig.vocabSize - 1] }] } as never);
+    const tokens = [1, 2, 3, tinyConfig.vocabSize - 1];
+    await policy.score([{ tokens, train: {} }]);
   },
 };
 
