@@ -137,7 +137,9 @@ class LimitedInterpreter extends Interpreter {
 
   override evaluate(statement: Node | undefined, environment: Environment): RuntimeValue {
     // Counted beforehand, since `continue` and `break`, which are thrown, never come back.
-    this.#count(statement?.type === 'Continue' || statement?.type === 'Break' ? workOfThrow : workOfOperation);
+    this.#count(
+      statement?.type === 'Continue' || statement?.type === 'Break' ? workOfThrow : workOfOperation,
+    );
     if (statement?.type.startsWith('Filter')) this.#checkIndent(statement.filter, environment);
     const result = super.evaluate(statement, environment);
     const { value } = result;
