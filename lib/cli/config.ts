@@ -8,6 +8,7 @@ import { metaOf, parseSettings, setting, toCamelCase } from '../settings.js';
 import { dataShape, importModule, type TaskFactory, type TaskOptions } from '../tasks/index.js';
 import { mapCurriculum } from '../train/curriculum.js';
 import { grpoSchema, sftSchema } from '../train/settings.js';
+import { printError } from './output.js';
 import { isNamedTask, type NamedTask, type TaskChoice, taskPath } from './task.js';
 
 /** How a model's prompts are written. */
@@ -189,7 +190,7 @@ function withPathsOf(
   const hereOrThere = (named: string) => {
     const file = here(named);
     if (existsSync(file) || !existsSync(named)) return file;
-    process.stderr.write(
+    printError(
       `merf: ${named} in ${path} is not beside that file, so it is taken from the current folder: write ` +
         `${relative(dirname(path), named)}, as paths in a config file are relative to it\n`,
     );

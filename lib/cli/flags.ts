@@ -1,6 +1,7 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import type { z } from 'zod';
 import { metaOf, type SettingMeta } from '../settings.js';
+import { printError } from './output.js';
 
 type AnySchema = z.ZodType & {
   def: { type: string; innerType?: AnySchema; in?: AnySchema; defaultValue?: unknown; entries?: object };
@@ -135,7 +136,7 @@ export function texts(flag: string): (text: string, before: string[] | undefined
     const read = /^\s*["[]/.test(text) ? textsOf(text) : undefined;
     if (read === undefined && text.includes(',')) {
       const shown = JSON.stringify(text);
-      process.stderr.write(
+      printError(
         `merf: --${flag} ${shown} is one string, comma included: give --${flag} once for each string\n`,
       );
     }

@@ -1,4 +1,5 @@
 import { openModel, type Policy, Tokenizer, type TokenizerOptions } from '../policy/index.js';
+import { printError } from './output.js';
 import { resolveModel } from './paths.js';
 
 /** The flags that choose a model and how it runs. */
@@ -27,7 +28,7 @@ export function deviceText({ device: { name, reason } }: Policy): string {
 
 /** Says what the user should know beside what the command prints. */
 export function tellNotices(notices: Iterable<string>): void {
-  for (const notice of notices) process.stderr.write(`merf: ${notice}\n`);
+  for (const notice of notices) printError(`merf: ${notice}\n`);
 }
 
 /** A model's tokenizer and context length, without its weights. */

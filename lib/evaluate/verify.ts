@@ -52,8 +52,8 @@ export interface VerifyReport {
     readonly overLimit: number;
   };
   /**
-   * How many rows' prompts name special tokens of the model, and which these are. They stay text in the prompt unless
-   * the tokenizer makes them tokens. Absent where there is none.
+   * How many rows' prompts name special tokens of the model, and which these are. They stay text in the
+   * prompt unless the tokenizer makes them tokens. Absent where there is none.
    */
   readonly specialTokens?: { readonly rows: number; readonly names: readonly string[] };
   /** Rows whose prompt an earlier row has. */

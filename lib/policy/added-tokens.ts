@@ -30,7 +30,8 @@ const named = ['bos', 'eos', 'unk', 'sep', 'pad', 'cls', 'mask'].map((name) => `
 
 /**
  * The added tokens of a tokenizer as `transformers` gathers them: those of tokenizer.json, then those that
- * `added_tokens_decoder` of tokenizer_config.json adds or describes anew, then those that it names as special ones.
+ * `added_tokens_decoder` of tokenizer_config.json adds or describes anew, then those that it names as special
+ * ones.
  *
  * @param vocabulary ids of the model's own tokens
  * @throws MerfError MALFORMED_FILE
@@ -83,7 +84,7 @@ export function gatherAddedTokens(
     const token = tokens.get(content);
     const id = vocabulary.get(content);
     if (token) add({ ...token, special: true });
-    else if (id !== undefined)
+    else if (id !== undefined && looksLikeName(content))
       add({ id, content, ...flagsOf(Object(value)), special: true, normalized: false });
   }
   return [...tokens.values()];
@@ -108,6 +109,19 @@ export function tokenText(value: unknown): string | undefined {
   return typeof content === 'string' ? content : undefined;
 }
 
+/** Whether a text is written as only marks of turns are, such as `<|im_start|>`. */
+export function looksLikeMark(text: string): boolean {
+  return /^<[|｜][^\s<>]{1,64}[|｜]>$/.test(text);
+}
+
+/**
+ * Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line,
+ * or pad them with an exclamation mark.
+ */
+export function looksLikeName(text: string): boolean {
+  return /^<[^\s<>]{1,64}>$|^\[[^\s[\]]{1,64}\]$/.test(text);
+}
+
 /** A stretch of a text that is a token, or (undefined) that is none. */
 export interface Section {
   readonly text: string;
@@ -122,9 +136,9 @@ interface Node {
 }
 
 /**
- * Finds tokens in texts as the Rust library `tokenizers` does: the leftmost and there the longest one, where it may
- * stand. (@huggingface/tokenizers takes no heed of `single_word`, and lets the vocabulary's piece of the same spelling
- * have the token's id.)
+ * Finds tokens in texts as the Rust library `tokenizers` does: the leftmost and there the longest one, where
+ * it may stand. (@huggingface/tokenizers takes no heed of `single_word`, and lets the vocabulary's piece of
+ * the same spelling have the token's id.)
  */
 export class TokenFinder {
   readonly #root: Node = { next: new Map() };
@@ -144,7 +158,10 @@ export class TokenFinder {
     }
   }
 
-  /** The text in sections. @param allowed whether a token may be found where it stands, which it is skipped otherwise */
+  /**
+   * The text in sections. @param allowed whether a token may be found where it stands, which it is skipped
+   * otherwise
+   */
   divide(text: string, allowed: (token: AddedToken, start: number, end: number) => boolean): Section[] {
     const sections: Section[] = [];
     let done = 0;
@@ -178,7 +195,10 @@ export class TokenFinder {
     }
   }
 
-  /** Every place where a token stands, those that others overlap included, as spans that do not touch each other. */
+  /**
+   * Every place where a token stands, those that others overlap included, as spans that do not touch each
+   * other.
+   */
   spans(text: string): Span[] {
     const spans: [number, number][] = [];
     if (this.#root.next.size === 0) return spans;

@@ -1,3 +1,4 @@
+import { looksLikeMark, looksLikeName } from './added-tokens.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
 
@@ -13,7 +14,7 @@ export interface TokenizerFiles {
   chatTemplate?: string;
   /** special_tokens_map.json, kept for saving */
   specialTokensMap?: Record<string, unknown>;
-  /** What a user should know of how the tokenizer was read. */
+  /** What a user should know of how the model's files were read. */
   notices?: readonly string[];
 }
 
@@ -56,7 +57,10 @@ const preTokenizers: ReadonlyMap<string, PreTokenization> = new Map(
   }),
 );
 
-/** Tokens that end a turn or a text and that converters have stored as ordinary ones; llama.cpp mends these too. */
+/**
+ * Tokens that end a turn or a text and that converters have stored as ordinary ones; llama.cpp mends these
+ * too.
+ */
 const endTexts: ReadonlySet<string> = new Set([
   '<|eot_id|>',
   '<|eom_id|>',
@@ -76,16 +80,6 @@ const endTexts: ReadonlySet<string> = new Set([
   '[EOS]',
   '<｜end▁of▁sentence｜>',
 ]);
-
-/** Whether a text is written as only marks of turns are, such as `<|im_start|>`. */
-function looksLikeMark(text: string): boolean {
-  return /^<[|｜][^\s<>]{1,64}[|｜]>$/.test(text);
-}
-
-/** Whether a text can be the name of a token. A file may end texts with an ordinary one, such as a new line. */
-function looksLikeName(text: string): boolean {
-  return /^<[^\s<>]{1,64}>$|^\[[^\s[\]]{1,64}\]$/.test(text);
-}
 
 /** What begins and ends texts where the file does not say, as llama.cpp has it. */
 const sentencePieceDefaults = { bos: 1, eos: 2, unknown: 0 } as const;
@@ -163,8 +157,8 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
   const notices =
     model === 'gpt2' && !fields.has('pre')
       ? [
-          `${path} does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is read as gpt-2's, which few models ` +
-            'are, so that prompts may be other tokens than the model was trained on',
+          `${path} does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is read as gpt-2's, which few ` +
+            'models are, so that prompts may be other tokens than the model was trained on',
         ]
       : [];
   return {

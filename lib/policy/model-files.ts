@@ -23,8 +23,6 @@ export interface ModelFiles {
   /** Every file that was read, or that weights are read from. */
   files: string[];
   config: ModelConfig;
-  /** What a user should know of how the files were read. */
-  notices: string[];
   /** One source for every parameter of `parameterShapes(config)`. */
   sources: TensorSource[];
   tokenizer: TokenizerFiles;
@@ -83,7 +81,8 @@ async function openDirectory(directory: string): Promise<ModelFiles> {
     name.endsWith('.rotary_emb.inv_freq') || (config.tiedHead && name === 'lm_head.weight');
   const sources = matchSources(directory, config, located, (name) => name, ignorable);
   for (const { path } of sources) if (!files.includes(path)) files.push(path);
-  return { path: directory, files, config, notices, configJson, sources, tokenizer };
+  if (notices.length > 0) tokenizer.notices = [...(tokenizer.notices ?? []), ...notices];
+  return { path: directory, files, config, configJson, sources, tokenizer };
 }
 
 /**
@@ -135,8 +134,8 @@ export async function readTokenizerFiles(
 function templateOf(value: unknown): string | undefined {
   if (typeof value === 'string') return value;
   if (!Array.isArray(value)) return undefined;
-  const named = value as { name?: unknown; template?: unknown }[];
-  const chosen = named.find(({ name }) => name === 'default') ?? named[0];
+  const named = value as ({ name?: unknown; template?: unknown } | null)[];
+  const chosen = named.find((template) => template?.name === 'default') ?? named[0];
   return typeof chosen?.template === 'string' ? chosen.template : undefined;
 }
 
@@ -366,7 +365,7 @@ async function openGguf(path: string): Promise<ModelFiles> {
   }
   const sources = matchSources(path, config, located, ggufName, (name) => name === 'rope_freqs.weight');
   const files = parts.map((part) => part.path);
-  return { path, files, config, notices: [], sources, tokenizer: tokenizerFromGguf(file, config.vocabSize) };
+  return { path, files, config, sources, tokenizer: tokenizerFromGguf(file, config.vocabSize) };
 }
 
 async function ropeDivisors(

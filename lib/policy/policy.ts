@@ -81,6 +81,7 @@ export class Policy {
   /** The tokens that end a completion, which its text leaves out. */
   readonly #ends: ReadonlySet<number>;
   #hasTokenBytes = false;
+  #smallest: string | undefined;
   #tokensPrefilled = 0;
   #tokensReused = 0;
 
@@ -93,8 +94,6 @@ export class Policy {
     private readonly configJson: Record<string, unknown> | undefined,
     /** The files that it was loaded from; none for one that was created. */
     readonly files: readonly string[],
-    /** What a user should know of how its files were read. */
-    readonly notices: readonly string[],
   ) {
     this.model = placed.model;
     this.device = placed.device;
@@ -125,8 +124,8 @@ export class Policy {
     checkVocabulary(tokenizer, files.config, path);
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
-    const { config, configJson, notices } = files;
-    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files, notices);
+    const { config, configJson } = files;
+    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files);
     try {
       await cancellable('loading a model', options.signal, (cancel) =>
         policy.model.load(files.sources, cancel),
@@ -157,7 +156,7 @@ export class Policy {
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
     const own = structuredClone(config);
-    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, [], []);
+    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, []);
     try {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
@@ -333,12 +332,33 @@ export class Policy {
   /**
    * Clips the gradients to `maxGradNorm`, updates by AdamW (decoupled weight decay, arXiv:1711.05101) and zeroes the
    * gradients. Where their norm is not finite nothing is updated: `applied` is false.
+   * @throws MerfError INVALID_ARGUMENT, NON_FINITE where the update left weights that are not finite, as a learning rate
+   *   beyond reason does
    */
   async optimStep(options: OptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }> {
     this.#calls.check();
     this.#requireTrainable('optimStep');
     const resolved = resolveOptimizer(options);
-    return this.#calls.enqueue('optimStep', undefined, () => this.model.optimStep(resolved));
+    return this.#calls.enqueue('optimStep', undefined, async () => {
+      const result = await this.model.optimStep(resolved);
+      if (result.applied) await this.#checkUpdated(resolved.learningRate);
+      return result;
+    });
+  }
+
+  /** Looks at the smallest parameter that is trained: what drives weights beyond all numbers drives all of them there. */
+  async #checkUpdated(learningRate: number): Promise<void> {
+    this.#smallest ??= this.model
+      .parameters()
+      .filter(({ trained }) => trained)
+      .map(({ name, shape }) => ({ name, size: shape.reduce((product, n) => product * n, 1) }))
+      .reduce((a, b) => (b.size < a.size ? b : a)).name;
+    const values = await this.model.readTensor(this.#smallest, 'value');
+    if (values.every(Number.isFinite)) return;
+    throw new MerfError(
+      'NON_FINITE',
+      `The update left weights in ${this.#smallest} that are not finite: the learning rate ${learningRate} is too high`,
+    );
   }
 
   /** Throws away the gradients added so far. */
@@ -358,8 +378,9 @@ export class Policy {
 
   /**
    * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors, tokenizer, generation
-   * settings, chat template. Adapters are merged into the weights. Files are written beside the directory and renamed
-   * into place.
+   * settings, chat template. Norms and biases that bfloat16 lacks bits of are stored as float32, so that the policy
+   * computes the same when it is loaded again. Adapters are merged into the weights, where bfloat16 rounds what they
+   * add. Files are written beside the directory and renamed into place.
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
   async save(directory: string, options: SaveOptions = {}): Promise<void> {

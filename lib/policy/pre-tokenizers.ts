@@ -3,11 +3,11 @@ import { malformed, unsupported } from './files.js';
 import { compilePattern } from './text-limits.js';
 
 /**
- * Normalizers and pre-tokenizers of tokenizer.json, after the Rust library `tokenizers`. They are here because those of
- * @huggingface/tokenizers differ from it:
+ * Normalizers and pre-tokenizers of tokenizer.json, after the Rust library `tokenizers`. They are here
+ * because those of the JavaScript library of that name differ from it:
  * - `Digits` splits at ASCII digits alone, where the original means all of Unicode's numbers;
- * - `Split` knows neither `Contiguous` nor the two `Merged` behaviors, and drops the text between the matches of an
- *   inverted pattern;
+ * - `Split` knows neither `Contiguous` nor the two `Merged` behaviors, and drops the text between the matches
+ *   of an inverted pattern;
  * - `Punctuation` puts marks that follow each other into one piece, `Whitespace` knows ASCII words alone;
  * - `Metaspace` does not split at its replacement, and `Prepend` writes into an empty text;
  * - `StripAccents` takes all marks off, where the original takes those without a width;
@@ -16,7 +16,10 @@ import { compilePattern } from './text-limits.js';
  * - `Precompiled` and `BertNormalizer` only come near the original, so they are refused by name.
  */
 
-/** Where a text stands: at the start of all, after a token that is found in it, or after tokens that it goes on from. */
+/**
+ * Where a text stands: at the start of all, after a token that is found in it, or after tokens that it goes
+ * on from.
+ */
 export type Place = 'start' | 'section' | 'continued';
 
 /** Cuts pieces into those that merging works on alone. */
@@ -251,10 +254,13 @@ type Find = (text: string) => Stretch[];
 const never = /(?!)/gu;
 const whiteSpace = /\p{White_Space}/gu;
 const punctuation = /[\p{P}!-/:-@[-`{-~]/gu;
-const wordsOrMarks =
-  /[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]+|[^\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}\p{White_Space}]+/gu;
-const gpt2Words =
-  /'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\p{White_Space}\p{L}\p{N}]+|\p{White_Space}+(?!\P{White_Space})|\p{White_Space}+/gu;
+const wordCharacters = '\\p{Alphabetic}\\p{M}\\p{Nd}\\p{Pc}\\p{Join_Control}';
+const wordsOrMarks = new RegExp(`[${wordCharacters}]+|[^${wordCharacters}\\p{White_Space}]+`, 'gu');
+const gpt2Words = new RegExp(
+  "'s|'t|'re|'ve|'m|'ll|'d| ?\\p{L}+| ?\\p{N}+| ?[^\\p{White_Space}\\p{L}\\p{N}]+|" +
+    '\\p{White_Space}+(?!\\P{White_Space})|\\p{White_Space}+',
+  'gu',
+);
 
 function matchesOf(expression: RegExp): Find {
   return (text) => stretches(text, text.matchAll(expression));
@@ -314,7 +320,10 @@ function trimEnd(text: string): string {
   return text.slice(0, end);
 }
 
-/** GPT-2's alphabet, by which byte-level BPE writes the 256 bytes: printable ones as they are, others from U+0100 on. */
+/**
+ * GPT-2's alphabet, by which byte-level BPE writes the 256 bytes: printable ones as they are, others from
+ * U+0100 on.
+ */
 export const characterOfByte: readonly string[] = (() => {
   const characters: string[] = [];
   let next = 256;

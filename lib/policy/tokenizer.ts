@@ -4,6 +4,7 @@ import {
   type AddedToken,
   gatherAddedTokens,
   isTokenId,
+  looksLikeMark,
   maxTokenId,
   type Span,
   TokenFinder,
@@ -39,20 +40,24 @@ export type SystemMessages = 'move' | 'refuse';
 /** How a model's prompts are written. */
 export interface TokenizerOptions {
   /**
-   * Whether a special token's name in the messages of a prompt, or in a row's text, stays text (true, the default) or
-   * becomes the token, as in `transformers` by default. Those that the chat template itself writes are tokens always.
+   * Whether a special token's name in the messages of a prompt, or in a row's text, stays text (true, the
+   * default) or becomes the token, as in `transformers` by default. Those that the chat template itself
+   * writes are tokens always.
    */
   splitSpecialTokens?: boolean | undefined;
   /**
-   * What becomes of a system message where the chat template drops or refuses it: `move` (default) puts its words at
-   * the beginning of the user's, `refuse` fails.
+   * What becomes of a system message where the chat template drops or refuses it: `move` (default) puts its
+   * words at the beginning of the user's, `refuse` fails.
    */
   systemMessages?: SystemMessages | undefined;
 }
 
 /** Text to token ids and back, and the model's chat template. */
 export class Tokenizer {
-  /** Number of ids; every id is below it. A model's vocabulary may be larger (padded), or smaller by unused tokens. */
+  /**
+   * Number of ids; every id is below it. A model's vocabulary may be larger (padded), or smaller by unused
+   * tokens.
+   */
   readonly size: number;
   /** The least number of ids that a model needs a row for: those of the tokens that merging ends in. */
   readonly mergedSize: number;
@@ -62,7 +67,7 @@ export class Tokenizer {
   readonly padId: number | undefined;
   readonly splitSpecialTokens: boolean;
   readonly systemMessages: SystemMessages;
-  /** What a user should know of how these files were read. */
+  /** What a user should know of how the model's files were read. */
   readonly notices: readonly string[];
   readonly #model: BpeModel;
   readonly #steps: TextSteps;
@@ -74,6 +79,8 @@ export class Tokenizer {
   readonly #around: Around;
   readonly #pieces: (Uint8Array | undefined)[] = [];
   readonly #special = new Set<number>();
+  /** The special tokens, and others that mark turns. */
+  readonly #guarded = new Set<number>();
   readonly #template: ChatTemplate | undefined;
   readonly #stripsFirstSpace: boolean;
   readonly #bosText: string | undefined;
@@ -110,9 +117,6 @@ export class Tokenizer {
       added
         .filter((token) => !isRaw(token) && token.content !== '')
         .map((token) => [this.#steps.normalize(token.content, 'start'), token]),
-    );
-    this.#specialTexts = new TokenFinder(
-      added.filter(({ special }) => special).map((token) => [token.content, token]),
     );
     for (const { content, id, special } of added) {
       this.#idOfAdded.set(content, id);
@@ -159,9 +163,20 @@ export class Tokenizer {
       files.chatTemplate === undefined ? undefined : new ChatTemplate(files.chatTemplate, named);
     const ends = [...idList(files.generation?.eos_token_id), idOf(named.eos_token), this.#endOfTurn()];
     this.eosIds = [...new Set(ends.filter((id) => id !== undefined))].filter((id) => id < size);
+    // Files have marks of turns that are not called special: a text must not become one of these either.
+    const marks = added.filter(
+      ({ id, content, special }) =>
+        special ||
+        this.eosIds.includes(id) ||
+        (looksLikeMark(content) && (files.chatTemplate?.includes(content) ?? false)),
+    );
+    for (const { id } of marks) this.#guarded.add(id);
+    this.#specialTexts = new TokenFinder(marks.map((token) => [token.content, token]));
   }
 
-  /** The token that the chat template writes after an assistant's words, where it is one that is not merged. */
+  /**
+   * The token that the chat template writes after an assistant's words, where it is one that is not merged.
+   */
   #endOfTurn(): number | undefined {
     if (this.#template === undefined) return undefined;
     const reply = 'reply';
@@ -187,8 +202,8 @@ export class Tokenizer {
   }
 
   /**
-   * Whether the chat template writes the system message that a conversation begins with. Mistral's first templates
-   * drop it, Gemma's refuse it.
+   * Whether the chat template writes the system message that a conversation begins with. Mistral's first
+   * templates drop it, Gemma's refuse it.
    */
   get keepsSystemMessages(): boolean {
     this.#keepsSystem ??= this.#writesSystem();
@@ -206,7 +221,10 @@ export class Tokenizer {
     }
   }
 
-  /** @throws MerfError INVALID_ARGUMENT where `text` is not a string, UNSUPPORTED where its patterns take too long */
+  /**
+   * @throws MerfError INVALID_ARGUMENT where `text` is not a string, UNSUPPORTED where its patterns take too
+   *   long
+   */
   encode(text: string, options: EncodeOptions = {}): number[] {
     if (typeof text !== 'string') throw invalidArgument('text', 'a string', text);
     const ids = this.#encode(text, options, true);
@@ -239,20 +257,21 @@ export class Tokenizer {
 
   #sections(text: string, options: EncodeOptions, atStart: boolean): number[] {
     const { splitSpecialTokens = false, literal = [] } = options;
-    const allowed = ({ special }: AddedToken, start: number, end: number) =>
-      !special || !(splitSpecialTokens || literal.some((span) => start < span[1] && end > span[0]));
+    const allowed = ({ id }: AddedToken, start: number, end: number) =>
+      !this.#guarded.has(id) ||
+      !(splitSpecialTokens || literal.some((span) => start < span[1] && end > span[0]));
     const ids: number[] = [];
     for (const section of this.#inText.divide(text, allowed)) {
       if (section.token) ids.push(section.token.id);
       else {
         const place = section.start > 0 ? 'section' : atStart ? 'start' : 'continued';
-        const inside = ({ special, content }: AddedToken, nth: number, count: number) => {
-          if (!special) return true;
+        const inside = (token: AddedToken, nth: number, count: number) => {
+          if (!this.#guarded.has(token.id)) return true;
           // Its places in the text as it was are those in the text as it is now, in their order.
-          const places = [...placesOf(section.text, content)];
+          const places = [...placesOf(section.text, token.content)];
           const start = section.start + (places[nth] ?? 0);
           return places.length === count
-            ? allowed({ special } as AddedToken, start, start + content.length)
+            ? allowed(token, start, start + token.content.length)
             : !splitSpecialTokens && literal.length === 0;
         };
         this.#encodeSection(section.text, place, inside, ids);
@@ -334,7 +353,8 @@ export class Tokenizer {
   }
 
   /**
-   * All tokens' bytes after one another, with those that end a completion empty (they never match a stop string).
+   * All tokens' bytes after one another, with those that end a completion empty (they never match a stop
+   * string).
    * @param vocabSize entries wanted, [vocabSize + 1] offsets
    */
   byteTable(vocabSize: number): { bytes: Uint8Array; offsets: Int32Array } {
@@ -499,8 +519,8 @@ interface Around {
 }
 
 /**
- * What the post-processor puts around a single text, or where tokenizer_config.json says so by `add_bos_token` and
- * `add_eos_token` what these ask for, which win in `transformers`.
+ * What the post-processor puts around a single text, or where tokenizer_config.json says so by
+ * `add_bos_token` and `add_eos_token` what these ask for, which win in `transformers`.
  */
 function specialsAround(
   { tokenizer, config }: TokenizerFiles,

@@ -32,7 +32,8 @@ export class ChatTemplate {
   /**
    * @param source the Jinja text
    * @param tokens variables that templates expect, `bos_token` and `eos_token` among them
-   * @throws MerfError UNSUPPORTED where the text is not Jinja that @huggingface/jinja understands, or too long
+   * @throws MerfError UNSUPPORTED where the text is not Jinja that @huggingface/jinja understands, or too
+   *   long
    */
   constructor(
     readonly source: string,
@@ -48,8 +49,8 @@ export class ChatTemplate {
   }
 
   /**
-   * @throws MerfError INVALID_ARGUMENT where the template refuses the conversation, for instance its order of roles,
-   *   UNSUPPORTED where it computes more than templates may
+   * @throws MerfError INVALID_ARGUMENT where the template refuses the conversation, for instance its order of
+   *   roles, UNSUPPORTED where it computes more than templates may
    */
   render(messages: readonly ChatMessage[], options: ChatTemplateOptions = {}): string {
     checkMessages(messages);

@@ -9,7 +9,10 @@ interface Encoding {
   readonly literal?: readonly Span[];
 }
 
-/** What writing a prompt asks of a tokenizer. `Tokenizer` has it; one that lacks the optional parts has no special tokens. */
+/**
+ * What writing a prompt asks of a tokenizer. `Tokenizer` has it; one that lacks the optional parts has no
+ * special tokens.
+ */
 export interface PromptTokenizer {
   applyChatTemplate(messages: readonly ChatMessage[], options?: ChatTemplateOptions): string;
   encode(text: string, options?: Encoding): number[];
@@ -40,15 +43,16 @@ export interface EncodedPrompt {
 }
 
 /**
- * The ids of a prompt, which sampling, rollouts, supervised training and verification all get here: of a conversation,
- * what the chat template alone writes, up to where the assistant is to speak; of a text, what the tokenizer puts around
- * texts as well.
+ * The ids of a prompt, which sampling, rollouts, supervised training and verification all get here: of a
+ * conversation, what the chat template alone writes, up to where the assistant is to speak; of a text, what
+ * the tokenizer puts around texts as well.
  *
- * What a message says never becomes a special token unless the tokenizer allows it (`splitSpecialTokens`), so that a
- * row cannot end its turn and begin another. A system message that the template has no place for joins the user's.
+ * What a message says never becomes a special token unless the tokenizer allows it (`splitSpecialTokens`), so
+ * that a row cannot end its turn and begin another. A system message that the template has no place for joins
+ * the user's.
  *
- * @param origin `row`: a text that comes from data, which is treated as messages are; `caller` (default): a text that
- *   is taken as it stands
+ * @param origin `row`: a text that comes from data, which is treated as messages are; `caller` (default): a
+ *   text that is taken as it stands
  * @throws MerfError INVALID_ARGUMENT, UNSUPPORTED as the chat template and `placeSystemMessage` do
  */
 export function encodePrompt(
@@ -69,15 +73,19 @@ export function encodePrompt(
   return { text, tokens, ...(named.length > 0 && { named }) };
 }
 
-/** Two characters that Unicode gives no meaning, in which no text is written, and of which one may yet be in a file. */
+/**
+ * Two characters that Unicode gives no meaning, in which no text is written, and of which one may yet be in a
+ * file.
+ */
 const marks = Array.from({ length: 16 }, (_, i) => [0xfdd0 + 2 * i, 0xfdd1 + 2 * i]).map(
   (codes) => codes.map((code) => String.fromCharCode(code)) as [string, string],
 );
 
 /**
- * Has the chat template write messages. Names of special tokens are enclosed in marks while it does, and the marks
- * taken out of the text again: the template may trim, cut and move what messages say, and the names are still known
- * from the tokens that it writes itself. Messages without such names are written once and as they are.
+ * Has the chat template write messages. Names of special tokens are enclosed in marks while it does, and the
+ * marks taken out of the text again: the template may trim, cut and move what messages say, and the names are
+ * still known from the tokens that it writes itself. Messages without such names are written once and as they
+ * are.
  *
  * @throws MerfError UNSUPPORTED where the template does not leave the marks as they are
  */
@@ -96,7 +104,13 @@ export function renderChat(
     for (const name of namesIn(tokenizer, text)) named.add(name);
     return text;
   };
-  if (tokenizer.specialSpans) mapTexts([messages, tools], note);
+  if (tokenizer.specialSpans) {
+    try {
+      mapTexts([messages, tools], note);
+    } catch (cause) {
+      throw new MerfError('INVALID_ARGUMENT', 'The messages are nested too deeply to be read', { cause });
+    }
+  }
   if (named.size === 0 || tokenizer.splitSpecialTokens === false) {
     return { text: write(messages, tools), literal: [], named: [...named] };
   }
@@ -124,8 +138,8 @@ export function renderChat(
   if (escaped.some((form) => written.includes(form))) {
     throw new MerfError(
       'UNSUPPORTED',
-      `The chat template writes ${[...named].join(', ')} of a message in an escaped form, so that it cannot be kept ` +
-        'apart from the special token: take it out of the messages, or allow it (splitSpecialTokens: false)',
+      `The chat template writes ${[...named].join(', ')} of a message in an escaped form, so that it cannot be ` +
+        'kept apart from the special token: take it out of the messages, or allow it (splitSpecialTokens: false)',
     );
   }
   return { ...unmarked(written, open, close, named), named: [...named] };
@@ -165,8 +179,8 @@ function mapTexts(value: unknown, map: (text: string) => string): unknown {
 }
 
 /**
- * The messages as a template without a place for a system message takes them: its words are the first paragraph of the
- * user's. Others are given back as they are.
+ * The messages as a template without a place for a system message takes them: its words are the first
+ * paragraph of the user's. Others are given back as they are.
  * @throws MerfError UNSUPPORTED where the tokenizer's `systemMessages` is `refuse`
  */
 export function placeSystemMessage(
@@ -178,8 +192,8 @@ export function placeSystemMessage(
   if (tokenizer.systemMessages === 'refuse') {
     throw new MerfError(
       'UNSUPPORTED',
-      "The model's chat template has no place for a system message, which would be lost: give its words to the user, " +
-        'or have them moved there (systemMessages: "move")',
+      "The model's chat template has no place for a system message, which would be lost: give its words to the " +
+        'user, or have them moved there (systemMessages: "move")',
     );
   }
   const words = `${system.content ?? ''}`.trimEnd();

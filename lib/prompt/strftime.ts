@@ -19,9 +19,9 @@ const dayMilliseconds = 86_400_000;
 type Part = string | { number: number; width: number; fill: '0' | ' ' };
 
 /**
- * Writes a local date as Python's `datetime.strftime` does for a date without a time zone, in the C locale and with
- * the flags `-`, `_`, `0`, `^` and `#` of the GNU C library. Templates are written for Python, so names of days and
- * months are English whatever the locale of this process is.
+ * Writes a local date as Python's `datetime.strftime` does for a date without a time zone, in the C locale
+ * and with the flags `-`, `_`, `0`, `^` and `#` of the GNU C library. Templates are written for Python, so
+ * names of days and months are English whatever the locale of this process is.
  *
  * @throws Error naming the directive where there is no such one
  */

@@ -41,8 +41,8 @@ const { Environment, Interpreter, parse, tokenize } = jinja as unknown as {
 /** A template that would compute more than a chat needs. */
 export class TemplateLimitExceeded extends Error {}
 
-// A template is a file from outside, whose loops and texts could otherwise take all time and memory there is. A real
-// one has some 30,000 characters and takes some 1,000 operations a message.
+// A template is a file from outside, whose loops and texts could otherwise take all time and memory there is.
+// A real one has some 30,000 characters and takes some 1,000 operations a message.
 const maxSourceLength = 1 << 20;
 /** A longer run of white space would make the lexer's search for `generation` blocks quadratic. */
 const maxWhiteSpaceRun = 4096;
@@ -59,8 +59,8 @@ const workOfCharacter = 256;
 const sizeOfValue = 64;
 
 /**
- * Parses a template with the block settings that `transformers` uses. All line ends become `\n` first, as Jinja's lexer
- * makes them.
+ * Parses a template with the block settings that `transformers` uses. All line ends become `\n` first, as
+ * Jinja's lexer makes them.
  * @throws Error where the text is not Jinja
  */
 export function compileTemplate(source: string): Program {
@@ -70,7 +70,8 @@ export function compileTemplate(source: string): Program {
   if (new RegExp(`\\s{${maxWhiteSpaceRun}}`).test(source)) {
     throw new TemplateLimitExceeded(`it has ${maxWhiteSpaceRun} characters of white space in a row`);
   }
-  // The library would take the tags of a `generation` block out, and white space at both sides would become one.
+  // The library would take the tags of a `generation` block out, and white space at both sides would become
+  // one.
   const text = source
     .replace(/\r\n?/g, '\n')
     .replace(/\{%(-?)\s*generation\s*(-?)%\}/g, '{%$1 if true $2%}')
@@ -78,7 +79,10 @@ export function compileTemplate(source: string): Program {
   return parse(tokenize(text, { lstrip_blocks: true, trim_blocks: true }));
 }
 
-/** @throws Error where the template fails, TemplateLimitExceeded where it goes on for too long or writes too much */
+/**
+ * @throws Error where the template fails, TemplateLimitExceeded where it goes on for too long or writes too
+ *   much
+ */
 export function renderTemplate(program: Program, variables: Readonly<Record<string, unknown>>): string {
   const given = Object.entries(variables);
   const environment = new Environment();
@@ -178,7 +182,10 @@ class LimitedInterpreter extends Interpreter {
     return weight;
   }
 
-  /** The filters `indent` and `tojson` repeat spaces as often as their arguments say, before anything can be counted. */
+  /**
+   * The filters `indent` and `tojson` repeat spaces as often as their arguments say, before anything can be
+   * counted.
+   */
   #checkIndent(filter: Node | undefined, environment: Environment): void {
     const name = filter?.callee?.value;
     if (name !== 'indent' && name !== 'tojson') return;

@@ -5,6 +5,7 @@ import { fileURLToPath, pathToFileURL } from 'node:url';
 import type { Piscina } from 'piscina';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { ParsedCompletion } from './completion.js';
+import { announceLateFailure } from './guard.js';
 import type { VerifierContext } from './spec.js';
 import type { Job } from './worker-thread.js';
 
@@ -153,7 +154,7 @@ async function startPool(
   const { Piscina } = await import('piscina');
   const own = locate(new URL('./worker-thread.js', import.meta.url));
   const isTypeScript = [own, module].some((url) => /\.m?ts$/.test(url.pathname));
-  return new Piscina({
+  const pool = new Piscina<Job, string | number>({
     filename: fileURLToPath(own),
     name: 'runJob',
     minThreads: 0,
@@ -161,6 +162,9 @@ async function startPool(
     idleTimeout: idleSeconds * 1000,
     execArgv: isTypeScript ? ['--import', typeScriptLoader()] : [],
   });
+  // A thread that fails between two verifications is replaced; without a listener the whole process would end.
+  pool.on('error', announceLateFailure);
+  return pool;
 }
 
 /**

@@ -9,7 +9,10 @@ export interface RenderedPrompt {
   /** The prompt as the model sees it. */
   readonly text: string;
   readonly tokens: readonly number[];
-  /** The special tokens that the row's words name, which stay text unless the tokenizer allows them; absent where there are none. */
+  /**
+   * The special tokens that the row's words name, which stay text unless the tokenizer allows them; absent
+   * where there are none.
+   */
   readonly named?: readonly string[];
 }
 

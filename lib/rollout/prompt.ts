@@ -9,8 +9,8 @@ import type { RenderedPrompt } from './episode.js';
 export type RolloutTokenizer = PromptTokenizer & Pick<Tokenizer, 'decode' | 'eosIds'>;
 
 /**
- * The prompt of a row, which `encodePrompt` writes: of a conversation by the chat template, which opens the assistant's
- * turn; of a text as it stands.
+ * The prompt of a row, which `encodePrompt` writes: of a conversation by the chat template, which opens the
+ * assistant's turn; of a text as it stands.
  * @param origin whether a text stands in a row of data, or was made by who calls (default)
  */
 export function renderPrompt(
@@ -32,9 +32,9 @@ export interface RenderedCompletion {
 }
 
 /**
- * The tokens of a given completion after its prompt. A tag that the prompt has opened at its end (`<think>`) is not
- * opened again, an end token that the completion brings is not written twice, no dummy prefix stands between the two,
- * and the names of special tokens stay text as in prompts.
+ * The tokens of a given completion after its prompt. A tag that the prompt has opened at its end (`<think>`)
+ * is not opened again, an end token that the completion brings is not written twice, no dummy prefix stands
+ * between the two, and the names of special tokens stay text as in prompts.
  *
  * @param end the token that ends a completion which brings none
  */
@@ -81,8 +81,8 @@ interface PromptTask<Row> {
 /**
  * Compares a row's prompts with and without the words of each view, before any work is done.
  * @returns what the user should know of how prompts are written
- * @throws MerfError UNSUPPORTED where the chat template drops the words of a view, or a system message has no place and
- *   may not be moved
+ * @throws MerfError UNSUPPORTED where the chat template drops the words of a view, or a system message has no
+ *   place and may not be moved
  */
 export function checkPrompts<Row>(
   tokenizer: RolloutTokenizer,
@@ -102,8 +102,8 @@ export function checkPrompts<Row>(
     if (shown.said !== none.said && shown.tokens === none.tokens) {
       throw new MerfError(
         'UNSUPPORTED',
-        `The chat template drops the words of the motivation ${formatMotivation(view)}: prompts with and without them ` +
-          'are the same',
+        `The chat template drops the words of the motivation ${formatMotivation(view)}: prompts with and without ` +
+          'them are the same',
       );
     }
     const first = typeof shown.prompt === 'string' ? undefined : shown.prompt[0];
@@ -113,8 +113,8 @@ export function checkPrompts<Row>(
 }
 
 export const movedNotice =
-  "The model's chat template has no place for a system message: its words, the motivation among them, stand at the " +
-  "beginning of the user's";
+  "The model's chat template has no place for a system message: its words, the motivation among them, stand at " +
+  "the beginning of the user's";
 
 // A text that no template changes and no message holds.
 const marker = 'merf:the-assistant-spoke-here';

@@ -90,7 +90,7 @@ async function* jsonFields(file: string): AsyncGenerator<UnreadRow[]> {
 async function* parquetFields(file: string): AsyncGenerator<UnreadRow[]> {
   let count = 0;
   for await (const rows of readParquet(file)) {
-    yield rows.map((fields) => ({ where: `${file}, row ${++count}`, fields: () => fields }));
+    yield rows.map((fields) => ({ where: `${file}, row ${++count}`, fields: () => shallow(fields) }));
   }
 }
 
@@ -105,10 +105,7 @@ function parseLine(text: string | undefined): Fields {
   if (typeof value !== 'object' || value === null || Array.isArray(value)) {
     throw new Error(`Expected a JSON object but found ${describeValue(value)}`);
   }
-  if (isDeeperThan(value, deepest)) {
-    throw new Error(`Expected lists and objects at most ${deepest} deep in each other but found deeper ones`);
-  }
-  return value as Fields;
+  return shallow(value as Fields);
 }
 
 const longNumber = /\d{16}/;
@@ -124,8 +121,13 @@ function withLongIntegersAsText(json: string): string {
 // What compares, copies and writes rows goes into them by recursion, whose depth has to end before the stack does.
 const deepest = 256;
 
+function shallow(fields: Fields): Fields {
+  if (!isDeeperThan(fields, deepest)) return fields;
+  throw new Error(`Expected lists and objects at most ${deepest} deep in each other but found deeper ones`);
+}
+
 function isDeeperThan(value: unknown, depth: number): boolean {
-  if (typeof value !== 'object' || value === null) return false;
+  if (typeof value !== 'object' || value === null || ArrayBuffer.isView(value)) return false;
   if (depth === 0) return true;
   for (const inner of Object.values(value)) if (isDeeperThan(inner, depth - 1)) return true;
   return false;

@@ -16,11 +16,11 @@ import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
 import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
 import { findOverlong } from './overlong-rows.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
-import { skippedNotice, update } from './update.js';
+import { smallnessNotice, update, updateNotice } from './update.js';
 
 export interface SupervisedTrainerOptions<Row> extends SftOptions {
   policy: TrainablePolicy;
@@ -33,6 +33,10 @@ export interface SupervisedTrainerOptions<Row> extends SftOptions {
   evaluationRows?: readonly Row[];
   out: string;
   resume?: boolean;
+  /**
+   * With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed.
+   */
+  checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   launch?: Record<string, unknown>;
 }
@@ -67,8 +71,19 @@ export class SupervisedTrainer<Row = unknown> {
 
   /** @throws MerfError INVALID_CONFIG, INVALID_ARGUMENT, UNSUPPORTED for a task that cannot demonstrate */
   constructor(options: SupervisedTrainerOptions<Row>) {
-    const { policy, examples, task, rows, evaluationRows, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      examples,
+      task,
+      rows,
+      evaluationRows,
+      out,
+      resume,
+      checkpoint,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(sftSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     if (parsed.evaluateEvery > 0 && task === undefined) {
@@ -95,12 +110,12 @@ export class SupervisedTrainer<Row = unknown> {
 
   /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, onEvent, launch } = this.#options;
+    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
     const settings = this.settings;
     const told = { onEvent, signal: options.signal };
     const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
-    const { examples, all } = await this.#examples();
-    for (const message of await this.#promptNotices()) onEvent?.({ type: 'notice', message });
+    const { examples, all, row } = await this.#examples();
+    for (const message of this.#promptNotices(row)) onEvent?.({ type: 'notice', message });
     if (all) {
       await findOverlong(all.examples, {
         what: 'examples',
@@ -123,6 +138,7 @@ export class SupervisedTrainer<Row = unknown> {
       policy,
       out,
       resume: resume ?? false,
+      ...(checkpoint !== undefined && { checkpoint }),
       settings,
       matters: keysThatMatter(sftSchema),
       defaults: defaultsOf(sftSchema),
@@ -133,9 +149,11 @@ export class SupervisedTrainer<Row = unknown> {
         evaluate: (step, signal) =>
           evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       }),
-      step: (step, position, signal) => this.#step(examples, step, position, signal),
+      step: (...of) => this.#step(examples, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -145,10 +163,14 @@ export class SupervisedTrainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  /** The examples by position, and all that there may be where there is an end of them. */
+  /**
+   * The examples by position, all that there may be where there is an end of them, and a row that is
+   * demonstrated.
+   */
   async #examples(): Promise<{
     examples: RowSource<Example>;
     all?: { count: number; examples: Iterable<Example> };
+    row?: Row;
   }> {
     const { examples, task, rows: given } = this.#options;
     const { seed, motivation } = this.settings;
@@ -181,6 +203,7 @@ export class SupervisedTrainer<Row = unknown> {
     }
     return {
       examples: { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) },
+      row: rows.at(0),
       ...(size !== undefined && { all: { count: size * views.length, examples: ofEachRow(size) } }),
     };
   }
@@ -213,72 +236,63 @@ export class SupervisedTrainer<Row = unknown> {
     const bound = this.#bounds.of(prompt);
     if (bound + Buffer.byteLength(example.completion) < contextLength) return undefined;
     if (bound === Number.POSITIVE_INFINITY) this.#bounds.note(prompt, renderPrompt(tokenizer, prompt).text);
-    try {
-      this.#branch(example);
-      return undefined;
-    } catch (error) {
-      if (!isOverlong(error)) throw error;
-    }
-    return renderPrompt(tokenizer, prompt).tokens.length + tokenizer.encode(example.completion).length + 1;
+    const { promptTokens, tokens } = this.#encoded(example);
+    const length = promptTokens.length + tokens.length;
+    return length > contextLength ? length : undefined;
   }
 
-  /** What the user should know of how the prompts are written. */
-  async #promptNotices(): Promise<string[]> {
-    const { policy, examples, task, rows } = this.#options;
-    const { tokenizer } = policy;
-    if (examples) return exampleNotices(tokenizer, examples);
-    const demonstrated = task as Task<Row>;
-    const row = rows
-      ? rows[0]
-      : (await demonstrated.rows({ split: 'train', seed: this.settings.seed })).at(0);
+  /**
+   * What the user should know of how the prompts are written.
+   * @param row one that the task demonstrates, where there are no examples
+   */
+  #promptNotices(row: Row | undefined): string[] {
+    const { policy, examples, task } = this.#options;
+    if (examples) return exampleNotices(policy.tokenizer, examples);
     const views = this.settings.motivation.map(parseMotivationView);
-    return row === undefined ? [] : checkPrompts(tokenizer, demonstrated, row, views);
+    return checkPrompts(policy.tokenizer, task as Task<Row>, row as Row, views);
   }
 
-  async #step(examples: RowSource<Example>, step: number, position: number, signal?: AbortSignal) {
+  async #step(
+    examples: RowSource<Example>,
+    step: number,
+    position: number,
+    signal: AbortSignal,
+    progress: StepProgress,
+  ) {
     const { policy, onEvent } = this.#options;
     const s = this.settings;
     const started = performance.now();
-    let updated = false;
-    try {
-      onEvent?.({ type: 'phase', phase: 'training', step });
-      const { branches, position: next } = this.#branches(examples, position);
-      const forest = forestOf(branches);
-      const loss = { type: 'cross_entropy' as const };
-      const result = await update(policy, forest, loss, s, {
-        step,
-        signal,
-        beforeUpdate: () => {
-          updated = true;
-        },
-      });
-      const { stats, gradientNorm, learningRate, skipped } = result;
-      if (skipped) onEvent?.({ type: 'notice', message: skippedNotice(step, skipped) });
-      const seconds = (performance.now() - started) / 1000;
-      const metrics: Omit<SftMetrics, 'step'> = {
-        loss: stats?.loss ?? null,
-        gradientNorm: skipped ? null : gradientNorm,
-        learningRate,
-        updates: skipped ? 0 : 1,
-        skippedUpdates: skipped ? 1 : 0,
-        tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
-        trainingTokensPerSecond: countTokens(forest) / seconds,
-        seconds,
-      };
-      return { metrics: { ...metrics }, position: next };
-    } catch (error) {
-      throw new StepFailed(error, updated);
-    }
+    onEvent?.({ type: 'phase', phase: 'training', step });
+    const { branches, position: next } = this.#branches(examples, position);
+    const forest = forestOf(branches);
+    const loss = { type: 'cross_entropy' as const };
+    const result = await update(policy, forest, loss, s, {
+      step,
+      signal,
+      beforeUpdate: () => {
+        progress.updated = true;
+      },
+    });
+    const { stats, gradientNorm, learningRate, skipped } = result;
+    const message = updateNotice(step, result);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
+    const seconds = (performance.now() - started) / 1000;
+    const metrics: Omit<SftMetrics, 'step'> = {
+      loss: stats?.loss ?? null,
+      gradientNorm: skipped ? null : gradientNorm,
+      learningRate,
+      updates: skipped ? 0 : 1,
+      skippedUpdates: skipped ? 1 : 0,
+      tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
+      trainingTokensPerSecond: countTokens(forest) / seconds,
+      seconds,
+    };
+    return { metrics: { ...metrics }, position: next };
   }
 
   #branch(example: Example): Branch {
-    const { tokenizer, contextLength } = this.#options.policy;
-    const said = 'messages' in example ? example.messages : example.prompt;
-    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
-    const promptTokens = prompt.tokens;
-    this.#end ??= endOfTurn(tokenizer);
-    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
-    if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    const { contextLength } = this.#options.policy;
+    const { promptTokens, tokens } = this.#encoded(example);
     const length = promptTokens.length + tokens.length;
     if (length > contextLength) {
       throw new MerfError(
@@ -288,6 +302,16 @@ export class SupervisedTrainer<Row = unknown> {
       );
     }
     return { promptTokens, completions: [{ tokens, train: {} }] };
+  }
+
+  #encoded(example: Example): { promptTokens: readonly number[]; tokens: readonly number[] } {
+    const { tokenizer } = this.#options.policy;
+    const said = 'messages' in example ? example.messages : example.prompt;
+    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
+    if (prompt.tokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    this.#end ??= endOfTurn(tokenizer);
+    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
+    return { promptTokens: prompt.tokens, tokens };
   }
 }
 
@@ -311,7 +335,8 @@ function exampleNotices(tokenizer: RolloutTokenizer, examples: readonly Example[
         ? 'which become tokens there'
         : 'which stay text (splitSpecialTokens: false makes them tokens)';
     notices.push(
-      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ${[...names].join(', ')}`,
+      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ` +
+        [...names].join(', '),
     );
   }
   return notices;

@@ -36,11 +36,11 @@ import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
-import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, readSavedRun, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
 import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
-import { skippedNotice, type UpdateResult, update } from './update.js';
+import { smallnessNotice, type UpdateResult, update, updateNotice } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
 export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
@@ -77,6 +77,8 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
+  /** With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed. */
+  checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   /** Kept in run.json, for those who start the run again. */
   launch?: Record<string, unknown>;
@@ -185,6 +187,7 @@ export class Trainer<Row = unknown> {
       reference,
       out,
       resume,
+      checkpoint,
       onEvent,
       launch,
       ...settings
@@ -239,7 +242,7 @@ export class Trainer<Row = unknown> {
    *   checkpoint to go on from, and what the policy throws
    */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, onEvent, launch } = this.#options;
+    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
     const settings = this.settings;
     // A resumed run keeps what it kept before, however much memory is free by now.
     settings.keepActivations ??= resume
@@ -269,7 +272,7 @@ export class Trainer<Row = unknown> {
     const hint = this.#hint;
     const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
-    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), this.#views)) {
+    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), views)) {
       this.#emit({ type: 'notice', message });
     }
     this.#adaptive = this.#newAdaptive();
@@ -279,6 +282,7 @@ export class Trainer<Row = unknown> {
       policy,
       out,
       resume: resume ?? false,
+      ...(checkpoint !== undefined && { checkpoint }),
       settings,
       matters: keysThatMatter(grpoSchema),
       defaults: defaultsOf(grpoSchema),
@@ -306,9 +310,11 @@ export class Trainer<Row = unknown> {
       ...(state && { state }),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(course, step, position, signal),
+      step: (...of) => this.#step(course, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) this.#emit({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -330,56 +336,57 @@ export class Trainer<Row = unknown> {
     );
   }
 
-  async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
-    let updated = false;
-    try {
-      const clock = new Stopwatch();
-      const mix = this.#mixAt(step);
-      this.#emit({ type: 'phase', phase: 'rollout', step });
-      const { stage, position: first } = course.at(step, position);
-      const drawn = await stage.source.draw(step, first, mix, signal);
-      const { groups, times } = drawn;
-      clock.lap();
+  async #step(
+    course: Course<Row>,
+    step: number,
+    position: number,
+    signal: AbortSignal,
+    progress: StepProgress,
+  ) {
+    const clock = new Stopwatch();
+    const mix = this.#mixAt(step);
+    this.#emit({ type: 'phase', phase: 'rollout', step });
+    const { stage, position: first } = course.at(step, position);
+    const drawn = await stage.source.draw(step, first, mix, signal);
+    const { groups, times } = drawn;
+    clock.lap();
 
-      const lesson = await course.lesson(step, stage, drawn);
-      const { advantages, replayed } = lesson;
-      const learnUnder = stageAt(this.#learnUnder, step - 1);
-      const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
-        updated = true;
-      });
-      const trainingSeconds = clock.lap();
+    const lesson = await course.lesson(step, stage, drawn);
+    const { advantages, replayed } = lesson;
+    const learnUnder = stageAt(this.#learnUnder, step - 1);
+    const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
+      progress.updated = true;
+    });
+    const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
-      const under = formatLearnUnder(learnUnder);
-      const metrics: Omit<GrpoMetrics, 'step'> = {
-        ...(stage.name !== '' && { curriculum: stage.name }),
-        motivation: formatMotivation(mix),
-        ...(under !== 'same' && { learnUnder: under }),
-        ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
-        ...this.#rewardMetrics(stage, groups, lesson.compared),
-        ...(this.settings.dynamicSampling > 1 && {
-          rollouts: drawn.rollouts,
-          rowsDrawn: groups.length,
-          filledGroups: advantages.filter(isWithoutSignal).length,
-        }),
-        ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
-        ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
-        ...tally.summary(),
-        ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
-        trainingTokensPerSecond: tally.tokens / trainingSeconds,
-        seconds: clock.total(),
-        rolloutSeconds: times.rollout,
-        judgingSeconds: times.judging,
-        trainingSeconds,
-      };
-      course.note(step, stage, drawn, lesson);
-      this.#learnMotivation(step, groups);
-      return { metrics: { ...metrics }, position: position + drawn.position - first };
-    } catch (error) {
-      throw new StepFailed(error, updated);
-    }
+    this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
+    const under = formatLearnUnder(learnUnder);
+    const metrics: Omit<GrpoMetrics, 'step'> = {
+      ...(stage.name !== '' && { curriculum: stage.name }),
+      motivation: formatMotivation(mix),
+      ...(under !== 'same' && { learnUnder: under }),
+      ...(gap && { promptGap: gap }),
+      ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+      ...this.#rewardMetrics(stage, groups, lesson.compared),
+      ...(this.settings.dynamicSampling > 1 && {
+        rollouts: drawn.rollouts,
+        rowsDrawn: groups.length,
+        filledGroups: advantages.filter(isWithoutSignal).length,
+      }),
+      ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
+      ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
+      ...tally.summary(),
+      ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
+      rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
+      trainingTokensPerSecond: tally.tokens / trainingSeconds,
+      seconds: clock.total(),
+      rolloutSeconds: times.rollout,
+      judgingSeconds: times.judging,
+      trainingSeconds,
+    };
+    course.note(step, stage, drawn, lesson);
+    this.#learnMotivation(step, groups);
+    return { metrics: { ...metrics }, position: position + drawn.position - first };
   }
 
   #mixAt(step: number): MotivationMix {
@@ -429,8 +436,9 @@ export class Trainer<Row = unknown> {
         );
         const loss = { ...this.#loss(), normalizer: lesson.normalizer };
         const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
-        if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
-        else if (pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
+        const message = updateNotice(step, result);
+        if (message !== undefined) this.#emit({ type: 'notice', message });
+        if (!result.skipped && pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
         tally.add(countTokens(lesson.forest), result);
       }
     }

@@ -105,10 +105,10 @@ Recorder& Model::recorder() {
   return *recorder_;
 }
 
-void Model::prepare() {
+void Model::prepare(const Cancel* cancel) {
   if (!stale_) return;
   arena_.reset();
-  parameters_.refresh();
+  parameters_.refresh(cancel);
   stale_ = false;
 }
 
@@ -155,7 +155,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
       parameters_.write(*named, value, data, begin, elements);
     });
   }
-  prepare();
+  prepare(&cancel);
 }
 
 void Model::initialize(uint64_t seed, float standard_deviation) {
@@ -356,14 +356,14 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 }
 
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
-  prepare();
+  prepare(&cancel);
   const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
   return within_memory(tokens, false, activation_bytes(tokens, SavedLayers::none),
                        [&] { return compute_logits(batch, cancel); });
 }
 
 Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel, float temperature) {
-  prepare();
+  prepare(&cancel);
   const Batch batch = without_idle_tokens(given);
   const std::vector<MicroBatch> micro_batches = make_micro_batches(batch.visible_until, max_tokens, {});
   return within_memory(tokens_at_once(micro_batches), false, ScorePass::bytes(*this, micro_batches), [&] {
@@ -400,7 +400,7 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, in
 
 LossResult Model::compute_gradients(const Batch& given, const BatchLoss& loss, int64_t max_tokens,
                                     const Cancel& cancel) {
-  prepare();
+  prepare(&cancel);
   const Batch batch = without_idle_tokens(given);
   std::vector<bool> joined;
   if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);

@@ -36,13 +36,9 @@ Scheduler::Scheduler(Session& session, const TokenBytes& token_bytes, const Samp
 
 SampleResult Scheduler::run() {
   session_.begin();
-  model_.prepare();
-  arena_.reset();
-  find_prompts();
-  make_buffers();
-  make_activation_cache();
+  const bool ready = set_up();
   const auto prefill_start = Clock::now();
-  const bool prefilled = prefill();
+  const bool prefilled = ready && prefill();
   release_unused_segments();
   result_.prefill_seconds = seconds_since(prefill_start);
   const auto decode_start = Clock::now();
@@ -52,6 +48,22 @@ SampleResult Scheduler::run() {
   model_.set_activation_cache(std::move(activation_cache_));
   collect();
   return std::move(result_);
+}
+
+bool Scheduler::set_up() {
+  try {
+    model_.prepare(&cancel_);
+  } catch (const Error& error) {
+    if (error.code != "ABORTED") throw;
+    return false;
+  }
+  arena_.reset();
+  find_prompts();
+  if (cancel_.requested()) return false;
+  make_buffers();
+  if (cancel_.requested()) return false;
+  make_activation_cache();
+  return true;
 }
 
 void Scheduler::make_sequences() {
@@ -70,11 +82,6 @@ void Scheduler::make_sequences() {
       sequence.segment = tree_.prompt_segments[p];
       sequence.prompt_tokens = prompt_tokens;
       sequence.max_tokens = static_cast<int32_t>(std::min<int64_t>(request_.max_tokens[p], room));
-      const size_t reserved = static_cast<size_t>(std::min(sequence.max_tokens, 4096));
-      sequence.tokens.reserve(reserved);
-      sequence.logprobs.reserve(reserved);
-      sequence.sampling_logprobs.reserve(reserved);
-      sequence.entropies.reserve(reserved);
       sequences_.push_back(std::move(sequence));
     }
   }

@@ -80,6 +80,8 @@ class Scheduler {
   };
 
   // ---- scheduler.cc
+  // Whether everything that sampling needs is there: not where the call was cancelled.
+  bool set_up();
   void make_sequences();
   void find_prompts();
   void make_buffers();

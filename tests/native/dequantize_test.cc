@@ -132,7 +132,7 @@ TEST_CASE("encodings of model files are decoded to the bit") {
     uint64_t hash = 1469598103934665603u;
     for (const float value : values) hash = (hash ^ std::bit_cast<uint32_t>(value)) * 1099511628211u;
     CHECK(hash == expected.hash);
-    // A mapped file gives no alignment.
+    // A file gives no alignment.
     std::vector<uint8_t> shifted(source.size() + 1);
     std::copy(source.begin(), source.end(), shifted.begin() + 1);
     std::vector<float> again(512);

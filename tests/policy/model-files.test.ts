@@ -208,7 +208,7 @@ describe('a Hugging Face directory', () => {
       try {
         if (save !== undefined) await policy.save(save);
         const { tiedHead } = policy.config;
-        return { values: await policy.logits([3, 40, 50]), tiedHead, notices: policy.notices };
+        return { values: await policy.logits([3, 40, 50]), tiedHead, notices: policy.tokenizer.notices };
       } finally {
         policy.dispose();
       }
@@ -226,7 +226,7 @@ describe('a Hugging Face directory', () => {
       expect(JSON.parse(readFileSync(join(saved, 'config.json'), 'utf8'))).toMatchObject({
         tie_word_embeddings: false,
       });
-      expect((await openModel(saved)).notices).toEqual([]);
+      expect((await openModel(saved)).tokenizer.notices ?? []).toEqual([]);
     });
 
     test('ties a head that equals the embedding, and takes one of the two for both', async () => {
@@ -320,6 +320,15 @@ describe('a Hugging Face directory', () => {
       }
     }
   });
+
+  test.each([[[null]], [[]], [['x']], [[{ name: 'default' }]], [7], [{}]])(
+    'without a chat template, where tokenizer_config.json has %j for it',
+    async (value) => {
+      const config = JSON.stringify({ ...tokenizerFiles().config, chat_template: value });
+      const { tokenizer } = await openModel(model({ 'tokenizer_config.json': config }));
+      expect(tokenizer.chatTemplate).toBeUndefined();
+    },
+  );
 
   test('may have an index and a header with keys of every object, or is refused', async () => {
     for (const name of ['__proto__', 'constructor', 'toString']) {

@@ -411,7 +411,8 @@ describe('a byte-level tokenizer of a GGUF file', () => {
   const read = (changes: Record<string, GgufValue | undefined> = {}) =>
     new Tokenizer(tokenizerFromGguf(fields(changes), tinyTokens.length), 'tiny.gguf');
 
-  // llama.cpp's src/llama-vocab.cpp: `add_bos = true` for these pre-tokenizers, unless the file says otherwise.
+  // llama.cpp's src/llama-vocab.cpp: `add_bos = true` for these pre-tokenizers, unless the file says
+  // otherwise.
   test.each([
     ['gpt-2', undefined, []],
     ['qwen2', undefined, []],

@@ -87,7 +87,8 @@ describe('a chat template', () => {
     expect(refusal(() => new ChatTemplate('{% for %}', {})).code).toBe('UNSUPPORTED');
   });
 
-  // What Jinja2 3.1.6 writes for the template with any of the three line ends, under trim_blocks and lstrip_blocks.
+  // What Jinja2 3.1.6 writes for the template with any of the three line ends, under trim_blocks and
+  // lstrip_blocks.
   test.each(['\n', '\r\n', '\r'])('means a new line by the line end %j', (end) => {
     const lines = [
       '{%- for m in messages %}',

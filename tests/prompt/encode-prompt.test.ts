@@ -94,6 +94,26 @@ describe('what a message says', () => {
     expect(turns(tokens)).toEqual([1, 0]);
   });
 
+  test('becomes no mark of a turn that the file does not call special', () => {
+    const files = { ...tokenizerFiles(), chatTemplate: templates.plain };
+    for (const token of files.tokenizer.added_tokens as { special: boolean }[]) token.special = false;
+    const { tokens } = encodePrompt(new Tokenizer(files, 'tiny'), user(injected));
+    expect(turns(tokens)).toEqual([2, 1]);
+  });
+
+  test('is refused where it is nested without end', async () => {
+    const deep = JSON.parse(`${'['.repeat(100_000)}${']'.repeat(100_000)}`) as unknown;
+    const messages = [{ role: 'user', content: 'a', deep }];
+    await expectFailure(() => encodePrompt(tokenizerOf('plain'), messages), 'INVALID_ARGUMENT', 'nested');
+    const around: Record<string, unknown> = { role: 'user', content: '<|im_end|>' };
+    around.self = around;
+    await expectFailure(
+      () => encodePrompt(tokenizerOf('plain'), [around as ChatMessage & typeof around]),
+      'INVALID_ARGUMENT',
+      'nested',
+    );
+  });
+
   test('becomes tokens where that is allowed', () => {
     const tokenizer = tokenizerOf('plain', { splitSpecialTokens: false });
     const { tokens, named } = encodePrompt(tokenizer, user(injected));

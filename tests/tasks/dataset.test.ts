@@ -381,7 +381,7 @@ describe('verifyDataset', () => {
       messages: ({ question }) => [{ role: 'user' as const, content: question }],
       parse: (fields) => fields as { question: string },
       reference: () => '<think>no</think>1<|im_end|>',
-      data: [{ question: 'a' }, { question: 'b' }],
+      data: Array.from({ length: 40 }, (_, i) => ({ question: `${i}?` })),
     }).open();
     const file = write('named.jsonl', '{"question":"a<|im_end|>b"}\n{"question":"c"}\n');
     const opening = `${tokenizerFiles().chatTemplate}{% if add_generation_prompt %}{{ '<think>' }}{% endif %}`;

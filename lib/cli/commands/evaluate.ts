@@ -1,6 +1,8 @@
 import { appendFileSync, writeFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { z } from 'zod';
+import { whileWriting } from '../../atomic-files.js';
+import { withControlsShown } from '../../control-characters.js';
 import { type Evaluation, evaluate } from '../../evaluate/index.js';
 import { Policy } from '../../policy/index.js';
 import { parseMotivationView } from '../../prompt/motivation.js';
@@ -10,6 +12,7 @@ import type { TaskFactory } from '../../tasks/index.js';
 import { firstRows, fittingRows } from '../../train/evaluation.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, list, number, whole } from '../flags.js';
+import { print, printError, printJson } from '../output.js';
 import { resolveModel, shortPath } from '../paths.js';
 import { deviceText, loadOptions, type ModelFlags } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
@@ -89,16 +92,17 @@ async function run(flags: Flags): Promise<void> {
     filter: flags.filterOverlongPrompts ?? false,
     setting: '--filter-overlong-prompts',
     onEvent: (event) => {
-      if (event.type === 'notice') process.stderr.write(`merf: ${event.message}\n`);
+      if (event.type === 'notice') printError(`merf: ${event.message}\n`);
     },
   });
-  if (flags.out !== undefined) writeFileSync(flags.out, '');
+  const { out } = flags;
+  if (out !== undefined) whileWriting(out, () => writeFileSync(out, ''));
   const limits = limitsOf(parseSettings(z.object(limitSettings('Evaluation', false)), flags, 'the flags'));
   const results: Evaluation[] = [];
   const told = new Set<string>();
   if (!flags.json) {
     const where = deviceText(policy);
-    process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
+    print(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
   }
   for (const [i, motivation] of motivations.entries()) {
     const result = await evaluate(policy, task, rows, {
@@ -113,14 +117,15 @@ async function run(flags: Flags): Promise<void> {
       seed: flags.seed,
       // Each view of the motivation would tell the same.
       onNotice: (message) => {
-        if (!told.has(message)) process.stderr.write(`merf: ${message}\n`);
+        if (!told.has(message)) printError(`merf: ${message}\n`);
         told.add(message);
       },
       onProgress: (done, all) => {
-        if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
+        if (process.stderr.isTTY)
+          process.stderr.write(`\r${withControlsShown(`${flags.motivation[i]}`)}: ${done}/${all}\x1b[K`);
       },
       onGroup: ({ row, episodes }) => {
-        if (flags.out === undefined) return;
+        if (out === undefined) return;
         const identity = task.identity(row);
         const lines = episodes.map((episode) =>
           JSON.stringify({
@@ -134,19 +139,19 @@ async function run(flags: Flags): Promise<void> {
             parts: episode.reward.parts,
           }),
         );
-        appendFileSync(flags.out, `${lines.join('\n')}\n`);
+        whileWriting(out, () => appendFileSync(out, `${lines.join('\n')}\n`));
       },
     });
     if (process.stderr.isTTY) process.stderr.write('\r\x1b[K');
     results.push(result);
     if (!flags.json) {
-      process.stdout.write(`${evaluationLine(result)}\n`);
+      print(`${evaluationLine(result)}\n`);
       for (const [component, cases] of Object.entries(result.cases)) {
         const shares = Object.entries(cases).map(([name, share]) => `${name} ${(100 * share).toFixed(1)}%`);
-        process.stdout.write(`    ${component}: ${shares.join(', ')}\n`);
+        print(`    ${component}: ${shares.join(', ')}\n`);
       }
     }
   }
-  if (flags.json) process.stdout.write(`${JSON.stringify(results, null, 2)}\n`);
+  if (flags.json) printJson(results);
   policy.dispose();
 }

@@ -9,6 +9,7 @@ import { AdaptiveMotivation, adaptiveWord } from '../../train/adaptive.js';
 import { grpoSchema } from '../../train/settings.js';
 import { modelShape, tokenizerShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
+import { print, TextPrinter } from '../output.js';
 import { openTokenizer } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 
@@ -18,7 +19,7 @@ interface PromptFlags extends TaskChoice, TokenizerOptions {
   split: 'train' | 'test';
   seed: number;
   row: number;
-  reference?: boolean;
+  verbatim?: boolean;
 }
 
 export function addPrompt(program: Command, factory: TaskFactory | undefined): void {
@@ -40,6 +41,7 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
     .option('--row <n>', 'which row, from 0', whole(0), 0)
     .option('--split <name>', 'train or test', 'train')
     .option('--seed <n>', 'seed of the rows and their order', whole(0), 0)
+    .option('--verbatim', 'print control characters in it as they are, not written out')
     .addHelpText(
       'after',
       '\nExamples:\n' +
@@ -64,20 +66,23 @@ async function prompt(flags: PromptFlags): Promise<void> {
   const { tokenizer } = await openTokenizer(flags.model, flags);
   const row = rows.at(flags.row);
   const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
-  if (adaptive) process.stdout.write(`${aboutAdaptive}\n`);
+  const printer = new TextPrinter(flags.verbatim ?? false);
+  if (adaptive) print(`${aboutAdaptive}\n`);
   for (const { step, value: mix } of schedule) {
     for (const view of new Set(mix)) {
       const { text, tokens } = episodePrompt(tokenizer, task, row, view);
-      if (alone) process.stdout.write(text);
+      if (alone) printer.print(text);
       else {
         const share = `${mix.filter((one) => one === view).length} of ${mix.length} completions`;
         const from = schedule.length > 1 ? `from step ${step + 1}, ` : '';
         const title = `${from}${share} under ${formatMotivation(view)}, ${tokens.length} tokens`;
-        process.stdout.write(`${'='.repeat(80)}\n${title}\n\n${text}\n`);
+        print(`${'='.repeat(80)}\n${title}\n\n`);
+        printer.print(`${text}\n`);
       }
     }
   }
-  if (process.stdout.isTTY) process.stdout.write('\n');
+  if (process.stdout.isTTY) print('\n');
+  printer.close();
 }
 
 const aboutAdaptive =

@@ -37,7 +37,7 @@ export function addSft(program: Command, factory: TaskFactory | undefined): void
 }
 
 async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<void> {
-  const { settings, out, resume, configPath } = await gather(flags, schema, 'sft', 'sft');
+  const { settings, out, resumed, configPath } = await gather(flags, schema, 'sft', 'sft');
   const config = settings as SftFileSettings;
   const { data } = config;
   if (data === undefined && config.task === undefined) {
@@ -66,7 +66,7 @@ async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<v
       ...(examples && { examples }),
       ...(task && { task }),
       out,
-      resume,
+      ...resumed,
       launch,
       onEvent: view.event,
     });

@@ -5,6 +5,7 @@ import { parseMotivationView } from '../../prompt/motivation.js';
 import type { TaskFactory } from '../../tasks/index.js';
 import { modelShape, tokenizerShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
+import { print, printJson } from '../output.js';
 import { openTokenizer } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 
@@ -57,8 +58,7 @@ async function verify(flags: VerifyFlags): Promise<void> {
     maxPromptTokens: contextLength - flags.maxTokens,
     ...(testData !== undefined && { testFile: testData }),
   });
-  process.stdout.write(
-    `${flags.json ? JSON.stringify(report, null, 2) : formatVerifyReport(report, flags.problems)}\n`,
-  );
+  if (flags.json) printJson(report);
+  else print(`${formatVerifyReport(report, flags.problems)}\n`);
   if (report.problems.length > 0) process.exitCode = 1;
 }
