@@ -53,6 +53,7 @@ const maxIndent = 1024;
 const baseWeight = 1 << 20;
 const baseWork = 1 << 21;
 const workOfOperation = 16;
+const workOfThrow = 256;
 const workOfCharacter = 256;
 /** What a value of the variables counts beside its text. */
 const sizeOfValue = 64;
@@ -139,16 +140,22 @@ class LimitedInterpreter extends Interpreter {
   }
 
   override evaluate(statement: Node | undefined, environment: Environment): RuntimeValue {
+    // Counted beforehand, since `continue` and `break`, which are thrown, never come back.
+    this.#count(
+      statement?.type === 'Continue' || statement?.type === 'Break' ? workOfThrow : workOfOperation,
+    );
     if (statement?.type.startsWith('Filter')) this.#checkIndent(statement.filter, environment);
     const result = super.evaluate(statement, environment);
     const { value } = result;
-    let work = workOfOperation;
-    if (typeof value === 'string') work += value.length;
-    else if (Array.isArray(value)) work += workOfOperation * value.length;
+    if (typeof value === 'string') this.#count(value.length);
+    else if (Array.isArray(value)) this.#count(workOfOperation * value.length);
     if (typeof value === 'string' || typeof value === 'object') this.#weight(result);
+    return result;
+  }
+
+  #count(work: number): void {
     this.#work -= work;
     if (this.#work < 0) throw new TemplateLimitExceeded('it takes more operations than a chat needs');
-    return result;
   }
 
   /**
