@@ -3,6 +3,7 @@ import { dirname, extname, relative, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { z } from 'zod';
 import { MerfError } from '../errors.js';
+import { within } from '../policy/text-limits.js';
 import { replaceTemplatePaths } from '../prompt/motivation.js';
 import { metaOf, parseSettings, setting, toCamelCase } from '../settings.js';
 import { dataShape, importModule, type TaskFactory, type TaskOptions } from '../tasks/index.js';
@@ -119,6 +120,9 @@ export function defineConfig<C extends TrainConfig | SftConfig>(config: C): C {
   return config;
 }
 
+/** What reading a config file may take; the parser's time grows with the square of the errors that it finds. */
+const mostMilliseconds = 5000;
+
 /** The keys and values of a config file, as they stand there but for promises, which are awaited. */
 export async function readConfigContent(path: string): Promise<Record<string, unknown>> {
   if (!existsSync(path)) throw new MerfError('FILE_NOT_FOUND', `No config file at ${path}`);
@@ -126,7 +130,8 @@ export async function readConfigContent(path: string): Promise<Record<string, un
   const extension = extname(path).toLowerCase();
   if (['.yaml', '.yml', '.json'].includes(extension)) {
     try {
-      content = parseYaml(readFileSync(path, 'utf8'));
+      const text = readFileSync(path, 'utf8');
+      content = within(mostMilliseconds, () => parseYaml(text));
     } catch (cause) {
       throw new MerfError('MALFORMED_FILE', `${path}: ${(cause as Error).message.trim()}`, { cause });
     }

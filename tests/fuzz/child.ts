@@ -40,7 +40,8 @@ async function work({ target: name, seed, first, most, milliseconds }: Assignmen
   const end = performance.now() + milliseconds;
   let values = 0;
   let iteration = first;
-  for (; iteration < first + most && performance.now() < end; ++iteration) {
+  // One at least, however short the time is.
+  for (; iteration < first + most && (iteration === first || performance.now() < end); ++iteration) {
     note(iteration);
     const outcome = await attempt(target, seed, iteration, folder);
     if (outcome === 'value') values += 1;

@@ -11,7 +11,7 @@ const folder = mkdtempSync(join(tmpdir(), 'merf-fuzz-test-'));
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 /** What each target reads here; `npm run fuzz` goes on from there. */
-const iterations = 25;
+const iterations = 10;
 const seed = 16;
 
 test.each(targets.map((target) => [target.name, target] as const))(

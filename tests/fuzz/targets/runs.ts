@@ -35,12 +35,14 @@ data: rows.jsonl
 
 const config: Target = {
   name: 'config-file',
+  // Each of three readings may take 5 s.
+  seconds: 20,
   make(draw): Input {
     const line = draw.pick([
       `steps: ${hostileText(draw).slice(0, 200)}`,
       `motivation: ${draw.pick(['template:x.txt', 'none@5,suboptimal', hostileText(draw).slice(0, 200)])}`,
       `a: &a [x,x]\nb: &b [*a,*a,*a,*a,*a,*a,*a,*a]\nc: &c [*b,*b,*b,*b,*b,*b]\nd: [*c,*c,*c,*c,*c]`,
-      `x: ${'['.repeat(draw.pick([10, 1000, 20_000]))}`,
+      `x: ${'['.repeat(draw.pick([10, 200, 2000]))}`,
       `? ${'{'.repeat(draw.pick([2, 500]))}\n: 1`,
       `<<: *a`,
       `__proto__: { steps: 3 }`,
