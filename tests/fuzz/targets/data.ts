@@ -59,8 +59,9 @@ const parsers: readonly ((fields: Fields) => unknown)[] = [
   identityOf,
 ];
 
-/** Does with a data file all that a command may, each reader on its own. */
+/** Does with a data file all that a command may, each reader on its own; how many of them could read it. */
 async function readAll(file: string): Promise<number> {
+  let done = 0;
   let refused: unknown;
   for (const read of [
     ...parsers.map((parse) => () => readRows(file, parse)),
@@ -71,13 +72,14 @@ async function readAll(file: string): Promise<number> {
   ]) {
     try {
       await read();
+      done += 1;
     } catch (error) {
       if ((error as Error).name !== 'MerfError') throw error;
       refused = error;
     }
   }
-  if (refused !== undefined) throw refused;
-  return 0;
+  if (done === 0) throw refused;
+  return done;
 }
 
 const jsonl: Target = {
