@@ -12,7 +12,7 @@
 namespace merf {
 namespace {
 
-// What is running has so long to end when the process does.
+// A running job has this long to end when the process does.
 constexpr double kExitSeconds = 2.0;
 
 struct Registry {

@@ -56,7 +56,7 @@ export class RunLock {
     this.#descriptor = descriptor;
     const text = Buffer.from(textOf(holder));
     this.#timer = setInterval(() => {
-      // The same text again sets the file's time by the file system's own clock.
+      // Writing the same text again sets the file's time by the file system's own clock.
       write(this.#descriptor, text, 0, text.length, 0, () => undefined);
     }, beatSeconds * 1000).unref();
     process.on('exit', this.#releaseAtExit);

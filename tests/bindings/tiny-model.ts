@@ -8,6 +8,7 @@ export const sanitized = process.env.MERF_SANITIZED === '1';
 /** Whether the tests that repeat themselves do so as often as nobody waits for: npm run test:sanitize -- --long. */
 export const long = process.env.MERF_LONG_TESTS === '1';
 
+/** A tiny model, and what its primitives are given in the tests of the addon. */
 export const config: NativeModelConfig = {
   hiddenSize: 32,
   layers: 2,
