@@ -7,6 +7,7 @@ import { Worker } from 'node:worker_threads';
  */
 const millisecondsBetweenLooks = 250;
 const looksBeforeCut = 8;
+const looksBetweenCuts = 4;
 const looksBeforeEnd = 88;
 
 // Places of the memory that both threads see: seconds of the monotonic clock, and a count.
@@ -31,10 +32,13 @@ setInterval(() => {
   const isOver = deadline !== 0 && now() > Math.max(deadline, shared[${guardedPlace}]);
   stuck = !isOver ? 0 : deadline === last ? stuck + 1 : 1;
   last = deadline;
-  if (stuck === ${looksBeforeCut}) {
+  if (stuck >= ${looksBeforeCut} && stuck < ${looksBeforeEnd} && (stuck - ${looksBeforeCut}) % ${looksBetweenCuts} === 0) {
     shared[${cutsPlace}] += 1;
-    writeSync(2, 'merf: the time limit of a verifier or environment is over and the event loop does not turn: what runs, ' +
-      'mostly a loop behind an await, is cut off\\n');
+    if (stuck === ${looksBeforeCut}) {
+      writeSync(2, 'merf: the time limit of a verifier or environment is over and the event loop does not turn: what ' +
+        'runs, mostly a loop behind an await, is cut off\\n');
+    }
+    // The inspector may call the cut done, and take it back, before the loop has felt it: then the next one ends the loop.
     const session = new Session();
     session.connectToMainThread();
     session.post('Runtime.terminateExecution', () => session.disconnect());
