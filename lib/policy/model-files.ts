@@ -1,4 +1,5 @@
 import { basename, dirname, join } from 'node:path';
+import { setImmediate } from 'node:timers/promises';
 import { describeValue, MerfError } from '../errors.js';
 import { type TensorSource, weightEncodings } from '../native.js';
 import { configFromGguf, configFromJson, type ModelConfig, parameterShapes } from './config.js';
@@ -365,6 +366,7 @@ async function openGguf(path: string): Promise<ModelFiles> {
   }
   const sources = matchSources(path, config, located, ggufName, (name) => name === 'rope_freqs.weight');
   const files = parts.map((part) => part.path);
+  await setImmediate();
   return { path, files, config, sources, tokenizer: tokenizerFromGguf(file, config.vocabSize) };
 }
 

@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises';
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import type {
   CancelToken,
@@ -120,8 +121,11 @@ export class Policy {
     if (typeof path !== 'string' || path === '') throw invalidArgument('path', 'a path', path);
     throwIfAborted(options.signal, 'loading a model');
     const files = await openModel(path);
+    // A vocabulary takes the event loop a while: what waits has its turn before and after it.
+    await setImmediate();
     const tokenizer = new Tokenizer(files.tokenizer, path, options);
     checkVocabulary(tokenizer, files.config, path);
+    await setImmediate();
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
     const { config, configJson } = files;

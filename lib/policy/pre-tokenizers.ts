@@ -339,6 +339,14 @@ const utf8 = new TextEncoder();
 function byteLevelText(text: string): string {
   if (/^[!-~]*$/.test(text)) return text;
   let written = '';
-  for (const byte of utf8.encode(text)) written += characterOfByte[byte];
+  // A character of ASCII is its own byte; most texts hold nothing else.
+  for (let i = 0; i < text.length; ++i) {
+    const code = text.charCodeAt(i);
+    if (code > 127) {
+      for (const byte of utf8.encode(text.slice(i))) written += characterOfByte[byte];
+      break;
+    }
+    written += characterOfByte[code];
+  }
   return written;
 }
