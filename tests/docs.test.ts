@@ -154,7 +154,8 @@ test('the page on errors has every code, and no other', () => {
   const page = texts.get('docs/errors.md') as string;
   const sections = [...page.matchAll(/^### (.+)\n\n([\s\S]*?)(?=\n##|(?![\s\S]))/gm)];
   expect(sections.map(([, code]) => code).sort()).toEqual([...merfErrorCodes].sort());
-  for (const [, code, text] of sections) expect([code, (text as string).trim().length > 60]).toEqual([code, true]);
+  for (const [, code, text] of sections)
+    expect([code, (text as string).trim().length > 60]).toEqual([code, true]);
 });
 
 test('the README lists every task', () => {
