@@ -86,6 +86,7 @@ function isNowhere(...names) {
 const mayBeAbsent = {
   '../shared': !existsSync(join(root, '..', 'shared')),
   python: !process.env.MERF_PYTHON,
+  'TensorFlow.js': !existsSync(join(root, 'build', 'peers', 'tfjs', 'node_modules', '@tensorflow')),
   bun: isNowhere('bun'),
   deno: isNowhere('deno'),
   workerd: isNowhere('workerd'),
