@@ -4,7 +4,12 @@ export default {
   testMatch: ['**/*.test.ts'],
   extensionsToTreatAsEsm: ['.ts'],
   moduleFileExtensions: ['js', 'mjs', 'cjs', 'ts', 'json', 'node'],
-  moduleNameMapper: { '^(\\.{1,2}/.*)\\.js$': '$1', '^merf$': '<rootDir>/lib/index.ts' },
+  moduleNameMapper: {
+    '^(\\.{1,2}/.*)\\.js$': '$1',
+    '^merf$': '<rootDir>/lib/index.ts',
+    '^merf/kernels$': '<rootDir>/lib/kernels/index.ts',
+    '^merf/reward$': '<rootDir>/lib/reward.ts',
+  },
   transform: {
     '^.+\\.ts$': [
       '@swc/jest',

@@ -1,44 +1,11 @@
 import { withControlsShown } from './control-characters.js';
 
-/** What went wrong, stable across versions: branch on it instead of on the message. */
-export type MerfErrorCode =
-  | 'INVALID_ARGUMENT'
-  | 'INVALID_CONFIG'
-  | 'FILE_NOT_FOUND'
-  /** A file or folder that is there cannot be read, or one cannot be written for want of a disk with room for it. */
-  | 'FILE_FAILED'
-  | 'MALFORMED_FILE'
-  | 'UNSUPPORTED'
-  | 'CONTEXT_EXCEEDED'
-  | 'DISPOSED'
-  | 'ABORTED'
-  | 'NON_FINITE'
-  | 'VERIFIER_FAILED'
-  | 'VERIFIER_TIMEOUT'
-  /** A task's environment threw, or gave what is no reply, and the run ends on that by its settings. */
-  | 'ENVIRONMENT_FAILED'
-  | 'ENVIRONMENT_TIMEOUT'
-  | 'EMPTY_DATASET'
-  /** The device cannot be used here; the message says what it lacks. */
-  | 'DEVICE_UNAVAILABLE'
-  /** A GPU refused a call or failed at it; others go on. */
-  | 'DEVICE_FAILED'
-  /**
-   * A GPU failed for good (an illegal address, an uncorrectable memory error, ...). The message names the first
-   * failure, however many calls have failed since. What the GPU held is lost, and this process cannot use it again.
-   */
-  | 'DEVICE_LOST'
-  /** The device lacks memory. What the call took was given back, and the message says what would have fitted. */
-  | 'OUT_OF_MEMORY'
-  | 'RESUME_MISMATCH'
-  | 'BUSY'
-  | 'NATIVE_MISSING'
-  | 'INTERNAL';
-
-const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
+/** The codes of everything that merf reports itself; docs/errors.md says what to do about each. */
+export const merfErrorCodes = [
   'INVALID_ARGUMENT',
   'INVALID_CONFIG',
   'FILE_NOT_FOUND',
+  /** A file or folder that is there cannot be read, or one cannot be written for want of a disk with room for it. */
   'FILE_FAILED',
   'MALFORMED_FILE',
   'UNSUPPORTED',
@@ -48,18 +15,31 @@ const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
   'NON_FINITE',
   'VERIFIER_FAILED',
   'VERIFIER_TIMEOUT',
+  /** A task's environment threw, or gave what is no reply, and the run ends on that by its settings. */
   'ENVIRONMENT_FAILED',
   'ENVIRONMENT_TIMEOUT',
   'EMPTY_DATASET',
+  /** The device cannot be used here; the message says what it lacks. */
   'DEVICE_UNAVAILABLE',
+  /** A GPU refused a call or failed at it; others go on. */
   'DEVICE_FAILED',
+  /**
+   * A GPU failed for good (an illegal address, an uncorrectable memory error, ...). The message names the first
+   * failure, however many calls have failed since. What the GPU held is lost, and this process cannot use it again.
+   */
   'DEVICE_LOST',
+  /** The device lacks memory. What the call took was given back, and the message says what would have fitted. */
   'OUT_OF_MEMORY',
   'RESUME_MISMATCH',
   'BUSY',
   'NATIVE_MISSING',
   'INTERNAL',
-]);
+] as const;
+
+/** What went wrong, stable across versions: branch on it instead of on the message. */
+export type MerfErrorCode = (typeof merfErrorCodes)[number];
+
+const codes: ReadonlySet<string> = new Set(merfErrorCodes);
 
 export function isMerfErrorCode(code: unknown): code is MerfErrorCode {
   return typeof code === 'string' && codes.has(code);

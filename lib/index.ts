@@ -16,6 +16,11 @@ export {
   type MotivationMix,
   type MotivationView,
   parseMotivation,
+  type Schedule,
+  type Stage,
+  stageAt,
+  viewOf,
+  withMotivation,
 } from './prompt/motivation.js';
 export * from './reward/index.js';
 export * from './rollout/index.js';

@@ -1,4 +1,8 @@
-import { setImmediate } from 'node:timers/promises';
+/** Calls back in a later turn of the event loop. Browsers and edge runtimes have timers alone. */
+function onNextTurn(callback: () => void): void {
+  if (typeof setImmediate === 'function') setImmediate(callback);
+  else setTimeout(callback, 0);
+}
 
 // A block of the event loop that nobody notices, and long enough that giving it up costs next to nothing.
 const sliceMilliseconds = 8;
@@ -21,7 +25,28 @@ export class Slices {
 
   /** Lets the event loop turn and begins the next slice. */
   async next(): Promise<void> {
-    await setImmediate();
+    await new Promise<void>(onNextTurn);
     this.#end = performance.now() + sliceMilliseconds;
   }
+}
+
+/** How long verifiers may hold the event loop before they let it turn, in milliseconds. */
+const verifierMilliseconds = 5;
+let sliceStart = 0;
+let nextTurn: Promise<void> | undefined;
+
+/**
+ * The event loop's next turn, where this one has gone to verifiers for longer than a slice. To be asked right before
+ * each synchronous stretch of work: `for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn`.
+ */
+export function turnToAwait(): Promise<void> | undefined {
+  if (nextTurn) return performance.now() - sliceStart > verifierMilliseconds ? nextTurn : undefined;
+  sliceStart = performance.now();
+  nextTurn = new Promise((resolve) => {
+    onNextTurn(() => {
+      nextTurn = undefined;
+      resolve();
+    });
+  });
+  return undefined;
 }

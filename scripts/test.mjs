@@ -3,11 +3,11 @@
 //   npm test [-- --strict]
 //     --strict  kernels that nvcc did not compile count as failed, and so does a test that skipped itself, unless its
 //               title names what it needs and that thing is truly absent and not the bootstrap's to bring:
-//               [needs ../shared] or [needs python]
+//               [needs ../shared], [needs python], or a runtime such as [needs bun]
 import { spawn, spawnSync } from 'node:child_process';
 import { once } from 'node:events';
 import { existsSync, mkdirSync, readFileSync, rmSync } from 'node:fs';
-import { join, relative } from 'node:path';
+import { delimiter, join, relative } from 'node:path';
 import { bootstrap, root } from './bootstrap.mjs';
 import { checkLaunches } from './launches-table.mjs';
 import { checkPtxas } from './ptxas-table.mjs';
@@ -74,9 +74,24 @@ function countLaunches() {
   for (const failure of failures) process.stderr.write(`${failure}\n`);
 }
 
+/** Whether neither `npm run runtimes` nor the PATH has one of these programs. */
+function isNowhere(...names) {
+  const folders = [
+    join(root, 'build', 'runtimes', 'node_modules', '.bin'),
+    ...(process.env.PATH ?? '').split(delimiter),
+  ];
+  return !folders.some((folder) => names.some((name) => existsSync(join(folder, name))));
+}
+
 const mayBeAbsent = {
   '../shared': !existsSync(join(root, '..', 'shared')),
   python: !process.env.MERF_PYTHON,
+  'TensorFlow.js': !existsSync(join(root, 'build', 'peers', 'tfjs', 'node_modules', '@tensorflow')),
+  bun: isNowhere('bun'),
+  deno: isNowhere('deno'),
+  workerd: isNowhere('workerd'),
+  'a browser':
+    !process.env.MERF_BROWSER && isNowhere('chromium', 'chromium-browser', 'google-chrome', 'chrome'),
 };
 
 function runJest() {

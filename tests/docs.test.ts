@@ -4,6 +4,7 @@ import { spawnSync } from 'node:child_process';
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs';
 import { dirname, join, relative } from 'node:path';
 import { afterAll, describe, expect, test } from '@jest/globals';
+import { merfErrorCodes } from '../lib/errors.js';
 import { taskNames } from '../lib/tasks/index.js';
 import { merf, root } from './cli/run.js';
 
@@ -59,7 +60,11 @@ test('TypeScript blocks compile', () => {
       extends: `${up}/tsconfig.json`,
       compilerOptions: {
         noUnusedLocals: false,
-        paths: { merf: [`${up}/lib/index.ts`] },
+        paths: {
+          merf: [`${up}/lib/index.ts`],
+          'merf/kernels': [`${up}/lib/kernels/index.ts`],
+          'merf/reward': [`${up}/lib/reward.ts`],
+        },
         typeRoots: [`${up}/node_modules/@types`],
       },
       include: ['.'],
@@ -143,6 +148,14 @@ test('files and links exist', () => {
     }
   }
   expect(missing).toEqual([]);
+});
+
+test('the page on errors has every code, and no other', () => {
+  const page = texts.get('docs/errors.md') as string;
+  const sections = [...page.matchAll(/^### (.+)\n\n([\s\S]*?)(?=\n##|(?![\s\S]))/gm)];
+  expect(sections.map(([, code]) => code).sort()).toEqual([...merfErrorCodes].sort());
+  for (const [, code, text] of sections)
+    expect([code, (text as string).trim().length > 60]).toEqual([code, true]);
 });
 
 test('the README lists every task', () => {

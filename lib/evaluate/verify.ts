@@ -87,7 +87,7 @@ export async function verifyDataset<Row>(
   file: string,
   options: VerifyOptions = {},
 ): Promise<VerifyReport> {
-  const loaded = await task.read(file);
+  const loaded = await task.read(file, { signal: options.signal });
   const { highest } = task.spec;
   const { tokenizer = characters, motivation = 'full', signal } = options;
   const cases: Record<string, Record<string, number>> = {};
@@ -210,7 +210,7 @@ async function verifyTestRows<Row>(
   },
 ): Promise<NonNullable<VerifyReport['test']>> {
   const { firstLike, problems, signal } = options;
-  const loaded = await task.read(file);
+  const loaded = await task.read(file, { signal });
   const identities = new Set<string>();
   let leaked = 0;
   for (const entry of loaded) {

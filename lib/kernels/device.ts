@@ -58,6 +58,11 @@ export class Tensor<D extends DType = DType> {
     this.#native.dispose();
   }
 
+  /** Disposes of the tensor at the end of a block: `using logits = device.tensor(values)`. */
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+
   /** @internal */
   static handle(key: symbol, tensor: unknown, name: string): NativeTensor {
     if (key !== internal || !(tensor instanceof Tensor)) {

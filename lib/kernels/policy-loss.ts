@@ -58,6 +58,8 @@ export interface PolicyLossArguments extends PolicyLossOptions {
   entropies?: Tensor<FloatDType> | undefined;
   /** Whether to compute statistics, for which the rows are read back from the device. Default false. */
   statistics?: boolean | undefined;
+  /** Ends the kernel early: on the CPU in its midst, on other devices before it begins. */
+  signal?: AbortSignal | undefined;
 }
 
 export interface FusedPolicyLossArguments extends PolicyLossOptions {
@@ -111,18 +113,23 @@ export function lossWeights(args: NativeLossAggregation): Float32Array {
 
 /**
  * The loss of given log-probabilities, and coefficients [R] f32: its derivative by each of them.
- * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY, ABORTED
  */
 export async function policyLoss(
   args: PolicyLossArguments,
 ): Promise<{ loss: number; coefficients: Tensor<'f32'>; statistics?: NativeLossStatistics }> {
   const call = kernelCall(args.logprobs, 'logprobs');
-  const { loss, coefficients, statistics } = await call.device.policyLoss({
-    ...lossTensors(call, args),
-    logprobs: call.handle(args.logprobs, 'logprobs'),
-    entropies: call.optional(args.entropies, 'entropies'),
-    statistics: args.statistics ?? false,
-  });
+  const { loss, coefficients, statistics } = await cancellable('policyLoss', args.signal, (cancel) =>
+    call.device.policyLoss(
+      {
+        ...lossTensors(call, args),
+        logprobs: call.handle(args.logprobs, 'logprobs'),
+        entropies: call.optional(args.entropies, 'entropies'),
+        statistics: args.statistics ?? false,
+      },
+      cancel,
+    ),
+  );
   return { loss, coefficients: call.tensor(coefficients), ...(statistics && { statistics }) };
 }
 

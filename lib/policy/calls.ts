@@ -24,6 +24,11 @@ export class CallQueue {
     this.#closed = true;
   }
 
+  /** Waits until every call made so far has ended. */
+  async idle(): Promise<void> {
+    await this.#tail;
+  }
+
   /** @throws MerfError DISPOSED */
   check(): void {
     if (this.#closed) throw new MerfError('DISPOSED', `${this.name} was disposed`);

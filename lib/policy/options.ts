@@ -76,6 +76,8 @@ export interface OptimizerOptions {
   weightDecay?: number | undefined;
   /** Gradients are scaled down to this global norm; 0 (default): not clipped. */
   maxGradNorm?: number | undefined;
+  /** Takes the call back while it waits for those before it; an update that has begun is made whole. */
+  signal?: AbortSignal | undefined;
 }
 
 export interface SaveOptions {

@@ -343,7 +343,7 @@ export class Policy {
     this.#calls.check();
     this.#requireTrainable('optimStep');
     const resolved = resolveOptimizer(options);
-    return this.#calls.enqueue('optimStep', undefined, async () => {
+    return this.#calls.enqueue('optimStep', options.signal, async () => {
       const result = await this.model.optimStep(resolved);
       if (result.applied) await this.#checkUpdated(resolved.learningRate);
       return result;
@@ -365,11 +365,11 @@ export class Policy {
     );
   }
 
-  /** Throws away the gradients added so far. */
-  async zeroGradients(): Promise<void> {
+  /** Throws away the gradients added so far; `signal` takes the call back while it waits for those before it. */
+  async zeroGradients(options: { signal?: AbortSignal | undefined } = {}): Promise<void> {
     this.#calls.check();
     this.#requireTrainable('zeroGradients');
-    return this.#calls.enqueue('zeroGradients', undefined, () => this.model.zeroGradients());
+    return this.#calls.enqueue('zeroGradients', options.signal, () => this.model.zeroGradients());
   }
 
   /** Updates applied so far. */
@@ -453,18 +453,26 @@ export class Policy {
 
   /**
    * A parameter's float32 master weight, gradient or moment, row-major; `merged` is the weight with its adapter in it.
+   * `signal` takes the call back while it waits for those before it.
    * @throws MerfError INVALID_ARGUMENT
    */
   async readParameter(
     name: string,
     kind: 'value' | 'gradient' | 'adam_m' | 'adam_v' | 'merged' = 'value',
+    options: { signal?: AbortSignal | undefined } = {},
   ): Promise<Float32Array> {
     this.#calls.check();
-    return this.#calls.enqueue('readParameter', undefined, () => this.model.readTensor(name, kind));
+    return this.#calls.enqueue('readParameter', options.signal, () => this.model.readTensor(name, kind));
   }
 
-  /** Logits after each token of one sequence, [tokens, vocabSize] row-major: for tests and small uses. */
-  async logits(tokens: ArrayLike<number>): Promise<Float32Array> {
+  /**
+   * Logits after each token of one sequence, [tokens, vocabSize] row-major: for tests and small uses. `signal` takes the
+   * call back while it waits for those before it.
+   */
+  async logits(
+    tokens: ArrayLike<number>,
+    options: { signal?: AbortSignal | undefined } = {},
+  ): Promise<Float32Array> {
     this.#calls.check();
     const ids = checkedTokens(tokens, this.config.vocabSize, 'tokens');
     if (ids.length === 0) throw invalidArgument('tokens', 'at least one token', tokens);
@@ -476,7 +484,7 @@ export class Policy {
     }
     const rows = Int32Array.from(ids.keys());
     const visibleUntil = new Int32Array(ids.length).fill(ids.length);
-    return this.#calls.enqueue('logits', undefined, () =>
+    return this.#calls.enqueue('logits', options.signal, () =>
       this.model.logits({ tokens: ids, positions: rows, visibleUntil, sourceRows: rows }),
     );
   }
@@ -507,9 +515,12 @@ export class Policy {
     this.model.resetPeakMemory();
   }
 
-  /** What of prompts was computed and what was found in the session. Comes after all calls made before. */
-  async cacheStatistics(): Promise<CacheStatistics> {
-    return this.#calls.enqueue('cacheStatistics', undefined, async () => ({
+  /**
+   * What of prompts was computed and what was found in the session. The answer comes after all calls made before, for which
+   * `signal` waits no longer.
+   */
+  async cacheStatistics(options: { signal?: AbortSignal | undefined } = {}): Promise<CacheStatistics> {
+    return this.#calls.enqueue('cacheStatistics', options.signal, async () => ({
       bytes: await this.model.sessionBytes(),
       tokensPrefilled: this.#tokensPrefilled,
       tokensReused: this.#tokensReused,
@@ -537,6 +548,17 @@ export class Policy {
     if (this.#calls.closed) return;
     this.#calls.close();
     this.model.dispose();
+  }
+
+  /** Disposes of the policy at the end of a block: `using policy = await Policy.load(path)`. */
+  [Symbol.dispose](): void {
+    this.dispose();
+  }
+
+  /** Disposes of the policy as `dispose` does, and waits until the call that is running has ended. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.dispose();
+    await this.#calls.idle();
   }
 
   /** What a training state must have been made with. */

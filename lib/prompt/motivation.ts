@@ -1,5 +1,5 @@
-import { readFileSync } from 'node:fs';
-import { invalidArgument, MerfError } from '../errors.js';
+import { describeValue, invalidArgument, MerfError } from '../errors.js';
+import { host } from '../host.js';
 
 /**
  * What the prompt says about the reward. Every view is words only: none of them touches a score.
@@ -166,8 +166,15 @@ function parseView(text: string, fail: Fail): MotivationView {
     return { partial };
   }
   if (kind === 'template' && value !== undefined) {
+    if (!host.readText) {
+      throw new MerfError(
+        'UNSUPPORTED',
+        `Expected a motivation without files but received ${describeValue(text)}: no files are read here, so give ` +
+          'the text itself, { template: TEXT }',
+      );
+    }
     try {
-      return { template: readFileSync(value, 'utf8') };
+      return { template: host.readText(value) };
     } catch (cause) {
       throw new MerfError(
         'FILE_NOT_FOUND',

@@ -1,5 +1,9 @@
 import { type Context, createContext, Script } from 'node:vm';
 import { MerfError } from '../errors.js';
+import { provide } from '../host.js';
+import '../node-host.js';
+import { turnToAwait } from '../slices.js';
+import { isThenable, ProcessExitRefused, TimeLimitExceeded } from './time-limit.js';
 import { guardedFor, takeCut, watch } from './watchdog.js';
 
 interface Listeners {
@@ -8,16 +12,6 @@ interface Listeners {
 }
 
 const listeners: unique symbol = Symbol.for('merf.listeners') as never;
-
-/** Thrown where work outlasts its time. */
-export class TimeLimitExceeded extends Error {}
-
-/** Thrown where work asks for the end of the process. */
-export class ProcessExitRefused extends Error {
-  constructor(readonly exitCode: number) {
-    super(`it called process.exit(${exitCode})`);
-  }
-}
 
 /** Number of verifiers and environments that execute right now, and of those that go on behind an `await`. */
 let executing = 0;
@@ -155,27 +149,6 @@ export function announceLateFailure(cause: unknown): boolean {
   return lateListeners.size > 0;
 }
 
-/** How long verifiers may hold the event loop before they let it turn, in milliseconds. */
-const sliceLength = 5;
-let sliceStart = 0;
-let nextTurn: Promise<void> | undefined;
-
-/**
- * The event loop's next turn, where this one has gone to verifiers for longer than a slice. To be asked right before
- * each synchronous stretch of work: `for (let turn = turnToAwait(); turn; turn = turnToAwait()) await turn`.
- */
-export function turnToAwait(): Promise<void> | undefined {
-  if (nextTurn) return performance.now() - sliceStart > sliceLength ? nextTurn : undefined;
-  sliceStart = performance.now();
-  nextTurn = new Promise((resolve) => {
-    setImmediate(() => {
-      nextTurn = undefined;
-      resolve();
-    });
-  });
-  return undefined;
-}
-
 type Called<T> =
   | { readonly result: Promise<Awaited<T>>; readonly isThenable: true }
   | { readonly result: Awaited<T>; readonly isThenable: false };
@@ -208,6 +181,4 @@ function callWithin<T>(work: () => T, milliseconds: number): Called<T> {
   }
 }
 
-function isThenable(value: unknown): boolean {
-  return typeof (value as { then?: unknown } | null | undefined)?.then === 'function';
-}
+provide({ runWithin });

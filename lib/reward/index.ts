@@ -1,3 +1,5 @@
+import './guard.js';
+
 export {
   type CompletionInput,
   type FinishReason,

@@ -1,8 +1,9 @@
 import { describeValue, invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import type { MotivationView } from '../prompt/motivation.js';
+import { turnToAwait } from '../slices.js';
 import type { ParsedCompletion } from './completion.js';
 import { describeRules } from './describe.js';
-import { ProcessExitRefused, runWithin, TimeLimitExceeded, turnToAwait } from './guard.js';
+import { ProcessExitRefused, runWithin, TimeLimitExceeded } from './time-limit.js';
 
 /** One way in which a completion can turn out under a component. */
 export interface RewardCase {

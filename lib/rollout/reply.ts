@@ -1,5 +1,5 @@
 import { describeValue, MerfError, throwIfAborted } from '../errors.js';
-import { runWithin, TimeLimitExceeded } from '../reward/guard.js';
+import { runWithin, TimeLimitExceeded } from '../reward/time-limit.js';
 import type { Environment, ModelTurn, Reply } from '../tasks/index.js';
 import type { GivenTurn } from './episode.js';
 import { continuationOf, encodeReply, type RolloutTokenizer } from './prompt.js';

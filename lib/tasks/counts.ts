@@ -1,4 +1,4 @@
-import { z } from 'zod';
+import * as z from 'zod';
 
 /**
  * An option of counts: a number, several, or words such as "3", "3-7" or "2,4"; its value are the counts in ascending

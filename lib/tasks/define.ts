@@ -1,9 +1,11 @@
-import { z } from 'zod';
+import * as z from 'zod';
 import { describeValue, invalidArgument, MerfError } from '../errors.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
 import { withMotivation } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/spec.js';
 import { parseSettings, setting } from '../settings.js';
+import type { Environment } from './environment.js';
+import { Random } from './random.js';
 import {
   type Fields,
   generatedRows,
@@ -12,10 +14,8 @@ import {
   readRows,
   shuffledRows,
   splitRows,
-} from './dataset.js';
-import type { Environment } from './environment.js';
-import { Random } from './random.js';
-import type { RowCheck, Split, Task } from './task.js';
+} from './rows.js';
+import type { ReadOptions, RowCheck, Split, Task } from './task.js';
 
 /** Where a generated row stands: the seed of the rows, the position, and how often it was drawn there before. */
 export interface Draw {
@@ -80,6 +80,7 @@ export interface TaskDefinition<Shape extends z.ZodRawShape, Row, State = unknow
   readonly options: Shape;
   create(
     options: z.output<z.ZodObject<Shape>> & DataOptions,
+    reading: ReadOptions,
   ): TaskParts<Row, State> | Promise<TaskParts<Row, State>>;
 }
 
@@ -111,9 +112,10 @@ export interface TaskFactory<Row = unknown, Options = Readonly<Record<string, un
   readonly options: z.ZodObject;
   /**
    * The task with these options; undefined values count as absent.
-   * @throws MerfError INVALID_ARGUMENT naming the option, FILE_NOT_FOUND, MALFORMED_FILE, EMPTY_DATASET for the data
+   * @throws MerfError INVALID_ARGUMENT naming the option, FILE_NOT_FOUND, MALFORMED_FILE, EMPTY_DATASET for the data,
+   * ABORTED
    */
-  open(options?: Options & DataOptions): Promise<Task<Row>>;
+  open(options?: Options & DataOptions, reading?: ReadOptions): Promise<Task<Row>>;
 }
 
 /**
@@ -166,12 +168,12 @@ export function defineTask<Row>(
     name,
     summary,
     options,
-    async open(given = {}) {
+    async open(given = {}, reading = {}) {
       const kept = Object.fromEntries(Object.entries(given).filter(([, value]) => value !== undefined));
       const parsed = parseSettings(options, kept, `the options of the task ${name}`, 'INVALID_ARGUMENT');
-      const parts = isPlain ? definition : await definition.create(parsed as never);
+      const parts = isPlain ? definition : await definition.create(parsed as never, reading);
       if (!isPlain) checkParts(parts);
-      return assemble(name, parts, parsed);
+      return assemble(name, parts, parsed, reading);
     },
   };
 }
@@ -211,6 +213,7 @@ async function assemble<Row>(
   name: string,
   parts: TaskParts<Row>,
   options: Record<string, unknown>,
+  reading: ReadOptions,
 ): Promise<Task<Row>> {
   const { spec } = parts;
   const { data = parts.data, testData = parts.testData } = options as Pick<
@@ -219,10 +222,10 @@ async function assemble<Row>(
   >;
   const identity = (row: Row) => parts.identity?.(row) ?? identityOf(row);
   const parse = (fields: Fields) => (parts.parse ? parts.parse(fields) : (fields as Row));
-  const read = (file: string) => readRows(file, parse);
-  const load = (file: string) => loadRows(file, parse);
+  const read = (file: string, reading?: ReadOptions) => readRows(file, parse, reading);
+  const load = (file: string, reading?: ReadOptions) => loadRows(file, parse, reading);
   const rowsOf = async (source: string | readonly Row[]) =>
-    typeof source === 'string' ? load(source) : source;
+    typeof source === 'string' ? load(source, reading) : source;
 
   const splits: Partial<Record<Split, readonly Row[]>> = {};
   if (testData !== undefined) splits.test = await rowsOf(testData);

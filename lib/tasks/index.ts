@@ -62,4 +62,4 @@ export { PassageIndex, type Retriever } from './search/passage-index.js';
 export { type Passage, readCorpus } from './search/passages.js';
 export { type GoldenAnswers, searchReward } from './search/reward.js';
 export type { SearchRow } from './search/world.js';
-export type { LoadedRow, RowCheck, RowSource, Split, Task } from './task.js';
+export type { LoadedRow, ReadOptions, RowCheck, RowSource, Split, Task } from './task.js';

@@ -7,7 +7,7 @@ import { type DataOptions, type TaskFactory, whatIsNoTask } from './define.js';
 import { knightsAndKnaves } from './knights-and-knaves/index.js';
 import { math } from './math/index.js';
 import { search } from './search/index.js';
-import type { Task } from './task.js';
+import type { ReadOptions, Task } from './task.js';
 
 const factories = {
   'knights-and-knaves': knightsAndKnaves,
@@ -69,16 +69,26 @@ export async function getTaskFactory(name: string): Promise<TaskFactory> {
  * The task `name`, as `getTaskFactory` finds it, with these options.
  *
  * @param options undefined values count as absent
+ * @param reading a signal that ends the reading of the task's data early
  * @throws MerfError INVALID_ARGUMENT for an unknown name or option, FILE_NOT_FOUND, UNSUPPORTED, and what reading
  * the task's data throws
  */
 export function getTask<Name extends keyof Factories>(
   name: Name,
   options?: OptionsOf<Factories[Name]>,
+  reading?: ReadOptions,
 ): Promise<Task<RowOf<Factories[Name]>>>;
-export function getTask(name: string, options?: Readonly<Record<string, unknown>>): Promise<Task>;
-export async function getTask(name: string, options: object = {}): Promise<Task<never>> {
-  return (await getTaskFactory(name)).open({ ...options }) as Promise<Task<never>>;
+export function getTask(
+  name: string,
+  options?: Readonly<Record<string, unknown>>,
+  reading?: ReadOptions,
+): Promise<Task>;
+export async function getTask(
+  name: string,
+  options: object = {},
+  reading: ReadOptions = {},
+): Promise<Task<never>> {
+  return (await getTaskFactory(name)).open({ ...options }, reading) as Promise<Task<never>>;
 }
 
 /**

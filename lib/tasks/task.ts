@@ -31,6 +31,11 @@ export type LoadedRow<Row = unknown> =
   | { readonly number: number; readonly where: string; readonly row: Row }
   | { readonly number: number; readonly where: string; readonly problem: string };
 
+export interface ReadOptions {
+  /** Ends the reading early, with ABORTED. */
+  readonly signal?: AbortSignal | undefined;
+}
+
 export interface RowCheck<Row = unknown> {
   /** What is checked, as in "solver agrees". */
   readonly name: string;
@@ -52,9 +57,9 @@ export interface Task<Row = unknown> {
    */
   rows(options: { readonly split: Split; readonly seed: number | bigint }): RowSource<Row>;
   /** Every row of a .jsonl or .parquet file in its order, those that cannot be read with the reason. */
-  read(file: string): Promise<LoadedRow<Row>[]>;
+  read(file: string, options?: ReadOptions): Promise<LoadedRow<Row>[]>;
   /** Every row of a file. @throws MerfError MALFORMED_FILE that names the first line or row that cannot be read */
-  load(file: string): Promise<Row[]>;
+  load(file: string, options?: ReadOptions): Promise<Row[]>;
   /**
    * Equal for rows that the task takes for the same: no such rows stand on both sides of a split, and what is
    * measured on them is not independent.

@@ -1,6 +1,7 @@
 import { describeValue } from '../errors.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
 import { type Fields, loadRows, notePlace, placeOf } from '../tasks/dataset.js';
+import type { ReadOptions } from '../tasks/index.js';
 
 /** A prompt, as messages or as text that is encoded as it stands, and what the model should write after it. */
 export type Example =
@@ -14,10 +15,11 @@ export type Example =
  *   one with a `weight` of 0;
  * - `messages` and a `completion` of text.
  *
- * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET, MALFORMED_FILE naming the first line that does not fit
+ * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET, MALFORMED_FILE naming the first line that does not fit,
+ *   ABORTED
  */
-export async function readExamples(file: string): Promise<Example[]> {
-  const rows = await loadRows(file, examplesOf);
+export async function readExamples(file: string, options: ReadOptions = {}): Promise<Example[]> {
+  const rows = await loadRows(file, examplesOf, options);
   for (const examples of rows) {
     for (const example of examples) notePlace(example, placeOf(examples));
   }

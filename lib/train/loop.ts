@@ -59,6 +59,8 @@ export interface LoopOptions {
   identity: Record<string, string>;
   launch?: Record<string, unknown>;
   onEvent?: (event: TrainingEvent) => void;
+  /** What every step waits for before it begins. */
+  ready?: (signal: AbortSignal) => Promise<void>;
   /** Drops what a step that is to be done again left behind. */
   discardAfter?: (step: number) => void;
   /** What the steps keep from one to the next beside the policy, as JSON: it goes into checkpoints and comes back. */
@@ -187,6 +189,8 @@ export class TrainingLoop {
       }
     }
     while (step < steps && !this.#stopping) {
+      await this.#options.ready?.(signal);
+      if (this.#stopping) break;
       if (interruptions.failure) throw await failing(interruptions.failure);
       throwIfAborted(signal, `step ${step + 1}`);
       lock.check();

@@ -14,6 +14,7 @@ import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { notePlace, placeOf } from '../tasks/dataset.js';
 import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
+import { RunEvents } from './events.js';
 import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
 import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
@@ -63,6 +64,7 @@ export interface SftMetrics {
 export class SupervisedTrainer<Row = unknown> {
   readonly settings: SftSettings;
   readonly #options: SupervisedTrainerOptions<Row>;
+  readonly #events: RunEvents;
   #loop: TrainingLoop | undefined;
   /** The token that a completion ends with. */
   #end: number | undefined;
@@ -105,17 +107,23 @@ export class SupervisedTrainer<Row = unknown> {
       checkViews(task, [...parsed.motivation, ...parsed.evaluateMotivations].map(parseMotivationView));
     this.settings = parsed;
     this.#options = options;
+    this.#events = new RunEvents(onEvent);
     this.#bounds = new PromptBounds(policy.tokenizer);
   }
 
   /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
-  async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
+  run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
+    return this.#events.run(() => this.#run(options));
+  }
+
+  async #run(options: { signal?: AbortSignal }): Promise<RunResult> {
+    const { policy, task, out, resume, checkpoint, launch } = this.#options;
+    const onEvent = this.#events.tell;
     const settings = this.settings;
     const told = { onEvent, signal: options.signal };
     const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
     const { examples, all, row } = await this.#examples();
-    for (const message of this.#promptNotices(row)) onEvent?.({ type: 'notice', message });
+    for (const message of this.#promptNotices(row)) onEvent({ type: 'notice', message });
     if (all) {
       await findOverlong(all.examples, {
         what: 'examples',
@@ -144,7 +152,8 @@ export class SupervisedTrainer<Row = unknown> {
       defaults: defaultsOf(sftSchema),
       identity: { ...modelIdentity(policy), data: examples.fingerprint },
       ...(launch && { launch }),
-      ...(onEvent && { onEvent }),
+      onEvent,
+      ready: this.#events.taken,
       ...(task && {
         evaluate: (step, signal) =>
           evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
@@ -153,14 +162,46 @@ export class SupervisedTrainer<Row = unknown> {
     });
     if (this.#stopping) this.#loop.stop();
     const message = smallnessNotice(settings);
-    if (message !== undefined) onEvent?.({ type: 'notice', message });
+    if (message !== undefined) onEvent({ type: 'notice', message });
     return this.#loop.run(options.signal);
+  }
+
+  /**
+   * Runs as `run` does and gives the events, as in
+   *
+   *     for await (const event of trainer) if (event.type === 'step') console.log(event.metrics);
+   *
+   * A step begins only once the events of the one before were taken. Leaving the loop early, by `break` or by an error,
+   * ends the run as stop() does: what is done is saved, and the loop is left when that has happened.
+   * @returns what the run came to, which is also `result`
+   * @throws MerfError BUSY where the trainer is running, and what `run` throws
+   */
+  events(options: { signal?: AbortSignal } = {}): AsyncGenerator<TrainingEvent, RunResult> {
+    return this.#events.iterate(
+      () => this.run(options),
+      () => this.stop(),
+    );
+  }
+
+  [Symbol.asyncIterator](): AsyncGenerator<TrainingEvent, RunResult> {
+    return this.events();
+  }
+
+  /** What the last run came to; undefined where none has come to its end. */
+  get result(): RunResult | undefined {
+    return this.#events.result;
   }
 
   /** Ends the run after the step in progress, which is then saved. */
   stop(): void {
     this.#stopping = true;
     this.#loop?.stop();
+  }
+
+  /** Stops a run that goes on, and waits for its end. The policy is its owner's to dispose of. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.stop();
+    await this.#events.end();
   }
 
   /**
@@ -259,10 +300,11 @@ export class SupervisedTrainer<Row = unknown> {
     signal: AbortSignal,
     progress: StepProgress,
   ) {
-    const { policy, onEvent } = this.#options;
+    const { policy } = this.#options;
+    const onEvent = this.#events.tell;
     const s = this.settings;
     const started = performance.now();
-    onEvent?.({ type: 'phase', phase: 'training', step });
+    onEvent({ type: 'phase', phase: 'training', step });
     const { branches, position: next } = this.#branches(examples, position);
     const forest = forestOf(branches);
     const loss = { type: 'cross_entropy' as const };
@@ -275,7 +317,7 @@ export class SupervisedTrainer<Row = unknown> {
     });
     const { stats, gradientNorm, learningRate, skipped } = result;
     const message = updateNotice(step, result);
-    if (message !== undefined) onEvent?.({ type: 'notice', message });
+    if (message !== undefined) onEvent({ type: 'notice', message });
     const seconds = (performance.now() - started) / 1000;
     const metrics: Omit<SftMetrics, 'step'> = {
       loss: stats?.loss ?? null,

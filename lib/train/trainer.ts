@@ -32,6 +32,7 @@ import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
+import { RunEvents } from './events.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
@@ -172,6 +173,7 @@ export class Trainer<Row = unknown> {
   readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
   readonly #motivationLog: MetricsLog;
+  readonly #events: RunEvents;
   #loop: TrainingLoop | undefined;
   #stopping = false;
   #stepsWithoutSignal = 0;
@@ -208,6 +210,7 @@ export class Trainer<Row = unknown> {
     this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
+    this.#events = new RunEvents(onEvent);
     this.#adaptive = this.#newAdaptive();
     this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
     this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
@@ -238,11 +241,16 @@ export class Trainer<Row = unknown> {
   /**
    * Trains until `steps` are done or stop() is called. `signal` gives up at once: what the step in progress did is
    * lost, the last checkpoint stays.
-   * @throws MerfError ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE, DEVICE_LOST naming the
+   * @throws MerfError BUSY where it is running, ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE, DEVICE_LOST naming the
    *   checkpoint to go on from, and what the policy throws
    */
-  async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
+  run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
+    return this.#events.run(() => this.#run(options));
+  }
+
+  async #run(options: { signal?: AbortSignal }): Promise<RunResult> {
+    const { policy, task, out, resume, checkpoint, launch } = this.#options;
+    const onEvent = this.#events.tell;
     const settings = this.settings;
     // A resumed run keeps what it kept before, however much memory is free by now.
     settings.keepActivations ??= resume
@@ -302,7 +310,8 @@ export class Trainer<Row = unknown> {
         }),
       },
       ...(launch && { launch }),
-      ...(onEvent && { onEvent }),
+      onEvent,
+      ready: this.#events.taken,
       discardAfter: (step) => {
         this.#completions.discardAfter(step);
         this.#motivationLog.truncate(step);
@@ -318,10 +327,42 @@ export class Trainer<Row = unknown> {
     return this.#loop.run(options.signal);
   }
 
+  /**
+   * Runs as `run` does and gives the events, as in
+   *
+   *     for await (const event of trainer) if (event.type === 'step') console.log(event.metrics);
+   *
+   * A step begins only once the events of the one before were taken. Leaving the loop early, by `break` or by an error,
+   * ends the run as stop() does: what is done is saved, and the loop is left when that has happened.
+   * @returns what the run came to, which is also `result`
+   * @throws MerfError BUSY where the trainer is running, and what `run` throws
+   */
+  events(options: { signal?: AbortSignal } = {}): AsyncGenerator<TrainingEvent, RunResult> {
+    return this.#events.iterate(
+      () => this.run(options),
+      () => this.stop(),
+    );
+  }
+
+  [Symbol.asyncIterator](): AsyncGenerator<TrainingEvent, RunResult> {
+    return this.events();
+  }
+
+  /** What the last run came to; undefined where none has come to its end. */
+  get result(): RunResult | undefined {
+    return this.#events.result;
+  }
+
   /** Ends the run after the step in progress, which is then saved. */
   stop(): void {
     this.#stopping = true;
     this.#loop?.stop();
+  }
+
+  /** Stops a run that goes on, and waits for its end. The policy is its owner's to dispose of. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.stop();
+    await this.#events.end();
   }
 
   #newAdaptive(): AdaptiveMotivation | undefined {
@@ -496,7 +537,7 @@ export class Trainer<Row = unknown> {
   }
 
   #emit(event: TrainingEvent): void {
-    this.#options.onEvent?.(event);
+    this.#events.tell(event);
   }
 }
 

@@ -279,6 +279,32 @@ describe('group advantages', () => {
     expectClose(await advantages({ kind: 'leave_one_out' }), [4, -4, 0, 0, 0, 0, 0]);
   });
 
+  test('of numbers are those of a tensor, bit for bit', async () => {
+    const given = numbers(240, 11);
+    for (const size of [1, 2, 3, 8, 240]) {
+      const groups = Array.from({ length: 240 / size }, (_, g) =>
+        Array.from(given.subarray(g * size, (g + 1) * size)),
+      );
+      const offsets = Int32Array.from({ length: groups.length + 1 }, (_, g) => g * size);
+      for (const kind of ['group', 'batch', 'leave_one_out'] as const) {
+        for (const options of [{ kind }, { kind, scale: false }, { kind, epsilon: 0 }]) {
+          const rewards = device.tensor(Float32Array.from(given));
+          const tensor = await groupAdvantages({ rewards, groupOffsets: offsets, ...options });
+          expect((await groupAdvantages(groups, options)).flat()).toEqual(Array.from(await tensor.read()));
+        }
+      }
+    }
+    for (const options of [{ kind: 'median' }, { scale: 1 }, { epsilon: -1 }, { epsilon: Number.NaN }]) {
+      expect((await failure(() => groupAdvantages([[1, 2]], options as object))).code).toBe(
+        'INVALID_ARGUMENT',
+      );
+    }
+    for (const rewards of [[[1, Number.NaN]], [[1, '2']], [7], [[1e39]]]) {
+      const { code, message } = await failure(() => groupAdvantages(rewards as number[][]));
+      expect([code, /rewards\[0\]/.test(message)]).toEqual(['INVALID_ARGUMENT', true]);
+    }
+  });
+
   test('refuses what does not fit', async () => {
     const cases: object[] = [
       { groupOffsets: Int32Array.of(0, 4, 6) },
@@ -518,4 +544,49 @@ describe('policy loss', () => {
 afterAll(() => {
   // Handles that nobody disposed of must not keep the process from its end.
   device.tensor([1]);
+});
+
+test('a signal that has fired ends every kernel', async () => {
+  const signal = AbortSignal.abort();
+  const visibleUntil = new Int32Array(4).fill(4);
+  const shaped = () => tensor(64, [4, 2, 8]);
+  const given = { q: shaped(), k: shaped(), v: shaped(), visibleUntil };
+  const { out, lse } = await attention(given);
+  const ones = () => device.tensor(new Float32Array(4).fill(1));
+  const loss = { weights: ones(), advantages: ones(), oldLogprobs: ones() };
+  const rows = Int32Array.of(0, 1, 2, 3);
+  const calls = [
+    () => attention({ ...given, signal }),
+    () => attentionBackward({ ...given, out, lse, dout: shaped(), signal }),
+    () => policyLoss({ ...loss, logprobs: ones(), signal }),
+    () =>
+      fusedPolicyLoss({
+        ...loss,
+        hidden: tensor(32, [4, 8]),
+        weight: tensor(80, [10, 8]),
+        rows,
+        targets: rows,
+        signal,
+      }),
+    () => groupAdvantages({ rewards: ones(), groupOffsets: Int32Array.of(0, 4), signal }),
+    () =>
+      sampleTokens({
+        logits: tensor(40, [4, 10]),
+        keys: new Uint32Array(8),
+        positions: new Int32Array(4),
+        seed: 1,
+        signal,
+      }),
+  ];
+  for (const call of calls) expect((await failure(call)).code).toBe('ABORTED');
+});
+
+test('tensors end with their block', async () => {
+  let kept: Tensor | undefined;
+  {
+    using inner = device.tensor([3]);
+    kept = inner;
+    expect(kept.disposed).toBe(false);
+  }
+  expect(kept.disposed).toBe(true);
 });

@@ -3,6 +3,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
+import '../../lib/node-host.js';
 import {
   formatMotivation,
   parseLearnUnder,

@@ -1,7 +1,7 @@
 import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
-import { type Component, RewardSpec } from '../../lib/reward/spec.js';
+import { type Component, RewardSpec } from '../../lib/reward/index.js';
 import { Random } from '../../lib/tasks/random.js';
 import { readRules, sorted, totalsInText } from './totals-in-text.js';
 

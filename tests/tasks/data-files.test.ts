@@ -28,6 +28,26 @@ async function fieldsOf(file: string): Promise<unknown[]> {
   return (await readRows(file, asTheyAre)).map((entry) => ('row' in entry ? entry.row : entry.problem));
 }
 
+test('a signal ends the reading, in its midst, too', async () => {
+  const count = 100_000;
+  const file = write('long.jsonl', '{"a":1}\n'.repeat(count));
+  await expect(readRows(file, asTheyAre, { signal: AbortSignal.abort() })).rejects.toMatchObject({
+    code: 'ABORTED',
+  });
+  const controller = new AbortController();
+  let parsed = 0;
+  const parse = (fields: object) => {
+    if (++parsed === 100) controller.abort();
+    return fields;
+  };
+  const { signal } = controller;
+  await expect(loadRows(file, parse, { signal })).rejects.toMatchObject({ code: 'ABORTED' });
+  expect(parsed).toBeLessThan(count);
+  await expect(loadRows(file, asTheyAre, { signal: new AbortController().signal })).resolves.toHaveLength(
+    count,
+  );
+});
+
 describe('JSONL', () => {
   test('is read in pieces, whose borders fall anywhere', async () => {
     const rows = Array.from({ length: 3000 }, (_, i) => ({ i, text: `${'ö😀'.repeat(i % 97)} ${i}` }));

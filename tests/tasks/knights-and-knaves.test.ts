@@ -4,6 +4,7 @@ import { describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
 import type { Reward } from '../../lib/reward/spec.js';
+import '../../lib/tasks/dataset.js';
 import type { Claim } from '../../lib/tasks/knights-and-knaves/claim.js';
 import { parseStatements } from '../../lib/tasks/knights-and-knaves/dataset.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';

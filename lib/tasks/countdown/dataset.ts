@@ -1,5 +1,5 @@
 import { describeValue } from '../../errors.js';
-import type { Fields } from '../dataset.js';
+import type { Fields } from '../rows.js';
 import { type Puzzle, problemOf } from './solver.js';
 
 /**

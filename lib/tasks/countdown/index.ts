@@ -1,4 +1,4 @@
-import { z } from 'zod';
+import * as z from 'zod';
 import { MerfError } from '../../errors.js';
 import { countsOption } from '../counts.js';
 import { type DataOptions, defineTask, type TaskParts } from '../define.js';

@@ -1,4 +1,4 @@
-import { type Fields, listField, textField } from '../dataset.js';
+import { type Fields, listField, textField } from '../rows.js';
 import { type BinaryKind, type Claim, personsOf } from './claim.js';
 import type { Puzzle } from './generator.js';
 

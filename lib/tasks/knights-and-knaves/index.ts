@@ -1,8 +1,8 @@
-import { z } from 'zod';
+import * as z from 'zod';
 import { countsOption } from '../counts.js';
-import { maxDraws } from '../dataset.js';
 import { type DataOptions, defineTask, type TaskParts } from '../define.js';
 import { Random } from '../random.js';
+import { maxDraws } from '../rows.js';
 import { thinkAndAnswerText } from '../tags.js';
 import { canonicalForm, maxTablePeople } from './canonical.js';
 import { type KnightsAndKnavesRow, parsePublishedRow } from './dataset.js';

@@ -57,7 +57,7 @@ export const search = defineTask({
   name: 'search',
   summary: 'answer questions with the help of a search engine, in several turns',
   options,
-  async create(chosen): Promise<TaskParts<SearchRow>> {
+  async create(chosen, reading): Promise<TaskParts<SearchRow>> {
     const { corpus, endpoint, passages, passageCharacters, searches } = chosen;
     if (corpus !== undefined && endpoint !== undefined) {
       throw new MerfError(
@@ -80,7 +80,7 @@ export const search = defineTask({
       retriever = new Endpoint({ url: endpoint, format, timeoutSeconds });
     } else {
       retriever = new PassageIndex(
-        world ? world.passages : await readCorpus(corpus as string, passageCharacters),
+        world ? world.passages : await readCorpus(corpus as string, passageCharacters, reading),
       );
     }
     const instruction = instructionFor(searches);

@@ -1,7 +1,8 @@
 import { readdir, readFile, stat } from 'node:fs/promises';
 import { basename, extname, join, relative } from 'node:path';
-import { describeValue, MerfError } from '../../errors.js';
+import { describeValue, MerfError, throwIfAborted } from '../../errors.js';
 import { type Fields, loadRows } from '../dataset.js';
+import type { ReadOptions } from '../task.js';
 
 /** What a search returns. */
 export interface Passage {
@@ -18,9 +19,13 @@ export interface Passage {
  * .parquet file with one passage a row, which stays whole.
  *
  * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED for another kind of file, MALFORMED_FILE that names the line
- *   at fault, EMPTY_DATASET
+ *   at fault, EMPTY_DATASET, ABORTED
  */
-export async function readCorpus(path: string, passageCharacters: number): Promise<Passage[]> {
+export async function readCorpus(
+  path: string,
+  passageCharacters: number,
+  options: ReadOptions = {},
+): Promise<Passage[]> {
   let isFolder: boolean;
   try {
     isFolder = (await stat(path)).isDirectory();
@@ -29,11 +34,11 @@ export async function readCorpus(path: string, passageCharacters: number): Promi
       (cause as NodeJS.ErrnoException).code === 'ENOENT' ? 'there is no such file or folder' : String(cause);
     throw new MerfError('FILE_NOT_FOUND', `Cannot read the corpus ${path}: ${reason}`, { cause });
   }
-  return isFolder ? readFolder(path, passageCharacters) : readTable(path);
+  return isFolder ? readFolder(path, passageCharacters, options) : readTable(path, options);
 }
 
-async function readTable(file: string): Promise<Passage[]> {
-  const passages = await loadRows(file, parsePassage);
+async function readTable(file: string, options: ReadOptions): Promise<Passage[]> {
+  const passages = await loadRows(file, parsePassage, options);
   const seen = new Set<string>();
   return passages.map((passage, i) => {
     const id = passage.id === '' ? `${i + 1}` : passage.id;
@@ -86,7 +91,11 @@ export function splitTitle(contents: string): { title: string; text: string } {
 
 const kinds = ['.txt', '.md'];
 
-async function readFolder(folder: string, passageCharacters: number): Promise<Passage[]> {
+async function readFolder(
+  folder: string,
+  passageCharacters: number,
+  { signal }: ReadOptions,
+): Promise<Passage[]> {
   const entries = await readdir(folder, { recursive: true, withFileTypes: true });
   const files = entries
     .filter((entry) => entry.isFile() && kinds.includes(extname(entry.name).toLowerCase()))
@@ -94,6 +103,7 @@ async function readFolder(folder: string, passageCharacters: number): Promise<Pa
     .sort();
   const passages: Passage[] = [];
   for (const file of files) {
+    throwIfAborted(signal, `reading ${folder}`);
     const text = (await readFile(file, 'utf8')).replace(/^\uFEFF/, '');
     const name = relative(folder, file);
     const heading =
