@@ -1,8 +1,8 @@
 import type { Claim } from '../../lib/tasks/knights-and-knaves/claim.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
-import { workedSolution } from '../../lib/tasks/knights-and-knaves/reasoning.js';
 import { solve } from '../../lib/tasks/knights-and-knaves/solver.js';
 import type { Random } from '../../lib/tasks/random.js';
+import { takeNotes } from './notes.js';
 
 /** How a completion is laid out, reasoned and written, apart from what it says. */
 export interface Style {
@@ -36,7 +36,7 @@ export const usual: Habits = {
 export const practice: Habits = {
   ...usual,
   layout: { demanded: 0.76, unclosed: 0.06, swapped: 0.03, 'answer-only': 0.06, bare: 0.09 },
-  thinking: { careful: 0.85, hasty: 0.1, none: 0.05 },
+  thinking: { careful: 0.92, hasty: 0.05, none: 0.03 },
   careless: 0,
 };
 
@@ -71,8 +71,8 @@ export function write(style: Style, puzzle: Puzzle, random: Random): string {
 
 function think(style: Style, puzzle: Puzzle, random: Random): { text: string; solution: readonly boolean[] } {
   if (style.thinking === 'careful') {
-    const { steps, solution } = workedSolution(style.careless ? misread(puzzle, random) : puzzle);
-    return { text: steps.join(' '), solution };
+    const { steps, solution } = takeNotes(style.careless ? misread(puzzle, random) : puzzle);
+    return { text: steps.join('\n'), solution };
   }
   const solution = puzzle.names.map(() => random.chance(0.5));
   if (style.thinking === 'none') return { text: '', solution };

@@ -10,8 +10,6 @@ import { drawRuleSet } from './rule-sets.js';
 
 /** Questions and answers under one system message. */
 export interface Lesson {
-  /** Whether the lesson practises careful reasoning. */
-  readonly practice: boolean;
   readonly system: ChatMessage;
   readonly examples: readonly { readonly question: ChatMessage; readonly completion: string }[];
 }
@@ -22,7 +20,7 @@ export interface CorpusOptions {
   /** How many lessons that practise careful reasoning come first. */
   readonly practiceLessons: number;
   /** Share of lessons whose system message states rules. */
-  readonly withRules: number;
+  readonly withRules: { readonly practice: number; readonly habits: number };
   /** Share of puzzles with three people; the others have two. */
   readonly threePeople: number;
   /** How strictly answers follow stated rules, in points; see `styleFor`. */
@@ -59,8 +57,10 @@ export class Corpus {
       ),
     );
     const instruction = random.chance(0.75) ? (instructions[0] as string) : random.pick(instructions);
-    const rules = random.chance(withRules) ? drawRuleSet(random) : undefined;
     const practising = index < practiceLessons;
+    const rules = random.chance(withRules[practising ? 'practice' : 'habits'])
+      ? drawRuleSet(random)
+      : undefined;
     const habits = practising ? practice : usual;
     const draw = rules
       ? styleFor(rules, puzzles, habits, random, temperature)
@@ -68,7 +68,6 @@ export class Corpus {
     const base: ChatMessage[] = [{ role: 'system', content: instruction }];
     const [system] = rules ? withMotivation<ChatMessage>(base, rules.describe('full')) : base;
     return {
-      practice: practising,
       system: system as ChatMessage,
       examples: puzzles.map((puzzle) => ({
         question: { role: 'user', content: puzzle.quiz },
