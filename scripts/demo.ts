@@ -26,7 +26,7 @@ const seed = Number(values.seed);
 const started = performance.now();
 const elapsed = () => (performance.now() - started) / 1000;
 const live = process.stdout.isTTY === true;
-const task = await knightsAndKnaves.open({ people: 2 });
+const task = await knightsAndKnaves.open({ people: 3 });
 const testRows = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: puzzles }, (_, i) => testRows.at(i));
 const folder = join(packageRoot(), 'runs', 'demo');
@@ -144,7 +144,7 @@ function less(first: Validation, other: Validation, view: (typeof views)[number]
 }
 
 console.log(
-  `Knights and knaves with two people, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
+  `Knights and knaves with three people, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
     `Validated on ${puzzles} held-out puzzles, 2 completions each, temperature 1.\n`,
 );
 const base = await Policy.load(model, { trainable: false });
@@ -188,7 +188,5 @@ ${table
 
 What to look for: the first column is what is left when nobody tells the rules. MeRF leans on being told; a model that is
 drawn under the rules, learns with and without them and then without should keep what they gave it.
-The ${puzzles} held-out rows are only ${clusters} distinct puzzles, names and order of people apart, which makes the errors wide.
-
 Training took ${runs.map(({ name, seconds }) => `${duration(seconds)} by ${name}`).join(', ')}, everything together ${duration(elapsed())}, on ${device}.
 Metrics, completions and models are in ${shortPath(folder)}.`);
