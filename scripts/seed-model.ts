@@ -33,7 +33,7 @@ const lessons = {
   examplesPerLesson: 8,
   withRules: { practice: 0.3, habits: 0.7 },
   threePeople: 0.7,
-  temperature: 0.7,
+  temperature: 0.4,
 };
 const corpus = new Corpus({ ...lessons, practiceLessons: practiceSteps });
 

@@ -80,8 +80,8 @@ describe('the corpus of the model that ships', () => {
       'Zoey +Zoey and -Noah',
       'Noah -Zoey',
       'Try knight Zoey open Noah',
-      'Zoey +Zoey true and -Noah open: knight so knave Noah',
-      'Noah -Zoey false: knave fits',
+      'Zoey knight +Zoey true and -Noah open so knave Noah',
+      'Noah knave -Zoey false fits',
       'All claims fit.',
     ]);
     const back = takeNotes({
@@ -93,10 +93,10 @@ describe('the corpus of the model that ships', () => {
     });
     expect(back.steps.slice(2)).toEqual([
       'Try knight Zoey open Noah',
-      'Zoey -Zoey false and +Noah open: knight clash',
+      'Zoey knight -Zoey false and +Noah open clash',
       'Try knave Zoey open Noah',
-      'Zoey -Zoey true and +Noah open: knave so knave Noah',
-      'Noah +Noah false: knave fits',
+      'Zoey knave -Zoey true and +Noah open so knave Noah',
+      'Noah knave +Noah false fits',
       'All claims fit.',
     ]);
     expect(() => takeNotes({ names: ['Zoey'], statements: [{ kind: 'knave', person: 0 }] })).toThrow(
