@@ -16,9 +16,9 @@ type Known = readonly (boolean | undefined)[];
  * few tokens away. First every claim in short (`Noah -Grace or +Zoey`: Noah says that Grace is a knave or Zoey a
  * knight), then speaker after speaker, again and again, what a claim comes to while something is supposed:
  *
- *     Noah knight -Grace open or +Zoey false so knave Grace
+ *     Noah -Grace open or +Zoey false: Noah knight so knave Grace
  *
- * Behind the speaker's name stands what he is known to be. What the claim comes to is `fits`, `clash` (back to the last
+ * Behind the colon stands what the speaker is known to be. What follows is `fits`, `clash` (back to the last
  * supposition, which turns), `so` with what the claim forces, or `wait`. Claims that are settled are not asked again.
  *
  * @throws RangeError where the puzzle has no solution
@@ -45,7 +45,8 @@ export function takeNotes({ names, statements }: Statements): WorkedSolution {
     }
     const speaker = unsettled.shift() as number;
     const claim = statements[speaker] as Claim;
-    const line = `${names[speaker]} ${roleOf(known[speaker])} ${shorthand(claim, names, known)}`;
+    const name = names[speaker];
+    const line = `${name} ${shorthand(claim, names, known)}: ${name} ${roleOf(known[speaker])}`;
     const forced = infer(speaker, claim, known);
     if (forced === undefined) {
       steps.push(`${line} clash`);

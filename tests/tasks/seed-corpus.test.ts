@@ -80,8 +80,8 @@ describe('the corpus of the model that ships', () => {
       'Zoey +Zoey and -Noah',
       'Noah -Zoey',
       'Try knight Zoey open Noah',
-      'Zoey knight +Zoey true and -Noah open so knave Noah',
-      'Noah knave -Zoey false fits',
+      'Zoey +Zoey true and -Noah open: Zoey knight so knave Noah',
+      'Noah -Zoey false: Noah knave fits',
       'All claims fit.',
     ]);
     const back = takeNotes({
@@ -93,10 +93,10 @@ describe('the corpus of the model that ships', () => {
     });
     expect(back.steps.slice(2)).toEqual([
       'Try knight Zoey open Noah',
-      'Zoey knight -Zoey false and +Noah open clash',
+      'Zoey -Zoey false and +Noah open: Zoey knight clash',
       'Try knave Zoey open Noah',
-      'Zoey knave -Zoey true and +Noah open so knave Noah',
-      'Noah knave +Noah false fits',
+      'Zoey -Zoey true and +Noah open: Zoey knave so knave Noah',
+      'Noah +Noah false: Noah knave fits',
       'All claims fit.',
     ]);
     expect(() => takeNotes({ names: ['Zoey'], statements: [{ kind: 'knave', person: 0 }] })).toThrow(
