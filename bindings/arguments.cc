@@ -202,10 +202,12 @@ Napi::Array to_array(const Napi::Value& value, const std::string& name) {
 
 std::vector<int64_t> to_shape(const Napi::Value& value, const std::string& name) {
   const Napi::Array array = to_array(value, name);
-  if (array.Length() < 1 || array.Length() > 4) refuse("1 to 4 extents", name, value);
+  // An element's getter may change the length.
+  const uint32_t length = array.Length();
+  if (length < 1 || length > 4) refuse("1 to 4 extents", name, value);
   std::vector<int64_t> shape;
   int64_t size = 1;
-  for (uint32_t i = 0; i < array.Length(); ++i) {
+  for (uint32_t i = 0; i < length; ++i) {
     shape.push_back(to_integer(array.Get(i), name + "[" + std::to_string(i) + "]", 1, int64_t{1} << 40));
     if (__builtin_mul_overflow(size, shape.back(), &size) || size > int64_t{1} << 40) {
       refuse("at most 2^40 elements", name, "more");

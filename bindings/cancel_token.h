@@ -36,4 +36,9 @@ inline std::shared_ptr<Cancel> to_cancel(const Napi::Value& value, const std::st
   refuse("a cancel token", name, value);
 }
 
+// One that nobody can request where none is given.
+inline std::shared_ptr<Cancel> to_optional_cancel(const Napi::Value& value, const std::string& name) {
+  return value.IsUndefined() ? std::make_shared<Cancel>() : to_cancel(value, name);
+}
+
 }  // namespace merf

@@ -2,8 +2,25 @@
 
 #include <exception>
 #include <new>
+#include <stdexcept>
 
 namespace merf {
+
+Error current_error() {
+  try {
+    throw;
+  } catch (const Error& error) {
+    return error;
+  } catch (const std::bad_alloc&) {
+    return Error("OUT_OF_MEMORY", "The system has no more memory");
+  } catch (const std::length_error&) {
+    return Error("OUT_OF_MEMORY", "No memory holds what was asked for");
+  } catch (const std::exception& error) {
+    return Error("INTERNAL", error.what());
+  } catch (...) {
+    return Error("INTERNAL", "Something that is no exception was thrown");
+  }
+}
 
 bool Mailbox::begin(const std::shared_ptr<Cancel>& cancel) {
   std::lock_guard lock(mutex_);
@@ -38,14 +55,9 @@ class Environment::JobDelivery final : public Delivery {
   void work() {
     try {
       deliver_ = work_();
-    } catch (const Error& error) {
+    } catch (...) {
+      const Error error = current_error();
       code_ = error.code;
-      message_ = error.what();
-    } catch (const std::bad_alloc&) {
-      code_ = "OUT_OF_MEMORY";
-      message_ = "The system has no more memory";
-    } catch (const std::exception& error) {
-      code_ = "INTERNAL";
       message_ = error.what();
     }
     work_ = nullptr;
@@ -61,10 +73,11 @@ class Environment::JobDelivery final : public Delivery {
       } else {
         deferred_.Resolve(deliver_(env));
       }
-    } catch (const Error& error) {
-      deferred_.Reject(environment.make_error(env, error.code, error.what()));
     } catch (const Napi::Error& error) {
       deferred_.Reject(error.Value());
+    } catch (...) {
+      const Error error = current_error();
+      deferred_.Reject(environment.make_error(env, error.code, error.what()));
     }
   }
 
@@ -107,12 +120,11 @@ Environment::Environment(Napi::Env env) : env_(env), mailbox_(std::make_shared<M
   // Hooks run in the reverse of their order, so this one finds the thread-safe function alive.
   napi_add_env_cleanup_hook(
       env, [](void* self) { static_cast<Environment*>(self)->close(); }, this);
-  // process.exit() runs no such hooks on the main thread, but emits this.
+  // process.exit() runs no such hooks on the main thread, but emits this. Where nobody hears of it, Engine::halt_at_exit
+  // does what has to be done.
   const Napi::Object process = env.Global().Get("process").As<Napi::Object>();
-  const Napi::Function on_exit = Napi::Function::New(env, [](const Napi::CallbackInfo& info) {
-    Environment::of(info.Env()).close();
-    Engine::wait_until_idle(1.0);
-  });
+  const Napi::Function on_exit =
+      Napi::Function::New(env, [](const Napi::CallbackInfo& info) { Environment::of(info.Env()).close(); });
   process.Get("once").As<Napi::Function>().Call(process, {Napi::String::New(env, "exit"), on_exit});
 }
 
@@ -146,22 +158,27 @@ Napi::Value Environment::run(Napi::Env env, Engine& engine, std::shared_ptr<Canc
   if (!cancel) cancel = std::make_shared<Cancel>();
   auto job = std::make_shared<JobDelivery>(env, std::move(work), listener);
   const Napi::Promise promise = job->promise();
+  engine.post(
+      [mailbox = mailbox_, cancel, job = std::move(job)]() mutable {
+        if (!mailbox->begin(cancel)) return;
+        job->work();
+        mailbox->post(std::move(job));
+        mailbox->end(cancel);
+      },
+      cancel);
   hold_loop();
-  engine.post([mailbox = mailbox_, cancel = std::move(cancel), job = std::move(job)]() mutable {
-    if (!mailbox->begin(cancel)) return;
-    job->work();
-    mailbox->post(std::move(job));
-    mailbox->end(cancel);
-  });
   return promise;
 }
 
 void Environment::post(Engine& engine, std::function<void()> work) {
-  engine.post([mailbox = mailbox_, cancel = std::make_shared<Cancel>(), work = std::move(work)] {
-    if (!mailbox->begin(cancel)) return;
-    work();
-    mailbox->end(cancel);
-  });
+  const auto cancel = std::make_shared<Cancel>();
+  engine.post(
+      [mailbox = mailbox_, cancel, work = std::move(work)] {
+        if (!mailbox->begin(cancel)) return;
+        work();
+        mailbox->end(cancel);
+      },
+      cancel);
 }
 
 Napi::Value Environment::make_error(Napi::Env env, const std::string& code, const std::string& message) {

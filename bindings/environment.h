@@ -63,7 +63,7 @@ class Environment {
   // and decides for itself what that means. `listener`, if not 0, is removed when the promise is settled.
   Napi::Value run(Napi::Env env, Engine& engine, std::shared_ptr<Cancel> cancel, Work work,
                   uint32_t listener = 0);
-  // Runs work that cannot fail, so that it needs no promise.
+  // Runs work that needs no promise, since it has nothing to give and keeps for itself what it fails with.
   void post(Engine& engine, std::function<void()> work);
 
   Napi::Value make_error(Napi::Env env, const std::string& code, const std::string& message);
@@ -104,12 +104,18 @@ class Environment {
   std::unordered_map<uint32_t, Listener> listeners_;
 };
 
+// The exception that is being handled, which is not JavaScript's, as an error of ours.
+Error current_error();
+
 // Runs `body` and throws what it throws as a JavaScript error with its code.
 template <typename Body>
 auto checked(Napi::Env env, Body&& body) -> decltype(body()) {
   try {
     return body();
-  } catch (const Error& error) {
+  } catch (const Napi::Error&) {
+    throw;
+  } catch (...) {
+    const Error error = current_error();
     throw Napi::Error(env, Environment::of(env).make_error(env, error.code, error.what()));
   }
 }
@@ -124,10 +130,11 @@ Napi::Value promised(Napi::Env env, Body&& body) {
   };
   try {
     return body();
-  } catch (const Error& error) {
-    return reject(Environment::of(env).make_error(env, error.code, error.what()));
   } catch (const Napi::Error& error) {
     return reject(error.Value());
+  } catch (...) {
+    const Error error = current_error();
+    return reject(Environment::of(env).make_error(env, error.code, error.what()));
   }
 }
 

@@ -56,7 +56,9 @@ Training to_training(const Napi::Value& value, const ModelConfig& config) {
 std::vector<TensorSource> to_sources(const Napi::Value& value) {
   const Napi::Array array = to_array(value, "sources");
   std::vector<TensorSource> sources;
-  for (uint32_t i = 0; i < array.Length(); ++i) {
+  // An element's getter may change the length.
+  const uint32_t length = array.Length();
+  for (uint32_t i = 0; i < length; ++i) {
     const std::string name = "sources[" + std::to_string(i) + "]";
     const Napi::Object object = to_object(array.Get(i), name);
     constexpr int64_t most = int64_t{1} << 53;

@@ -5,6 +5,7 @@
 #include <optional>
 
 #include "arguments.h"
+#include "cancel_token.h"
 #include "environment.h"
 #include "model_arguments.h"
 #include "options.h"
@@ -13,9 +14,6 @@ namespace merf {
 namespace {
 
 using State = std::shared_ptr<TensorState>;
-
-// Marks our objects, so that no other wrapped object is taken for a tensor.
-constexpr napi_type_tag kTensorTag = {0x6d6572662d74656e, 0x736f722d68616e64};
 
 thread_local State constructing_tensor;
 thread_local Engine* constructing_device = nullptr;
@@ -40,7 +38,7 @@ Tensor allocate(Backend& backend, DType dtype, const std::vector<int64_t>& shape
 }
 
 State make_state(Engine& engine, DType dtype, std::vector<int64_t> shape) {
-  auto state = std::make_shared<TensorState>();
+  auto state = engine.make_shared_state<TensorState>();
   state->engine = &engine;
   state->dtype = dtype;
   state->shape = std::move(shape);
@@ -68,7 +66,7 @@ class Operands {
   // A tensor of `rank` whose dtype is one of `dtypes`.
   State get(const char* key, size_t rank, std::initializer_list<DType> dtypes) const {
     const Napi::Value value = object_.Get(key);
-    const State& state = NativeTensor::of(value, path(key));
+    const State state = NativeTensor::of(value, path(key));
     if (state->engine != &engine_) refuse("a tensor of this device", path(key), "one of another device");
     if (state->shape.size() != rank) {
       refuse("a tensor of rank " + std::to_string(rank), path(key), "shape " + shape_text(state->shape));
@@ -192,6 +190,15 @@ LossStatistics statistics_of(Backend& backend, const LossOptions& options, const
   return loss_statistics(loss, scores);
 }
 
+// Runs a kernel, unless it was cancelled before it began.
+Napi::Value run_kernel(Napi::Env env, Engine& engine, const std::shared_ptr<Cancel>& cancel, const char* name,
+                       Work work) {
+  return Environment::of(env).run(env, engine, cancel, [cancel, name, work = std::move(work)]() -> Deliver {
+    cancel->check(name);
+    return work();
+  });
+}
+
 // Delivers named tensors as one object.
 Deliver deliver_tensors(std::vector<std::pair<const char*, State>> tensors) {
   return [tensors = std::move(tensors)](Napi::Env env) -> Napi::Value {
@@ -242,36 +249,36 @@ Napi::Value NativeTensor::create(Napi::Env env, State state) {
   return Environment::of(env).tensor_class.New({});
 }
 
-const State& NativeTensor::of(const Napi::Value& value, const std::string& name) {
-  bool ours = false;
-  if (!value.IsObject() || napi_check_object_type_tag(value.Env(), value, &kTensorTag, &ours) != napi_ok ||
-      !ours) {
-    refuse("a tensor", name, value);
-  }
+State NativeTensor::of(const Napi::Value& value, const std::string& name) {
+  if (!is_one(value)) refuse("a tensor", name, value);
   const NativeTensor* tensor = Unwrap(value.As<Napi::Object>());
   if (!tensor->state_)
     throw Error("DISPOSED", "Expected a live tensor for " + name + " but received one that was disposed of");
   return tensor->state_;
 }
 
+State NativeTensor::state() const {
+  if (!state_) throw Error("DISPOSED", "Expected a live tensor but received one that was disposed of");
+  return state_;
+}
+
 NativeTensor::NativeTensor(const Napi::CallbackInfo& info)
-    : Napi::ObjectWrap<NativeTensor>(info), state_(std::exchange(constructing_tensor, nullptr)) {
+    : TaggedWrap(info), state_(std::exchange(constructing_tensor, nullptr)) {
   if (!state_) throw Napi::TypeError::New(info.Env(), "Tensors are made by a device");
-  napi_type_tag_object(info.Env(), info.This(), &kTensorTag);
+  memory_.tell(info.Env(), state_->size() * static_cast<int64_t>(size_of(state_->dtype)));
+  tag(info);
 }
 
 NativeTensor::~NativeTensor() { release(); }
 
 void NativeTensor::release() {
-  if (!state_) return;
-  Engine& engine = *state_->engine;
-  engine.post([state = std::move(state_)]() mutable { state.reset(); });
+  memory_.tell(Env(), 0);
   state_ = nullptr;
 }
 
 Napi::Value NativeTensor::shape(const Napi::CallbackInfo& info) {
   return checked(info.Env(), [&]() -> Napi::Value {
-    const State& state = of(info.This(), "this");
+    const State state = this->state();
     const Napi::Array array = Napi::Array::New(info.Env(), state->shape.size());
     for (size_t i = 0; i < state->shape.size(); ++i) {
       array.Set(static_cast<uint32_t>(i), static_cast<double>(state->shape[i]));
@@ -281,9 +288,8 @@ Napi::Value NativeTensor::shape(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value NativeTensor::dtype(const Napi::CallbackInfo& info) {
-  return checked(info.Env(), [&]() -> Napi::Value {
-    return Napi::String::New(info.Env(), name_of(of(info.This(), "this")->dtype));
-  });
+  return checked(info.Env(),
+                 [&]() -> Napi::Value { return Napi::String::New(info.Env(), name_of(state()->dtype)); });
 }
 
 Napi::Value NativeTensor::disposed(const Napi::CallbackInfo& info) {
@@ -292,7 +298,7 @@ Napi::Value NativeTensor::disposed(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeTensor::read(const Napi::CallbackInfo& info) {
   return promised(info.Env(), [&] {
-    const State state = of(info.This(), "this");
+    const State state = this->state();
     return Environment::of(info.Env()).run(info.Env(), *state->engine, nullptr, [state]() -> Deliver {
       Backend& backend = state->engine->backend();
       Tensor tensor = state->open();
@@ -346,8 +352,9 @@ Napi::Value NativeDevice::create(const Napi::CallbackInfo& info) {
 }
 
 NativeDevice::NativeDevice(const Napi::CallbackInfo& info)
-    : Napi::ObjectWrap<NativeDevice>(info), engine_(std::exchange(constructing_device, nullptr)) {
+    : TaggedWrap(info), engine_(std::exchange(constructing_device, nullptr)) {
   if (engine_ == nullptr) throw Napi::TypeError::New(info.Env(), "Devices are made by openDevice");
+  tag(info);
 }
 
 Napi::Value NativeDevice::name(const Napi::CallbackInfo& info) {
@@ -387,8 +394,8 @@ Napi::Value NativeDevice::tensor(const Napi::CallbackInfo& info) {
                                       backend.upload(staged, floats.data(), staged.bytes());
                                       backend.cast(tensor, staged);
                                     }
-                                  } catch (const Error& error) {
-                                    state->failure = error;
+                                  } catch (...) {
+                                    state->failure = current_error();
                                   }
                                 });
     }
@@ -399,13 +406,14 @@ Napi::Value NativeDevice::tensor(const Napi::CallbackInfo& info) {
 Napi::Value NativeDevice::attention(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     auto a = to_attention(operands, object);
     const State out = make_state(*engine_, a.q->dtype, a.q->shape);
     const State lse = make_state(*engine_, DType::f32, {a.q->shape[1], a.q->shape[0]});
-    return Environment::of(env).run(
-        env, *engine_, nullptr, [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
+    return run_kernel(
+        env, *engine_, cancel, "attention", [engine = engine_, a = std::move(a), out, lse]() -> Deliver {
           Backend& backend = engine->backend();
           const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
           backend.attention(heads(a.q->open()), heads(a.k->open()), heads(a.v->open()), visible_until,
@@ -418,6 +426,7 @@ Napi::Value NativeDevice::attention(const Napi::CallbackInfo& info) {
 Napi::Value NativeDevice::attention_backward(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     auto a = to_attention(operands, object);
@@ -427,23 +436,23 @@ Napi::Value NativeDevice::attention_backward(const Napi::CallbackInfo& info) {
     const State dq = make_state(*engine_, a.q->dtype, a.q->shape);
     const State dk = make_state(*engine_, a.q->dtype, a.k->shape);
     const State dv = make_state(*engine_, a.q->dtype, a.k->shape);
-    return Environment::of(env).run(
-        env, *engine_, nullptr,
-        [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
-          Backend& backend = engine->backend();
-          const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
-          backend.attention_backward(heads(dout->open()), heads(a.q->open()), heads(a.k->open()),
-                                     heads(a.v->open()), heads(out->open()), lse->open(), visible_until,
-                                     a.visible_until, a.scale, heads(dq->open()), heads(dk->open()),
-                                     heads(dv->open()));
-          return deliver_tensors({{"dq", dq}, {"dk", dk}, {"dv", dv}});
-        });
+    return run_kernel(env, *engine_, cancel, "attentionBackward",
+                      [engine = engine_, a = std::move(a), out, dout, lse, dq, dk, dv]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const Tensor visible_until = upload(backend, a.visible_until, {a.q->shape[0]});
+                        backend.attention_backward(heads(dout->open()), heads(a.q->open()),
+                                                   heads(a.k->open()), heads(a.v->open()), heads(out->open()),
+                                                   lse->open(), visible_until, a.visible_until, a.scale,
+                                                   heads(dq->open()), heads(dk->open()), heads(dv->open()));
+                        return deliver_tensors({{"dq", dq}, {"dk", dk}, {"dv", dv}});
+                      });
   });
 }
 
 Napi::Value NativeDevice::sample_tokens(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     const State logits = operands.get("logits", 2, {DType::f32});
@@ -459,26 +468,26 @@ Napi::Value NativeDevice::sample_tokens(const Napi::CallbackInfo& info) {
     const State sampling_logprobs = make_state(*engine_, DType::f32, {rows});
     const State logprobs = make_state(*engine_, DType::f32, {rows});
     const State entropies = make_state(*engine_, DType::f32, {rows});
-    return Environment::of(env).run(
-        env, *engine_, nullptr,
-        [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions), options, tokens,
-         sampling_logprobs, logprobs, entropies]() -> Deliver {
-          Backend& backend = engine->backend();
-          const int64_t rows = logits->shape[0];
-          backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
-                                upload(backend, positions, {rows}), options, tokens->open(),
-                                sampling_logprobs->open(), logprobs->open(), entropies->open());
-          return deliver_tensors({{"tokens", tokens},
-                                  {"logprobs", logprobs},
-                                  {"samplingLogprobs", sampling_logprobs},
-                                  {"entropies", entropies}});
-        });
+    return run_kernel(env, *engine_, cancel, "sampleTokens",
+                      [engine = engine_, logits, keys = std::move(keys), positions = std::move(positions),
+                       options, tokens, sampling_logprobs, logprobs, entropies]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const int64_t rows = logits->shape[0];
+                        backend.sample_tokens(logits->open(), upload(backend, keys, {rows, 2}),
+                                              upload(backend, positions, {rows}), options, tokens->open(),
+                                              sampling_logprobs->open(), logprobs->open(), entropies->open());
+                        return deliver_tensors({{"tokens", tokens},
+                                                {"logprobs", logprobs},
+                                                {"samplingLogprobs", sampling_logprobs},
+                                                {"entropies", entropies}});
+                      });
   });
 }
 
 Napi::Value NativeDevice::group_advantages(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     const State rewards = operands.get("rewards", 1, {DType::f32});
@@ -502,21 +511,20 @@ Napi::Value NativeDevice::group_advantages(const Napi::CallbackInfo& info) {
     const float epsilon = static_cast<float>(
         to_number(object.Get("epsilon"), "arguments.epsilon", 0.0, std::numeric_limits<float>::max()));
     const State advantages = make_state(*engine_, DType::f32, rewards->shape);
-    return Environment::of(env).run(env, *engine_, nullptr,
-                                    [engine = engine_, rewards, offsets = std::move(offsets), kind, scale,
-                                     epsilon, advantages]() -> Deliver {
-                                      engine->backend().group_advantages(rewards->open(), offsets, kind,
-                                                                         scale, epsilon, advantages->open());
-                                      return [advantages](Napi::Env env) {
-                                        return NativeTensor::create(env, advantages);
-                                      };
-                                    });
+    return run_kernel(env, *engine_, cancel, "groupAdvantages",
+                      [engine = engine_, rewards, offsets = std::move(offsets), kind, scale, epsilon,
+                       advantages]() -> Deliver {
+                        engine->backend().group_advantages(rewards->open(), offsets, kind, scale, epsilon,
+                                                           advantages->open());
+                        return [advantages](Napi::Env env) { return NativeTensor::create(env, advantages); };
+                      });
   });
 }
 
 Napi::Value NativeDevice::policy_loss(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     const State logprobs = operands.get("logprobs", 1, {DType::f32});
@@ -526,37 +534,37 @@ Napi::Value NativeDevice::policy_loss(const Napi::CallbackInfo& info) {
                                 : operands.get_optional("entropies", logprobs->shape, {DType::f32});
     const State coefficients = make_state(*engine_, DType::f32, logprobs->shape);
     const bool with_statistics = to_bool(object.Get("statistics"), "arguments.statistics");
-    return Environment::of(env).run(
-        env, *engine_, nullptr,
-        [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients,
-         with_statistics]() -> Deliver {
-          Backend& backend = engine->backend();
-          const LossRows rows = loss.open_rows(backend);
-          const double value = backend.policy_loss(logprobs->open(), open(entropies), rows, loss.options,
-                                                   coefficients->open());
-          std::optional<LossStatistics> statistics;
-          if (with_statistics) {
-            statistics =
-                statistics_of(backend, loss.options, rows, loss.sequences, logprobs->open(), open(entropies));
-          }
-          return [value, coefficients, statistics](Napi::Env env) -> Napi::Value {
-            const Napi::Object result = Napi::Object::New(env);
-            result.Set("loss", value);
-            result.Set("coefficients", NativeTensor::create(env, coefficients));
-            if (statistics) {
-              const Napi::Object object = Napi::Object::New(env);
-              set_statistics(object, *statistics);
-              result.Set("statistics", object);
-            }
-            return result;
-          };
-        });
+    return run_kernel(env, *engine_, cancel, "policyLoss",
+                      [engine = engine_, logprobs, entropies, loss = std::move(loss), coefficients,
+                       with_statistics]() -> Deliver {
+                        Backend& backend = engine->backend();
+                        const LossRows rows = loss.open_rows(backend);
+                        const double value = backend.policy_loss(logprobs->open(), open(entropies), rows,
+                                                                 loss.options, coefficients->open());
+                        std::optional<LossStatistics> statistics;
+                        if (with_statistics) {
+                          statistics = statistics_of(backend, loss.options, rows, loss.sequences,
+                                                     logprobs->open(), open(entropies));
+                        }
+                        return [value, coefficients, statistics](Napi::Env env) -> Napi::Value {
+                          const Napi::Object result = Napi::Object::New(env);
+                          result.Set("loss", value);
+                          result.Set("coefficients", NativeTensor::create(env, coefficients));
+                          if (statistics) {
+                            const Napi::Object object = Napi::Object::New(env);
+                            set_statistics(object, *statistics);
+                            result.Set("statistics", object);
+                          }
+                          return result;
+                        };
+                      });
   });
 }
 
 Napi::Value NativeDevice::fused_policy_loss(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
+    const auto cancel = to_optional_cancel(info[1], "cancel");
     const Napi::Object object = to_object(info[0], "arguments");
     const Operands operands(*engine_, object, "arguments");
     const State hidden = operands.get("hidden", 2, {DType::f32, DType::bf16});
@@ -577,8 +585,8 @@ Napi::Value NativeDevice::fused_policy_loss(const Napi::CallbackInfo& info) {
     const State entropies = make_state(*engine_, DType::f32, {count});
     const State dhidden = make_state(*engine_, hidden->dtype, hidden->shape);
     const State dweight = make_state(*engine_, DType::f32, weight->shape);
-    return Environment::of(env).run(
-        env, *engine_, nullptr,
+    return run_kernel(
+        env, *engine_, cancel, "fusedPolicyLoss",
         [engine = engine_, hidden, weight, rows = std::move(rows), targets = std::move(targets),
          loss = std::move(loss), logprobs, entropies, dhidden, dweight]() -> Deliver {
           Backend& backend = engine->backend();

@@ -9,10 +9,13 @@
 #include <vector>
 
 #include "engine.h"
+#include "external_memory.h"
+#include "tagged_wrap.h"
 
 namespace merf {
 
-// What jobs share of one tensor. It is allocated by the first job that names it, on the engine's thread.
+// What jobs share of one tensor (Engine::make_shared_state). It is allocated by the first job that names it, on the
+// engine's thread.
 struct TensorState {
   Engine* engine = nullptr;
   DType dtype = DType::f32;
@@ -26,12 +29,15 @@ struct TensorState {
   const Tensor& open();
 };
 
-class NativeTensor : public Napi::ObjectWrap<NativeTensor> {
+class NativeTensor : public TaggedWrap<NativeTensor> {
  public:
+  static constexpr napi_type_tag kTag = {0x6d6572662d74656e, 0x736f722d68616e64};
+  static constexpr const char* kName = "tensor";
+
   static void define(Napi::Env env);
   static Napi::Value create(Napi::Env env, std::shared_ptr<TensorState> state);
   // The state of `value`; throws INVALID_ARGUMENT where it is no tensor, DISPOSED where it was disposed of.
-  static const std::shared_ptr<TensorState>& of(const Napi::Value& value, const std::string& name);
+  static std::shared_ptr<TensorState> of(const Napi::Value& value, const std::string& name);
 
   explicit NativeTensor(const Napi::CallbackInfo& info);
   ~NativeTensor() override;
@@ -42,13 +48,18 @@ class NativeTensor : public Napi::ObjectWrap<NativeTensor> {
   Napi::Value disposed(const Napi::CallbackInfo& info);
   Napi::Value read(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
+  std::shared_ptr<TensorState> state() const;
   void release();
 
   std::shared_ptr<TensorState> state_;  // empty once disposed of
+  ExternalMemory memory_;
 };
 
-class NativeDevice : public Napi::ObjectWrap<NativeDevice> {
+class NativeDevice : public TaggedWrap<NativeDevice> {
  public:
+  static constexpr napi_type_tag kTag = {0x6d6572662d646576, 0x6963652d68616e64};
+  static constexpr const char* kName = "device";
+
   static void define(Napi::Env env);
   // openDevice({ name, threads })
   static Napi::Value create(const Napi::CallbackInfo& info);

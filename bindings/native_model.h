@@ -7,18 +7,22 @@
 #include <memory>
 
 #include "engine.h"
+#include "environment.h"
+#include "external_memory.h"
 #include "model/model.h"
 #include "rollout/session.h"
 #include "rollout/stop_strings.h"
+#include "tagged_wrap.h"
 
 namespace merf {
 
 // What jobs share of one model. The model is made by the first job and goes with the last, both on the
-// engine's thread.
+// engine's thread (Engine::make_shared_state).
 struct ModelState {
   Engine* engine = nullptr;
   ModelConfig config;
   Training training{false};
+  int64_t parameter_bytes = 0;       // what V8 is told that the model takes
   TokenBytes token_bytes;            // engine thread only
   std::unique_ptr<Model> model;      // engine thread only
   int64_t session_bytes = -1;        // of keys and values between calls; below 0: what suits the device
@@ -46,8 +50,11 @@ struct ModelState {
   }
 };
 
-class NativeModel : public Napi::ObjectWrap<NativeModel> {
+class NativeModel : public TaggedWrap<NativeModel> {
  public:
+  static constexpr napi_type_tag kTag = {0x6d6572662d6d6f64, 0x656c2d68616e646c};
+  static constexpr const char* kName = "model";
+
   static void define(Napi::Env env);
   // createModel(config, { name, threads, profile?, exact? }, training, sessionBytes?)
   static Napi::Value create(const Napi::CallbackInfo& info);
@@ -76,12 +83,17 @@ class NativeModel : public Napi::ObjectWrap<NativeModel> {
   Napi::Value take_profile(const Napi::CallbackInfo& info);
   Napi::Value dispose(const Napi::CallbackInfo& info);
 
-  // The state, or DISPOSED.
-  const std::shared_ptr<ModelState>& state() const;
-  const std::shared_ptr<ModelState>& trainable_state(const char* method) const;
+  // The state, or DISPOSED. Methods take it before they read their arguments, whose getters may dispose of the model:
+  // the call then still has all it needs.
+  std::shared_ptr<ModelState> state() const;
+  std::shared_ptr<ModelState> trainable_state(const char* method) const;
+  // A promise for what `work` delivers, which may take the model's memory.
+  Napi::Value run(Napi::Env env, const std::shared_ptr<ModelState>& state, std::shared_ptr<Cancel> cancel,
+                  Work work, uint32_t listener = 0);
   void release();
 
   std::shared_ptr<ModelState> state_;  // empty once disposed of
+  ExternalMemory memory_;
   bool has_token_bytes_ = false;
 };
 

@@ -40,7 +40,9 @@ SampleRequest to_request(const Napi::Value& value, const ModelConfig& config, bo
   r.stop_tokens = to_int32s(object.Get("stopTokens"), "request.stopTokens");
   check_range(r.stop_tokens, "request.stopTokens", 0, int64_t{1} << 31);
   const Napi::Array strings = to_array(object.Get("stopStrings"), "request.stopStrings");
-  for (uint32_t i = 0; i < strings.Length(); ++i) {
+  // An element's getter may change the length.
+  const uint32_t length = strings.Length();
+  for (uint32_t i = 0; i < length; ++i) {
     const std::string name = "request.stopStrings[" + std::to_string(i) + "]";
     r.stop_strings.push_back(to_bytes(strings.Get(i), name));
     if (r.stop_strings.back().empty()) refuse("at least one byte", name, "none");
@@ -150,21 +152,22 @@ Napi::Value sample_result_to_js(Napi::Env env, SampleResult result) {
 Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
   const Napi::Env env = info.Env();
   return promised(env, [&] {
-    SampleRequest request = to_request(info[0], state()->config, has_token_bytes_);
+    const auto state = this->state();
+    SampleRequest request = to_request(info[0], state->config, has_token_bytes_);
     auto cancel = to_cancel(info[1], "cancel");
     const Napi::Value on_tokens = info[2];
     if (!on_tokens.IsUndefined() && !on_tokens.IsFunction()) refuse("a function", "onTokens", on_tokens);
+    const bool ended_only = !info[3].IsUndefined() && to_bool(info[3], "endedOnly");
     Environment& environment = Environment::of(env);
     uint32_t listener = 0;
     std::shared_ptr<TokenStream> stream;
     if (on_tokens.IsFunction()) {
       listener = environment.add_listener(on_tokens.As<Napi::Function>());
-      const bool ended_only = !info[3].IsUndefined() && to_bool(info[3], "endedOnly");
       stream = std::make_shared<TokenStream>(environment.mailbox(), listener, cancel, ended_only);
     }
-    return environment.run(
-        env, *state()->engine, cancel,
-        [state = state(), request = std::move(request), cancel, stream = std::move(stream)]() -> Deliver {
+    return run(
+        env, state, cancel,
+        [state, request = std::move(request), cancel, stream = std::move(stream)]() -> Deliver {
           DrawCallback callback;
           if (stream) callback = [&stream](const Drawn& drawn) { stream->push(drawn); };
           auto result = std::make_shared<SampleResult>(
@@ -177,11 +180,11 @@ Napi::Value NativeModel::sample(const Napi::CallbackInfo& info) {
 
 Napi::Value NativeModel::session_bytes(const Napi::CallbackInfo& info) {
   return promised(info.Env(), [&] {
-    return Environment::of(info.Env())
-        .run(info.Env(), *state()->engine, nullptr, [state = state()]() -> Deliver {
-          const int64_t bytes = state->session ? state->session->bytes() : 0;
-          return [bytes](Napi::Env env) { return Napi::Number::New(env, static_cast<double>(bytes)); };
-        });
+    const auto state = this->state();
+    return run(info.Env(), state, nullptr, [state]() -> Deliver {
+      const int64_t bytes = state->session ? state->session->bytes() : 0;
+      return [bytes](Napi::Env env) { return Napi::Number::New(env, static_cast<double>(bytes)); };
+    });
   });
 }
 

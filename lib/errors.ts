@@ -1,8 +1,12 @@
+import { withControlsShown } from './control-characters.js';
+
 /** What went wrong, stable across versions: branch on it instead of on the message. */
 export type MerfErrorCode =
   | 'INVALID_ARGUMENT'
   | 'INVALID_CONFIG'
   | 'FILE_NOT_FOUND'
+  /** A file or folder that is there cannot be read, or one cannot be written for want of a disk with room for it. */
+  | 'FILE_FAILED'
   | 'MALFORMED_FILE'
   | 'UNSUPPORTED'
   | 'CONTEXT_EXCEEDED'
@@ -35,6 +39,7 @@ const codes: ReadonlySet<string> = new Set<MerfErrorCode>([
   'INVALID_ARGUMENT',
   'INVALID_CONFIG',
   'FILE_NOT_FOUND',
+  'FILE_FAILED',
   'MALFORMED_FILE',
   'UNSUPPORTED',
   'CONTEXT_EXCEEDED',
@@ -60,14 +65,23 @@ export function isMerfErrorCode(code: unknown): code is MerfErrorCode {
   return typeof code === 'string' && codes.has(code);
 }
 
-/** Every failure that merf reports itself. The message names the argument, file or key, what was there and what was expected. */
+/**
+ * Every failure that merf reports itself. The message names the argument, file or key, what was there and what was expected;
+ * control characters in it, as a file's name may hold, are written out.
+ */
 export class MerfError extends Error {
   override readonly name = 'MerfError';
   readonly code: MerfErrorCode;
 
   constructor(code: MerfErrorCode, message: string, options?: { cause?: unknown }) {
-    super(message, options);
+    super(withControlsShown(message), options);
     this.code = code;
+  }
+
+  /** Errors of another copy of this library count as well: a task's module may have brought its own. */
+  static override [Symbol.hasInstance](value: unknown): boolean {
+    const { name, code } = (value ?? {}) as { name?: unknown; code?: unknown };
+    return name === 'MerfError' && isMerfErrorCode(code);
   }
 }
 
@@ -89,7 +103,9 @@ export function describeValue(value: unknown): string {
   }
   if (typeof value === 'function') return `function ${value.name || '(anonymous)'}`;
   if (Array.isArray(value)) return `array of length ${value.length}`;
-  const constructorName = (value as object).constructor?.name;
+  // Data from outside may have keys of this name.
+  const named: unknown = (value as object).constructor?.name;
+  const constructorName = typeof named === 'string' ? named : undefined;
   if (ArrayBuffer.isView(value) && 'length' in value)
     return `${constructorName} of length ${String(value.length)}`;
   return `${typeof value} of type ${constructorName ?? 'Object'}`;

@@ -1,7 +1,7 @@
 import { createRequire } from 'node:module';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
-import { MerfError } from './errors.js';
+import { MerfError, throwIfAborted } from './errors.js';
 
 // What the addon offers (bindings/). All arguments are checked there; failures are MerfErrors. Methods that return a
 // promise run on the device's engine thread, one after another in the order of the calls, and reject rather than
@@ -67,6 +67,25 @@ export interface NativeModelConfig {
   dtype: NativeDType;
 }
 
+/** Encodings of tensors that are read; ggml defines the quantised ones. */
+export const weightEncodings = [
+  'F32',
+  'F16',
+  'BF16',
+  'Q8_0',
+  'Q4_0',
+  'Q4_1',
+  'Q5_0',
+  'Q5_1',
+  'Q2_K',
+  'Q3_K',
+  'Q4_K',
+  'Q5_K',
+  'Q6_K',
+  'IQ4_NL',
+  'IQ4_XS',
+] as const;
+
 /** The place of a parameter in a file. */
 export interface TensorSource {
   /** The name that Hugging Face gives it, for instance model.layers.0.self_attn.q_proj.weight. */
@@ -75,7 +94,7 @@ export interface TensorSource {
   /** Bytes. */
   offset: number;
   byteLength: number;
-  encoding: 'F32' | 'F16' | 'BF16' | 'Q8_0' | 'Q4_0' | 'Q4_1' | 'Q4_K' | 'Q6_K';
+  encoding: (typeof weightEncodings)[number];
   /** Rows first. */
   shape: number[];
   /** The q or k projection of a llama GGUF, whose rows stand in another order: the number of its heads. */
@@ -338,7 +357,10 @@ export interface NativeLossTensors extends NativeLossOptions {
   entropyWeights?: NativeTensor | undefined;
 }
 
-/** Kernels over tensors; lib/kernels says what they compute. */
+/**
+ * Kernels over tensors; lib/kernels says what they compute. A kernel that was cancelled fails with ABORTED, on the CPU
+ * in its midst.
+ */
 export interface NativeDevice {
   readonly name: string;
   tensor(
@@ -346,31 +368,37 @@ export interface NativeDevice {
     shape: number[],
     dtype: 'f32' | 'bf16' | 'i32',
   ): NativeTensor;
-  attention(o: NativeAttention): Promise<{ out: NativeTensor; lse: NativeTensor }>;
+  attention(o: NativeAttention, cancel?: CancelToken): Promise<{ out: NativeTensor; lse: NativeTensor }>;
   attentionBackward(
     o: NativeAttention & { out: NativeTensor; lse: NativeTensor; dout: NativeTensor },
+    cancel?: CancelToken,
   ): Promise<{ dq: NativeTensor; dk: NativeTensor; dv: NativeTensor }>;
   sampleTokens(
     o: NativeSamplingOptions & { logits: NativeTensor; keys: Uint32Array; positions: Int32Array },
+    cancel?: CancelToken,
   ): Promise<{
     tokens: NativeTensor;
     logprobs: NativeTensor;
     samplingLogprobs: NativeTensor;
     entropies: NativeTensor;
   }>;
-  groupAdvantages(o: {
-    rewards: NativeTensor;
-    groupOffsets: Int32Array;
-    kind: 'group' | 'batch' | 'leave_one_out';
-    scale: boolean;
-    epsilon: number;
-  }): Promise<NativeTensor>;
+  groupAdvantages(
+    o: {
+      rewards: NativeTensor;
+      groupOffsets: Int32Array;
+      kind: 'group' | 'batch' | 'leave_one_out';
+      scale: boolean;
+      epsilon: number;
+    },
+    cancel?: CancelToken,
+  ): Promise<NativeTensor>;
   policyLoss(
     o: NativeLossTensors & {
       logprobs: NativeTensor;
       entropies?: NativeTensor | undefined;
       statistics: boolean;
     },
+    cancel?: CancelToken,
   ): Promise<{ loss: number; coefficients: NativeTensor; statistics?: NativeLossStatistics }>;
   fusedPolicyLoss(
     o: NativeLossTensors & {
@@ -379,6 +407,7 @@ export interface NativeDevice {
       rows: Int32Array;
       targets: Int32Array;
     },
+    cancel?: CancelToken,
   ): Promise<{
     loss: number;
     logprobs: NativeTensor;
@@ -466,4 +495,29 @@ export function native(): NativeAddon {
   }
   loaded.useErrorClass(MerfError);
   return loaded;
+}
+
+/**
+ * A native call that ends early where the signal fires. One that has ended by then gives what it gave; one
+ * whose signal fired before learns of it as it begins.
+ * @throws MerfError ABORTED
+ */
+export async function cancellable<T>(
+  what: string,
+  signal: AbortSignal | undefined,
+  run: (cancel: CancelToken) => Promise<T>,
+): Promise<T> {
+  const addon = native();
+  const token = addon.createCancelToken();
+  const onAbort = () => addon.cancel(token);
+  if (signal?.aborted) onAbort();
+  signal?.addEventListener('abort', onAbort, { once: true });
+  try {
+    return await run(token);
+  } catch (error) {
+    throwIfAborted(signal, what);
+    throw error;
+  } finally {
+    signal?.removeEventListener('abort', onAbort);
+  }
 }

@@ -9,8 +9,13 @@ export interface SettingMeta {
   group?: string;
   /** false: it leaves the weights that a run ends with unchanged, so that a resumed run may differ in it. */
   matters?: boolean;
-  /** true: its text is the path of a file, which a config file gives relative to itself. */
+  /** true: its text, or each of its texts, is the path of a file, which a config file gives relative to itself. */
   path?: boolean;
+  /**
+   * true: its texts may hold commas, so that its flag takes one text, as it stands or as JSON, and is given as often as
+   * there are texts.
+   */
+  verbatim?: boolean;
 }
 
 /** A schema with what the command line needs to know about it. */
@@ -18,8 +23,10 @@ export function setting<T extends z.ZodType>(schema: T, meta: SettingMeta): T {
   return schema.meta({ ...meta }) as T;
 }
 
+/** What a schema carries, and where it is made of another one, such as an optional one, what that carries. */
 export function metaOf(schema: z.ZodType): Partial<SettingMeta> {
-  return (schema.meta() ?? {}) as Partial<SettingMeta>;
+  const { innerType } = schema.def as { innerType?: z.ZodType };
+  return { ...(innerType && metaOf(innerType)), ...(schema.meta() as Partial<SettingMeta> | undefined) };
 }
 
 /**

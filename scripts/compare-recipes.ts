@@ -9,6 +9,7 @@ import { parseArgs } from 'node:util';
 import { parse } from 'yaml';
 import { z } from 'zod';
 import { writeFileAtomically } from '../lib/atomic-files.js';
+import { print } from '../lib/cli/output.js';
 import { type Evaluation, evaluate, pairedDifference, type RowResult } from '../lib/evaluate/index.js';
 import { defaultModel, Policy } from '../lib/policy/index.js';
 import { parseMotivationView } from '../lib/prompt/motivation.js';
@@ -107,7 +108,7 @@ async function train(recipe: string, seed: number): Promise<Result> {
     const started = performance.now();
     await trainer.run();
     policy.dispose();
-    console.log(`${recipe}, seed ${seed}: ${((performance.now() - started) / 1000).toFixed(0)} s`);
+    print(`${recipe}, seed ${seed}: ${((performance.now() - started) / 1000).toFixed(0)} s\n`);
   }
   return resultOf(folder, trained);
 }
@@ -156,5 +157,5 @@ function overSeeds(all: readonly Result[], view: View): RowResult[] {
   }));
 }
 
-console.log(lines.join('\n'));
+print(`${lines.join('\n')}\n`);
 writeFileSync(join(out, 'table.md'), `${lines.join('\n')}\n`);

@@ -1,6 +1,7 @@
 import { rm } from 'node:fs/promises';
 import { join } from 'node:path';
 import { parseArgs } from 'node:util';
+import { print } from '../lib/cli/output.js';
 import { shortPath } from '../lib/cli/paths.js';
 import { duration, percent, sparkline } from '../lib/cli/terminal.js';
 import { type Evaluation, evaluate, pairedDifference, type RowResult } from '../lib/evaluate/index.js';
@@ -143,9 +144,9 @@ function less(first: Validation, other: Validation, view: (typeof views)[number]
   return `${difference < 0 ? '-' : '+'}${(100 * Math.abs(difference)).toFixed(1)} ± ${(100 * error).toFixed(1)}`;
 }
 
-console.log(
+print(
   `Knights and knaves with three people, ${shortPath(model)}, ${steps} steps of 8 puzzles x 8 completions.\n` +
-    `Validated on ${puzzles} held-out puzzles, 2 completions each, temperature 1.\n`,
+    `Validated on ${puzzles} held-out puzzles, 2 completions each, temperature 1.\n\n`,
 );
 const base = await Policy.load(model, { trainable: false });
 const device = `${base.device.description}, ${base.device.threads} threads`;
@@ -175,7 +176,7 @@ const table = [
     less(rlvr.validation, validation, 'full'),
   ]),
 ];
-console.log(`
+print(`
 Accuracy, with its standard error over the ${clusters} distinct puzzles; differences puzzle by puzzle.
 ${table
   .map((row) =>
@@ -189,4 +190,5 @@ ${table
 What to look for: the first column is what is left when nobody tells the rules. MeRF leans on being told; a model that is
 drawn under the rules, learns with and without them and then without should keep what they gave it.
 Training took ${runs.map(({ name, seconds }) => `${duration(seconds)} by ${name}`).join(', ')}, everything together ${duration(elapsed())}, on ${device}.
-Metrics, completions and models are in ${shortPath(folder)}.`);
+Metrics, completions and models are in ${shortPath(folder)}.
+`);

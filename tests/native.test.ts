@@ -12,70 +12,9 @@ import {
   type NativeSampleRequest,
   native,
 } from '../lib/native.js';
+import { batch, config, loss, optimizer, request } from './bindings/tiny-model.js';
 
-const config: NativeModelConfig = {
-  hiddenSize: 32,
-  layers: 2,
-  heads: 4,
-  kvHeads: 2,
-  headSize: 8,
-  mlpSize: 48,
-  vocabSize: 40,
-  rmsNormEps: 1e-6,
-  tiedHead: true,
-  attentionBias: true,
-  outputBias: false,
-  mlpBias: false,
-  maxPositions: 4096,
-  rope: { inverseFrequencies: Float32Array.of(1, 0.3, 0.1, 0.03), attentionScale: 1 },
-  dtype: 'f32',
-};
 const cpu = { name: 'cpu', threads: 0 };
-
-const batch: NativeBatch = {
-  tokens: Int32Array.of(1, 2, 3, 4, 5, 6),
-  positions: Int32Array.of(0, 1, 2, 3, 2, 3),
-  visibleUntil: Int32Array.of(6, 6, 4, 4, 6, 6),
-  sourceRows: Int32Array.of(1, 2, 1, 4),
-  targets: Int32Array.of(3, 4, 5, 6),
-};
-const loss: NativeLoss = {
-  kind: 'policy_gradient_clip',
-  clipLow: 0.2,
-  clipHigh: 0.2,
-  klCoefficient: 0,
-  entropyCoefficient: 0,
-  aggregation: 'token_mean',
-  sequences: Int32Array.of(0, 0, 1, 2),
-  completions: 3,
-  advantages: Float32Array.of(1, 1, -1, -1),
-  oldLogprobs: Float32Array.of(-3, -3, -3, -3),
-};
-const request: NativeSampleRequest = {
-  tokens: Int32Array.of(1, 2, 3),
-  positions: Int32Array.of(0, 1, 1),
-  visibleUntil: Int32Array.of(3, 2, 3),
-  promptRows: Int32Array.of(1, 2),
-  counts: Int32Array.of(2, 1),
-  keys: Uint32Array.of(1, 0, 2, 0, 3, 0),
-  seed: 5n,
-  maxTokens: Int32Array.of(12, 12),
-  temperature: 1,
-  topK: 0,
-  topP: 1,
-  minP: 0,
-  stopTokens: new Int32Array(0),
-  stopStrings: [],
-  maxLiveSequences: 0,
-};
-const optimizer = {
-  learningRate: 1e-3,
-  beta1: 0.9,
-  beta2: 0.999,
-  epsilon: 1e-8,
-  weightDecay: 0,
-  maxGradNorm: 1,
-};
 
 /** The error that a call throws or rejects with. */
 async function failure(call: () => unknown): Promise<MerfError> {

@@ -1,12 +1,29 @@
 import { existsSync, readFileSync } from 'node:fs';
-import { dirname, extname, resolve } from 'node:path';
+import { dirname, extname, relative, resolve } from 'node:path';
 import { parse as parseYaml } from 'yaml';
 import { z } from 'zod';
 import { MerfError } from '../errors.js';
+import { within } from '../policy/text-limits.js';
+import { replaceTemplatePaths } from '../prompt/motivation.js';
 import { metaOf, parseSettings, setting, toCamelCase } from '../settings.js';
 import { dataShape, importModule, type TaskFactory, type TaskOptions } from '../tasks/index.js';
+import { mapCurriculum } from '../train/curriculum.js';
 import { grpoSchema, sftSchema } from '../train/settings.js';
+import { printError } from './output.js';
 import { isNamedTask, type NamedTask, type TaskChoice, taskPath } from './task.js';
+
+/** How a model's prompts are written. */
+export const tokenizerShape = {
+  splitSpecialTokens: setting(z.boolean().default(true), {
+    group: 'Model',
+    description:
+      'names of special tokens in messages and rows stay text, so that no row can end its own turn',
+  }),
+  systemMessages: setting(z.enum(['move', 'refuse']).default('move'), {
+    group: 'Model',
+    description: "a system message that the chat template has no place for joins the user's, or is refused",
+  }),
+};
 
 /** What every command that runs a model needs. */
 export const modelShape = {
@@ -28,6 +45,7 @@ export const modelShape = {
     group: 'Model',
     description: 'threads to compute with (default: all)',
   }),
+  ...tokenizerShape,
 };
 
 /** What of the model a run trains. */
@@ -102,14 +120,18 @@ export function defineConfig<C extends TrainConfig | SftConfig>(config: C): C {
   return config;
 }
 
+/** What reading a config file may take; the parser's time grows with the square of the errors that it finds. */
+const mostMilliseconds = 5000;
+
 /** The keys and values of a config file, as they stand there but for promises, which are awaited. */
 export async function readConfigContent(path: string): Promise<Record<string, unknown>> {
   if (!existsSync(path)) throw new MerfError('FILE_NOT_FOUND', `No config file at ${path}`);
   let content: unknown;
-  const extension = extname(path);
+  const extension = extname(path).toLowerCase();
   if (['.yaml', '.yml', '.json'].includes(extension)) {
     try {
-      content = parseYaml(readFileSync(path, 'utf8'));
+      const text = readFileSync(path, 'utf8');
+      content = within(mostMilliseconds, () => parseYaml(text));
     } catch (cause) {
       throw new MerfError('MALFORMED_FILE', `${path}: ${(cause as Error).message.trim()}`, { cause });
     }
@@ -148,9 +170,53 @@ export async function readConfigFile(path: string, schema: z.ZodObject): Promise
     else config[name] = value;
   }
   parseSettings(schema.partial(), { ...config, ...unknown }, path);
-  for (const [key, value] of Object.entries(config)) {
-    const isPath = metaOf(schema.shape[key] as z.ZodType).path === true;
-    if (isPath && typeof value === 'string') config[key] = resolve(dirname(path), value);
-  }
-  return config;
+  return withPathsOf(path, schema, config);
+}
+
+// Settings whose words may name files, as in template:FILE.
+const motivationKeys = [
+  'motivation',
+  'learnUnder',
+  'anchorUnder',
+  'anchorTo',
+  'hintFailed',
+  'evaluateMotivations',
+];
+
+/** The settings of the config file `path`, whose own paths are relative to it. */
+function withPathsOf(
+  path: string,
+  schema: z.ZodObject,
+  config: Readonly<Record<string, unknown>>,
+): Record<string, unknown> {
+  const isPath = (key: string) => key in schema.shape && metaOf(schema.shape[key] as z.ZodType).path === true;
+  const here = (named: string) => resolve(dirname(path), named);
+  // These two were relative to the folder that the command is run in, which some config files count on.
+  const hereOrThere = (named: string) => {
+    const file = here(named);
+    if (existsSync(file) || !existsSync(named)) return file;
+    printError(
+      `merf: ${named} in ${path} is not beside that file, so it is taken from the current folder: write ` +
+        `${relative(dirname(path), named)}, as paths in a config file are relative to it\n`,
+    );
+    return resolve(named);
+  };
+  return Object.fromEntries(
+    Object.entries(config).map(([key, value]) => {
+      if (isPath(key)) return [key, mapTexts(value, here)];
+      if (motivationKeys.includes(key)) {
+        return [key, mapTexts(value, (text) => replaceTemplatePaths(text, hereOrThere))];
+      }
+      if (key === 'curriculum' && typeof value === 'string' && isPath(value.split('=', 1)[0] as string)) {
+        return [key, mapCurriculum(value, hereOrThere)];
+      }
+      return [key, value];
+    }),
+  );
+}
+
+/** A text, or each text of a list, as `change` makes it; anything else as it is. */
+function mapTexts(value: unknown, change: (text: string) => string): unknown {
+  if (typeof value === 'string') return change(value);
+  return Array.isArray(value) ? value.map((item: unknown) => mapTexts(item, change)) : value;
 }

@@ -1,6 +1,7 @@
 import { type Command, InvalidArgumentError, Option } from 'commander';
 import type { z } from 'zod';
-import { metaOf } from '../settings.js';
+import { metaOf, type SettingMeta } from '../settings.js';
+import { printError } from './output.js';
 
 type AnySchema = z.ZodType & {
   def: { type: string; innerType?: AnySchema; in?: AnySchema; defaultValue?: unknown; entries?: object };
@@ -27,14 +28,17 @@ export function addFlags(command: Command, shape: Record<string, z.ZodType>): vo
       command.addOption(group(on, meta.group)).addOption(group(off, meta.group));
       continue;
     }
-    const option = new Option(`--${flag} <${valueName(type)}>`, `${text}${shown}`);
+    const option = new Option(`--${flag} <${valueName(type, meta)}>`, `${text}${shown}`);
     if (type.def.type === 'enum') option.choices(Object.values(type.def.entries as Record<string, string>));
     else if (type.def.type === 'number') option.argParser(number);
     else if (type.def.type === 'array') {
       const element = (type.def as unknown as { element: AnySchema }).element;
-      option.argParser((value: string) =>
-        element.def.type === 'number' ? list(value).map(number) : list(value),
-      );
+      if (meta.verbatim) option.argParser(texts(flag));
+      else {
+        option.argParser((value: string) =>
+          element.def.type === 'number' ? list(value).map(number) : list(value),
+        );
+      }
     }
     command.addOption(group(option, meta.group));
   }
@@ -46,10 +50,11 @@ export function describeOptions(
 ): { key: string; flag: string; description: string }[] {
   return Object.entries(shape).map(([key, field]) => {
     const { type, fallback } = unwrap(field as AnySchema);
-    const text = metaOf(field).description ?? '';
+    const meta = metaOf(field);
+    const text = meta.description ?? '';
     const choices =
       type.def.type === 'enum' ? ` (${Object.values(type.def.entries as object).join(', ')})` : '';
-    const value = type.def.type === 'boolean' ? '' : ` <${valueName(type)}>`;
+    const value = type.def.type === 'boolean' ? '' : ` <${valueName(type, meta)}>`;
     return {
       key,
       flag: `--${flagName(key)}${value}`,
@@ -83,9 +88,9 @@ function unwrap(schema: AnySchema): { type: AnySchema; fallback: unknown } {
   return { type, fallback };
 }
 
-function valueName(type: AnySchema): string {
+function valueName(type: AnySchema, { verbatim }: Partial<SettingMeta>): string {
   if (type.def.type === 'number') return 'n';
-  if (type.def.type === 'array') return 'list';
+  if (type.def.type === 'array') return verbatim ? 'text' : 'list';
   return 'value';
 }
 
@@ -116,6 +121,39 @@ export function whole(least: number): (text: string) => number {
   };
 }
 
+/** The parts of a text between commas, or the items of a list in JSON. */
 export function list(text: string): string[] {
-  return text.split(',').map((part) => part.trim());
+  const items = text.trimStart().startsWith('[') ? textsOf(text) : undefined;
+  return items ?? text.split(',').map((part) => part.trim());
+}
+
+/**
+ * Reads a flag that is given once for each text: a text as it stands, its commas and newlines included, or in JSON, which
+ * can name a newline and several texts.
+ */
+export function texts(flag: string): (text: string, before: string[] | undefined) => string[] {
+  return (text, before = []) => {
+    const read = /^\s*["[]/.test(text) ? textsOf(text) : undefined;
+    if (read === undefined && text.includes(',')) {
+      const shown = JSON.stringify(text);
+      printError(
+        `merf: --${flag} ${shown} is one string, comma included: give --${flag} once for each string\n`,
+      );
+    }
+    return [...before, ...(read ?? [text])];
+  };
+}
+
+/** The text or list of texts and numbers that `json` is; undefined where it is no such thing. */
+function textsOf(json: string): string[] | undefined {
+  let value: unknown;
+  try {
+    value = JSON.parse(json);
+  } catch {
+    return undefined;
+  }
+  const items = Array.isArray(value) ? value : [value];
+  return items.every((item) => typeof item === 'string' || typeof item === 'number')
+    ? items.map(String)
+    : undefined;
 }

@@ -2,6 +2,7 @@ import { readFileSync } from 'node:fs';
 import { join } from 'node:path';
 import { Command, CommanderError } from 'commander';
 import { packageRoot } from '../package-root.js';
+import { announceLateFailure } from '../reward/guard.js';
 import { toCamelCase } from '../settings.js';
 import { type TaskFactory, taskFactories } from '../tasks/index.js';
 import { addBench } from './commands/bench.js';
@@ -13,6 +14,7 @@ import { addSft } from './commands/sft.js';
 import { addTasks } from './commands/tasks.js';
 import { addTrain } from './commands/train.js';
 import { addVerify } from './commands/verify.js';
+import { print, printError } from './output.js';
 import { taskOfArguments } from './task-of-arguments.js';
 
 /**
@@ -25,6 +27,10 @@ export async function main(args: readonly string[]): Promise<number> {
     if (error.code === 'EPIPE') process.exit(0);
     throw error;
   });
+  process.on('uncaughtException', (error) => {
+    if (announceLateFailure(error)) return;
+    process.exit(report(error));
+  });
   process.exitCode = 0;
   const task = await taskOfArguments(args);
   try {
@@ -34,7 +40,7 @@ export async function main(args: readonly string[]): Promise<number> {
     if (!(error instanceof CommanderError)) return report(error);
     if (error.exitCode === 0) return 0;
     if (error.code === unknownOption && task.error !== undefined) return report(task.error);
-    process.stderr.write(hintFor(error));
+    printError(hintFor(error));
     return 2;
   }
 }
@@ -44,8 +50,8 @@ function report(error: unknown): number {
   const { code } = error as { code?: unknown };
   const message = error instanceof Error ? error.message : String(error);
   const expected = typeof code === 'string';
-  process.stderr.write(`merf: ${message}${expected ? '' : ' (set MERF_DEBUG=1 to see where)'}\n`);
-  if (process.env.MERF_DEBUG && error instanceof Error) process.stderr.write(`${error.stack}\n`);
+  printError(`merf: ${message}${expected ? '' : ' (set MERF_DEBUG=1 to see where)'}\n`);
+  if (process.env.MERF_DEBUG && error instanceof Error) printError(`${error.stack}\n`);
   return code === 'ABORTED' ? 130 : 1;
 }
 
@@ -74,6 +80,7 @@ function program(task: TaskFactory | undefined): Command {
     )
     .version(version)
     .configureHelp({ showGlobalOptions: false })
+    .configureOutput({ writeOut: print, writeErr: printError })
     .showSuggestionAfterError()
     .addHelpText(
       'after',

@@ -4,35 +4,61 @@ import type { z } from 'zod';
 import { MerfError } from '../errors.js';
 import type { Policy } from '../policy/index.js';
 import { metaOf, parseSettings } from '../settings.js';
-import { type RunResult, readSavedRun, type SavedRun } from '../train/loop.js';
+import { type RunResult, readSavedRun, type SavedRun, whatIsLeft } from '../train/loop.js';
+import { RunLock } from '../train/run-lock.js';
 import { readConfigFile } from './config.js';
-import { addFlags } from './flags.js';
+import { addFlags, whole } from './flags.js';
+import { print, printError } from './output.js';
 import { resolveModel, shortPath } from './paths.js';
 import { loadOptions, type ModelFlags } from './policies.js';
 import { type TaskChoice, taskPath } from './task.js';
 import { trainingView, type View } from './terminal.js';
+import { allowModules, signatureOf } from './trust.js';
 
 /** The flags of a command that trains which are no settings. */
 export interface RunFlags {
   config?: string;
   resume?: string;
+  checkpoint?: number;
+  trustRun?: boolean;
 }
 
 /** The flags of a command that trains: where its settings are, and each of them. */
 export function addRunFlags(command: Command, schema: z.ZodObject): void {
   command
-    .option('--config <file>', 'a .yaml, .json, .ts or .js file of settings; flags go over it')
+    .option(
+      '--config <file>',
+      'a .yaml, .json, .ts or .js file of settings, whose paths are relative to it; flags go over it',
+    )
     .option(
       '--resume <folder>',
       'go on with the run in this folder, from its newest checkpoint, with its settings',
+    )
+    .option(
+      '--checkpoint <step>',
+      'with --resume: go on from the checkpoint after this step instead, and remove the later ones',
+      whole(1),
+    )
+    .option(
+      '--trust-run',
+      'with --resume: run the modules that the run names though this account did not make it (default: it asks)',
     );
   addFlags(command, schema.shape as Record<string, z.ZodType>);
 }
 
 /** The settings of a run: those of the run resumed, then the config file's, then the flags'. */
 export async function gather(flags: RunFlags, schema: z.ZodObject, kind: SavedRun['kind'], name: string) {
-  const { config: configFile, resume, ...given } = flags;
+  const { config: configFile, resume, checkpoint, trustRun = false, ...given } = flags;
+  if (resume === undefined && (checkpoint !== undefined || trustRun)) {
+    const flag = checkpoint === undefined ? '--trust-run' : '--checkpoint';
+    throw new MerfError('INVALID_ARGUMENT', `Expected --resume beside ${flag}`);
+  }
   const before = resume === undefined ? undefined : readSavedRun(resume);
+  if (resume !== undefined) {
+    RunLock.checkFree(resume);
+    const named = { task: 'task' in given, config: configFile !== undefined };
+    await allowModules(resume, { ...named, trust: trustRun });
+  }
   if (before && before.kind !== kind) {
     throw new MerfError('RESUME_MISMATCH', `Cannot resume ${resume}: kind was ${before.kind} and is ${kind}`);
   }
@@ -41,12 +67,13 @@ export async function gather(flags: RunFlags, schema: z.ZodObject, kind: SavedRu
   const stored = before
     ? { ...fromFile, ...before.launch, ...before.settings, ...(configFile && fromFile) }
     : fromFile;
-  const { config: _, ...known } = stored as Record<string, unknown>;
+  const { config: _, signature: __, ...known } = stored as Record<string, unknown>;
   // A later end of the run does not move the end of a schedule, and one that the run had stays.
   const merged = { ...known, ...given, ...(resume !== undefined && { out: resume }) };
   const settings = parseSettings(schema, merged, configPath ? `${configPath} and the flags` : 'the flags');
   const out = (settings.out as string | undefined) ?? defaultOut(name);
-  return { settings, out: resolve(out), resume: resume !== undefined, configPath };
+  const resumed = { resume: resume !== undefined, ...(checkpoint !== undefined && { checkpoint }) };
+  return { settings, out: resolve(out), resumed, configPath };
 }
 
 function defaultOut(name: string): string {
@@ -65,7 +92,7 @@ export interface OpenedRun {
   policies: readonly Policy[];
 }
 
-/** Runs a trainer under a live view, with Ctrl-C wired to end the step, and says where the results are. */
+/** Runs a trainer under a live view, with Ctrl-C and SIGTERM wired to end the step, and says where the results are. */
 export async function runTraining(
   out: string,
   open: (view: View, signal: AbortSignal) => Promise<OpenedRun>,
@@ -74,29 +101,40 @@ export async function runTraining(
   const abort = new AbortController();
   let opened: OpenedRun | undefined;
   let interrupts = 0;
-  const onInterrupt = () => {
+  const onInterrupt = (signal: NodeJS.Signals) => {
     interrupts += 1;
     if (!opened || interrupts > 1) return abort.abort();
     opened.trainer.stop();
-    const message = 'Ending after this step, which is then saved. Ctrl-C again gives up at once.';
+    const again = signal === 'SIGINT' ? 'Ctrl-C again' : 'Another signal';
+    const message = `Ending after this step, which is then saved. ${again} gives up at once.`;
     view.event({ type: 'notice', message });
   };
-  process.on('SIGINT', onInterrupt);
+  const onExit = (code: number) => {
+    process.exitCode = code === 0 ? 1 : code;
+    printError(
+      `merf: the process was ended in the middle of the run, with exit code ${code}; ${whatIsLeft(out)}\n`,
+    );
+  };
+  for (const signal of endingSignals) process.on(signal, onInterrupt);
+  process.on('exit', onExit);
   try {
     opened = await open(view, abort.signal);
     const result = await opened.trainer.run({ signal: abort.signal });
     view.close();
     const done = result.stopped ? `Stopped after step ${result.step}` : `Done: ${result.step} steps`;
-    process.stdout.write(
+    print(
       `${done}. Model in ${shortPath(result.model)}, metrics in ${shortPath(join(out, 'metrics.jsonl'))}\n` +
         (result.stopped ? `Go on with --resume ${shortPath(out)}\n` : ''),
     );
   } finally {
     view.close();
-    process.off('SIGINT', onInterrupt);
+    for (const signal of endingSignals) process.off(signal, onInterrupt);
+    process.off('exit', onExit);
     for (const policy of opened?.policies ?? []) policy.dispose();
   }
 }
+
+const endingSignals = ['SIGINT', 'SIGTERM'] as const;
 
 /** What run.json keeps so that --resume alone starts the run again, from any folder. */
 export function launchOf(
@@ -117,7 +155,8 @@ export function launchOf(
     else launch[key] = value;
   }
   launch.model = resolveModel(settings.model as string | undefined);
-  return launch;
+  const signature = signatureOf(launch);
+  return { ...launch, ...(signature !== undefined && { signature }) };
 }
 
 /** The keys of `schema` alone. */

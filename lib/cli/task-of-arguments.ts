@@ -3,6 +3,7 @@ import { getTaskFactory, type TaskFactory } from '../tasks/index.js';
 import { readSavedRun } from '../train/loop.js';
 import { readConfigContent } from './config.js';
 import { isFactory, isOpened } from './task.js';
+import { allowModules } from './trust.js';
 
 /**
  * The task whose options a command line may hold: the one it names, else the one of its config file or of the run that
@@ -23,6 +24,10 @@ export async function taskOfArguments(
 
 async function taskOfRun(args: readonly string[]): Promise<unknown> {
   const resumed = argumentOf(args, 'resume');
+  if (resumed !== undefined) {
+    const named = { task: false, config: argumentOf(args, 'config') !== undefined };
+    await allowModules(resumed, { ...named, trust: args.includes('--trust-run') });
+  }
   const launch = resumed === undefined ? undefined : readSavedRun(resumed).launch;
   const config = argumentOf(args, 'config') ?? (launch?.config as string | undefined);
   const content = config === undefined ? {} : await readConfigContent(config);

@@ -1,3 +1,4 @@
+import { withControlsShown } from '../control-characters.js';
 import type { Evaluation } from '../evaluate/index.js';
 import type { TrainingEvent } from '../train/loop.js';
 import type { MetricsRow } from '../train/metrics.js';
@@ -117,7 +118,7 @@ export function trainingView(output: Output = process.stdout): View {
   };
   const print = (line: string) => {
     clear();
-    output.write(`${line}\n`);
+    output.write(`${withControlsShown(line)}\n`);
     draw();
   };
   if (live) timer = setInterval(draw, 500).unref();

@@ -1,7 +1,8 @@
 import { MerfError, throwIfAborted } from '../errors.js';
-import { formatMotivation } from '../prompt/motivation.js';
+import { formatMotivation, isMix } from '../prompt/motivation.js';
 import {
   type CollectOptions,
+  checkPrompts,
   collect,
   type EpisodeGroup,
   EpisodeTally,
@@ -27,6 +28,8 @@ export interface EvaluateOptions<Row>
   onGroup?: (group: EpisodeGroup<Row>) => void;
   /** Receives what each row came to, in the order of the rows, for `pairedDifference`. */
   onRow?: (result: RowResult) => void;
+  /** Receives what the user should know of how the prompts are written, before any is. */
+  onNotice?: (message: string) => void;
 }
 
 /** What one row of an evaluation came to. */
@@ -73,7 +76,8 @@ export interface Evaluation {
 
 /**
  * Draws episodes of every row and judges them.
- * @throws MerfError EMPTY_DATASET without rows, INVALID_ARGUMENT, VERIFIER_FAILED, VERIFIER_TIMEOUT, ABORTED
+ * @throws MerfError EMPTY_DATASET without rows, INVALID_ARGUMENT, UNSUPPORTED where the chat template drops the words of
+ *   the motivation, VERIFIER_FAILED, VERIFIER_TIMEOUT, ABORTED
  */
 export async function evaluate<Row>(
   policy: RolloutPolicy,
@@ -89,6 +93,7 @@ export async function evaluate<Row>(
     onProgress,
     onGroup,
     onRow,
+    onNotice,
     ...drawn
   } = options;
   const { motivation = 'none', signal } = drawn;
@@ -99,6 +104,9 @@ export async function evaluate<Row>(
       `Expected a positive integer for samples but received ${samples}`,
     );
   }
+  const views = isMix(motivation) ? motivation : [motivation];
+  const notices = checkPrompts(policy.tokenizer, task, rows[0] as Row, views);
+  for (const message of notices) onNotice?.(message);
   const started = performance.now();
   const results: RowResult[] = [];
   const passes = passAt.map(() => 0);

@@ -1,7 +1,13 @@
 import { throwIfAborted } from '../errors.js';
 import type { MotivationView } from '../prompt/motivation.js';
 import { formatScore } from '../reward/describe.js';
-import { collect, type RolloutPolicy, type RolloutTokenizer, renderPrompt } from '../rollout/index.js';
+import {
+  collect,
+  type RolloutPolicy,
+  type RolloutTokenizer,
+  renderCompletion,
+  renderPrompt,
+} from '../rollout/index.js';
 import { identityOf } from '../tasks/dataset.js';
 import type { Task } from '../tasks/index.js';
 
@@ -45,6 +51,11 @@ export interface VerifyReport {
     readonly limit?: number;
     readonly overLimit: number;
   };
+  /**
+   * How many rows' prompts name special tokens of the model, and which these are. They stay text in the
+   * prompt unless the tokenizer makes them tokens. Absent where there is none.
+   */
+  readonly specialTokens?: { readonly rows: number; readonly names: readonly string[] };
   /** Rows whose prompt an earlier row has. */
   readonly duplicates: number;
   /** How many rows differ by the task's identity: rows of other names and wording may be the same puzzle. */
@@ -92,6 +103,8 @@ export async function verifyDataset<Row>(
   let duplicates = 0;
   let overLimit = 0;
   let passed = 0;
+  let naming = 0;
+  const names = new Set<string>();
 
   for (const entry of loaded) {
     throwIfAborted(signal, 'verifying');
@@ -113,12 +126,23 @@ export async function verifyDataset<Row>(
           })
         : [{ episodes: [] }];
       const { episodes } = group as NonNullable<typeof group>;
-      const prompt = episodes[0]?.prompt ?? renderPrompt(tokenizer, task.messages(row, motivation));
+      const prompt =
+        episodes[0]?.prompt ??
+        renderPrompt(tokenizer, task.messages(row, motivation), task.environment?.tools);
       const { length } = prompt.tokens;
       lengths.push(length);
       if (options.tokenizer && length > (options.maxPromptTokens ?? Number.POSITIVE_INFINITY)) {
         overLimit++;
         report(`its prompt has ${length} tokens, ${options.maxPromptTokens} fit`);
+      }
+      if (prompt.named) {
+        naming++;
+        for (const name of prompt.named) names.add(name);
+        if (tokenizer.splitSpecialTokens === false) {
+          report(
+            `it names ${[...new Set(prompt.named)].join(', ')}, which becomes a special token in its prompt`,
+          );
+        }
       }
       const key = identityOf(prompt.messages);
       const earlier = firstWith.get(key);
@@ -166,6 +190,7 @@ export async function verifyDataset<Row>(
       ...(options.maxPromptTokens === undefined ? {} : { limit: options.maxPromptTokens }),
       overLimit,
     },
+    ...(naming > 0 && { specialTokens: { rows: naming, names: [...names] } }),
     duplicates,
     distinct: firstLike.size,
     ...(test && { test }),
@@ -209,27 +234,34 @@ async function verifyTestRows<Row>(
   return { file, rows: loaded.length, distinct: identities.size, leaked };
 }
 
+// The end of a prompt, in tokens, that its completion goes on from.
+const promptEnd = 32;
+
 /** A policy that has nothing to draw: its one completion of any prompt is `answer`. */
 function referencePolicy(tokenizer: RolloutTokenizer, answer: string): RolloutPolicy {
-  const tokens = Int32Array.from([...tokenizer.encode(answer), ...tokenizer.eosIds.slice(0, 1)]);
-  const certain = new Float32Array(tokens.length);
   return {
     tokenizer,
     contextLength: Number.MAX_SAFE_INTEGER,
     async sample(prompts) {
-      return prompts.map(() => ({
-        promptTokens: [],
-        completions: [
-          {
-            text: answer,
-            tokens,
-            logprobs: certain,
-            samplingLogprobs: certain,
-            entropies: certain,
-            finishReason: 'stop' as const,
-          },
-        ],
-      }));
+      return prompts.map((prompt) => {
+        const last = Array.from(prompt as ArrayLike<number>).slice(-promptEnd);
+        const asked = { text: tokenizer.decode(last) };
+        const completion = renderCompletion(tokenizer, asked, answer, tokenizer.eosIds[0]);
+        const certain = new Float32Array(completion.tokens.length);
+        return {
+          promptTokens: [],
+          completions: [
+            {
+              text: completion.text,
+              tokens: Int32Array.from(completion.tokens),
+              logprobs: certain,
+              samplingLogprobs: certain,
+              entropies: certain,
+              finishReason: 'stop' as const,
+            },
+          ],
+        };
+      });
     },
   };
 }
@@ -269,6 +301,11 @@ export function formatVerifyReport(report: VerifyReport, maxProblems = 20): stri
     'prompt length',
     `${lengths.least} to ${lengths.greatest} ${lengths.unit}, median ${lengths.median}${limit}`,
   );
+  if (report.specialTokens) {
+    const { rows, names } = report.specialTokens;
+    const whose = rows === 1 ? "1 row's prompt names" : `${rows} rows' prompts name`;
+    line('special tokens', `${whose} ${names.join(', ')}`);
+  }
   line('duplicates', String(report.duplicates));
   line('distinct rows', `${report.distinct}, whatever the wording`);
   if (report.test) {

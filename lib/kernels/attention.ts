@@ -1,3 +1,4 @@
+import { cancellable } from '../native.js';
 import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 export interface AttentionArguments {
@@ -14,6 +15,8 @@ export interface AttentionArguments {
   visibleUntil: Int32Array;
   /** Default 1 / sqrt(head size). */
   scale?: number | undefined;
+  /** Ends the kernel early: on the CPU in its midst, on other devices before it begins. */
+  signal?: AbortSignal | undefined;
 }
 
 export interface AttentionResult {
@@ -31,38 +34,48 @@ export interface AttentionGradients {
 
 /**
  * softmax(scale * q k^T) v over the token forest; blocks that the mask empties are skipped and memory is linear in T.
- * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY, ABORTED
  */
 export async function attention(args: AttentionArguments): Promise<AttentionResult> {
   const call = kernelCall(args.q, 'q');
-  const { out, lse } = await call.device.attention({
-    q: call.handle(args.q, 'q'),
-    k: call.handle(args.k, 'k'),
-    v: call.handle(args.v, 'v'),
-    visibleUntil: args.visibleUntil,
-    scale: args.scale,
-  });
+  const { out, lse } = await cancellable('attention', args.signal, (cancel) =>
+    call.device.attention(
+      {
+        q: call.handle(args.q, 'q'),
+        k: call.handle(args.k, 'k'),
+        v: call.handle(args.v, 'v'),
+        visibleUntil: args.visibleUntil,
+        scale: args.scale,
+      },
+      cancel,
+    ),
+  );
   return { out: call.tensor(out), lse: call.tensor(lse) };
 }
 
 /**
  * The gradients of `attention`'s inputs, given its results and the gradient of `out`.
- * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY, ABORTED
  */
 export async function attentionBackward(
   args: AttentionArguments &
     AttentionResult & { /** Has the shape and dtype of q. */ dout: Tensor<FloatDType> },
 ): Promise<AttentionGradients> {
   const call = kernelCall(args.q, 'q');
-  const { dq, dk, dv } = await call.device.attentionBackward({
-    q: call.handle(args.q, 'q'),
-    k: call.handle(args.k, 'k'),
-    v: call.handle(args.v, 'v'),
-    visibleUntil: args.visibleUntil,
-    scale: args.scale,
-    out: call.handle(args.out, 'out'),
-    lse: call.handle(args.lse, 'lse'),
-    dout: call.handle(args.dout, 'dout'),
-  });
+  const { dq, dk, dv } = await cancellable('attentionBackward', args.signal, (cancel) =>
+    call.device.attentionBackward(
+      {
+        q: call.handle(args.q, 'q'),
+        k: call.handle(args.k, 'k'),
+        v: call.handle(args.v, 'v'),
+        visibleUntil: args.visibleUntil,
+        scale: args.scale,
+        out: call.handle(args.out, 'out'),
+        lse: call.handle(args.lse, 'lse'),
+        dout: call.handle(args.dout, 'dout'),
+      },
+      cancel,
+    ),
+  );
   return { dq: call.tensor(dq), dk: call.tensor(dk), dv: call.tensor(dv) };
 }

@@ -1,4 +1,5 @@
 import {
+  cancellable,
   type NativeLossAggregation,
   type NativeLossKind,
   type NativeLossStatistics,
@@ -70,6 +71,8 @@ export interface FusedPolicyLossArguments extends PolicyLossOptions {
   targets: Int32Array;
   /** Divides the logits; 0 (greedy) stands for 1. Default 1. */
   temperature?: number | undefined;
+  /** Ends the kernel early: on the CPU in its midst, on other devices before it begins. */
+  signal?: AbortSignal | undefined;
 }
 
 type Call = ReturnType<typeof kernelCall>;
@@ -127,7 +130,7 @@ export async function policyLoss(
  * Head, log-softmax(logits / temperature), loss and their backward in one, without ever holding rows x vocabulary.
  * @returns the loss, logprobs and entropies [R] f32, and the gradients dhidden (as hidden) and dweight (as
  *   weight, f32)
- * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY, ABORTED
  */
 export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{
   loss: number;
@@ -137,14 +140,19 @@ export async function fusedPolicyLoss(args: FusedPolicyLossArguments): Promise<{
   dweight: Tensor<'f32'>;
 }> {
   const call = kernelCall(args.hidden, 'hidden');
-  const result = await call.device.fusedPolicyLoss({
-    ...lossTensors(call, args),
-    hidden: call.handle(args.hidden, 'hidden'),
-    weight: call.handle(args.weight, 'weight'),
-    rows: args.rows,
-    targets: args.targets,
-    temperature: args.temperature,
-  });
+  const result = await cancellable('fusedPolicyLoss', args.signal, (cancel) =>
+    call.device.fusedPolicyLoss(
+      {
+        ...lossTensors(call, args),
+        hidden: call.handle(args.hidden, 'hidden'),
+        weight: call.handle(args.weight, 'weight'),
+        rows: args.rows,
+        targets: args.targets,
+        temperature: args.temperature,
+      },
+      cancel,
+    ),
+  );
   return {
     loss: result.loss,
     logprobs: call.tensor(result.logprobs),

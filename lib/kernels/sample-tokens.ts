@@ -1,4 +1,5 @@
 import { invalidArgument } from '../errors.js';
+import { cancellable } from '../native.js';
 import { type FloatDType, kernelCall, type Tensor } from './device.js';
 
 export interface SampleTokensArguments {
@@ -17,6 +18,8 @@ export interface SampleTokensArguments {
   topP?: number | undefined;
   /** Draws from tokens at least this likely relative to the most likely one; 0 (default): from all. */
   minP?: number | undefined;
+  /** Ends the kernel early: on the CPU in its midst, on other devices before it begins. */
+  signal?: AbortSignal | undefined;
 }
 
 export interface SampledTokens {
@@ -33,23 +36,28 @@ export interface SampledTokens {
 /**
  * Draws a token from each row with Philox4x32-10 keyed by (seed, key) at the row's counter, so that a draw depends on
  * nothing else in the batch.
- * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY
+ * @throws MerfError INVALID_ARGUMENT, DISPOSED, OUT_OF_MEMORY, ABORTED
  */
 export async function sampleTokens(args: SampleTokensArguments): Promise<SampledTokens> {
   const call = kernelCall(args.logits, 'logits');
   if (typeof args.seed === 'number' && !Number.isSafeInteger(args.seed)) {
     throw invalidArgument('seed', 'an integer from 0 to 2^64 - 1', args.seed);
   }
-  const drawn = await call.device.sampleTokens({
-    logits: call.handle(args.logits, 'logits'),
-    keys: args.keys,
-    positions: args.positions,
-    seed: typeof args.seed === 'number' ? BigInt(args.seed) : args.seed,
-    temperature: args.temperature ?? 1,
-    topK: args.topK ?? 0,
-    topP: args.topP ?? 1,
-    minP: args.minP ?? 0,
-  });
+  const drawn = await cancellable('sampleTokens', args.signal, (cancel) =>
+    call.device.sampleTokens(
+      {
+        logits: call.handle(args.logits, 'logits'),
+        keys: args.keys,
+        positions: args.positions,
+        seed: typeof args.seed === 'number' ? BigInt(args.seed) : args.seed,
+        temperature: args.temperature ?? 1,
+        topK: args.topK ?? 0,
+        topP: args.topP ?? 1,
+        minP: args.minP ?? 0,
+      },
+      cancel,
+    ),
+  );
   return {
     tokens: call.tensor(drawn.tokens),
     logprobs: call.tensor(drawn.logprobs),

@@ -52,6 +52,7 @@ export async function saveAdapter(
       const begin = first;
       tensors.push({
         name: `base_model.model.${parent}${module}.lora_${which}.weight`,
+        dtype: 'F32',
         shape: which === 'A' ? shape : [rows, columns],
         read: async () => {
           const values = await model.readTensor(name, 'value');
@@ -64,13 +65,7 @@ export async function saveAdapter(
   await writeFolderAtomically(
     directory,
     async (beside) => {
-      await writeSafetensors(
-        join(beside, 'adapter_model.safetensors'),
-        tensors,
-        'F32',
-        { format: 'pt' },
-        signal,
-      );
+      await writeSafetensors(join(beside, 'adapter_model.safetensors'), tensors, { format: 'pt' }, signal);
       await writeJson(join(beside, 'adapter_config.json'), {
         peft_type: 'LORA',
         task_type: 'CAUSAL_LM',

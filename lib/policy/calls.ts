@@ -1,5 +1,6 @@
 import { isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
-import { type CancelToken, native } from '../native.js';
+
+export { cancellable } from '../native.js';
 
 /** Runs the calls of one owner after another in the order in which they were made, until it is closed. */
 export class CallQueue {
@@ -46,31 +47,6 @@ export class CallQueue {
     });
     this.#tail = result.catch(() => undefined);
     return result;
-  }
-}
-
-/**
- * A native call that ends early where the signal fires. One that has ended by then gives what it gave; one
- * whose signal fired before learns of it as it begins.
- * @throws MerfError ABORTED
- */
-export async function cancellable<T>(
-  what: string,
-  signal: AbortSignal | undefined,
-  run: (cancel: CancelToken) => Promise<T>,
-): Promise<T> {
-  const addon = native();
-  const token = addon.createCancelToken();
-  const onAbort = () => addon.cancel(token);
-  if (signal?.aborted) onAbort();
-  signal?.addEventListener('abort', onAbort, { once: true });
-  try {
-    return await run(token);
-  } catch (error) {
-    throwIfAborted(signal, what);
-    throw error;
-  } finally {
-    signal?.removeEventListener('abort', onAbort);
   }
 }
 

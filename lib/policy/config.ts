@@ -1,4 +1,4 @@
-import { MerfError } from '../errors.js';
+import { describeValue, MerfError } from '../errors.js';
 import type { NativeModelConfig } from '../native.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
@@ -143,6 +143,12 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
   }
   const llamaBias = architecture === 'llama' && fields.boolean('attention_bias', false);
   const vocabSize = fields.integer('vocab_size', 1, limits.vocabulary);
+  const maxPositions = fields.integer(
+    'max_position_embeddings',
+    1,
+    limits.positions,
+    architecture === 'llama' ? 2048 : 32_768,
+  );
   const pad = fields.has('pad_token_id')
     ? fields.integer('pad_token_id', -limits.vocabulary, limits.vocabulary)
     : undefined;
@@ -161,13 +167,8 @@ export function configFromJson(path: string, json: Record<string, unknown>): Mod
     attentionBias: architecture === 'qwen2' || llamaBias,
     outputBias: llamaBias,
     mlpBias: architecture === 'llama' && fields.boolean('mlp_bias', false),
-    maxPositions: fields.integer(
-      'max_position_embeddings',
-      1,
-      limits.positions,
-      architecture === 'llama' ? 2048 : 32_768,
-    ),
-    rope: ropeFromJson(fields),
+    maxPositions,
+    rope: ropeFromJson(fields, maxPositions),
   });
 }
 
@@ -175,10 +176,8 @@ function refuseFeatures(fields: Fields, architecture: string): void {
   const { path } = fields;
   if (fields.has('quantization_config')) {
     const method = fields.object('quantization_config')?.raw('quant_method');
-    throw unsupported(
-      path,
-      `quantization_config (${String(method ?? 'unnamed')}) is not supported: expected plain weights`,
-    );
+    const name = typeof method === 'string' ? method : 'unnamed';
+    throw unsupported(path, `quantization_config (${name}) is not supported: expected plain weights`);
   }
   const activation = fields.string('hidden_act', 'silu');
   if (activation !== 'silu' && activation !== 'swish') {
@@ -194,7 +193,7 @@ function refuseFeatures(fields: Fields, architecture: string): void {
   if (Array.isArray(layerTypes)) {
     const other = layerTypes.find((type) => type !== 'full_attention');
     if (other !== undefined)
-      throw unsupported(path, `layer type ${String(other)} is not supported: expected full_attention`);
+      throw unsupported(path, `layer type ${describeValue(other)} is not supported: expected full_attention`);
   }
   if (fields.number('partial_rotary_factor', 'a positive number', (n) => n > 0, 1) !== 1) {
     throw unsupported(path, 'partial_rotary_factor other than 1 is not supported');
@@ -204,15 +203,23 @@ function refuseFeatures(fields: Fields, architecture: string): void {
   }
 }
 
-/** `rope_parameters` is where transformers 5 keeps what used to be `rope_theta` and `rope_scaling`. */
-function ropeFromJson(fields: Fields): RopeConfig {
+/**
+ * `rope_parameters` is where transformers 5 keeps what used to be `rope_theta` and `rope_scaling`. As there,
+ * `rope_scaling` stands in for all of it where it says anything, the base of the frequencies included.
+ */
+function ropeFromJson(fields: Fields, maxPositions: number): RopeConfig {
   const { path } = fields;
-  const scaling = fields.object('rope_parameters') ?? fields.object('rope_scaling');
+  const legacy = fields.object('rope_scaling');
+  const scaling = legacy?.isEmpty() === false ? legacy : fields.object('rope_parameters');
   const isTheta = (n: number) => n > 1;
   const theta = scaling?.has('rope_theta')
     ? scaling.number('rope_theta', 'a number above 1', isTheta)
     : fields.number('rope_theta', 'a number above 1', isTheta, 10_000);
   if (scaling === undefined) return { type: 'default', theta };
+  for (const key of ['full_attention', 'sliding_attention']) {
+    if (scaling.has(key))
+      throw unsupported(path, `rope settings by type of layer (${key}) are not supported`);
+  }
   if (scaling.number('partial_rotary_factor', 'a positive number', (n) => n > 0, 1) !== 1) {
     throw unsupported(path, 'partial_rotary_factor other than 1 is not supported');
   }
@@ -222,13 +229,16 @@ function ropeFromJson(fields: Fields): RopeConfig {
   if (type === 'linear') return { type, theta, factor: atLeastOne('factor') };
   if (type !== 'llama3')
     throw unsupported(path, `rope type ${type} is not supported: expected default, linear or llama3`);
+  const original = 'original_max_position_embeddings';
   const rope = {
     type,
     theta,
     factor: atLeastOne('factor'),
     lowFrequencyFactor: scaling.number('low_freq_factor', 'a positive number', (n) => n > 0),
     highFrequencyFactor: scaling.number('high_freq_factor', 'a positive number', (n) => n > 0),
-    originalMaxPositions: scaling.integer('original_max_position_embeddings', 1, limits.positions),
+    originalMaxPositions: fields.has(original)
+      ? fields.integer(original, 1, limits.positions)
+      : scaling.integer(original, 1, limits.positions, maxPositions),
   } as const;
   if (rope.highFrequencyFactor <= rope.lowFrequencyFactor) {
     throw malformed(
@@ -311,6 +321,18 @@ export function configFromGguf(file: GgufFile, ropeDivisors: Float32Array | unde
       `${architecture}.attention.sliding_window is not supported: expected attention over the whole context`,
     );
   }
+  // What llama.cpp would compute with, beside what Hugging Face's models have.
+  for (const [key, plain] of [
+    ['attention.scale', 0],
+    ['embedding_scale', 0],
+    ['residual_scale', 0],
+    ['logit_scale', 0],
+    ['rope.scaling.attn_factor', 1],
+  ] as const) {
+    const value = fields.number(key, 'a number', () => true, plain);
+    if (value !== plain && value !== 1)
+      throw unsupported(path, `${architecture}.${key} of ${value} is not supported`);
+  }
   const hiddenSize = fields.integer('embedding_length', 1, limits.size);
   const heads = fields.integer('attention.head_count', 1, limits.heads);
   if (!fields.has('attention.key_length') && hiddenSize % heads !== 0) {
@@ -366,7 +388,17 @@ function ropeFromGguf(
   divisors: Float32Array | undefined,
 ): RopeConfig {
   const theta = fields.number('rope.freq_base', 'a number above 1', (n) => n > 1, 10_000);
-  const type = fields.string('rope.scaling.type', 'none');
+  // As in llama.cpp: a factor without a type is linear, and the key of files before August 2023 stands in for it.
+  const type = fields.string('rope.scaling.type', 'linear');
+  if (type !== 'none' && type !== 'linear') {
+    throw unsupported(
+      path,
+      `${architecture}.rope.scaling.type ${type} is not supported: expected none or linear`,
+    );
+  }
+  const key = fields.has('rope.scaling.factor') ? 'rope.scaling.factor' : 'rope.scale_linear';
+  const stored = fields.number(key, 'a number of at least 1, or 0 for none', (n) => n === 0 || n >= 1, 0);
+  const factor = type === 'none' || stored === 0 ? 1 : stored;
   if (divisors?.some((divisor) => divisor !== 1)) {
     if (divisors.length !== headSize / 2) {
       throw malformed(
@@ -377,18 +409,9 @@ function ropeFromGguf(
     const rope = llama3FromDivisors(theta, divisors);
     if (rope === undefined)
       throw unsupported(path, 'rope_freqs.weight holds a scaling other than that of Llama 3.1 and later');
+    if (factor !== 1)
+      throw unsupported(path, `${architecture}.${key} ${factor} beside rope_freqs.weight is not supported`);
     return rope;
   }
-  if (type === 'none') return { type: 'default', theta };
-  if (type !== 'linear') {
-    throw unsupported(
-      path,
-      `${architecture}.rope.scaling.type ${type} is not supported: expected none or linear`,
-    );
-  }
-  return {
-    type,
-    theta,
-    factor: fields.number('rope.scaling.factor', 'a number of at least 1', (n) => n >= 1),
-  };
+  return factor === 1 ? { type: 'default', theta } : { type: 'linear', theta, factor };
 }

@@ -21,24 +21,82 @@ export async function kindOf(path: string): Promise<'file' | 'directory' | 'abse
   }
 }
 
-function unreadable(path: string, error: unknown): MerfError {
+const pointerStart = 'version https://git-lfs.github.com/spec/v';
+
+/**
+ * The error that names a Git LFS pointer, where the text of a file is one: what a clone without LFS leaves.
+ */
+function pointerError(path: string, text: string): MerfError | undefined {
+  if (!text.startsWith(pointerStart)) return undefined;
+  const size = /^size (\d+)$/m.exec(text)?.[1];
+  const whole = size === undefined ? 'the file itself' : `the file itself, of ${size} bytes`;
+  return malformed(
+    path,
+    `expected ${whole}, but found a Git LFS pointer to it (\`git lfs pull\` brings the file)`,
+  );
+}
+
+/** The error that names a Git LFS pointer, where the file at `path` is one. */
+export async function lfsPointer(path: string): Promise<MerfError | undefined> {
+  const length = Math.min(await fileSize(path), 1024);
+  return pointerError(path, Buffer.from(await readRange(path, 0, length)).toString('latin1'));
+}
+
+/** What reading a file failed with, as a MerfError. */
+export function unreadable(path: string, error: unknown): MerfError {
   if (error instanceof MerfError) return error;
   return new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
     cause: error,
   });
 }
 
-/** The text of a file, or undefined where there is none. */
+/** The text of a file without its byte order mark, or undefined where there is none. */
 export async function readTextIfPresent(path: string): Promise<string | undefined> {
   if ((await kindOf(path)) !== 'file') return undefined;
+  let text: string;
   try {
-    return await readFile(path, 'utf8');
+    text = await readFile(path, 'utf8');
   } catch (error) {
     throw unreadable(path, error);
   }
+  const pointer = pointerError(path, text);
+  if (pointer !== undefined) throw pointer;
+  return text.startsWith('\ufeff') ? text.slice(1) : text;
 }
 
+/**
+ * Objects and arrays within each other; what walks them by recursion, as JSON.stringify does, has room for
+ * these.
+ */
+const maxJsonDepth = 256;
+
+/** Whether brackets outside of strings nest deeper than `maxJsonDepth`. */
+function isTooDeep(text: string): boolean {
+  let depth = 0;
+  for (let i = 0; i < text.length; ++i) {
+    switch (text.charCodeAt(i)) {
+      case 0x22: // "
+        for (++i; i < text.length && text.charCodeAt(i) !== 0x22; ++i) {
+          if (text.charCodeAt(i) === 0x5c) ++i; // \
+        }
+        break;
+      case 0x5b: // [
+      case 0x7b: // {
+        if (++depth > maxJsonDepth) return true;
+        break;
+      case 0x5d: // ]
+      case 0x7d: // }
+        --depth;
+        break;
+    }
+  }
+  return false;
+}
+
+/** @throws MerfError MALFORMED_FILE */
 export function parseJsonObject(path: string, text: string): Record<string, unknown> {
+  if (isTooDeep(text))
+    throw malformed(path, `expected JSON of at most ${maxJsonDepth} levels but found more`);
   let value: unknown;
   try {
     value = JSON.parse(text);
@@ -80,6 +138,7 @@ export async function readRange(path: string, offset: number, length: number): P
   return bytes;
 }
 
+/** @throws MerfError FILE_NOT_FOUND */
 export async function fileSize(path: string): Promise<number> {
   const kind = await kindOf(path);
   if (kind !== 'file') {
@@ -88,7 +147,11 @@ export async function fileSize(path: string): Promise<number> {
       `${path} ${kind === 'absent' ? 'does not exist' : 'is not a file'}`,
     );
   }
-  return (await stat(path)).size;
+  try {
+    return (await stat(path)).size;
+  } catch (error) {
+    throw unreadable(path, error);
+  }
 }
 
 /** Typed access to the keys of a JSON object or of GGUF metadata; every error names the file and the key. */
@@ -96,6 +159,7 @@ export class Fields {
   constructor(
     readonly path: string,
     private readonly get: (key: string) => unknown,
+    private readonly keys: () => string[] = () => [],
   ) {}
 
   raw(key: string): unknown {
@@ -143,6 +207,15 @@ export class Fields {
     const value = this.raw(key);
     if (value === undefined) return undefined;
     if (typeof value !== 'object' || Array.isArray(value)) throw this.#wrong(key, 'an object', value);
-    return new Fields(this.path, (inner) => (value as Record<string, unknown>)[inner]);
+    const record = value as Record<string, unknown>;
+    return new Fields(
+      this.path,
+      (inner) => record[inner],
+      () => Object.keys(record),
+    );
+  }
+
+  isEmpty(): boolean {
+    return this.keys().length === 0;
   }
 }

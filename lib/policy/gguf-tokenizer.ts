@@ -1,3 +1,4 @@
+import { looksLikeMark, looksLikeName } from './added-tokens.js';
 import { Fields, malformed, unsupported } from './files.js';
 import type { GgufFile } from './gguf.js';
 
@@ -13,6 +14,8 @@ export interface TokenizerFiles {
   chatTemplate?: string;
   /** special_tokens_map.json, kept for saving */
   specialTokensMap?: Record<string, unknown>;
+  /** What a user should know of how the model's files were read. */
+  notices?: readonly string[];
 }
 
 const tokenType = { normal: 1, unknown: 2, control: 3, userDefined: 4, byte: 6 } as const;
@@ -28,21 +31,58 @@ const qwen2Split = `${contractions}|${words}|\\p{N}|${rest}`;
  * How the text is cut before merging, by `tokenizer.ggml.pre` as llama.cpp names it: patterns applied one after
  * another. `ignoreMerges`: a word that is a token as it stands is taken whole.
  */
-const preTokenizers: Readonly<
-  Record<string, { splits: string[]; ignoreMerges?: boolean; normalize?: 'NFC' }>
-> = {
-  'gpt-2': { splits: [gpt2Split] },
-  default: { splits: [gpt2Split] },
-  smollm: { splits: ['\\p{N}', gpt2Split] },
-  starcoder: { splits: ['\\p{N}', gpt2Split] },
-  refact: { splits: ['\\p{N}', gpt2Split] },
-  'command-r': { splits: ['\\p{N}', gpt2Split] },
-  'llama-bpe': { splits: [llama3Split], ignoreMerges: true },
-  llama3: { splits: [llama3Split], ignoreMerges: true },
-  'llama-v3': { splits: [llama3Split], ignoreMerges: true },
-  qwen2: { splits: [qwen2Split], normalize: 'NFC' },
-  'deepseek-r1-qwen': { splits: [qwen2Split] },
-};
+interface PreTokenization {
+  readonly splits: readonly string[];
+  readonly ignoreMerges?: boolean;
+  readonly normalize?: 'NFC';
+  /** Whether texts begin with a begin-of-sequence token where the file does not say. */
+  readonly addsBos?: boolean;
+}
+
+const llama3: PreTokenization = { splits: [llama3Split], ignoreMerges: true, addsBos: true };
+
+const preTokenizers: ReadonlyMap<string, PreTokenization> = new Map(
+  Object.entries<PreTokenization>({
+    'gpt-2': { splits: [gpt2Split] },
+    default: { splits: [gpt2Split] },
+    smollm: { splits: ['\\p{N}', gpt2Split] },
+    starcoder: { splits: ['\\p{N}', gpt2Split] },
+    refact: { splits: ['\\p{N}', gpt2Split] },
+    'command-r': { splits: ['\\p{N}', gpt2Split] },
+    'llama-bpe': llama3,
+    llama3,
+    'llama-v3': llama3,
+    qwen2: { splits: [qwen2Split], normalize: 'NFC' },
+    'deepseek-r1-qwen': { splits: [qwen2Split] },
+  }),
+);
+
+/**
+ * Tokens that end a turn or a text and that converters have stored as ordinary ones; llama.cpp mends these
+ * too.
+ */
+const endTexts: ReadonlySet<string> = new Set([
+  '<|eot_id|>',
+  '<|eom_id|>',
+  '<|im_end|>',
+  '<|end|>',
+  '<|endoftext|>',
+  '<|end_of_text|>',
+  '<|return|>',
+  '<|call|>',
+  '<end_of_turn>',
+  '<end_of_utterance>',
+  '</s>',
+  '<eos>',
+  '<EOT>',
+  '_<EOT>',
+  '[EOT]',
+  '[EOS]',
+  '<｜end▁of▁sentence｜>',
+]);
+
+/** What begins and ends texts where the file does not say, as llama.cpp has it. */
+const sentencePieceDefaults = { bos: 1, eos: 2, unknown: 0 } as const;
 
 /**
  * The tokenizer that a GGUF file's metadata describes, in the form of Hugging Face's files: byte-level BPE
@@ -65,33 +105,62 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
   const types =
     numberArray(path, metadata, 'token_type', tokens.length) ?? tokens.map(() => tokenType.normal);
 
+  if (model !== 'gpt2' && model !== 'llama') {
+    throw unsupported(path, `tokenizer.ggml.model ${model} is not supported: expected gpt2 or llama`);
+  }
+  const pre = model === 'gpt2' ? preTokenizationOf(path, fields) : undefined;
+  const template = metadata.get('tokenizer.chat_template');
+  const chatTemplate = typeof template === 'string' ? template : undefined;
+
+  const defaults = model === 'llama' ? sentencePieceDefaults : undefined;
+  const idOf = (key: string, fallback?: number) => {
+    if (fields.has(key)) return fields.integer(key, 0, tokens.length - 1);
+    return fallback !== undefined && fallback < tokens.length ? fallback : undefined;
+  };
+  const bos = idOf('bos_token_id', defaults?.bos);
+  const eos = idOf('eos_token_id', defaults?.eos);
+  const pad = idOf('padding_token_id');
+  const unknown = idOf('unknown_token_id', defaults?.unknown);
+  const ends = [eos, idOf('eot_token_id'), idOf('eom_token_id')].filter((id) => id !== undefined);
+  const addBos = fields.boolean('add_bos_token', model === 'llama' || (pre?.addsBos ?? false));
+  const addEos = fields.boolean('add_eos_token', false);
+  const before = addBos && bos !== undefined ? bos : undefined;
+  const after = addEos && eos !== undefined ? eos : undefined;
+
+  const named = new Set([bos, ...ends]);
+  const isSpecial = (content: string, id: number): boolean => {
+    const type = types[id];
+    if (type === tokenType.control || (type === tokenType.unknown && model === 'llama')) return true;
+    if (type !== tokenType.normal && type !== tokenType.userDefined) return false;
+    if (endTexts.has(content) || (named.has(id) && looksLikeName(content))) return true;
+    return looksLikeMark(content) && (chatTemplate?.includes(content) ?? false);
+  };
   const added = tokens.flatMap((content, id) => {
-    const special = types[id] === tokenType.control || (types[id] === tokenType.unknown && model === 'llama');
+    const special = isSpecial(content, id);
     if (!special && types[id] !== tokenType.userDefined) return [];
     return [{ id, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special }];
   });
-  const idOf = (key: string) => (fields.has(key) ? fields.integer(key, 0, tokens.length - 1) : undefined);
-  const bos = idOf('bos_token_id');
-  const eos = idOf('eos_token_id');
-  const pad = idOf('padding_token_id');
-  const unknown = idOf('unknown_token_id');
-  const addBos = fields.boolean('add_bos_token', model === 'llama') && bos !== undefined;
 
   const tokenizer: Record<string, unknown> = {
     version: '1.0',
     truncation: null,
     padding: null,
     added_tokens: added,
-    ...(model === 'gpt2'
-      ? byteLevelParts(path, metadata, fields, tokens)
+    ...(pre
+      ? byteLevelParts(path, metadata, pre, tokens)
       : sentencePieceParts(path, metadata, fields, tokens, types)),
     post_processor: templateProcessing(
-      addBos && bos !== undefined ? { id: bos, content: tokens[bos] as string } : undefined,
+      ...[before, after].map((id) => (id === undefined ? undefined : { id, content: tokens[id] as string })),
     ),
   };
-  const template = metadata.get('tokenizer.chat_template');
   const tokenAt = (id: number | undefined) => (id === undefined ? null : (tokens[id] as string));
-  const ends = [eos, idOf('eot_token_id'), idOf('eom_token_id')].filter((id) => id !== undefined);
+  const notices =
+    model === 'gpt2' && !fields.has('pre')
+      ? [
+          `${path} does not say how its tokenizer cuts text (tokenizer.ggml.pre): it is read as gpt-2's, which few ` +
+            'models are, so that prompts may be other tokens than the model was trained on',
+        ]
+      : [];
   return {
     tokenizer,
     config: {
@@ -100,7 +169,8 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
       eos_token: tokenAt(eos),
       pad_token: tokenAt(pad),
       unk_token: tokenAt(unknown),
-      add_bos_token: addBos,
+      add_bos_token: before !== undefined,
+      add_eos_token: after !== undefined,
       clean_up_tokenization_spaces: false,
     },
     generation: {
@@ -108,19 +178,28 @@ export function tokenizerFromGguf(file: GgufFile, vocabSize: number): TokenizerF
       eos_token_id: ends.length === 0 ? null : [...new Set(ends)],
       pad_token_id: pad ?? null,
     },
-    ...(typeof template === 'string' ? { chatTemplate: template } : {}),
+    ...(chatTemplate !== undefined && { chatTemplate }),
+    ...(notices.length > 0 && { notices }),
   };
 }
 
-function byteLevelParts(path: string, metadata: GgufFile['metadata'], fields: Fields, tokens: string[]) {
+/** @throws MerfError UNSUPPORTED */
+function preTokenizationOf(path: string, fields: Fields): PreTokenization {
   const kind = fields.string('pre', 'default');
-  const pre = preTokenizers[kind];
-  if (pre === undefined) {
-    throw unsupported(
-      path,
-      `tokenizer.ggml.pre ${kind} is not supported: expected ${Object.keys(preTokenizers).join(', ')}`,
-    );
-  }
+  const pre = preTokenizers.get(kind);
+  if (pre !== undefined) return pre;
+  throw unsupported(
+    path,
+    `tokenizer.ggml.pre ${kind} is not supported: expected ${[...preTokenizers.keys()].join(', ')}`,
+  );
+}
+
+function byteLevelParts(
+  path: string,
+  metadata: GgufFile['metadata'],
+  pre: PreTokenization,
+  tokens: string[],
+) {
   const vocab = uniqueVocabulary(path, tokens);
   const merges = stringArray(path, metadata, 'merges').map((merge, i) => {
     const space = merge.indexOf(' ', 1);
@@ -171,16 +250,10 @@ function sentencePieceParts(
   tokens: string[],
   types: number[],
 ) {
-  const model = fields.string('model');
-  if (model !== 'llama')
-    throw unsupported(path, `tokenizer.ggml.model ${model} is not supported: expected gpt2 or llama`);
   const scores = numberArray(path, metadata, 'scores', tokens.length);
   if (scores === undefined) throw malformed(path, 'expected tokenizer.ggml.scores but there is none');
   const vocab = uniqueVocabulary(path, tokens);
-  const mergeable = (token: string) => {
-    const id = vocab[token];
-    return id !== undefined && types[id] === tokenType.normal;
-  };
+  const mergeable = new Set(tokens.filter((_, id) => types[id] === tokenType.normal));
   const pairs: { pair: [string, string]; score: number; order: number }[] = [];
   tokens.forEach((token, id) => {
     if (types[id] !== tokenType.normal) return;
@@ -189,7 +262,7 @@ function sentencePieceParts(
     for (let i = 0; i < characters.length - 1; ++i) {
       left += characters[i];
       const right = token.slice(left.length);
-      if (mergeable(left) && mergeable(right))
+      if (mergeable.has(left) && mergeable.has(right))
         pairs.push({ pair: [left, right], score: scores[id] as number, order: pairs.length });
     }
   });
@@ -226,14 +299,28 @@ function sentencePieceParts(
   };
 }
 
-function templateProcessing(bos: { id: number; content: string } | undefined) {
-  const start = bos === undefined ? [] : [{ SpecialToken: { id: bos.content, type_id: 0 } }];
+interface NamedToken {
+  id: number;
+  content: string;
+}
+
+/** The post-processor that puts these tokens around a text. */
+function templateProcessing(before?: NamedToken, after?: NamedToken) {
+  const part = (token: NamedToken | undefined, type_id: number) =>
+    token === undefined ? [] : [{ SpecialToken: { id: token.content, type_id } }];
+  const text = (id: string, type_id: number) => [
+    ...part(before, type_id),
+    { Sequence: { id, type_id } },
+    ...part(after, type_id),
+  ];
+  const tokens = [before, after].filter((token) => token !== undefined);
   return {
     type: 'TemplateProcessing',
-    single: [...start, { Sequence: { id: 'A', type_id: 0 } }],
-    pair: [...start, { Sequence: { id: 'A', type_id: 0 } }, { Sequence: { id: 'B', type_id: 1 } }],
-    special_tokens:
-      bos === undefined ? {} : { [bos.content]: { id: bos.content, ids: [bos.id], tokens: [bos.content] } },
+    single: text('A', 0),
+    pair: [...text('A', 0), ...text('B', 1)],
+    special_tokens: Object.fromEntries(
+      tokens.map(({ id, content }) => [content, { id: content, ids: [id], tokens: [content] }]),
+    ),
   };
 }
 

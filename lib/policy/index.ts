@@ -26,4 +26,4 @@ export type {
   SampleChunk,
   SampleOptions,
 } from './sampling.js';
-export { TextStream, Tokenizer } from './tokenizer.js';
+export { type SystemMessages, TextStream, Tokenizer, type TokenizerOptions } from './tokenizer.js';

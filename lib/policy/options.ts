@@ -1,7 +1,8 @@
 import { invalidArgument } from '../errors.js';
 import type { ModelConfig } from './config.js';
+import type { TokenizerOptions } from './tokenizer.js';
 
-export interface DeviceOptions {
+export interface DeviceOptions extends TokenizerOptions {
   /**
    * `auto` (default): the GPU, or the CPU where there is none to use or the model does not fit its free
    * memory; `policy.device.reason` says why then. Else `cpu`, `cuda`, or for tests `cuda-emulated`: CUDA's
@@ -60,13 +61,16 @@ export interface CreateOptions extends DeviceOptions {
 }
 
 export interface OptimizerOptions {
-  /** Positive, or 0 for no change. */
+  /**
+   * Positive, or 0 for no change. An update moves a weight by about as much: below 2^-25 of a weight, which for those of
+   * ordinary size is 1e-9, float32 does not change.
+   */
   learningRate: number;
   /** Default 0.9. */
   beta1?: number | undefined;
   /** Default 0.999. */
   beta2?: number | undefined;
-  /** Default 1e-8. */
+  /** Default 1e-8; from 2^-126, the least that float32 holds in full: with 0 a gradient of 0 would make weights NaN. */
   epsilon?: number | undefined;
   /** Decoupled, on matrices alone. Default 0. */
   weightDecay?: number | undefined;
@@ -91,6 +95,8 @@ export function checkLora({ rank }: LoraOptions, trainable: boolean, config: Mod
   }
 }
 
+const leastEpsilon = 2 ** -126;
+
 /** The options with their defaults. @throws MerfError INVALID_ARGUMENT */
 export function resolveOptimizer(options: OptimizerOptions) {
   const {
@@ -105,6 +111,13 @@ export function resolveOptimizer(options: OptimizerOptions) {
   for (const [key, value] of Object.entries(resolved)) {
     if (typeof value !== 'number' || !Number.isFinite(value) || value < 0) {
       throw invalidArgument(key, 'a non-negative number', value);
+    }
+  }
+  if (epsilon < leastEpsilon) throw invalidArgument('epsilon', `a number from ${leastEpsilon}`, epsilon);
+  // Rounded to 0 they would mean another thing: no change, and no clipping.
+  for (const [key, value] of Object.entries({ learningRate, maxGradNorm })) {
+    if (value > 0 && Math.fround(value) === 0) {
+      throw invalidArgument(key, '0, or a number that float32 does not round to 0', value);
     }
   }
   if (beta1 >= 1) throw invalidArgument('beta1', 'a number below 1', beta1);

@@ -1,3 +1,4 @@
+import { setImmediate } from 'node:timers/promises';
 import { invalidArgument, MerfError, throwIfAborted } from '../errors.js';
 import type {
   CancelToken,
@@ -78,7 +79,10 @@ export class Policy {
   readonly loraRank: number;
   private readonly model: NativeModel;
   readonly #calls: CallQueue;
+  /** The tokens that end a completion, which its text leaves out. */
+  readonly #ends: ReadonlySet<number>;
   #hasTokenBytes = false;
+  #smallest: string | undefined;
   #tokensPrefilled = 0;
   #tokensReused = 0;
 
@@ -89,6 +93,8 @@ export class Policy {
     /** Where it was loaded from; undefined for one that was created. */
     readonly path: string | undefined,
     private readonly configJson: Record<string, unknown> | undefined,
+    /** The files that it was loaded from; none for one that was created. */
+    readonly files: readonly string[],
   ) {
     this.model = placed.model;
     this.device = placed.device;
@@ -96,6 +102,7 @@ export class Policy {
     this.trainable = placed.trainable;
     this.loraRank = placed.loraRank;
     this.contextLength = config.maxPositions;
+    this.#ends = new Set(tokenizer.eosIds);
     this.parameterCount = parameterCount(config);
     const origin = path === undefined ? 'was created' : `was loaded from ${path}`;
     this.#calls = new CallQueue(
@@ -105,18 +112,24 @@ export class Policy {
   }
 
   /**
-   * Loads a Hugging Face directory (config.json, safetensors, tokenizer.json, ...) or a .gguf file.
-   * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, UNSUPPORTED (by name), DEVICE_UNAVAILABLE, OUT_OF_MEMORY
+   * Loads a Hugging Face directory (config.json, safetensors, tokenizer.json, ...) or a .gguf file, of which a split
+   * one may be named by any of its parts.
+   * @throws MerfError FILE_NOT_FOUND, MALFORMED_FILE, UNSUPPORTED (by name), NON_FINITE where a weight is,
+   *   DEVICE_UNAVAILABLE, OUT_OF_MEMORY
    */
   static async load(path: string, options: DeviceOptions = {}): Promise<Policy> {
     if (typeof path !== 'string' || path === '') throw invalidArgument('path', 'a path', path);
     throwIfAborted(options.signal, 'loading a model');
     const files = await openModel(path);
-    const tokenizer = new Tokenizer(files.tokenizer, path);
+    // A vocabulary takes the event loop a while: what waits has its turn before and after it.
+    await setImmediate();
+    const tokenizer = new Tokenizer(files.tokenizer, path, options);
     checkVocabulary(tokenizer, files.config, path);
+    await setImmediate();
     throwIfAborted(options.signal, 'loading a model');
     const placed = placeModel(files.config, options);
-    const policy = new Policy(files.config, tokenizer, placed, path, files.configJson);
+    const { config, configJson } = files;
+    const policy = new Policy(config, tokenizer, placed, path, configJson, files.files);
     try {
       await cancellable('loading a model', options.signal, (cancel) =>
         policy.model.load(files.sources, cancel),
@@ -143,11 +156,11 @@ export class Policy {
       throw invalidArgument('standardDeviation', 'a non-negative number', deviation);
     }
     const seed = seedOf(options.seed ?? 0);
-    const tokenizer = new Tokenizer(tokenizerFiles, 'tokenizer');
+    const tokenizer = new Tokenizer(tokenizerFiles, 'tokenizer', options);
     checkVocabulary(tokenizer, config, 'config');
     throwIfAborted(options.signal, 'creating a model');
     const own = structuredClone(config);
-    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined);
+    const policy = new Policy(own, tokenizer, placeModel(own, options), undefined, undefined, []);
     try {
       await policy.model.initialize(seed, deviation);
     } catch (error) {
@@ -164,7 +177,7 @@ export class Policy {
    * earlier call has computed is not computed again until the weights change (`DeviceOptions.sessionBytes`).
    * @returns groups in the order of the prompts
    * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED where a prompt fills the context, UNSUPPORTED where
-   *   messages are given and the model has no chat template
+   *   messages are given and the model has no chat template, NON_FINITE where logits are not finite
    */
   async sample(prompts: readonly Prompt[], options: SampleOptions = {}): Promise<CompletionGroup[]> {
     this.#calls.check();
@@ -204,13 +217,20 @@ export class Policy {
     const finishReason = finishReasons[result.finishReasons[sequence] as number] as FinishReason;
     if (finishReason === 'pending') throw new MerfError('ABORTED', 'sampling was aborted');
     return {
-      text: this.tokenizer.decode(tokens, { skipSpecial: true }),
+      text: this.#text(tokens, finishReason),
       tokens,
       logprobs: result.logprobs.slice(start, end),
       samplingLogprobs: result.samplingLogprobs.slice(start, end),
       entropies: result.entropies.slice(start, end),
       finishReason,
     };
+  }
+
+  /** A completion's text, without the token that ended it unless that is ordinary text. */
+  #text(tokens: Int32Array, finishReason: FinishReason): string {
+    const last = tokens.at(-1);
+    const ended = finishReason === 'stop' && last !== undefined && this.tokenizer.isSpecial(last);
+    return this.tokenizer.decode(ended ? tokens.subarray(0, -1) : tokens, { skip: this.#ends });
   }
 
   /** Tells the listeners of `options` of tokens; undefined where there are none. */
@@ -232,7 +252,7 @@ export class Policy {
       for (const [sequence, chunk] of chunks) {
         const which = { prompt: Math.floor(sequence / n), completion: sequence % n };
         if (onToken) {
-          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skipSpecial: true });
+          const stream = streams.get(sequence) ?? new TextStream(this.tokenizer, { skip: this.#ends });
           streams.set(sequence, stream);
           onToken({ ...which, ...chunk, text: stream.push(chunk.tokens) });
         }
@@ -244,7 +264,7 @@ export class Policy {
         if (finishReason === undefined) continue;
         drawn.delete(sequence);
         const completed = Int32Array.from(all);
-        const text = this.tokenizer.decode(completed, { skipSpecial: true });
+        const text = this.#text(completed, finishReason);
         onCompletion({ ...which, text, tokens: completed, finishReason });
       }
     };
@@ -255,7 +275,8 @@ export class Policy {
    * `temperature`) (default 1; 0, which is greedy where tokens are drawn, stands for 1). `maxTokens` bounds the tokens
    * that are computed at once, as far as segments divide the forest (default: so many that they take a fifth of the
    * device's memory at most, from 512 to 32,768); every token is computed once whatever it is.
-   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, OUT_OF_MEMORY, which says how many tokens would have fitted
+   * @throws MerfError INVALID_ARGUMENT, CONTEXT_EXCEEDED, NON_FINITE where logits are not finite, OUT_OF_MEMORY, which
+   *   says how many tokens would have fitted
    */
   async score(
     forest: Forest,
@@ -315,12 +336,33 @@ export class Policy {
   /**
    * Clips the gradients to `maxGradNorm`, updates by AdamW (decoupled weight decay, arXiv:1711.05101) and zeroes the
    * gradients. Where their norm is not finite nothing is updated: `applied` is false.
+   * @throws MerfError INVALID_ARGUMENT, NON_FINITE where the update left weights that are not finite, as a learning rate
+   *   beyond reason does
    */
   async optimStep(options: OptimizerOptions): Promise<{ gradientNorm: number; applied: boolean }> {
     this.#calls.check();
     this.#requireTrainable('optimStep');
     const resolved = resolveOptimizer(options);
-    return this.#calls.enqueue('optimStep', undefined, () => this.model.optimStep(resolved));
+    return this.#calls.enqueue('optimStep', undefined, async () => {
+      const result = await this.model.optimStep(resolved);
+      if (result.applied) await this.#checkUpdated(resolved.learningRate);
+      return result;
+    });
+  }
+
+  /** Looks at the smallest parameter that is trained: what drives weights beyond all numbers drives all of them there. */
+  async #checkUpdated(learningRate: number): Promise<void> {
+    this.#smallest ??= this.model
+      .parameters()
+      .filter(({ trained }) => trained)
+      .map(({ name, shape }) => ({ name, size: shape.reduce((product, n) => product * n, 1) }))
+      .reduce((a, b) => (b.size < a.size ? b : a)).name;
+    const values = await this.model.readTensor(this.#smallest, 'value');
+    if (values.every(Number.isFinite)) return;
+    throw new MerfError(
+      'NON_FINITE',
+      `The update left weights in ${this.#smallest} that are not finite: the learning rate ${learningRate} is too high`,
+    );
   }
 
   /** Throws away the gradients added so far. */
@@ -340,8 +382,9 @@ export class Policy {
 
   /**
    * Writes a directory that `transformers` and `Policy.load` read: config.json, safetensors, tokenizer, generation
-   * settings, chat template. Adapters are merged into the weights. Files are written beside the directory and renamed
-   * into place.
+   * settings, chat template. Norms and biases that bfloat16 lacks bits of are stored as float32, so that the policy
+   * computes the same when it is loaded again. Adapters are merged into the weights, where bfloat16 rounds what they
+   * add. Files are written beside the directory and renamed into place.
    * @throws MerfError INVALID_ARGUMENT where the directory cannot be written
    */
   async save(directory: string, options: SaveOptions = {}): Promise<void> {
@@ -538,10 +581,11 @@ export class Policy {
 
 /** Every id that the tokenizer can give must have a row in the embedding table. */
 function checkVocabulary(tokenizer: Tokenizer, config: ModelConfig, path: string): void {
-  if (tokenizer.size > config.vocabSize) {
+  // An added token that the model has no row for is never used, or refused where it is.
+  if (tokenizer.mergedSize > config.vocabSize) {
     throw new MerfError(
       'MALFORMED_FILE',
-      `${path}: expected a tokenizer of at most ${config.vocabSize} tokens, as the model has rows, but it has ${tokenizer.size}`,
+      `${path}: expected a tokenizer of at most ${config.vocabSize} tokens, as the model has rows, but it has ${tokenizer.mergedSize}`,
     );
   }
 }

@@ -1,4 +1,5 @@
-import { fileSize, malformed, parseJsonObject, readRange } from './files.js';
+import { describeValue } from '../errors.js';
+import { fileSize, lfsPointer, malformed, parseJsonObject, readRange } from './files.js';
 
 /** One tensor of a file: `offset` and `byteLength` in bytes from the file's start. */
 export interface StoredTensor {
@@ -40,6 +41,8 @@ export async function readSafetensorsHeader(path: string): Promise<Map<string, S
   const lengthBytes = await readRange(path, 0, 8);
   const declared = new DataView(lengthBytes.buffer).getBigUint64(0, true);
   if (declared > BigInt(Math.min(maxHeaderBytes, size - 8))) {
+    const pointer = await lfsPointer(path);
+    if (pointer !== undefined) throw pointer;
     throw malformed(
       path,
       `expected a header of at most ${Math.min(maxHeaderBytes, size - 8)} bytes but the file declares ${declared}`,
@@ -87,9 +90,10 @@ function parseEntry(
   const entry = value as { dtype?: unknown; shape?: unknown; data_offsets?: unknown } | null;
   const wrong = (detail: string) => malformed(path, `tensor ${name}: ${detail}`);
   if (typeof entry !== 'object' || entry === null) throw wrong('expected an object in the header');
-  const elementBytes = typeof entry.dtype === 'string' ? safetensorsElementBytes[entry.dtype] : undefined;
+  const isKnown = typeof entry.dtype === 'string' && Object.hasOwn(safetensorsElementBytes, entry.dtype);
+  const elementBytes = isKnown ? safetensorsElementBytes[entry.dtype as string] : undefined;
   if (elementBytes === undefined)
-    throw wrong(`expected a dtype such as F32 but found ${JSON.stringify(entry.dtype)}`);
+    throw wrong(`expected a dtype such as F32 but found ${describeValue(entry.dtype)}`);
   const isCount = (n: unknown): n is number => typeof n === 'number' && Number.isSafeInteger(n) && n >= 0;
   if (!Array.isArray(entry.shape) || entry.shape.length > 8 || !entry.shape.every(isCount)) {
     throw wrong(

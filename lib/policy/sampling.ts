@@ -1,6 +1,7 @@
 import { invalidArgument, MerfError } from '../errors.js';
 import type { NativeSampleRequest } from '../native.js';
 import type { ChatMessage } from '../prompt/chat-template.js';
+import { encodePrompt } from '../prompt/encode-prompt.js';
 import type { FinishReason } from '../reward/completion.js';
 import { checkedTokens, packPrompts } from './forest.js';
 import { checkTemperature } from './loss.js';
@@ -77,12 +78,12 @@ export interface SampleChunk {
   tokens: number[];
   /** Under the distribution drawn from. */
   samplingLogprobs: number[];
-  /** What they add to the text, whole characters only and without special tokens. */
+  /** What they add to the text, whole characters only and without the end token. */
   text: string;
 }
 
 export interface Completion {
-  /** The tokens' text without special tokens; a stop string is part of it. */
+  /** The tokens' text without the end token; a stop string is part of it. */
   text: string;
   /** With the token that ended it, if one did. */
   tokens: Int32Array;
@@ -115,9 +116,12 @@ export function promptTokens(
 ): Int32Array {
   const argument = `prompts[${index}]`;
   let ids: ArrayLike<number>;
-  if (typeof prompt === 'string') ids = tokenizer.encodePrompt(prompt);
+  if (typeof prompt === 'string') ids = encodePrompt(tokenizer, prompt).tokens;
   else if (typeof prompt === 'object' && prompt !== null && 'messages' in prompt) {
-    ids = tokenizer.encode(tokenizer.applyChatTemplate(prompt.messages, { addGenerationPrompt: true }));
+    if (!Array.isArray(prompt.messages)) {
+      throw invalidArgument(`${argument}.messages`, 'an array of messages', prompt.messages);
+    }
+    ids = encodePrompt(tokenizer, prompt.messages).tokens;
   } else if (typeof prompt === 'object' && prompt !== null) ids = prompt;
   else throw invalidArgument(argument, 'text, token ids or { messages }', prompt);
   const tokens = checkedTokens(ids, limits.vocabSize, argument);
@@ -172,7 +176,7 @@ export function sampleRequest(
     }
   });
   const stopTokens = new Set([
-    ...tokenizer.eosIds,
+    ...tokenizer.eosIds.filter((id) => id < limits.vocabSize),
     ...checkedTokens(stopTokenIds, limits.vocabSize, 'stopTokenIds'),
   ]);
   const utf8 = new TextEncoder();

@@ -17,6 +17,7 @@ export const defaultShardBytes = 5_000_000_000;
 export interface TensorToWrite {
   name: string;
   shape: readonly number[];
+  dtype: 'F32' | 'BF16';
   read: () => Promise<Float32Array>;
 }
 
@@ -36,14 +37,10 @@ export function toBfloat16(values: Float32Array): Uint16Array {
 export async function writeSafetensors(
   path: string,
   tensors: readonly TensorToWrite[],
-  dtype: 'F32' | 'BF16',
   metadata: Record<string, string>,
   signal?: AbortSignal,
 ): Promise<{ bytes: number; sha256: string }> {
-  const header = safetensorsHeader(
-    tensors.map(({ name, shape }) => ({ name, dtype, shape })),
-    metadata,
-  );
+  const header = safetensorsHeader(tensors, metadata);
   const file = await open(path, 'wx');
   const hash: Hash = createHash('sha256');
   const write = async (bytes: Uint8Array) => {
@@ -57,7 +54,7 @@ export async function writeSafetensors(
       const values = await tensor.read();
       for (let start = 0; start < values.length; start += chunkElements) {
         const chunk = values.subarray(start, start + chunkElements);
-        const cast = dtype === 'F32' ? chunk : toBfloat16(chunk);
+        const cast = tensor.dtype === 'F32' ? chunk : toBfloat16(chunk);
         await write(new Uint8Array(cast.buffer, cast.byteOffset, cast.byteLength));
       }
     }
@@ -71,12 +68,30 @@ export async function writeJson(path: string, value: unknown): Promise<void> {
   await writeFile(path, `${JSON.stringify(value, null, 2)}\n`);
 }
 
-/** The weights as a model without adapters has them. */
-function weightTensors(model: NativeModel): TensorToWrite[] {
-  return model
-    .parameters()
-    .filter(({ adapter }) => !adapter)
-    .map(({ name, shape }) => ({ name, shape, read: () => model.readTensor(name, 'merged') }));
+/**
+ * The weights as a model without adapters has them. Products read matrices in the policy's dtype, but norms and biases
+ * are float32 whatever that is: where bfloat16 lacks bits of theirs they are stored as float32, so that a model that is
+ * loaded again computes what this one does.
+ */
+async function weightTensors(model: NativeModel, dtype: 'F32' | 'BF16'): Promise<TensorToWrite[]> {
+  const tensors: TensorToWrite[] = [];
+  for (const { name, shape, adapter } of model.parameters()) {
+    if (adapter) continue;
+    const read = () => model.readTensor(name, 'merged');
+    if (dtype === 'F32' || shape.length > 1) {
+      tensors.push({ name, shape, dtype, read });
+      continue;
+    }
+    const values = await read();
+    tensors.push({ name, shape, dtype: isBfloat16(values) ? dtype : 'F32', read: async () => values });
+  }
+  return tensors;
+}
+
+/** Whether bfloat16 has all the values. */
+function isBfloat16(values: Float32Array): boolean {
+  const bits = new Uint32Array(values.buffer, values.byteOffset, values.length);
+  return bits.every((word) => (word & 0xffff) === 0);
 }
 
 export interface SaveContents {
@@ -113,11 +128,11 @@ async function writeWeights(
   signal?: AbortSignal,
 ): Promise<void> {
   const stored = dtype === 'f32' ? 'F32' : 'BF16';
-  const elementBytes = safetensorsElementBytes[stored] as number;
-  const bytesOf = ({ shape }: TensorToWrite) => shape.reduce((product, n) => product * n, elementBytes);
+  const bytesOf = (tensor: TensorToWrite) =>
+    tensor.shape.reduce((product, n) => product * n, safetensorsElementBytes[tensor.dtype] as number);
   const shards: TensorToWrite[][] = [];
   let room = 0;
-  for (const tensor of weightTensors(model)) {
+  for (const tensor of await weightTensors(model, stored)) {
     if (shards.length === 0 || bytesOf(tensor) > room) {
       shards.push([]);
       room = maxShardBytes;
@@ -126,20 +141,14 @@ async function writeWeights(
     room -= bytesOf(tensor);
   }
   if (shards.length === 1) {
-    await writeSafetensors(
-      join(directory, 'model.safetensors'),
-      shards[0] ?? [],
-      stored,
-      { format: 'pt' },
-      signal,
-    );
+    await writeSafetensors(join(directory, 'model.safetensors'), shards[0] ?? [], { format: 'pt' }, signal);
     return;
   }
   const weightMap: Record<string, string> = {};
   const digits = (n: number) => String(n).padStart(5, '0');
   for (const [i, tensors] of shards.entries()) {
     const name = `model-${digits(i + 1)}-of-${digits(shards.length)}.safetensors`;
-    await writeSafetensors(join(directory, name), tensors, stored, { format: 'pt' }, signal);
+    await writeSafetensors(join(directory, name), tensors, { format: 'pt' }, signal);
     for (const tensor of tensors) weightMap[tensor.name] = name;
   }
   const total = shards.flat().reduce((sum, tensor) => sum + bytesOf(tensor), 0);
@@ -157,7 +166,11 @@ async function writeDescription(directory: string, contents: SaveContents): Prom
     join(directory, 'config.json'),
     configJson === undefined
       ? configToJson(config, dtype, { bos: tokenizer.bosId, eos: tokenizer.eosIds })
-      : { ...configJson, ...('dtype' in configJson ? { dtype } : { torch_dtype: dtype }) },
+      : {
+          ...configJson,
+          tie_word_embeddings: config.tiedHead,
+          ...('dtype' in configJson ? { dtype } : { torch_dtype: dtype }),
+        },
   );
   await writeFile(join(directory, 'tokenizer.json'), JSON.stringify(files.tokenizer));
   const template = files.chatTemplate === undefined ? {} : { chat_template: files.chatTemplate };

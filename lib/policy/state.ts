@@ -4,7 +4,15 @@ import { join } from 'node:path';
 import { writeFolderAtomically } from '../atomic-files.js';
 import { MerfError, throwIfAborted } from '../errors.js';
 import type { NativeModel } from '../native.js';
-import { Fields, fileSize, malformed, parseJsonObject, readRange, readTextIfPresent } from './files.js';
+import {
+  Fields,
+  fileSize,
+  malformed,
+  parseJsonObject,
+  readRange,
+  readTextIfPresent,
+  unreadable,
+} from './files.js';
 import { readSafetensorsHeader } from './safetensors.js';
 import { writeJson, writeSafetensors } from './save.js';
 
@@ -27,16 +35,11 @@ export async function saveState(
         trained.map(({ name, shape }) => ({
           name: `${kind}.${name}`,
           shape,
+          dtype: 'F32' as const,
           read: () => model.readTensor(name, kind),
         })),
       );
-      const written = await writeSafetensors(
-        join(beside, 'state.safetensors'),
-        tensors,
-        'F32',
-        { format },
-        signal,
-      );
+      const written = await writeSafetensors(join(beside, 'state.safetensors'), tensors, { format }, signal);
       await writeJson(join(beside, 'state.json'), {
         format,
         version,
@@ -135,9 +138,13 @@ function compareModels(path: string, stored: unknown, config: object): void {
 
 async function digestOf(path: string, signal: AbortSignal | undefined): Promise<string> {
   const hash = createHash('sha256');
-  for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 })) {
-    throwIfAborted(signal, 'loading the state');
-    hash.update(chunk as Buffer);
+  try {
+    for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 })) {
+      throwIfAborted(signal, 'loading the state');
+      hash.update(chunk as Buffer);
+    }
+  } catch (error) {
+    throw unreadable(path, error);
   }
   return hash.digest('hex');
 }

@@ -1,5 +1,10 @@
-import { Template } from '@huggingface/jinja';
 import { MerfError } from '../errors.js';
+import {
+  compileTemplate,
+  type Program,
+  renderTemplate,
+  TemplateLimitExceeded,
+} from './template-interpreter.js';
 
 /**
  * A message of a conversation, as the model's chat template receives it: whatever it has beside role and content (a
@@ -22,19 +27,20 @@ export interface ChatTemplateOptions {
 
 /** A model's chat template: a Jinja program that writes a conversation as the text the model was trained on. */
 export class ChatTemplate {
-  readonly #template: Template;
+  readonly #program: Program;
 
   /**
    * @param source the Jinja text
    * @param tokens variables that templates expect, `bos_token` and `eos_token` among them
-   * @throws MerfError UNSUPPORTED where the text is not Jinja that @huggingface/jinja understands
+   * @throws MerfError UNSUPPORTED where the text is not Jinja that @huggingface/jinja understands, or too
+   *   long
    */
   constructor(
     readonly source: string,
     private readonly tokens: Readonly<Record<string, string>>,
   ) {
     try {
-      this.#template = new Template(source);
+      this.#program = compileTemplate(source);
     } catch (error) {
       throw new MerfError('UNSUPPORTED', `The chat template cannot be read: ${(error as Error).message}`, {
         cause: error,
@@ -43,18 +49,24 @@ export class ChatTemplate {
   }
 
   /**
-   * @throws MerfError INVALID_ARGUMENT where the template refuses the conversation, for instance its order of roles
+   * @throws MerfError INVALID_ARGUMENT where the template refuses the conversation, for instance its order of
+   *   roles, UNSUPPORTED where it computes more than templates may
    */
   render(messages: readonly ChatMessage[], options: ChatTemplateOptions = {}): string {
     checkMessages(messages);
     try {
-      return this.#template.render({
+      return renderTemplate(this.#program, {
         ...this.tokens,
         ...options.variables,
         messages,
         add_generation_prompt: options.addGenerationPrompt ?? false,
       });
     } catch (error) {
+      if (error instanceof TemplateLimitExceeded) {
+        throw new MerfError('UNSUPPORTED', `The chat template goes too far: ${error.message}`, {
+          cause: error,
+        });
+      }
       throw new MerfError(
         'INVALID_ARGUMENT',
         `The chat template refuses these messages: ${(error as Error).message}`,

@@ -82,6 +82,18 @@ export function parseLearnUnder(text: string): Schedule<readonly LearnView[]> {
   );
 }
 
+/** The words of a motivation, or of what completions are learned under, with the path of each template replaced. */
+export function replaceTemplatePaths(text: string, replace: (path: string) => string): string {
+  const stages = text.split(',').map((stage) => {
+    const [, mix = '', step = ''] = /^(.*?)(@\d+)?$/s.exec(stage.trim()) ?? [];
+    const views = mixParts(mix).map((view) =>
+      view.replace(/^template:(.+)$/s, (_, path) => `template:${replace(path)}`),
+    );
+    return `${views.join('/')}${step}`;
+  });
+  return stages.join(',');
+}
+
 /**
  * The value of a schedule that holds at a training step.
  *

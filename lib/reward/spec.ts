@@ -2,7 +2,7 @@ import { describeValue, invalidArgument, MerfError, throwIfAborted } from '../er
 import type { MotivationView } from '../prompt/motivation.js';
 import type { ParsedCompletion } from './completion.js';
 import { describeRules } from './describe.js';
-import { runWithin, TimeLimitExceeded, turnToAwait } from './guard.js';
+import { ProcessExitRefused, runWithin, TimeLimitExceeded, turnToAwait } from './guard.js';
 
 /** One way in which a completion can turn out under a component. */
 export interface RewardCase {
@@ -221,6 +221,12 @@ export class RewardSpec<Row = unknown> {
         throw new MerfError(
           'VERIFIER_TIMEOUT',
           `The verifier of ${where} took longer than ${this.timeoutSeconds} s`,
+        );
+      }
+      if (cause instanceof ProcessExitRefused) {
+        throw new MerfError(
+          'VERIFIER_FAILED',
+          `The verifier of ${where} called process.exit(${cause.exitCode})`,
         );
       }
       const message = cause instanceof Error ? cause.message : String(cause);

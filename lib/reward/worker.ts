@@ -5,6 +5,7 @@ import { fileURLToPath, pathToFileURL } from 'node:url';
 import type { Piscina } from 'piscina';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { ParsedCompletion } from './completion.js';
+import { announceLateFailure } from './guard.js';
 import type { VerifierContext } from './spec.js';
 import type { Job } from './worker-thread.js';
 
@@ -153,7 +154,7 @@ async function startPool(
   const { Piscina } = await import('piscina');
   const own = locate(new URL('./worker-thread.js', import.meta.url));
   const isTypeScript = [own, module].some((url) => /\.m?ts$/.test(url.pathname));
-  return new Piscina({
+  const pool = new Piscina<Job, string | number>({
     filename: fileURLToPath(own),
     name: 'runJob',
     minThreads: 0,
@@ -161,13 +162,16 @@ async function startPool(
     idleTimeout: idleSeconds * 1000,
     execArgv: isTypeScript ? ['--import', typeScriptLoader()] : [],
   });
+  // A thread that fails between two verifications is replaced; without a listener the whole process would end.
+  pool.on('error', announceLateFailure);
+  return pool;
 }
 
 /**
  * A module that lets a thread import TypeScript through tsx. tsx's own entry registers nothing in a thread,
  * and a tsconfig's path aliases could lead to sources of this library instead of to the one that runs.
  */
-function typeScriptLoader(): string {
+export function typeScriptLoader(): string {
   const { resolve } = createRequire(import.meta.url);
   const api = new URL('./esm/api/index.mjs', pathToFileURL(resolve('tsx'))).href;
   const code = `import { register } from ${JSON.stringify(api)}; register({ tsconfig: false });`;
@@ -175,7 +179,7 @@ function typeScriptLoader(): string {
 }
 
 /** The URL of the module's file, or of the TypeScript file beside it where there is only that. */
-function locate(module: URL | string): URL {
+export function locate(module: URL | string): URL {
   let url: URL | undefined;
   try {
     url = new URL(module);

@@ -5,6 +5,7 @@ import type { ChatMessage } from '../prompt/chat-template.js';
 import { isMix, type MotivationMix, type MotivationView, viewOf } from '../prompt/motivation.js';
 import { parseCompletion, type RewardSpec, type TurnText } from '../reward/index.js';
 import { defaultVerifiersAtOnce, Judge } from '../reward/judge.js';
+import { startWatch } from '../reward/watchdog.js';
 import type { Environment } from '../tasks/index.js';
 import type {
   Episode,
@@ -144,6 +145,7 @@ class Collection<Row> {
     private readonly options: CollectOptions,
   ) {
     const { environment, spec } = task;
+    if (environment) startWatch();
     const n = whole('n', options.n, 1);
     whole('maxEpisodeTokens', options.maxEpisodeTokens, 1);
     this.#maxTurns = environment ? whole('maxTurns', options.maxTurns, environment.maxTurns ?? 4) : 1;

@@ -9,6 +9,11 @@ export interface RenderedPrompt {
   /** The prompt as the model sees it. */
   readonly text: string;
   readonly tokens: readonly number[];
+  /**
+   * The special tokens that the row's words name, which stay text unless the tokenizer allows them; absent
+   * where there are none.
+   */
+  readonly named?: readonly string[];
 }
 
 /** What an episode begins with. */
@@ -20,7 +25,7 @@ export interface EpisodePrompt extends RenderedPrompt {
 /** Tokens that the model drew, and the ones that are trained on. */
 export interface DrawnTurn {
   readonly role: 'model';
-  /** The tokens' text without special tokens; a stop string is part of it. */
+  /** The tokens' text without the end token; a stop string is part of it. */
   readonly text: string;
   /** [tokens] with the token that ended the turn, if one did. */
   readonly tokens: Int32Array;

@@ -18,7 +18,15 @@ export {
   type Turn,
   textOf,
 } from './episode.js';
-export { type RolloutTokenizer, renderPrompt } from './prompt.js';
+export {
+  checkPrompts,
+  movedNotice,
+  type RenderedCompletion,
+  type RolloutTokenizer,
+  renderCompletion,
+  renderPrompt,
+} from './prompt.js';
+export { PromptBounds, type PromptLengthOptions, PromptLengths } from './prompt-lengths.js';
 export type { OnEnvironmentError } from './reply.js';
 export { type LimitSettings, limitSettings, limitsOf } from './settings.js';
 export { EpisodeTally } from './tally.js';

@@ -2,7 +2,7 @@ import { describeValue, MerfError, throwIfAborted } from '../errors.js';
 import { runWithin, TimeLimitExceeded } from '../reward/guard.js';
 import type { Environment, ModelTurn, Reply } from '../tasks/index.js';
 import type { GivenTurn } from './episode.js';
-import { continuationOf, type RolloutTokenizer } from './prompt.js';
+import { continuationOf, encodeReply, type RolloutTokenizer } from './prompt.js';
 
 /**
  * What becomes of an episode whose environment fails: `fail` ends the run, `end` the episode, `report` tells the model
@@ -104,10 +104,10 @@ function written(
   tools: readonly object[] | undefined,
 ): GivenTurn {
   if (typeof reply === 'string') {
-    const tokens = Int32Array.from(tokenizer.encodeContinuation(reply));
+    const tokens = Int32Array.from(encodeReply(tokenizer, reply));
     return { role: 'environment', text: reply, tokens };
   }
   const lastToken = turn.finishReason === 'stop' ? tokenizer.decode(turn.tokens.slice(-1)) : '';
-  const text = continuationOf(tokenizer, reply, lastToken, tools);
-  return { role: 'environment', text, tokens: Int32Array.from(tokenizer.encodeContinuation(text)) };
+  const { text, tokens } = continuationOf(tokenizer, reply, lastToken, tools);
+  return { role: 'environment', text, tokens: Int32Array.from(tokens) };
 }

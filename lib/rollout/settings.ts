@@ -28,8 +28,10 @@ export const limitSettings = (group: string, matters: boolean) => ({
   }),
   stop: setting(z.array(z.string().min(1)).optional(), {
     group,
-    description: 'strings that end a completion',
+    description:
+      'a string that ends a completion, as it stands or as JSON ("\\n\\n"); may be given several times',
     matters,
+    verbatim: true,
   }),
   replySeconds: setting(positive.optional(), {
     group,

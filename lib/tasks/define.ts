@@ -8,8 +8,8 @@ import {
   type Fields,
   generatedRows,
   identityOf,
+  loadRows,
   readRows,
-  requireRows,
   shuffledRows,
   splitRows,
 } from './dataset.js';
@@ -218,9 +218,9 @@ async function assemble<Row>(
     'data' | 'testData'
   >;
   const identity = (row: Row) => parts.identity?.(row) ?? identityOf(row);
-  const read = (file: string) =>
-    readRows(file, (fields) => (parts.parse ? parts.parse(fields) : (fields as Row)));
-  const load = async (file: string) => requireRows(await read(file));
+  const parse = (fields: Fields) => (parts.parse ? parts.parse(fields) : (fields as Row));
+  const read = (file: string) => readRows(file, parse);
+  const load = (file: string) => loadRows(file, parse);
   const rowsOf = async (source: string | readonly Row[]) =>
     typeof source === 'string' ? load(source) : source;
 
@@ -229,8 +229,7 @@ async function assemble<Row>(
   if (data !== undefined && typeof data !== 'function') {
     const all = await rowsOf(data);
     if (splits.test) splits.train = all;
-    else
-      Object.assign(splits, splitRows(all, identity, typeof data === 'string' ? data : `the task ${name}`));
+    else Object.assign(splits, await splitRows(all, identity));
   }
 
   const generated = (split: Split, seed: number | bigint) => {
@@ -269,6 +268,14 @@ async function assemble<Row>(
     messages: (row, motivation) => withMotivation(parts.messages(row), spec.describe(motivation)),
     rows({ split, seed }) {
       const rows = splits[split];
+      if (rows?.length === 0) {
+        const { train, test } = splits as Record<Split, readonly Row[]>;
+        throw new MerfError(
+          'EMPTY_DATASET',
+          `Expected rows enough to hold one in eight out but the ${train.length + test.length} of ` +
+            `${typeof data === 'string' ? data : `the task ${name}`} leave none to ${split}: give test rows of their own`,
+        );
+      }
       return rows ? shuffledRows(rows, seed) : generated(split, seed);
     },
     read,

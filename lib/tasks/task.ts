@@ -16,6 +16,8 @@ export interface RowSource<Row = unknown> {
   readonly size?: number;
   /** Equal for equal rows in equal order: a resumed run compares it with the one it stored. */
   readonly fingerprint: string;
+  /** Works out `fingerprint` while the event loop goes on; without it, reading it may take a while. */
+  prepare?(): Promise<void>;
   /**
    * The row at a position; a finite source goes on with a new order after `size` positions.
    *

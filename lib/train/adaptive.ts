@@ -1,3 +1,4 @@
+import { z } from 'zod';
 import { MerfError } from '../errors.js';
 import { formatMotivation, type MotivationMix, type MotivationView } from '../prompt/motivation.js';
 import type { Episode, EpisodeGroup } from '../rollout/index.js';
@@ -69,6 +70,15 @@ interface Interval {
   low: number;
   high: number;
 }
+
+const keptSums = z.object({ sum: z.number(), squares: z.number() });
+const keptState = z.object({
+  said: z.array(z.string()),
+  evidence: z.record(
+    z.string(),
+    z.array(z.object({ groups: z.int().min(0), own: keptSums, total: keptSums })),
+  ),
+});
 
 interface AdaptiveState {
   said: string[];
@@ -198,7 +208,10 @@ export class AdaptiveMotivation {
   }
 
   load(state: unknown): void {
-    this.#state = structuredClone(state) as AdaptiveState;
+    const { said, evidence } = keptState.parse(state);
+    const unknown = said.find((name) => !this.#names.includes(name));
+    if (unknown !== undefined) throw new Error(`the reward has no component ${unknown}`);
+    this.#state = { said, evidence };
   }
 
   #times(view: MotivationView): MotivationView[] {

@@ -1,6 +1,7 @@
-import { existsSync, mkdirSync, readdirSync, rmSync } from 'node:fs';
+import { existsSync, readdirSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
-import { writeFileAtomically } from '../atomic-files.js';
+import { makeFolder, whileReading, whileWriting, writeFileAtomically } from '../atomic-files.js';
+import { withControlsShown } from '../control-characters.js';
 import { formatMotivation } from '../prompt/motivation.js';
 import type { Reward } from '../reward/index.js';
 import { type EpisodeEnd, type EpisodeGroup, textOf } from '../rollout/index.js';
@@ -86,7 +87,7 @@ export class CompletionLog {
   }
 
   write(step: number, records: readonly CompletionRecord[]): void {
-    mkdirSync(this.folder, { recursive: true });
+    makeFolder(this.folder);
     const base = join(this.folder, `step-${String(step).padStart(6, '0')}`);
     writeFileAtomically(`${base}.jsonl`, records.map((record) => `${JSON.stringify(record)}\n`).join(''));
     writeFileAtomically(`${base}.txt`, transcript(records));
@@ -94,13 +95,15 @@ export class CompletionLog {
 
   discardAfter(step: number): void {
     if (!existsSync(this.folder)) return;
-    for (const name of readdirSync(this.folder)) {
+    for (const name of whileReading(this.folder, () => readdirSync(this.folder))) {
       const number = /^step-(\d+)\./.exec(name)?.[1];
-      if (number !== undefined && Number(number) > step) rmSync(join(this.folder, name));
+      const path = join(this.folder, name);
+      if (number !== undefined && Number(number) > step) whileWriting(path, () => rmSync(path));
     }
   }
 }
 
+/** A text to read on a terminal: what could command one is written out, and stands unchanged in the JSONL file. */
 function transcript(records: readonly CompletionRecord[]): string {
   const lines: string[] = [];
   let shown: string | undefined;
@@ -125,7 +128,7 @@ function transcript(records: readonly CompletionRecord[]): string {
       '',
     );
   }
-  return `${lines.join('\n')}\n`;
+  return withControlsShown(`${lines.join('\n')}\n`);
 }
 
 function signed(value: number): string {

@@ -1,5 +1,11 @@
+import { MerfError } from '../errors.js';
 import type { MotivationView } from '../prompt/motivation.js';
-import type { EpisodeGroup, RolloutPolicy } from '../rollout/index.js';
+import {
+  type EpisodeGroup,
+  type PromptLengthOptions,
+  PromptLengths,
+  type RolloutPolicy,
+} from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import { isWithoutSignal, judgementOf } from './advantages.js';
 import { Curriculum, type CurriculumPlan, type OpenTask } from './curriculum.js';
@@ -8,6 +14,8 @@ import { type Drawn, EpisodeSource } from './draw.js';
 import { unhinted } from './hints.js';
 import { contentHash } from './identity.js';
 import type { Kept } from './kept.js';
+import type { TrainingEvent } from './loop.js';
+import { findOverlong, type OverlongOptions } from './overlong-rows.js';
 import { Replay, type ReplayedGroup } from './replay.js';
 import type { GrpoSettings } from './settings.js';
 
@@ -18,6 +26,10 @@ export interface CourseOptions<Row> {
   settings: GrpoSettings;
   /** The view under which groups that fail are drawn again, where any are. */
   hint?: MotivationView | undefined;
+  /** The views that prompts are drawn and learned under. */
+  views: readonly MotivationView[];
+  onEvent?: ((event: TrainingEvent) => void) | undefined;
+  signal?: AbortSignal | undefined;
   /** In place of the task and its rows. */
   curriculum?: { plan: CurriculumPlan; openTask: OpenTask<Row> } | undefined;
 }
@@ -30,6 +42,8 @@ export interface CourseStage<Row> {
   readonly rows: RowSource<Row>;
   readonly source: EpisodeSource<Row>;
   readonly difficulty: Difficulty<Row> | undefined;
+  /** Leaves out rows whose prompt fills the context, where they are left out. */
+  readonly fitting: FittingPrompts<Row>;
 }
 
 /** What a step learns. */
@@ -41,6 +55,61 @@ export interface StepLesson<Row> {
   compared: number[][];
   /** The ones of the groups that an earlier step drew. */
   replayed: ReplayedGroup<Row>[];
+}
+
+// So many generated rows in a row that do not fit are no accident.
+const mostRefused = 1000;
+
+/** Knows which rows have a prompt that fits: those of a file before the first step, generated ones as they are drawn. */
+class FittingPrompts<Row> {
+  readonly #options: PromptLengthOptions<Row>;
+  readonly #settings: Pick<GrpoSettings, 'filterOverlongPrompts'>;
+  readonly #lengths: PromptLengths<Row>;
+  #overlong: Set<Row> | undefined;
+  #refused = 0;
+
+  constructor(options: PromptLengthOptions<Row>, settings: Pick<GrpoSettings, 'filterOverlongPrompts'>) {
+    this.#options = options;
+    this.#settings = settings;
+    this.#lengths = new PromptLengths(options);
+  }
+
+  /** Measures all rows where there is an end of them. @throws MerfError as `findOverlong` does */
+  async measure(rows: RowSource<Row>, told: Pick<OverlongOptions<Row>, 'onEvent' | 'signal'>): Promise<void> {
+    const { size } = rows;
+    if (size === undefined) return;
+    this.#overlong = await findOverlong(positionsOf(rows, size), {
+      what: 'prompts',
+      count: size,
+      measure: (row) => this.#lengths.overlong(row),
+      contextLength: this.#options.policy.contextLength,
+      filter: this.#settings.filterOverlongPrompts,
+      setting: 'filterOverlongPrompts',
+      onEvent: told.onEvent,
+      signal: told.signal,
+    });
+  }
+
+  /** @throws MerfError EMPTY_DATASET where generated rows do not fit, one after another */
+  accepts(row: Row): boolean {
+    if (!this.#settings.filterOverlongPrompts) return true;
+    if (this.#overlong) return !this.#overlong.has(row);
+    if (this.#lengths.overlong(row) === undefined) {
+      this.#refused = 0;
+      return true;
+    }
+    this.#refused += 1;
+    if (this.#refused < mostRefused) return false;
+    throw new MerfError(
+      'EMPTY_DATASET',
+      `The prompts of ${mostRefused} generated rows in a row are longer than the model's context of ` +
+        `${this.#options.policy.contextLength} tokens`,
+    );
+  }
+}
+
+function* positionsOf<Row>(rows: RowSource<Row>, size: number): Generator<Row> {
+  for (let i = 0; i < size; i++) yield rows.at(i);
 }
 
 /**
@@ -55,28 +124,38 @@ export class Course<Row> {
   readonly #replay: Replay<Row> | undefined;
 
   private constructor(options: CourseOptions<Row>, curriculum: Curriculum<Row> | undefined) {
-    const { policy, task, rows, settings, hint } = options;
+    const { policy, task, rows, settings, hint, views } = options;
     this.#options = options;
     this.#curriculum = curriculum;
     this.#replay = settings.replay > 0 ? new Replay(settings) : undefined;
     this.stages = (curriculum?.stages ?? [{ name: '', task, rows }]).map((stage) => {
       const difficulty = settings.difficulty === 'off' ? undefined : new Difficulty(stage.task, settings);
-      const accepts = difficulty && ((row: Row, position: number) => difficulty.draws(row, position));
+      const fitting = new FittingPrompts({ policy, task: stage.task, views }, settings);
+      const filters = difficulty || settings.filterOverlongPrompts;
+      const accepts = (row: Row, position: number) =>
+        fitting.accepts(row) && (difficulty?.draws(row, position) ?? true);
       return {
         ...stage,
         difficulty,
-        source: new EpisodeSource({ policy, settings, accepts, hint, ...stage }),
+        fitting,
+        source: new EpisodeSource({ policy, settings, ...(filters && { accepts }), hint, ...stage }),
       };
     });
   }
 
-  /** @throws MerfError as the task does for an option or a value of the curriculum that it does not have */
+  /**
+   * @throws MerfError as the task does for an option or a value of the curriculum that it does not have, and for rows of
+   *   a file as `findOverlong` does
+   */
   static async open<Row>(options: CourseOptions<Row>): Promise<Course<Row>> {
     const { curriculum, settings } = options;
-    return new Course(
-      options,
-      curriculum && (await Curriculum.open(curriculum.plan, curriculum.openTask, settings)),
-    );
+    const stages = curriculum && (await Curriculum.open(curriculum.plan, curriculum.openTask, settings));
+    const course = new Course(options, stages);
+    for (const { rows, fitting } of course.stages) {
+      await rows.prepare?.();
+      await fitting.measure(rows, options);
+    }
+    return course;
   }
 
   /** Equal where the same rows stand at the same positions. */

@@ -1,3 +1,4 @@
+import { z } from 'zod';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import type { GrpoSettings } from './settings.js';
@@ -34,6 +35,8 @@ const accepted =
  * @throws MerfError INVALID_ARGUMENT
  */
 export function parseCurriculum(text: string): CurriculumPlan {
+  // Far longer than any, and short enough for a search that tries every beginning.
+  if (text.length > 10_000) throw invalidArgument('curriculum', 'at most 10,000 characters', text);
   const [, option = '', values = ''] = /^([A-Za-z]\w*)=(.+)$/.exec(text) ?? [];
   if (option === '') throw invalidArgument('curriculum', accepted, text);
   if (!values.includes('@')) {
@@ -55,6 +58,19 @@ export function parseCurriculum(text: string): CurriculumPlan {
   }
   return { option, stages };
 }
+
+/** The words of a curriculum with each value of its option changed. @throws MerfError INVALID_ARGUMENT */
+export function mapCurriculum(text: string, change: (value: string) => string): string {
+  const { option, stages } = parseCurriculum(text);
+  const changed = stages.map(({ value, step }) => `${change(value)}${step === undefined ? '' : `@${step}`}`);
+  return `${option}=${changed.join(',')}`;
+}
+
+const keptState = z.object({
+  stage: z.int().min(0),
+  positions: z.array(z.int().min(0)),
+  correct: z.array(z.number()),
+});
 
 interface CurriculumState {
   stage: number;
@@ -129,7 +145,12 @@ export class Curriculum<Row> {
   }
 
   load(state: unknown): void {
-    this.#state = state as CurriculumState;
+    const read = keptState.parse(state);
+    const count = this.#stages.length;
+    if (read.stage >= count || read.positions.length !== count) {
+      throw new Error(`the curriculum has ${count} stages`);
+    }
+    this.#state = read;
   }
 
   #bySuccess(): boolean {

@@ -1,4 +1,5 @@
 import { createHash } from 'node:crypto';
+import { z } from 'zod';
 import type { RewardSpec } from '../reward/index.js';
 import type { Episode, EpisodeGroup } from '../rollout/index.js';
 import type { Task } from '../tasks/index.js';
@@ -82,7 +83,7 @@ export class Difficulty<Row> {
   }
 
   load(state: unknown): void {
-    const visits = state as [key: string, rate: number, silent: number][];
+    const visits = keptVisits.parse(state);
     this.#visits = new Map(visits.map(([key, rate, silent]) => [key, { rate, silent }]));
   }
 
@@ -103,6 +104,8 @@ export class Difficulty<Row> {
     return createHash('sha256').update(this.#task.identity(row)).digest('base64').slice(0, 16);
   }
 }
+
+const keptVisits = z.array(z.tuple([z.string(), z.number(), z.int().min(0)]));
 
 /** The share of episodes with the highest total. */
 export function shareRight<Row>(episodes: readonly Episode[], spec: RewardSpec<Row>): number {

@@ -1,8 +1,9 @@
 import { type Evaluation, evaluate } from '../evaluate/index.js';
-import { parseMotivationView } from '../prompt/motivation.js';
-import { limitsOf, type RolloutPolicy } from '../rollout/index.js';
+import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
+import { limitsOf, PromptLengths, type RolloutPolicy } from '../rollout/index.js';
 import type { RowSource, Task } from '../tasks/index.js';
 import type { TrainingEvent } from './loop.js';
+import { findOverlong, type OverlongOptions } from './overlong-rows.js';
 import type { EvaluationSettings } from './settings.js';
 
 // The order of held-out rows does not depend on a run's seed, so that runs compare.
@@ -16,6 +17,30 @@ export async function heldOutRows<Row>(task: Task<Row>, count: number): Promise<
 export function firstRows<Row>(source: RowSource<Row>, count: number): Row[] {
   const length = Math.min(count, source.size ?? count);
   return Array.from({ length }, (_, i) => source.at(i));
+}
+
+/**
+ * The rows whose prompts fit into the context under every view that is evaluated.
+ * @throws MerfError as `findOverlong` does
+ */
+export async function fittingRows<Row>(
+  rows: readonly Row[],
+  options: {
+    policy: RolloutPolicy;
+    task: Task<Row>;
+    views: readonly MotivationView[];
+  } & Pick<OverlongOptions<Row>, 'filter' | 'setting' | 'onEvent' | 'signal'>,
+): Promise<Row[]> {
+  const { policy, task, views, ...others } = options;
+  const lengths = new PromptLengths({ policy, task, views });
+  const overlong = await findOverlong(rows, {
+    ...others,
+    what: 'prompts of evaluations',
+    count: rows.length,
+    measure: (row) => lengths.overlong(row),
+    contextLength: policy.contextLength,
+  });
+  return rows.filter((row) => !overlong.has(row));
 }
 
 /** The evaluation that is due after `step`, by view of the motivation; undefined where none is. */

@@ -1,40 +1,40 @@
 import { createHash } from 'node:crypto';
-import { closeSync, existsSync, openSync, readdirSync, readSync, statSync } from 'node:fs';
-import { basename, join } from 'node:path';
+import { closeSync, fstatSync, openSync, readSync } from 'node:fs';
+import { basename } from 'node:path';
 import { MerfError } from '../errors.js';
 
 const blockBytes = 1 << 16;
 const sampledBlocks = 64;
 
 /**
- * A hash that tells files and folders apart by content: names, sizes and, of each file, everything up to 4 MiB or
- * else 64 blocks spread evenly over it, so that weights of many gigabytes take milliseconds.
+ * A hash that tells files apart by content: names where they are several, sizes and, of each file, everything up to
+ * 4 MiB or else 64 blocks spread evenly over it, so that weights of many gigabytes take milliseconds.
+ * @throws MerfError FILE_NOT_FOUND
  */
-export function fingerprint(path: string): string {
-  if (!existsSync(path)) throw new MerfError('FILE_NOT_FOUND', `No such file or folder: ${path}`);
+export function fingerprint(paths: readonly string[]): string {
   const hash = createHash('sha256');
-  const files = statSync(path).isDirectory()
-    ? readdirSync(path)
-        .filter((name) => statSync(join(path, name)).isFile())
-        .sort()
-        .map((name) => join(path, name))
-    : [path];
   const block = Buffer.alloc(blockBytes);
-  for (const file of files) {
-    const size = statSync(file).size;
-    if (files.length > 1) hash.update(`${basename(file)}\0`);
-    hash.update(`${size}\0`);
-    const blocks = Math.ceil(size / blockBytes);
-    const count = Math.min(blocks, sampledBlocks);
-    const descriptor = openSync(file, 'r');
+  for (const path of [...paths].sort()) {
+    if (paths.length > 1) hash.update(`${basename(path)}\0`);
     try {
-      for (let i = 0; i < count; i++) {
-        const index = count === 1 ? 0 : Math.round((i * (blocks - 1)) / (count - 1));
-        const read = readSync(descriptor, block, 0, blockBytes, index * blockBytes);
-        hash.update(block.subarray(0, read));
+      const descriptor = openSync(path, 'r');
+      try {
+        const { size } = fstatSync(descriptor);
+        hash.update(`${size}\0`);
+        const blocks = Math.ceil(size / blockBytes);
+        const count = Math.min(blocks, sampledBlocks);
+        for (let i = 0; i < count; i++) {
+          const index = count === 1 ? 0 : Math.round((i * (blocks - 1)) / (count - 1));
+          const read = readSync(descriptor, block, 0, blockBytes, index * blockBytes);
+          hash.update(block.subarray(0, read));
+        }
+      } finally {
+        closeSync(descriptor);
       }
-    } finally {
-      closeSync(descriptor);
+    } catch (error) {
+      throw new MerfError('FILE_NOT_FOUND', `${path} cannot be read: ${(error as Error).message}`, {
+        cause: error,
+      });
     }
   }
   return hash.digest('hex').slice(0, 16);

@@ -1,6 +1,7 @@
 /** Something that a trainer keeps from one step to the next beside the policy, as JSON. */
 export interface Kept {
   save(): unknown;
+  /** Takes what `save` gave. @throws Error where it is something else, and nothing has changed then */
   load(state: unknown): void;
 }
 

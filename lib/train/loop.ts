@@ -1,17 +1,22 @@
 import { existsSync, mkdirSync, readFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { writeFileAtomically, writeFolderAtomically } from '../atomic-files.js';
-import { describeValue, isDeviceLost, MerfError, throwIfAborted } from '../errors.js';
+import { whileReading, whileWriting, writeFileAtomically, writeFolderAtomically } from '../atomic-files.js';
+import { describeValue, isDeviceLost, MerfError, type MerfErrorCode, throwIfAborted } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import {
   type Checkpoint,
   listCheckpoints,
   loadCheckpoint,
+  type Progress,
+  removeCheckpoint,
+  removeLitter,
   type StatefulPolicy,
   saveCheckpoint,
 } from './checkpoint.js';
+import { Interruptions } from './interruptions.js';
 import type { Kept } from './kept.js';
 import { MetricsLog, type MetricsRow } from './metrics.js';
+import { RunLock } from './run-lock.js';
 
 export type Phase = 'rollout' | 'training' | 'evaluating' | 'saving';
 
@@ -44,6 +49,8 @@ export interface LoopOptions {
   policy: LoopPolicy;
   out: string;
   resume: boolean;
+  /** The step whose checkpoint a resumed run goes on from; later ones are removed. Default: the newest. */
+  checkpoint?: number;
   settings: { steps: number; saveEvery: number; keepCheckpoints: number } & Record<string, unknown>;
   /** The settings in which a resumed run may not differ. */
   matters: readonly string[];
@@ -62,8 +69,15 @@ export interface LoopOptions {
   step: (
     step: number,
     position: number,
-    signal?: AbortSignal,
+    signal: AbortSignal,
+    progress: StepProgress,
   ) => Promise<{ metrics: Omit<MetricsRow, 'step'>; position: number }>;
+}
+
+/** What a step tells of itself while it goes on. */
+export interface StepProgress {
+  /** Set once the weights are about to change: a step that fails before leaves them as the last one made them. */
+  updated: boolean;
 }
 
 export interface RunResult {
@@ -101,75 +115,102 @@ export class TrainingLoop {
   async run(signal?: AbortSignal): Promise<RunResult> {
     if (this.#running) throw new MerfError('BUSY', 'This trainer is running already');
     this.#running = true;
+    const { out, resume } = this.#options;
+    let lock: RunLock | undefined;
+    const progress: StepProgress = { updated: false };
+    const interruptions = new Interruptions(
+      signal,
+      () => progress.updated,
+      () => new MerfError('VERIFIER_TIMEOUT', 'The step did not end after a loop without an end was cut off'),
+    );
     try {
-      return await this.#run(signal);
+      if (resume) readSavedRun(out);
+      else whileWriting(out, () => mkdirSync(out, { recursive: true }));
+      lock = RunLock.take(out);
+      return await this.#run(lock, interruptions, progress, signal);
     } catch (error) {
       throw this.#explained(error);
     } finally {
+      interruptions.close();
+      lock?.release();
       this.#running = false;
     }
   }
 
-  async #run(signal?: AbortSignal): Promise<RunResult> {
-    const { policy, out, settings, onEvent } = this.#options;
+  async #run(
+    lock: RunLock,
+    interruptions: Interruptions,
+    progress: StepProgress,
+    given: AbortSignal | undefined,
+  ): Promise<RunResult> {
+    const { policy, out, resume, settings, onEvent } = this.#options;
+    const { signal } = interruptions;
     const { steps } = settings;
     const metricsLog = new MetricsLog(join(out, 'metrics.jsonl'));
     const checkpoints = join(out, 'checkpoints');
-    const checkpoint = this.#open(checkpoints);
-    let step = checkpoint?.step ?? 0;
-    let position = checkpoint?.position ?? 0;
+    this.#open(checkpoints);
+    const loaded = resume ? await this.#load(checkpoints) : undefined;
+    let step = loaded?.step ?? 0;
+    let position = loaded?.position ?? 0;
     let saved = step;
-    if (checkpoint) {
-      await loadCheckpoint(checkpoint, policy);
-      if (checkpoint.state !== undefined) this.#options.state?.load(checkpoint.state);
-    }
-    metricsLog.truncate(checkpoint ? step : -1);
+    metricsLog.truncate(loaded ? step : -1);
     this.#options.discardAfter?.(step);
-    onEvent?.({ type: 'start', step, steps, ...(checkpoint && { resumedFrom: checkpoint.path }) });
+    onEvent?.({ type: 'start', step, steps, ...(loaded && { resumedFrom: loaded.path }) });
 
     const save = async () => {
       if (saved === step) return;
+      lock.check();
       onEvent?.({ type: 'phase', phase: 'saving', step });
-      const progress = { step, position };
       const state = this.#options.state?.save();
-      const path = await saveCheckpoint(checkpoints, policy, progress, settings.keepCheckpoints, state);
+      const kept = settings.keepCheckpoints;
+      const path = await saveCheckpoint(checkpoints, policy, { step, position }, kept, state);
       saved = step;
       onEvent?.({ type: 'checkpoint', step, path });
     };
+    /** What a failure comes to: the weights are saved where they are those of the last step. */
+    const failing = async (error: unknown): Promise<unknown> => {
+      const cause = given?.aborted ? error : (interruptions.failure ?? error);
+      if (!progress.updated && !given?.aborted && !isDeviceLost(cause)) await save();
+      return cause;
+    };
+    const evaluate = (after: number) =>
+      interruptions.await(Promise.resolve(this.#options.evaluate?.(after, signal)));
 
     let last: MetricsRow | undefined;
     let fruitless = 0;
     if (step === 0) {
-      const evaluation = await this.#options.evaluate?.(0, signal);
-      if (evaluation) metricsLog.append({ step: 0, evaluation });
+      try {
+        const evaluation = await evaluate(0);
+        if (evaluation) metricsLog.append({ step: 0, evaluation });
+      } catch (error) {
+        throw await failing(error);
+      }
     }
     while (step < steps && !this.#stopping) {
+      if (interruptions.failure) throw await failing(interruptions.failure);
       throwIfAborted(signal, `step ${step + 1}`);
+      lock.check();
       const retriesBefore = policy.memory?.().retries;
       let result: Awaited<ReturnType<LoopOptions['step']>>;
       try {
-        result = await this.#options.step(step + 1, position, signal);
+        result = await interruptions.await(this.#options.step(step + 1, position, signal, progress));
       } catch (error) {
-        // A step that fails before its first update leaves the weights as the last step made them.
-        if (error instanceof StepFailed) {
-          if (!error.updated && !signal?.aborted && !isDeviceLost(error.cause)) await save();
-          throw error.cause;
-        }
-        throw error;
+        throw await failing(error);
       }
+      progress.updated = false;
       step += 1;
       position = result.position;
       const metrics: MetricsRow = { step, ...result.metrics };
       if (retriesBefore !== undefined) {
         metrics.memoryRetries = (policy.memory?.().retries ?? retriesBefore) - retriesBefore;
       }
+      lock.check();
       try {
-        const evaluation = await this.#options.evaluate?.(step, signal);
+        const evaluation = await evaluate(step);
         if (evaluation) metrics.evaluation = evaluation;
       } catch (error) {
         metricsLog.append(metrics);
-        if (!signal?.aborted && !isDeviceLost(error)) await save();
-        throw error;
+        throw await failing(error);
       }
       metricsLog.append(metrics);
       last = metrics;
@@ -184,25 +225,23 @@ export class TrainingLoop {
       if (fruitless === 0 && settings.saveEvery > 0 && step % settings.saveEvery === 0) await save();
     }
     await save();
+    if (interruptions.failure) throw interruptions.failure;
+    lock.check();
     onEvent?.({ type: 'phase', phase: 'saving', step });
     const model = join(out, 'model');
     await writeFolderAtomically(model, (folder) => policy.save(folder));
     return { step, stopped: step < steps, model, ...(last && { metrics: last }) };
   }
 
-  /** Where the GPU was lost, and with it the weights: what of the run is left. */
+  /** What failed, and what of the run is left where it was something that resuming goes on after. */
   #explained(error: unknown): unknown {
-    if (!isDeviceLost(error)) return error;
-    const { out } = this.#options;
-    const last = listCheckpoints(join(out, 'checkpoints')).at(-1);
-    const left = last
-      ? `resume ${out}, which goes on after step ${last.step} from ${last.path}`
-      : `${out} has no checkpoint yet, so the run has to be started again`;
-    return new MerfError('DEVICE_LOST', `${error.message}; ${left}`, { cause: error });
+    if (!(error instanceof MerfError) || !leavesRun.has(error.code)) return error;
+    const left = whatIsLeft(this.#options.out);
+    return new MerfError(error.code, `${error.message}; ${left}`, { cause: error });
   }
 
-  /** Checks the folder against this run, writes run.json, and returns the checkpoint to go on from. */
-  #open(checkpoints: string): Checkpoint | undefined {
+  /** Checks the folder against this run, tidies it up and writes run.json. */
+  #open(checkpoints: string): void {
     const { out, resume, kind, settings, identity, launch } = this.#options;
     const file = join(out, 'run.json');
     if (!resume && (existsSync(file) || existsSync(checkpoints) || existsSync(join(out, 'metrics.jsonl')))) {
@@ -212,16 +251,60 @@ export class TrainingLoop {
       );
     }
     if (resume) {
-      const before = readSavedRun(out);
-      const differences = this.#differences(before);
+      const differences = this.#differences(readSavedRun(out));
       if (differences.length > 0) {
         throw new MerfError('RESUME_MISMATCH', `Cannot resume ${out}: ${differences.join('; ')}`);
       }
     }
-    mkdirSync(out, { recursive: true });
+    removeLitter(out);
     const record: SavedRun = { kind, settings, identity, ...(launch && { launch }) };
     writeFileAtomically(file, `${JSON.stringify(record, null, 2)}\n`);
-    return resume ? listCheckpoints(checkpoints).at(-1) : undefined;
+  }
+
+  /** Loads the checkpoint to go on from, if there is one, and says of one that is not whole which older one is. */
+  async #load(folder: string): Promise<(Checkpoint & Progress) | undefined> {
+    const { policy, state, checkpoint: wanted } = this.#options;
+    const all = listCheckpoints(folder);
+    const load = async (from: Checkpoint) => ({ ...from, ...(await loadCheckpoint(from, policy, state)) });
+    if (wanted !== undefined) {
+      const chosen = all.find(({ step }) => step === wanted);
+      if (chosen === undefined) {
+        const steps = all.map(({ step }) => step).join(', ') || 'none';
+        throw new MerfError(
+          'INVALID_ARGUMENT',
+          `Expected a step with a checkpoint in ${folder} (${steps}) for checkpoint but received ${wanted}`,
+        );
+      }
+      const loaded = await load(chosen);
+      for (const later of all) if (later.step > wanted) removeCheckpoint(later);
+      return loaded;
+    }
+    const newest = all.at(-1);
+    if (newest === undefined) return undefined;
+    try {
+      return await load(newest);
+    } catch (error) {
+      if (!isOfFiles(error)) throw error;
+      for (const older of all.slice(0, -1).reverse()) {
+        try {
+          await load(older);
+        } catch (another) {
+          if (isOfFiles(another)) continue;
+          throw error;
+        }
+        throw new MerfError(
+          error.code,
+          `The newest checkpoint, after step ${newest.step}, is not whole: ${error.message}; the one after step ` +
+            `${older.step} is: resume from it with checkpoint ${older.step} (merf: --checkpoint ${older.step})`,
+          { cause: error },
+        );
+      }
+      throw new MerfError(
+        error.code,
+        `The newest checkpoint, after step ${newest.step}, is not whole: ${error.message}; there is no older one that is`,
+        { cause: error },
+      );
+    }
   }
 
   #differences(before: SavedRun): string[] {
@@ -240,27 +323,46 @@ export class TrainingLoop {
   }
 }
 
-/** Thrown by a step's function around what went wrong, to say whether the weights had changed by then. */
-export class StepFailed extends Error {
-  readonly updated: boolean;
+/** What there is to go on from after a run in `out` has failed, in words. */
+export function whatIsLeft(out: string): string {
+  const last = listCheckpoints(join(out, 'checkpoints')).at(-1);
+  return last
+    ? `resume ${out}, which goes on after step ${last.step} from ${last.path}`
+    : `${out} has no checkpoint yet, so the run has to be started again`;
+}
 
-  constructor(cause: unknown, updated: boolean) {
-    super('A training step failed', { cause });
-    this.updated = updated;
-  }
+/** Failures that have nothing to do with the run's own settings and files. */
+const leavesRun: ReadonlySet<MerfErrorCode> = new Set<MerfErrorCode>([
+  'DEVICE_LOST',
+  'VERIFIER_FAILED',
+  'VERIFIER_TIMEOUT',
+  'ENVIRONMENT_FAILED',
+  'ENVIRONMENT_TIMEOUT',
+]);
+
+function isOfFiles(error: unknown): error is MerfError {
+  return (
+    error instanceof MerfError && ['FILE_NOT_FOUND', 'FILE_FAILED', 'MALFORMED_FILE'].includes(error.code)
+  );
 }
 
 /** What run.json says of the run in `out`. Throws FILE_NOT_FOUND or MALFORMED_FILE. */
 export function readSavedRun(out: string): SavedRun {
   const file = join(out, 'run.json');
   if (!existsSync(file)) throw new MerfError('FILE_NOT_FOUND', `${out} holds no run to resume (no run.json)`);
+  const text = whileReading(file, () => readFileSync(file, 'utf8'));
+  let run: Partial<SavedRun> | null;
   try {
-    const run = JSON.parse(readFileSync(file, 'utf8')) as SavedRun;
-    if (typeof run.settings === 'object' && typeof run.identity === 'object') return run;
+    run = JSON.parse(text) as Partial<SavedRun> | null;
   } catch (cause) {
     throw new MerfError('MALFORMED_FILE', `Cannot read ${file}: ${String(cause)}`, { cause });
   }
-  throw new MerfError('MALFORMED_FILE', `Expected settings and identity in ${file}`);
+  const isObject = (value: unknown) => typeof value === 'object' && value !== null && !Array.isArray(value);
+  const { kind, settings, identity, launch } = run ?? {};
+  if ([settings, identity, launch ?? {}].every(isObject) && (kind === 'grpo' || kind === 'sft')) {
+    return run as SavedRun;
+  }
+  throw new MerfError('MALFORMED_FILE', `Expected the kind, settings and identity of a run in ${file}`);
 }
 
 function show(value: unknown): string {

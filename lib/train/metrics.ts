@@ -1,6 +1,5 @@
-import { appendFileSync, existsSync, mkdirSync, readFileSync } from 'node:fs';
-import { dirname } from 'node:path';
-import { writeFileAtomically } from '../atomic-files.js';
+import { appendFileSync, existsSync, readFileSync } from 'node:fs';
+import { whileReading, whileWriting, writeFileAtomically } from '../atomic-files.js';
 import { MerfError } from '../errors.js';
 
 /** One line of metrics.jsonl: a step and its numbers. Values that are not finite are written as null. */
@@ -18,14 +17,13 @@ export class MetricsLog {
   }
 
   append(row: MetricsRow): void {
-    mkdirSync(dirname(this.path), { recursive: true });
-    appendFileSync(this.path, `${JSON.stringify(row)}\n`);
+    whileWriting(this.path, () => appendFileSync(this.path, `${JSON.stringify(row)}\n`));
   }
 
   /** Drops the rows after `step`, and a last line that a killed process left unfinished. */
   truncate(step: number): void {
     if (!existsSync(this.path)) return;
-    const kept = readFileSync(this.path, 'utf8')
+    const kept = whileReading(this.path, () => readFileSync(this.path, 'utf8'))
       .split('\n')
       .filter((line) => {
         const row = parseRow(line);
@@ -39,7 +37,7 @@ export class MetricsLog {
 export function readMetrics(path: string): MetricsRow[] {
   if (!existsSync(path)) throw new MerfError('FILE_NOT_FOUND', `No metrics file at ${path}`);
   const rows: MetricsRow[] = [];
-  const lines = readFileSync(path, 'utf8').split('\n');
+  const lines = whileReading(path, () => readFileSync(path, 'utf8')).split('\n');
   for (const [index, line] of lines.entries()) {
     if (line === '') continue;
     const row = parseRow(line);

@@ -1,3 +1,4 @@
+import { z } from 'zod';
 import type { MotivationView } from '../prompt/motivation.js';
 import type { RewardSpec } from '../reward/index.js';
 import {
@@ -108,9 +109,53 @@ export class Replay<Row> {
   }
 
   load(state: unknown): void {
+    keptGroups.parse(state);
     this.#groups = state as KeptGroup[];
   }
 }
+
+const packed = z.string().refine((text) => Buffer.from(text, 'base64').length % 4 === 0, {
+  message: 'expected the bytes of numbers of four bytes each',
+});
+const lengthsAgree = ({ tokens, logprobs, entropies }: Record<'tokens' | 'logprobs' | 'entropies', string>) =>
+  [logprobs, entropies].every(({ length }) => length === tokens.length);
+const keptTurn = z.discriminatedUnion('role', [
+  z
+    .looseObject({
+      role: z.literal('model'),
+      text: z.string(),
+      tokens: packed,
+      logprobs: packed,
+      entropies: packed,
+      finishReason: z.enum(['stop', 'length', 'stop_string', 'pending']),
+    })
+    .refine(lengthsAgree, { message: 'expected as many log-probabilities and entropies as tokens' }),
+  z.looseObject({ role: z.literal('environment'), text: z.string(), tokens: packed }),
+]);
+const keptView = z.union([
+  z.enum(['none', 'full', 'adverse']),
+  z.object({ partial: z.array(z.string()) }),
+  z.object({ template: z.string() }),
+]);
+const keptEpisode = z.looseObject({
+  view: keptView,
+  turns: z.array(keptTurn).min(1),
+  end: z.enum(['stop', 'stop_string', 'length', 'turns', 'failed']),
+  completion: z.looseObject({ text: z.string(), raw: z.string(), turns: z.array(z.unknown()) }),
+  reward: z.looseObject({
+    total: z.number(),
+    parts: z.record(z.string(), z.looseObject({ case: z.string(), score: z.number() })),
+  }),
+});
+const keptGroups = z.array(
+  z.looseObject({
+    step: z.int().min(0),
+    stage: z.string(),
+    position: z.int().min(0),
+    priority: z.number().min(0),
+    episodes: z.array(keptEpisode).min(1),
+  }),
+);
 
 function unpackGroup<Row>(
   kept: KeptGroup,

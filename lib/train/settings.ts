@@ -108,6 +108,10 @@ const evaluation = {
 export const grpoSchema = z.strictObject({
   ...run,
   promptsPerStep: setting(count.default(8), { group: 'Rollout', description: 'prompts of a step' }),
+  filterOverlongPrompts: setting(z.boolean().default(false), {
+    group: 'Rollout',
+    description: 'leave out rows whose prompt fills the context, which end a run before it begins otherwise',
+  }),
   dynamicSampling: setting(countOrNone.default(0), {
     group: 'Rollout',
     description:
@@ -323,6 +327,10 @@ export const grpoSchema = z.strictObject({
 export const sftSchema = z.strictObject({
   ...run,
   examplesPerStep: setting(count.default(8), { group: 'Data', description: 'examples of one update' }),
+  filterOverlongExamples: setting(z.boolean().default(false), {
+    group: 'Data',
+    description: 'leave out examples longer than the context, which end a run before it begins otherwise',
+  }),
   motivation: setting(z.array(z.string()).min(1).default(['none', 'full']), {
     group: 'Motivation',
     description: "what the prompts of a task's own demonstrations say about the reward; the views take turns",

@@ -1,23 +1,26 @@
-import { z } from 'zod';
 import { invalidArgument, MerfError } from '../errors.js';
 import type { Evaluation } from '../evaluate/index.js';
 import { type Branch, countTokens, forestOf } from '../policy/index.js';
-import type { ChatMessage } from '../prompt/chat-template.js';
 import { type MotivationView, parseMotivationView } from '../prompt/motivation.js';
-import { renderPrompt } from '../rollout/index.js';
+import {
+  checkPrompts,
+  movedNotice,
+  PromptBounds,
+  type RolloutTokenizer,
+  renderCompletion,
+  renderPrompt,
+} from '../rollout/index.js';
 import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
-import { Random, type RowSource, readRows, requireRows, shuffledRows, type Task } from '../tasks/index.js';
-import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { notePlace, placeOf } from '../tasks/dataset.js';
+import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.js';
+import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
+import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
-import { type RunResult, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
+import { findOverlong } from './overlong-rows.js';
 import { type SftOptions, type SftSettings, sftSchema } from './settings.js';
 import { checkViews, modelIdentity, type TrainablePolicy } from './trainer.js';
-import { skippedNotice, update } from './update.js';
-
-/** A prompt, as messages or as text that is encoded as it stands, and what the model should write after it. */
-export type Example =
-  | { messages: readonly ChatMessage[]; completion: string }
-  | { prompt: string; completion: string };
+import { smallnessNotice, update, updateNotice } from './update.js';
 
 export interface SupervisedTrainerOptions<Row> extends SftOptions {
   policy: TrainablePolicy;
@@ -30,6 +33,10 @@ export interface SupervisedTrainerOptions<Row> extends SftOptions {
   evaluationRows?: readonly Row[];
   out: string;
   resume?: boolean;
+  /**
+   * With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed.
+   */
+  checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   launch?: Record<string, unknown>;
 }
@@ -57,12 +64,26 @@ export class SupervisedTrainer<Row = unknown> {
   readonly settings: SftSettings;
   readonly #options: SupervisedTrainerOptions<Row>;
   #loop: TrainingLoop | undefined;
+  /** The token that a completion ends with. */
+  #end: number | undefined;
+  readonly #bounds: PromptBounds;
   #stopping = false;
 
   /** @throws MerfError INVALID_CONFIG, INVALID_ARGUMENT, UNSUPPORTED for a task that cannot demonstrate */
   constructor(options: SupervisedTrainerOptions<Row>) {
-    const { policy, examples, task, rows, evaluationRows, out, resume, onEvent, launch, ...settings } =
-      options;
+    const {
+      policy,
+      examples,
+      task,
+      rows,
+      evaluationRows,
+      out,
+      resume,
+      checkpoint,
+      onEvent,
+      launch,
+      ...settings
+    } = options;
     const parsed = parseSettings(sftSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     if (parsed.evaluateEvery > 0 && task === undefined) {
@@ -84,21 +105,40 @@ export class SupervisedTrainer<Row = unknown> {
       checkViews(task, [...parsed.motivation, ...parsed.evaluateMotivations].map(parseMotivationView));
     this.settings = parsed;
     this.#options = options;
+    this.#bounds = new PromptBounds(policy.tokenizer);
   }
 
   /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, onEvent, launch } = this.#options;
+    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
     const settings = this.settings;
-    const examples = await this.#examples();
-    const evaluationRows =
+    const told = { onEvent, signal: options.signal };
+    const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
+    const { examples, all, row } = await this.#examples();
+    for (const message of this.#promptNotices(row)) onEvent?.({ type: 'notice', message });
+    if (all) {
+      await findOverlong(all.examples, {
+        what: 'examples',
+        count: all.count,
+        measure: (example) => this.#overlong(example),
+        contextLength: policy.contextLength,
+        ...filtering,
+        ...told,
+      });
+    }
+    const held =
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
       (task && settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+    const views = settings.evaluateMotivations.map(parseMotivationView);
+    const evaluationRows = task
+      ? await fittingRows(held, { policy, task, views, ...filtering, ...told })
+      : held;
     this.#loop = new TrainingLoop({
       kind: 'sft',
       policy,
       out,
       resume: resume ?? false,
+      ...(checkpoint !== undefined && { checkpoint }),
       settings,
       matters: keysThatMatter(sftSchema),
       defaults: defaultsOf(sftSchema),
@@ -109,9 +149,11 @@ export class SupervisedTrainer<Row = unknown> {
         evaluate: (step, signal) =>
           evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       }),
-      step: (step, position, signal) => this.#step(examples, step, position, signal),
+      step: (...of) => this.#step(examples, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -121,68 +163,136 @@ export class SupervisedTrainer<Row = unknown> {
     this.#loop?.stop();
   }
 
-  async #examples(): Promise<RowSource<Example>> {
+  /**
+   * The examples by position, all that there may be where there is an end of them, and a row that is
+   * demonstrated.
+   */
+  async #examples(): Promise<{
+    examples: RowSource<Example>;
+    all?: { count: number; examples: Iterable<Example> };
+    row?: Row;
+  }> {
     const { examples, task, rows: given } = this.#options;
     const { seed, motivation } = this.settings;
-    if (examples) return shuffledRows(examples, seed);
+    if (examples) {
+      const shuffled = shuffledRows(examples, seed);
+      await shuffled.prepare?.();
+      return { examples: shuffled, all: { count: examples.length, examples } };
+    }
     const demonstrated = task as Task<Row>;
     const rows = given ? shuffledRows(given, seed) : await demonstrated.rows({ split: 'train', seed });
+    await rows.prepare?.();
     const views = motivation.map(parseMotivationView);
-    const at = (position: number): Example => {
-      const row = rows.at(position);
-      const view = views[position % views.length] as MotivationView;
-      return {
+    const exampleOf = (row: Row, view: MotivationView, random: Random): Example => {
+      const example = {
         messages: demonstrated.messages(row, view),
-        completion: demonstrated.demonstrate?.(row, new Random(seed, position)) as string,
+        completion: demonstrated.demonstrate?.(row, random) as string,
       };
+      notePlace(example, placeOf(row));
+      return example;
     };
-    return { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) };
+    const at = (position: number): Example => {
+      const view = views[position % views.length] as MotivationView;
+      return exampleOf(rows.at(position), view, new Random(seed, position));
+    };
+    const { size } = rows;
+    function* ofEachRow(count: number) {
+      for (let i = 0; i < count; i++) {
+        for (const view of views) yield exampleOf(rows.at(i), view, new Random(seed, i));
+      }
+    }
+    return {
+      examples: { at, fingerprint: contentHash([rows.fingerprint, views, at(0)]) },
+      row: rows.at(0),
+      ...(size !== undefined && { all: { count: size * views.length, examples: ofEachRow(size) } }),
+    };
   }
 
-  async #step(examples: RowSource<Example>, step: number, position: number, signal?: AbortSignal) {
+  /** The branches of the next examples from a position on, and the position behind them. */
+  #branches(examples: RowSource<Example>, from: number): { branches: Branch[]; position: number } {
+    const { examplesPerStep, filterOverlongExamples } = this.settings;
+    const branches: Branch[] = [];
+    let position = from;
+    let refused = 0;
+    while (branches.length < examplesPerStep) {
+      const example = examples.at(position++);
+      try {
+        branches.push(this.#branch(example));
+        refused = 0;
+      } catch (error) {
+        if (!isOverlong(error)) throw error;
+        if (!filterOverlongExamples) throw atItsPlace(example, error);
+        // A file has been measured before; what is generated may have no end of examples that do not fit.
+        if (++refused === Math.max(mostRefused, examples.size ?? 0)) throw error;
+      }
+    }
+    return { branches, position };
+  }
+
+  /** Tokens of an example that is longer than the context, its end among them, otherwise undefined. */
+  #overlong(example: Example): number | undefined {
+    const { tokenizer, contextLength } = this.#options.policy;
+    const prompt = 'messages' in example ? example.messages : example.prompt;
+    const bound = this.#bounds.of(prompt);
+    if (bound + Buffer.byteLength(example.completion) < contextLength) return undefined;
+    if (bound === Number.POSITIVE_INFINITY) this.#bounds.note(prompt, renderPrompt(tokenizer, prompt).text);
+    const { promptTokens, tokens } = this.#encoded(example);
+    const length = promptTokens.length + tokens.length;
+    return length > contextLength ? length : undefined;
+  }
+
+  /**
+   * What the user should know of how the prompts are written.
+   * @param row one that the task demonstrates, where there are no examples
+   */
+  #promptNotices(row: Row | undefined): string[] {
+    const { policy, examples, task } = this.#options;
+    if (examples) return exampleNotices(policy.tokenizer, examples);
+    const views = this.settings.motivation.map(parseMotivationView);
+    return checkPrompts(policy.tokenizer, task as Task<Row>, row as Row, views);
+  }
+
+  async #step(
+    examples: RowSource<Example>,
+    step: number,
+    position: number,
+    signal: AbortSignal,
+    progress: StepProgress,
+  ) {
     const { policy, onEvent } = this.#options;
     const s = this.settings;
     const started = performance.now();
-    let updated = false;
-    try {
-      onEvent?.({ type: 'phase', phase: 'training', step });
-      const branches = Array.from({ length: s.examplesPerStep }, (_, i) =>
-        this.#branch(examples.at(position + i)),
-      );
-      const forest = forestOf(branches);
-      const loss = { type: 'cross_entropy' as const };
-      const result = await update(policy, forest, loss, s, {
-        step,
-        signal,
-        beforeUpdate: () => {
-          updated = true;
-        },
-      });
-      const { stats, gradientNorm, learningRate, skipped } = result;
-      if (skipped) onEvent?.({ type: 'notice', message: skippedNotice(step, skipped) });
-      const seconds = (performance.now() - started) / 1000;
-      const metrics: Omit<SftMetrics, 'step'> = {
-        loss: stats?.loss ?? null,
-        gradientNorm: skipped ? null : gradientNorm,
-        learningRate,
-        updates: skipped ? 0 : 1,
-        skippedUpdates: skipped ? 1 : 0,
-        tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
-        trainingTokensPerSecond: countTokens(forest) / seconds,
-        seconds,
-      };
-      return { metrics: { ...metrics }, position: position + s.examplesPerStep };
-    } catch (error) {
-      throw new StepFailed(error, updated);
-    }
+    onEvent?.({ type: 'phase', phase: 'training', step });
+    const { branches, position: next } = this.#branches(examples, position);
+    const forest = forestOf(branches);
+    const loss = { type: 'cross_entropy' as const };
+    const result = await update(policy, forest, loss, s, {
+      step,
+      signal,
+      beforeUpdate: () => {
+        progress.updated = true;
+      },
+    });
+    const { stats, gradientNorm, learningRate, skipped } = result;
+    const message = updateNotice(step, result);
+    if (message !== undefined) onEvent?.({ type: 'notice', message });
+    const seconds = (performance.now() - started) / 1000;
+    const metrics: Omit<SftMetrics, 'step'> = {
+      loss: stats?.loss ?? null,
+      gradientNorm: skipped ? null : gradientNorm,
+      learningRate,
+      updates: skipped ? 0 : 1,
+      skippedUpdates: skipped ? 1 : 0,
+      tokens: branches.reduce((sum, b) => sum + (b.completions[0]?.tokens.length ?? 0), 0),
+      trainingTokensPerSecond: countTokens(forest) / seconds,
+      seconds,
+    };
+    return { metrics: { ...metrics }, position: next };
   }
 
   #branch(example: Example): Branch {
-    const { tokenizer, contextLength } = this.#options.policy;
-    const prompt = renderPrompt(tokenizer, 'messages' in example ? example.messages : example.prompt);
-    const promptTokens = prompt.tokens;
-    const tokens = [...tokenizer.encode(example.completion), endOfTurn(tokenizer)];
-    if (promptTokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    const { contextLength } = this.#options.policy;
+    const { promptTokens, tokens } = this.#encoded(example);
     const length = promptTokens.length + tokens.length;
     if (length > contextLength) {
       throw new MerfError(
@@ -193,6 +303,57 @@ export class SupervisedTrainer<Row = unknown> {
     }
     return { promptTokens, completions: [{ tokens, train: {} }] };
   }
+
+  #encoded(example: Example): { promptTokens: readonly number[]; tokens: readonly number[] } {
+    const { tokenizer } = this.#options.policy;
+    const said = 'messages' in example ? example.messages : example.prompt;
+    const prompt = renderPrompt(tokenizer, said, undefined, 'row');
+    if (prompt.tokens.length === 0) throw invalidArgument('prompt', 'at least one token', prompt.text);
+    this.#end ??= endOfTurn(tokenizer);
+    const { tokens } = renderCompletion(tokenizer, prompt, example.completion, this.#end);
+    return { promptTokens: prompt.tokens, tokens };
+  }
+}
+
+function exampleNotices(tokenizer: RolloutTokenizer, examples: readonly Example[]): string[] {
+  const notices = [...(tokenizer.notices ?? [])];
+  const starts = examples.map((example) => ('messages' in example ? example.messages[0]?.role : undefined));
+  if (tokenizer.keepsSystemMessages === false && starts.includes('system')) notices.push(movedNotice);
+  const names = new Set<string>();
+  const naming = examples.filter((example) => {
+    const texts =
+      'messages' in example ? example.messages.map(({ content }) => content ?? '') : [example.prompt];
+    const found = texts.flatMap((text) =>
+      (tokenizer.specialSpans?.(text) ?? []).map(([start, end]) => text.slice(start, end)),
+    );
+    for (const name of found) names.add(name);
+    return found.length > 0;
+  });
+  if (naming.length > 0) {
+    const fate =
+      tokenizer.splitSpecialTokens === false
+        ? 'which become tokens there'
+        : 'which stay text (splitSpecialTokens: false makes them tokens)';
+    notices.push(
+      `The prompts of ${naming.length} of ${examples.length} examples name special tokens, ${fate}: ` +
+        [...names].join(', '),
+    );
+  }
+  return notices;
+}
+
+// So many generated examples in a row that do not fit are no accident.
+const mostRefused = 1000;
+
+function isOverlong(error: unknown): error is MerfError {
+  return error instanceof MerfError && error.code === 'CONTEXT_EXCEEDED';
+}
+
+function atItsPlace(example: Example, error: MerfError): MerfError {
+  const place = placeOf(example);
+  return place === undefined
+    ? error
+    : new MerfError(error.code, `${place}: ${error.message}`, { cause: error });
 }
 
 /** The token that a completion ends with: the chat template's end of turn, or else the end of the sequence. */
@@ -209,26 +370,4 @@ function endOfTurn(tokenizer: TrainablePolicy['tokenizer']): number {
   const after = text.slice(text.lastIndexOf(reply) + reply.length).trimStart();
   const first = after === '' ? undefined : tokenizer.encode(after)[0];
   return first !== undefined && tokenizer.eosIds.includes(first) ? first : fallback;
-}
-
-const messageSchema = z.looseObject({ role: z.string(), content: z.string().nullable() });
-const exampleSchema = z.union([
-  z.object({ messages: z.array(messageSchema).min(1), completion: z.string().min(1) }),
-  z.object({ prompt: z.string().min(1), completion: z.string().min(1) }),
-]);
-
-/**
- * Examples from a .jsonl or .parquet file whose rows have a `completion` and either `messages` or a `prompt`.
- * @throws MerfError FILE_NOT_FOUND, UNSUPPORTED, EMPTY_DATASET, MALFORMED_FILE naming the line
- */
-export async function readExamples(file: string): Promise<Example[]> {
-  return requireRows(
-    await readRows(file, (fields) => {
-      const example = exampleSchema.safeParse(fields);
-      if (example.success) return example.data;
-      throw new Error(
-        'Expected a "completion" of text and either "messages" of roles and contents or a "prompt" of text',
-      );
-    }),
-  );
 }

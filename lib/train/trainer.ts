@@ -16,6 +16,7 @@ import {
   stageAt,
 } from '../prompt/motivation.js';
 import {
+  checkPrompts,
   countDrawn,
   type Episode,
   type EpisodeGroup,
@@ -30,16 +31,16 @@ import { isWithoutSignal } from './advantages.js';
 import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
-import { evaluateDuringTraining, heldOutRows } from './evaluation.js';
+import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
 import { formatLearnUnder, Lessons, type PromptGap } from './lessons.js';
-import { type RunResult, readSavedRun, StepFailed, type TrainingEvent, TrainingLoop } from './loop.js';
+import { type RunResult, readSavedRun, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
 import { MetricsLog } from './metrics.js';
 import { checkOverlong, overlongPunishment } from './overlong.js';
 import { type GrpoOptions, type GrpoSettings, grpoSchema } from './settings.js';
-import { skippedNotice, type UpdateResult, update } from './update.js';
+import { smallnessNotice, type UpdateResult, update, updateNotice } from './update.js';
 
 /** What a trainer asks of a policy: the four primitives and the files. `Policy` has it all. */
 export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
@@ -54,7 +55,7 @@ export type TrainablePolicy = Omit<RolloutPolicy, 'tokenizer'> &
     | 'saveState'
     | 'loadState'
   > &
-  Partial<Pick<Policy, 'memory' | 'spareMemory'>> & { readonly path?: string };
+  Partial<Pick<Policy, 'memory' | 'spareMemory' | 'files'>>;
 
 export type ReferencePolicy = Pick<Policy, 'score'>;
 
@@ -76,6 +77,8 @@ export interface TrainerOptions<Row> extends GrpoOptions {
   out: string;
   /** Goes on with the run in `out` from its newest checkpoint. */
   resume?: boolean;
+  /** With `resume`: the step whose checkpoint it goes on from instead of the newest; later ones are removed. */
+  checkpoint?: number;
   onEvent?: (event: TrainingEvent) => void;
   /** Kept in run.json, for those who start the run again. */
   launch?: Record<string, unknown>;
@@ -184,6 +187,7 @@ export class Trainer<Row = unknown> {
       reference,
       out,
       resume,
+      checkpoint,
       onEvent,
       launch,
       ...settings
@@ -238,7 +242,7 @@ export class Trainer<Row = unknown> {
    *   checkpoint to go on from, and what the policy throws
    */
   async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    const { policy, task, out, resume, onEvent, launch } = this.#options;
+    const { policy, task, out, resume, checkpoint, onEvent, launch } = this.#options;
     const settings = this.settings;
     // A resumed run keeps what it kept before, however much memory is free by now.
     settings.keepActivations ??= resume
@@ -248,13 +252,29 @@ export class Trainer<Row = unknown> {
     const rows = given
       ? shuffledRows(given, settings.seed)
       : await task.rows({ split: 'train', seed: settings.seed });
-    const evaluationRows =
+    const told = { onEvent, signal: options.signal };
+    const evaluationRows = await fittingRows(
       this.#options.evaluationRows?.slice(0, settings.evaluatePrompts) ??
-      (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []);
+        (settings.evaluateEvery > 0 ? await heldOutRows(task, settings.evaluatePrompts) : []),
+      {
+        policy,
+        task,
+        views: settings.evaluateMotivations.map(parseMotivationView),
+        filter: settings.filterOverlongPrompts,
+        setting: 'filterOverlongPrompts',
+        ...told,
+      },
+    );
     const { openTask } = this.#options;
     const curriculum = this.#curriculum && openTask && { plan: this.#curriculum, openTask };
-    const course = await Course.open({ policy, task, rows, settings, curriculum, hint: this.#hint });
+    // The words of an adaptive motivation are part of the full ones.
+    const views: MotivationView[] = this.#adaptive ? ['full', ...this.#views] : [...this.#views];
+    const hint = this.#hint;
+    const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
+    for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), views)) {
+      this.#emit({ type: 'notice', message });
+    }
     this.#adaptive = this.#newAdaptive();
     const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
     this.#loop = new TrainingLoop({
@@ -262,6 +282,7 @@ export class Trainer<Row = unknown> {
       policy,
       out,
       resume: resume ?? false,
+      ...(checkpoint !== undefined && { checkpoint }),
       settings,
       matters: keysThatMatter(grpoSchema),
       defaults: defaultsOf(grpoSchema),
@@ -289,9 +310,11 @@ export class Trainer<Row = unknown> {
       ...(state && { state }),
       evaluate: (step, signal) =>
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
-      step: (step, position, signal) => this.#step(course, step, position, signal),
+      step: (...of) => this.#step(course, ...of),
     });
     if (this.#stopping) this.#loop.stop();
+    const message = smallnessNotice(settings);
+    if (message !== undefined) this.#emit({ type: 'notice', message });
     return this.#loop.run(options.signal);
   }
 
@@ -313,56 +336,57 @@ export class Trainer<Row = unknown> {
     );
   }
 
-  async #step(course: Course<Row>, step: number, position: number, signal?: AbortSignal) {
-    let updated = false;
-    try {
-      const clock = new Stopwatch();
-      const mix = this.#mixAt(step);
-      this.#emit({ type: 'phase', phase: 'rollout', step });
-      const { stage, position: first } = course.at(step, position);
-      const drawn = await stage.source.draw(step, first, mix, signal);
-      const { groups, times } = drawn;
-      clock.lap();
+  async #step(
+    course: Course<Row>,
+    step: number,
+    position: number,
+    signal: AbortSignal,
+    progress: StepProgress,
+  ) {
+    const clock = new Stopwatch();
+    const mix = this.#mixAt(step);
+    this.#emit({ type: 'phase', phase: 'rollout', step });
+    const { stage, position: first } = course.at(step, position);
+    const drawn = await stage.source.draw(step, first, mix, signal);
+    const { groups, times } = drawn;
+    clock.lap();
 
-      const lesson = await course.lesson(step, stage, drawn);
-      const { advantages, replayed } = lesson;
-      const learnUnder = stageAt(this.#learnUnder, step - 1);
-      const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
-        updated = true;
-      });
-      const trainingSeconds = clock.lap();
+    const lesson = await course.lesson(step, stage, drawn);
+    const { advantages, replayed } = lesson;
+    const learnUnder = stageAt(this.#learnUnder, step - 1);
+    const { tally, gap } = await this.#update(stage, lesson, learnUnder, step, signal, () => {
+      progress.updated = true;
+    });
+    const trainingSeconds = clock.lap();
 
-      this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
-      const under = formatLearnUnder(learnUnder);
-      const metrics: Omit<GrpoMetrics, 'step'> = {
-        ...(stage.name !== '' && { curriculum: stage.name }),
-        motivation: formatMotivation(mix),
-        ...(under !== 'same' && { learnUnder: under }),
-        ...(gap && { promptGap: gap }),
-        ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
-        ...this.#rewardMetrics(stage, groups, lesson.compared),
-        ...(this.settings.dynamicSampling > 1 && {
-          rollouts: drawn.rollouts,
-          rowsDrawn: groups.length,
-          filledGroups: advantages.filter(isWithoutSignal).length,
-        }),
-        ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
-        ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
-        ...tally.summary(),
-        ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
-        rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
-        trainingTokensPerSecond: tally.tokens / trainingSeconds,
-        seconds: clock.total(),
-        rolloutSeconds: times.rollout,
-        judgingSeconds: times.judging,
-        trainingSeconds,
-      };
-      course.note(step, stage, drawn, lesson);
-      this.#learnMotivation(step, groups);
-      return { metrics: { ...metrics }, position: position + drawn.position - first };
-    } catch (error) {
-      throw new StepFailed(error, updated);
-    }
+    this.#completions.write(step, recordsOf([...groups, ...replayed], lesson.groups, advantages, step));
+    const under = formatLearnUnder(learnUnder);
+    const metrics: Omit<GrpoMetrics, 'step'> = {
+      ...(stage.name !== '' && { curriculum: stage.name }),
+      motivation: formatMotivation(mix),
+      ...(under !== 'same' && { learnUnder: under }),
+      ...(gap && { promptGap: gap }),
+      ...(this.#hint !== undefined && { hinted: hintMetrics(groups, lesson.compared) }),
+      ...this.#rewardMetrics(stage, groups, lesson.compared),
+      ...(this.settings.dynamicSampling > 1 && {
+        rollouts: drawn.rollouts,
+        rowsDrawn: groups.length,
+        filledGroups: advantages.filter(isWithoutSignal).length,
+      }),
+      ...(stage.difficulty && { rowsSkipped: drawn.skipped }),
+      ...(this.settings.replay > 0 && { replayedGroups: replayed.length }),
+      ...tally.summary(),
+      ...(this.settings.kl === 0 && this.settings.anchor === 0 && { kl: null }),
+      rolloutTokensPerSecond: countDrawn(withFailed(groups)) / times.rollout,
+      trainingTokensPerSecond: tally.tokens / trainingSeconds,
+      seconds: clock.total(),
+      rolloutSeconds: times.rollout,
+      judgingSeconds: times.judging,
+      trainingSeconds,
+    };
+    course.note(step, stage, drawn, lesson);
+    this.#learnMotivation(step, groups);
+    return { metrics: { ...metrics }, position: position + drawn.position - first };
   }
 
   #mixAt(step: number): MotivationMix {
@@ -412,8 +436,9 @@ export class Trainer<Row = unknown> {
         );
         const loss = { ...this.#loss(), normalizer: lesson.normalizer };
         const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
-        if (result.skipped) this.#emit({ type: 'notice', message: skippedNotice(step, result.skipped) });
-        else if (pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
+        const message = updateNotice(step, result);
+        if (message !== undefined) this.#emit({ type: 'notice', message });
+        if (!result.skipped && pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
         tally.add(countTokens(lesson.forest), result);
       }
     }
@@ -480,8 +505,13 @@ export function checkViews(task: Pick<Task<never>, 'spec'>, views: readonly Moti
   for (const view of views) task.spec.describe(view);
 }
 
-export function modelIdentity(policy: { readonly path?: string }): Record<string, string> {
-  return policy.path !== undefined && existsSync(policy.path) ? { model: fingerprint(policy.path) } : {};
+/** The model that a policy was loaded from, by what was read of it; nothing where that is there no more. */
+export function modelIdentity({
+  files = [],
+}: {
+  readonly files?: readonly string[];
+}): Record<string, string> {
+  return files.length > 0 && files.every((path) => existsSync(path)) ? { model: fingerprint(files) } : {};
 }
 
 /** What of an environment a resumed run may not differ in: its limits and words, and the options of its task. */

@@ -25,6 +25,8 @@ export interface UpdateResult {
   learningRate: number;
   /** What was not finite, so that nothing was updated. */
   skipped?: 'loss' | 'gradient';
+  /** True where the gradient was exactly 0 though the forest has something to learn. */
+  dead?: true;
 }
 
 /**
@@ -60,9 +62,52 @@ export async function update(
     weightDecay,
     maxGradNorm,
   });
-  return { stats, gradientNorm, learningRate, ...(!applied && { skipped: 'gradient' }) };
+  return {
+    stats,
+    gradientNorm,
+    learningRate,
+    ...(!applied && { skipped: 'gradient' as const }),
+    ...(gradientNorm === 0 && hasSignal(forest) && { dead: true as const }),
+  };
 }
 
-export function skippedNotice(step: number, skipped: 'loss' | 'gradient'): string {
-  return `Step ${step}: the ${skipped} was not finite, so the update was skipped`;
+function hasSignal(forest: Forest): boolean {
+  return forest.some(({ train, children = [] }) => {
+    const { advantage = 1 } = train ?? { advantage: 0 };
+    const values = typeof advantage === 'number' ? [advantage] : Array.from(advantage);
+    return values.some((value) => value !== 0) || hasSignal(children);
+  });
+}
+
+/**
+ * What to say of an update that did not do what updates are for; undefined for one that did.
+ * @param step the step that it is of
+ */
+export function updateNotice(step: number, { skipped, dead }: UpdateResult): string | undefined {
+  if (skipped) return `Step ${step}: the ${skipped} was not finite, so the update was skipped`;
+  if (!dead) return undefined;
+  return (
+    `Step ${step}: the gradient was exactly 0 though there was something to learn: weights that too high a learning rate ` +
+    'has moved too far end like that'
+  );
+}
+
+/** Updates below this change hardly any float32 weight of ordinary size (0.02), whose neighbours are 2^-30 apart. */
+const leastLearningRate = 1e-9;
+
+/** What to say of settings with which hardly anything changes; undefined for others. */
+export function smallnessNotice({ learningRate, maxGradNorm, epsilon }: UpdateSettings): string | undefined {
+  if (learningRate < leastLearningRate) {
+    return (
+      `The learning rate of ${learningRate} is less than float32 weights of ordinary size can tell apart: hardly any of ` +
+      'them will change'
+    );
+  }
+  if (maxGradNorm > 0 && maxGradNorm < epsilon) {
+    return (
+      `A maxGradNorm of ${maxGradNorm} clips gradients below the epsilon of ${epsilon} that AdamW divides them by: hardly any ` +
+      'weight will change'
+    );
+  }
+  return undefined;
 }

@@ -7,6 +7,7 @@
 // the same inputs give the same bits, whatever the number of threads.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -227,6 +228,14 @@ class Backend {
   virtual ~Backend() = default;
   virtual const DeviceInfo& info() const = 0;
 
+  // The flag by which another thread ends the operators that run from now on, or null. Operators that may take long
+  // look at it and throw Error("ABORTED"), with outputs that are worth nothing; which ones do is the device's business.
+  virtual void set_interrupt(const std::atomic<bool>* flag) { interrupt_ = flag; }
+  bool interrupted() const { return interrupt_ != nullptr && interrupt_->load(std::memory_order_relaxed); }
+  void check_interrupted() const {
+    if (interrupted()) throw Error("ABORTED", "The computation was aborted");
+  }
+
   // ---- memory
   // Contents are undefined. Throws Error("OUT_OF_MEMORY") that names the size asked for.
   virtual Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) = 0;
@@ -409,6 +418,9 @@ class Backend {
   virtual void adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) = 0;
   // Sum of squares over all tensors (f32), in float64, in a fixed order. Not finite where any element is not.
   virtual double sum_of_squares(const std::vector<Tensor>& tensors) = 0;
+
+ private:
+  const std::atomic<bool>* interrupt_ = nullptr;
 };
 
 // The devices by name: cpu is compiled in, cuda and cuda-emulated are plugins beside this library. open_backend throws

@@ -8,7 +8,7 @@
 namespace merf {
 
 // Changes with every change of backend.h that old plugins do not fit.
-constexpr int kPluginInterface = 3;
+constexpr int kPluginInterface = 4;
 
 using PluginInterface = int();
 using OpenPlugin = void(int threads, std::shared_ptr<Backend>& backend);  // may throw Error

@@ -33,6 +33,7 @@ class ProfiledBackend final : public Backend {
   std::vector<OperatorTime> take();
 
   const DeviceInfo& info() const override { return backend_->info(); }
+  void set_interrupt(const std::atomic<bool>* flag) override { backend_->set_interrupt(flag); }
   Tensor allocate(DType dtype, std::initializer_list<int64_t> shape) override {
     return backend_->allocate(dtype, shape);
   }

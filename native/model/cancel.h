@@ -16,6 +16,8 @@ class Cancel {
     request();
   }
   bool requested() const { return requested_.load(std::memory_order_relaxed); }
+  // What long operators look at (Backend::set_interrupt).
+  const std::atomic<bool>& flag() const { return requested_; }
   void check(const char* work) const {
     if (requested()) throw Error("ABORTED", std::string(work) + " was aborted");
   }

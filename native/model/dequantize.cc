@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstring>
+#include <iterator>
 
 #include "backend/bf16.h"
 
@@ -12,6 +13,7 @@ namespace merf {
 namespace {
 
 uint16_t read_u16(const uint8_t* p) { return static_cast<uint16_t>(p[0] | (p[1] << 8)); }
+uint32_t read_u32(const uint8_t* p) { return read_u16(p) | static_cast<uint32_t>(read_u16(p + 2)) << 16; }
 
 // Without branches, so that rows of them are vectorised: the exponent is moved by a multiplication, which
 // makes normal numbers of denormal ones; infinity and NaN get their exponent back.
@@ -45,18 +47,97 @@ void q4_1(const uint8_t* block, float* y) {
   }
 }
 
-// Eight sub-blocks of 32, each with a scale and a minimum of 6 bits, packed into 12 bytes.
+// The fifth bits of all 32 quants come before the other four.
+void q5_0(const uint8_t* block, float* y) {
+  const float d = read_f16(block);
+  const uint32_t high = read_u32(block + 2);
+  const uint8_t* low = block + 6;
+  for (int i = 0; i < 16; ++i) {
+    y[i] = d * static_cast<float>(static_cast<int>((low[i] & 15u) | (high >> i & 1u) << 4) - 16);
+    y[i + 16] = d * static_cast<float>(static_cast<int>(low[i] >> 4 | (high >> (i + 16) & 1u) << 4) - 16);
+  }
+}
+
+void q5_1(const uint8_t* block, float* y) {
+  const float d = read_f16(block), m = read_f16(block + 2);
+  const uint32_t high = read_u32(block + 4);
+  const uint8_t* low = block + 8;
+  for (int i = 0; i < 16; ++i) {
+    y[i] = d * static_cast<float>((low[i] & 15u) | (high >> i & 1u) << 4) + m;
+    y[i + 16] = d * static_cast<float>(low[i] >> 4 | (high >> (i + 16) & 1u) << 4) + m;
+  }
+}
+
+// Sixteen sub-blocks of 16, each with a scale and a minimum of 4 bits. A byte of the quants holds 2 bits of
+// each of four elements that lie 32 apart.
+void q2_k(const uint8_t* block, float* y) {
+  const uint8_t* scales = block;
+  const uint8_t* quants = block + 16;
+  const float d = read_f16(block + 80), d_min = read_f16(block + 82);
+  for (int sub = 0; sub < 16; ++sub) {
+    const float by = d * static_cast<float>(scales[sub] & 15),
+                less = d_min * static_cast<float>(scales[sub] >> 4);
+    const uint8_t* q = quants + sub / 8 * 32 + sub % 2 * 16;
+    const int shift = sub % 8 / 2 * 2;
+    for (int i = 0; i < 16; ++i) y[sub * 16 + i] = by * static_cast<float>(q[i] >> shift & 3) - less;
+  }
+}
+
+// Sixteen sub-blocks of 16 with signed 6-bit scales, packed into 12 bytes: the lower 4 bits of all, then the
+// upper 2. The quants' third bits come first; where one is 0, the quant is 4 less.
+void q3_k(const uint8_t* block, float* y) {
+  const uint8_t* high = block;
+  const uint8_t* low = block + 32;
+  const uint8_t* packed = block + 96;
+  const float d = read_f16(block + 108);
+  for (int sub = 0; sub < 16; ++sub) {
+    const int scale = (packed[sub % 8] >> sub / 8 * 4 & 15) | (packed[8 + sub % 4] >> sub / 4 * 2 & 3) << 4;
+    const float by = d * static_cast<float>(scale - 32);
+    const uint8_t* q = low + sub / 8 * 32 + sub % 2 * 16;
+    const uint8_t* third = high + sub % 2 * 16;
+    const int shift = sub % 8 / 2 * 2, bit = sub / 2;
+    for (int i = 0; i < 16; ++i) {
+      y[sub * 16 + i] = by * static_cast<float>((q[i] >> shift & 3) - (third[i] >> bit & 1 ? 0 : 4));
+    }
+  }
+}
+
+// The scales and minima of q4_k and q5_k: eight of each, of 6 bits, packed into 12 bytes.
+int scale_of(const uint8_t* packed, int sub) {
+  return sub < 4 ? packed[sub] & 63 : (packed[sub + 4] & 15) | (packed[sub - 4] >> 6 << 4);
+}
+int minimum_of(const uint8_t* packed, int sub) {
+  return sub < 4 ? packed[sub + 4] & 63 : (packed[sub + 4] >> 4) | (packed[sub] >> 6 << 4);
+}
+
+// Eight sub-blocks of 32, each with a scale and a minimum.
 void q4_k(const uint8_t* block, float* y) {
   const float d = read_f16(block), d_min = read_f16(block + 2);
   const uint8_t* packed = block + 4;
   const uint8_t* quants = block + 16;
   for (int sub = 0; sub < 8; ++sub) {
-    const int scale = sub < 4 ? packed[sub] & 63 : (packed[sub + 4] & 15) | (packed[sub - 4] >> 6 << 4);
-    const int minimum = sub < 4 ? packed[sub + 4] & 63 : (packed[sub + 4] >> 4) | (packed[sub] >> 6 << 4);
-    const float by = d * static_cast<float>(scale), less = d_min * static_cast<float>(minimum);
+    const float by = d * static_cast<float>(scale_of(packed, sub));
+    const float less = d_min * static_cast<float>(minimum_of(packed, sub));
     const uint8_t* q = quants + sub / 2 * 32;
     const int shift = sub % 2 * 4;
     for (int i = 0; i < 32; ++i) y[sub * 32 + i] = by * static_cast<float>(q[i] >> shift & 15) - less;
+  }
+}
+
+// As q4_k, with the fifth bits of the quants of all sub-blocks in 32 bytes of their own.
+void q5_k(const uint8_t* block, float* y) {
+  const float d = read_f16(block), d_min = read_f16(block + 2);
+  const uint8_t* packed = block + 4;
+  const uint8_t* high = block + 16;
+  const uint8_t* low = block + 48;
+  for (int sub = 0; sub < 8; ++sub) {
+    const float by = d * static_cast<float>(scale_of(packed, sub));
+    const float less = d_min * static_cast<float>(minimum_of(packed, sub));
+    const uint8_t* q = low + sub / 2 * 32;
+    const int shift = sub % 2 * 4;
+    for (int i = 0; i < 32; ++i) {
+      y[sub * 32 + i] = by * static_cast<float>((q[i] >> shift & 15) | (high[i] >> sub & 1) << 4) - less;
+    }
   }
 }
 
@@ -78,68 +159,83 @@ void q6_k(const uint8_t* block, float* y) {
   }
 }
 
-using Block = void (*)(const uint8_t*, float*);
+// What the quants of iq4_nl and iq4_xs stand for.
+constexpr float kNonlinear[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 
-void blocks(Block block, int64_t count, int64_t elements, int64_t bytes, const uint8_t* source,
-            float* destination) {
-  for (int64_t i = 0; i < count; ++i) block(source + i * bytes, destination + i * elements);
+void nonlinear(float d, const uint8_t* quants, float* y) {
+  for (int i = 0; i < 16; ++i) {
+    y[i] = d * kNonlinear[quants[i] & 15];
+    y[i + 16] = d * kNonlinear[quants[i] >> 4];
+  }
 }
+
+void iq4_nl(const uint8_t* block, float* y) { nonlinear(read_f16(block), block + 2, y); }
+
+// Eight sub-blocks of 32 with signed 6-bit scales, whose upper 2 bits come before the lower 4.
+void iq4_xs(const uint8_t* block, float* y) {
+  const float d = read_f16(block);
+  const int high = read_u16(block + 2);
+  const uint8_t* low = block + 4;
+  for (int sub = 0; sub < 8; ++sub) {
+    const int scale = (low[sub / 2] >> sub % 2 * 4 & 15) | (high >> sub * 2 & 3) << 4;
+    nonlinear(d * static_cast<float>(scale - 32), block + 8 + sub * 16, y + sub * 32);
+  }
+}
+
+struct Layout {
+  Encoding encoding;
+  const char* name;
+  int64_t elements, bytes;                              // of a block
+  void (*block)(const uint8_t* source, float* values);  // null where a block is one element
+};
+
+// In the order of the enumeration.
+constexpr Layout kLayouts[] = {
+    {Encoding::F32, "F32", 1, 4, nullptr},          {Encoding::F16, "F16", 1, 2, nullptr},
+    {Encoding::BF16, "BF16", 1, 2, nullptr},        {Encoding::Q8_0, "Q8_0", 32, 34, q8_0},
+    {Encoding::Q4_0, "Q4_0", 32, 18, q4_0},         {Encoding::Q4_1, "Q4_1", 32, 20, q4_1},
+    {Encoding::Q5_0, "Q5_0", 32, 22, q5_0},         {Encoding::Q5_1, "Q5_1", 32, 24, q5_1},
+    {Encoding::Q2_K, "Q2_K", 256, 84, q2_k},        {Encoding::Q3_K, "Q3_K", 256, 110, q3_k},
+    {Encoding::Q4_K, "Q4_K", 256, 144, q4_k},       {Encoding::Q5_K, "Q5_K", 256, 176, q5_k},
+    {Encoding::Q6_K, "Q6_K", 256, 210, q6_k},       {Encoding::IQ4_NL, "IQ4_NL", 32, 18, iq4_nl},
+    {Encoding::IQ4_XS, "IQ4_XS", 256, 136, iq4_xs},
+};
+
+constexpr bool in_order() {
+  for (size_t i = 0; i < std::size(kLayouts); ++i) {
+    if (static_cast<size_t>(kLayouts[i].encoding) != i) return false;
+  }
+  return true;
+}
+static_assert(in_order());
+
+const Layout& layout_of(Encoding encoding) { return kLayouts[static_cast<size_t>(encoding)]; }
 
 }  // namespace
 
 std::optional<Encoding> encoding_by_name(const std::string& name) {
-  if (name == "F32") return Encoding::F32;
-  if (name == "F16") return Encoding::F16;
-  if (name == "BF16") return Encoding::BF16;
-  if (name == "Q8_0") return Encoding::Q8_0;
-  if (name == "Q4_0") return Encoding::Q4_0;
-  if (name == "Q4_1") return Encoding::Q4_1;
-  if (name == "Q4_K") return Encoding::Q4_K;
-  if (name == "Q6_K") return Encoding::Q6_K;
+  for (const Layout& layout : kLayouts) {
+    if (name == layout.name) return layout.encoding;
+  }
   return std::nullopt;
 }
 
-int64_t block_elements(Encoding encoding) {
-  switch (encoding) {
-    case Encoding::Q8_0:
-    case Encoding::Q4_0:
-    case Encoding::Q4_1:
-      return 32;
-    case Encoding::Q4_K:
-    case Encoding::Q6_K:
-      return 256;
-    default:
-      return 1;
+std::string encoding_names() {
+  std::string names;
+  for (size_t i = 0; i < std::size(kLayouts); ++i) {
+    if (i > 0) names += i + 1 < std::size(kLayouts) ? ", " : " or ";
+    names += kLayouts[i].name;
   }
+  return names;
 }
 
-int64_t block_bytes(Encoding encoding) {
-  switch (encoding) {
-    case Encoding::F32:
-      return 4;
-    case Encoding::F16:
-    case Encoding::BF16:
-      return 2;
-    case Encoding::Q8_0:
-      return 34;
-    case Encoding::Q4_0:
-      return 18;
-    case Encoding::Q4_1:
-      return 20;
-    case Encoding::Q4_K:
-      return 144;
-    case Encoding::Q6_K:
-      return 210;
-  }
-  return 0;
-}
+int64_t block_elements(Encoding encoding) { return layout_of(encoding).elements; }
+
+int64_t block_bytes(Encoding encoding) { return layout_of(encoding).bytes; }
 
 void dequantize(Encoding encoding, const void* source, int64_t elements, float* destination) {
   const uint8_t* bytes = static_cast<const uint8_t*>(source);
-  const int64_t size = block_elements(encoding);
-  const auto run = [&](Block block) {
-    blocks(block, elements / size, size, block_bytes(encoding), bytes, destination);
-  };
+  const Layout& layout = layout_of(encoding);
   switch (encoding) {
     case Encoding::F32:
       std::memcpy(destination, bytes, static_cast<size_t>(elements) * sizeof(float));
@@ -150,16 +246,10 @@ void dequantize(Encoding encoding, const void* source, int64_t elements, float* 
     case Encoding::BF16:
       for (int64_t i = 0; i < elements; ++i) destination[i] = to_f32(bf16{read_u16(bytes + 2 * i)});
       return;
-    case Encoding::Q8_0:
-      return run(q8_0);
-    case Encoding::Q4_0:
-      return run(q4_0);
-    case Encoding::Q4_1:
-      return run(q4_1);
-    case Encoding::Q4_K:
-      return run(q4_k);
-    case Encoding::Q6_K:
-      return run(q6_k);
+    default:
+      for (int64_t i = 0; i < elements / layout.elements; ++i) {
+        layout.block(bytes + i * layout.bytes, destination + i * layout.elements);
+      }
   }
 }
 

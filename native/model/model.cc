@@ -105,10 +105,10 @@ Recorder& Model::recorder() {
   return *recorder_;
 }
 
-void Model::prepare() {
+void Model::prepare(const Cancel* cancel) {
   if (!stale_) return;
   arena_.reset();
-  parameters_.refresh();
+  parameters_.refresh(cancel);
   stale_ = false;
 }
 
@@ -155,7 +155,7 @@ void Model::load(const std::vector<TensorSource>& sources, const Cancel& cancel)
       parameters_.write(*named, value, data, begin, elements);
     });
   }
-  prepare();
+  prepare(&cancel);
 }
 
 void Model::initialize(uint64_t seed, float standard_deviation) {
@@ -356,20 +356,30 @@ Error Model::out_of_memory(const Error& error, int64_t tokens, bool trains) {
 }
 
 std::vector<float> Model::logits(const Batch& batch, const Cancel& cancel) {
-  prepare();
+  prepare(&cancel);
   const int64_t tokens = static_cast<int64_t>(batch.tokens.size());
   return within_memory(tokens, false, activation_bytes(tokens, SavedLayers::none),
                        [&] { return compute_logits(batch, cancel); });
 }
 
 Scores Model::score(const Batch& given, int64_t max_tokens, const Cancel& cancel, float temperature) {
-  prepare();
+  prepare(&cancel);
   const Batch batch = without_idle_tokens(given);
   const std::vector<MicroBatch> micro_batches = make_micro_batches(batch.visible_until, max_tokens, {});
   return within_memory(tokens_at_once(micro_batches), false, ScorePass::bytes(*this, micro_batches), [&] {
     ScorePass pass(*this, batch, temperature, cancel);
     pass.run(micro_batches);
-    return pass.result();
+    Scores scores = pass.result();
+    const auto none = std::find_if(scores.logprobs.begin(), scores.logprobs.end(),
+                                   [](float logprob) { return std::isnan(logprob); });
+    if (none != scores.logprobs.end()) {
+      const auto row = none - scores.logprobs.begin();
+      throw Error("NON_FINITE", "Expected finite logits but received NaN or Infinity for scored token " +
+                                    std::to_string(row) + ", whose id is " +
+                                    std::to_string(batch.targets[static_cast<size_t>(row)]) +
+                                    ": the model's weights or its activations have overflowed");
+    }
+    return scores;
   });
 }
 
@@ -390,7 +400,7 @@ LossResult Model::forward_backward(const Batch& batch, const BatchLoss& loss, in
 
 LossResult Model::compute_gradients(const Batch& given, const BatchLoss& loss, int64_t max_tokens,
                                     const Cancel& cancel) {
-  prepare();
+  prepare(&cancel);
   const Batch batch = without_idle_tokens(given);
   std::vector<bool> joined;
   if (loss.options.kind == LossKind::gspo) joined = within_sequences(batch, loss.sequences);

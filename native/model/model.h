@@ -104,8 +104,8 @@ class Model {
   std::vector<Tensor> borrow_gradients();
 
   // Brings what operators read up to date with the values that were written; every method that needs it calls
-  // it.
-  void prepare();
+  // it. Throws ABORTED where it was cancelled meanwhile; the next call then goes on with it.
+  void prepare(const Cancel* cancel = nullptr);
   // Names the weights as they are: another number after every change.
   uint64_t weights_version() const { return weights_version_; }
 

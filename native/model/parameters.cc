@@ -250,8 +250,11 @@ void Parameters::refresh(Parameter& parameter) {
   parameter.value = {};
 }
 
-void Parameters::refresh() {
-  for (Parameter* parameter : all_) refresh(*parameter);
+void Parameters::refresh(const Cancel* cancel) {
+  for (Parameter* parameter : all_) {
+    if (cancel != nullptr) cancel->check("the packing of weights");
+    refresh(*parameter);
+  }
 }
 
 void Parameters::write(const NamedParameter& named, const Tensor& whole, const float* data,

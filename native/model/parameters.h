@@ -12,6 +12,7 @@
 
 #include "backend/backend.h"
 #include "model/arena.h"
+#include "model/cancel.h"
 #include "model/config.h"
 
 namespace merf {
@@ -132,7 +133,7 @@ class Parameters {
   bool has_gradients() const { return !trained_.empty() && trained_.front()->gradient; }
   int64_t trained_size() const;
   // Brings the copies that operators read (packed weights) up to date with `value`.
-  void refresh();
+  void refresh(const Cancel* cancel = nullptr);
   void refresh(Parameter& parameter);
 
   // Float32 to and from a slice of a tensor of either type, through a bounded staging buffer.

@@ -96,6 +96,11 @@ void Scheduler::admit() {
     promised_pages_ += pages;
     sequence.promised = pages;
     sequence.node = session_.open(end_of(place(sequence.segment)), nullptr, 0);
+    const size_t reserved = static_cast<size_t>(std::min(sequence.max_tokens, 4096));
+    sequence.tokens.reserve(reserved);
+    sequence.logprobs.reserve(reserved);
+    sequence.sampling_logprobs.reserve(reserved);
+    sequence.entropies.reserve(reserved);
     live_.push_back(index);
     waiting_.pop_back();
     live_changed_ = true;

@@ -193,6 +193,7 @@ void Scheduler::draw_first_tokens(const Tensor& x, const PrefillPass& pass) {
 
     const Tensor repeated = arena_.take(DType::f32, {logits_rows_, config_.vocab_size});
     for (size_t first = 0; first < sequences.size(); first += static_cast<size_t>(logits_rows_)) {
+      cancel_.check("sampling");
       ArenaScope block(arena_);
       const size_t last = std::min(sequences.size(), first + static_cast<size_t>(logits_rows_));
       const int64_t draws = static_cast<int64_t>(last - first);

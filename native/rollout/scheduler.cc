@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <numeric>
 #include <tuple>
 
@@ -35,13 +36,9 @@ Scheduler::Scheduler(Session& session, const TokenBytes& token_bytes, const Samp
 
 SampleResult Scheduler::run() {
   session_.begin();
-  model_.prepare();
-  arena_.reset();
-  find_prompts();
-  make_buffers();
-  make_activation_cache();
+  const bool ready = set_up();
   const auto prefill_start = Clock::now();
-  const bool prefilled = prefill();
+  const bool prefilled = ready && prefill();
   release_unused_segments();
   result_.prefill_seconds = seconds_since(prefill_start);
   const auto decode_start = Clock::now();
@@ -51,6 +48,22 @@ SampleResult Scheduler::run() {
   model_.set_activation_cache(std::move(activation_cache_));
   collect();
   return std::move(result_);
+}
+
+bool Scheduler::set_up() {
+  try {
+    model_.prepare(&cancel_);
+  } catch (const Error& error) {
+    if (error.code != "ABORTED") throw;
+    return false;
+  }
+  arena_.reset();
+  find_prompts();
+  if (cancel_.requested()) return false;
+  make_buffers();
+  if (cancel_.requested()) return false;
+  make_activation_cache();
+  return true;
 }
 
 void Scheduler::make_sequences() {
@@ -69,11 +82,6 @@ void Scheduler::make_sequences() {
       sequence.segment = tree_.prompt_segments[p];
       sequence.prompt_tokens = prompt_tokens;
       sequence.max_tokens = static_cast<int32_t>(std::min<int64_t>(request_.max_tokens[p], room));
-      const size_t reserved = static_cast<size_t>(std::min(sequence.max_tokens, 4096));
-      sequence.tokens.reserve(reserved);
-      sequence.logprobs.reserve(reserved);
-      sequence.sampling_logprobs.reserve(reserved);
-      sequence.entropies.reserve(reserved);
       sequences_.push_back(std::move(sequence));
     }
   }
@@ -243,6 +251,7 @@ void Scheduler::take_draws(const Step& step) {
       sequence.cached_row = activation_cache_->set(step.cached_first + static_cast<int64_t>(r),
                                                    sequence.cached_row, sequence.tokens.back());
     }
+    if (std::isnan(outputs[2 * rows + r])) refuse_logits(sequence);
     if (push(sequence, tokens[r], outputs[rows + r], outputs[2 * rows + r], outputs[3 * rows + r])) {
       leave(sequence);
       finished = true;
@@ -259,6 +268,20 @@ void Scheduler::take_draws(const Step& step) {
     live_.erase(end, live_.end());
   }
   if (on_draw_ && !drawn_.sequences.empty()) on_draw_(drawn_);
+}
+
+// A row of logits without a distribution has NaN for its log-probability (cpu/sampling.cc).
+void Scheduler::refuse_logits(const Sequence& sequence) {
+  // A step may be on its way, whose results nobody will wait for.
+  backend_.synchronize();
+  int32_t prompt = 0, within = sequence.index;
+  while (within >= request_.counts[static_cast<size_t>(prompt)]) {
+    within -= request_.counts[static_cast<size_t>(prompt++)];
+  }
+  throw Error("NON_FINITE", "Expected finite logits but received NaN, Infinity or nothing finite for token " +
+                                std::to_string(sequence.tokens.size()) + " of completion " +
+                                std::to_string(within) + " of prompt " + std::to_string(prompt) +
+                                ": the model's weights or its activations have overflowed");
 }
 
 // Appends a token; whether it was the last.

@@ -80,11 +80,14 @@ class Scheduler {
   };
 
   // ---- scheduler.cc
+  // Whether everything that sampling needs is there: not where the call was cancelled.
+  bool set_up();
   void make_sequences();
   void find_prompts();
   void make_buffers();
   void make_activation_cache();
   void take_draws(const Step& step);
+  [[noreturn]] void refuse_logits(const Sequence& sequence);
   bool push(Sequence& sequence, int32_t token, float sampling_logprob, float logprob, float entropy);
   void leave(Sequence& sequence);
   void release_unused_segments();

@@ -179,6 +179,47 @@ describe('prompt', () => {
   });
 });
 
+describe('control characters', () => {
+  const clear = '\x1b[2J';
+
+  test('of a file name, a flag and a data row are written out, in errors and in what is printed', async () => {
+    const absent = await merf(['sample', '--model', join(folder, `${clear}.gguf`), '--prompt', 'x']);
+    expect(absent.stderr).toContain('\\x1b[2J.gguf');
+    const flag = await merf(['sample', `--${clear}`]);
+    const args = ['--task', lettersTask, '--model', tinyModel];
+    const data = write(
+      'hostile.jsonl',
+      `{"word": "a${JSON.stringify(clear).slice(1, -1)}"}\nno ${clear} json\n`,
+    );
+    const verified = await merf(['verify', ...args, '--data', data]);
+    const prompt = await merf(['prompt', ...args, '--data', data, '--motivation', 'none']);
+    for (const { stdout, stderr } of [absent, flag, verified, prompt]) {
+      expect(stdout + stderr).not.toContain('\x1b');
+    }
+  }, 240_000);
+
+  test('of a prompt are said to be written out, and left as they are by --verbatim', async () => {
+    const data = write('row.jsonl', `{"word": "a${JSON.stringify(clear).slice(1, -1)}"}\n`);
+    const args = [
+      'prompt',
+      '--task',
+      lettersTask,
+      '--model',
+      tinyModel,
+      '--data',
+      data,
+      '--motivation',
+      'none',
+    ];
+    const shown = await merf(args);
+    expect(shown.stdout).toContain('user\na\\x1b[2J');
+    expect(shown.stderr).toMatch(/written out; --verbatim/);
+    const verbatim = await merf([...args, '--verbatim']);
+    expect(verbatim.stdout).toContain(`user\na${clear}`);
+    expect(verbatim.stderr).toBe('');
+  }, 120_000);
+});
+
 describe('verify', () => {
   test('exits with 0 for a sound data set and with 1 and the rows for another', async () => {
     const args = ['verify', '--task', lettersTask, '--model', tinyModel, '--max-tokens', '16', '--data'];

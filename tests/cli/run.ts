@@ -1,6 +1,9 @@
 import { type ChildProcess, spawn } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
 import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
+import { afterAll } from '@jest/globals';
 
 export const root = dirname(dirname(dirname(fileURLToPath(import.meta.url))));
 export const tinyModel = join(root, 'tests', 'fixtures', 'llama');
@@ -10,6 +13,10 @@ const entry = `
 const { main } = await import(${JSON.stringify(join(root, 'lib', 'cli', 'index.ts'))});
 process.exitCode = await main(process.argv.slice(1));
 `;
+
+/** Where the account's own files are for the processes of a test: not those of whoever runs it. */
+const account = mkdtempSync(join(tmpdir(), 'merf-account-'));
+afterAll(() => rmSync(account, { recursive: true, force: true }));
 
 export interface Result {
   code: number | null;
@@ -24,6 +31,7 @@ export function merf(
   options: {
     cwd?: string;
     watch?: (stdout: string, child: ChildProcess) => void;
+    onSpawn?: (child: ChildProcess) => void;
     input?: string;
     /** Variables added to this process's environment. */
     env?: Record<string, string>;
@@ -34,10 +42,11 @@ export function merf(
     ['--import', import.meta.resolve('tsx'), '--input-type=module', '-e', entry, '--', ...args],
     {
       cwd: options.cwd ?? root,
-      env: { ...process.env, ...options.env },
+      env: { ...process.env, XDG_CONFIG_HOME: account, ...options.env },
       stdio: ['pipe', 'pipe', 'pipe'],
     },
   );
+  options.onSpawn?.(child);
   child.stdin.end(options.input ?? '');
   let stdout = '';
   let stderr = '';

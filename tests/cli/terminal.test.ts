@@ -1,5 +1,7 @@
 import { describe, expect, test } from '@jest/globals';
 import { duration, evaluationLine, sparkline, stepLine, trainingView } from '../../lib/cli/terminal.js';
+import { jsonWithControlsShown, withControlsShown } from '../../lib/control-characters.js';
+import { describeValue, MerfError } from '../../lib/errors.js';
 
 const metrics = {
   step: 3,
@@ -100,5 +102,57 @@ describe('trainingView', () => {
     // What is left on the screen ends with the last step's line.
     expect(text.endsWith('\r\x1b[2K')).toBe(true);
     for (const piece of text.split(/\r|\n/)) expect(piece.replaceAll('\x1b[2K', '').length).toBeLessThan(140);
+  });
+});
+
+describe('control characters', () => {
+  const clipboard = '\x1b]52;c;Y3VybCBldmlsfHNo\x07';
+
+  test('are written out, all that a terminal obeys and nothing else', () => {
+    expect(withControlsShown(clipboard)).toBe('\\x1b]52;c;Y3VybCBldmlsfHNo\\x07');
+    expect(withControlsShown('\x1b[2J\x1b[H\r\b\x7f\x9b2J\0')).toBe(
+      '\\x1b[2J\\x1b[H\\x0d\\x08\\x7f\\x9b2J\\x00',
+    );
+    expect(withControlsShown('a\u202eb\u2066c\u2028d')).toBe('a\\u202eb\\u2066c\\u2028d');
+    const kept = 'tab\tline\nä 漢字 👩‍🔬 \u00a0 \\x1b';
+    expect(withControlsShown(kept)).toBe(kept);
+    for (let code = 0; code < 0x100; code++) {
+      const shown = withControlsShown(String.fromCharCode(code));
+      const isControl = (code < 0x20 && code !== 9 && code !== 10) || (code >= 0x7f && code < 0xa0);
+      expect(shown.length > 1).toBe(isControl);
+    }
+  });
+
+  test('of JSON stay what they are for a program', () => {
+    const value = { text: `${clipboard}\x9b2J\u202e` };
+    const text = jsonWithControlsShown(JSON.stringify(value));
+    expect(withControlsShown(text)).toBe(text);
+    expect(JSON.parse(text)).toEqual(value);
+  });
+
+  test('of errors are written out whoever prints them, and the error is one of any copy of the library', () => {
+    const error = new MerfError('FILE_NOT_FOUND', `No model at ${clipboard}`);
+    expect(error.message).toBe(`No model at ${withControlsShown(clipboard)}`);
+    expect({ name: 'MerfError', code: 'BUSY' }).toBeInstanceOf(MerfError);
+    expect(new Error('x')).not.toBeInstanceOf(MerfError);
+    expect(null).not.toBeInstanceOf(MerfError);
+    expect(describeValue(clipboard)).not.toContain('\x1b');
+  });
+
+  test('of notices and paths do not reach the terminal', () => {
+    let text = '';
+    const view = trainingView({
+      isTTY: false,
+      columns: 60,
+      write: (piece: string | Uint8Array) => {
+        text += piece;
+        return true;
+      },
+    });
+    view.event({ type: 'start', step: 2, steps: 4, resumedFrom: clipboard });
+    view.event({ type: 'notice', message: `About ${clipboard}` });
+    view.close();
+    expect(text.split('\n')).toHaveLength(3);
+    expect(text).not.toContain('\x1b');
   });
 });

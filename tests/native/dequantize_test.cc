@@ -36,13 +36,25 @@ std::vector<uint8_t> encoded(Encoding encoding) {
         break;
       case Encoding::Q8_0:
       case Encoding::Q4_0:
+      case Encoding::Q5_0:
+      case Encoding::IQ4_NL:
+      case Encoding::IQ4_XS:
         put(0, scale);
         break;
       case Encoding::Q4_1:
+      case Encoding::Q5_1:
         put(0, scale);
         put(2, minimum);
         break;
+      case Encoding::Q2_K:
+        put(80, scale);
+        put(82, minimum & 0x7fff);
+        break;
+      case Encoding::Q3_K:
+        put(108, scale);
+        break;
       case Encoding::Q4_K:
+      case Encoding::Q5_K:
         put(0, scale);
         put(2, minimum & 0x7fff);
         break;
@@ -78,12 +90,31 @@ const Expected kExpected[] = {
     {"Q4_1",
      0xb15f171dc6208583u,
      {0.485260009765625f, 0.747222900390625f, 0.026824951171875f, 0.7552490234375f, -0.043701171875f}},
+    {"Q5_0", 0x633b87775725a983u, {0.9168701171875f, 0.785888671875f, -0.52392578125f, -0.8671875f, 0.0f}},
+    {"Q5_1",
+     0x0534a3055e84ef03u,
+     {0.485260009765625f, 0.485260009765625f, 1.795074462890625f, 0.0325927734375f, 0.8505859375f}},
+    {"Q2_K",
+     0xb7181aa469591283u,
+     {0.32745361328125f, 0.32745361328125f, 0.52392578125f, 2.479949951171875f, -0.2340087890625f}},
+    {"Q3_K",
+     0xc994d8970f2e1183u,
+     {0.785888671875f, -0.785888671875f, 1.50628662109375f, -0.0f, -0.81298828125f}},
     {"Q4_K",
      0x92419052be397fbbu,
      {12.170166015625f, 12.170166015625f, 25.268310546875f, 4.67572021484375f, 18.44219970703125f}},
+    {"Q5_K",
+     0xa88e2519f9fe5693u,
+     {54.084228515625f, 64.562744140625f, 22.648681640625f, 18.03582763671875f, -0.31201171875f}},
     {"Q6_K",
      0x788999c373e8a847u,
      {111.39971923828125f, 106.094970703125f, -185.66619873046875f, 3.1435546875f, -15.853271484375f}},
+    {"IQ4_NL",
+     0x4f9f36ab77600b03u,
+     {2.4886474609375f, -5.43572998046875f, 1.63726806640625f, -3.541015625f, -2.18603515625f}},
+    {"IQ4_XS",
+     0x51ce8e8e8ad9efc3u,
+     {1.57177734375f, 1.57177734375f, 83.30419921875f, -3.20904541015625f, -46.746826171875f}},
 };
 
 }  // namespace
@@ -101,14 +132,14 @@ TEST_CASE("encodings of model files are decoded to the bit") {
     uint64_t hash = 1469598103934665603u;
     for (const float value : values) hash = (hash ^ std::bit_cast<uint32_t>(value)) * 1099511628211u;
     CHECK(hash == expected.hash);
-    // A mapped file gives no alignment.
+    // A file gives no alignment.
     std::vector<uint8_t> shifted(source.size() + 1);
     std::copy(source.begin(), source.end(), shifted.begin() + 1);
     std::vector<float> again(512);
     dequantize(*encoding, shifted.data() + 1, 512, again.data());
     CHECK(same_bits(values, again));
   }
-  CHECK_FALSE(encoding_by_name("Q5_K").has_value());
+  CHECK_FALSE(encoding_by_name("IQ2_XS").has_value());
 }
 
 TEST_CASE("every half is converted") {

@@ -935,7 +935,7 @@ TEST_CASE("parameters are read from files, and files that lie are refused") {
     wrong[1].path += ".none";
     CHECK(code_of(wrong) == "FILE_NOT_FOUND");
     wrong = sources;
-    wrong[1].encoding = "Q5_K";
+    wrong[1].encoding = "IQ2_XS";
     CHECK(code_of(wrong) == "UNSUPPORTED");
     wrong = sources;
     wrong[2].encoding = "Q4_0";

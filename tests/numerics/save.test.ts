@@ -4,6 +4,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import { Policy } from '../../lib/policy/index.js';
+import { readSafetensorsHeader } from '../../lib/policy/safetensors.js';
 import { largestGap } from '../support/compare.js';
 import { fixturePath, readJson, readTensors } from '../support/fixtures.js';
 
@@ -33,6 +34,43 @@ describe.each(['llama', 'qwen2'])('a saved %s', (name) => {
     expect(await again.logits(tokens)).toEqual(logits);
     expect(again.tokenizer.encode(text)).toEqual(tokens);
     again.dispose();
+  });
+
+  test('computes the same logits again where norms and biases went beyond bfloat16', async () => {
+    const policy = await Policy.load(fixturePath(name), { dtype: 'bf16' });
+    for (let step = 0; step < 3; ++step) {
+      await policy.forwardBackward([{ tokens, train: {} }], { type: 'cross_entropy' });
+      await policy.optimStep({ learningRate: 1e-3 });
+    }
+    const trained = join(scratch, `${name}-bf16`);
+    await policy.save(trained);
+    const logits = await policy.logits(tokens);
+    const norms = await policy.readParameter('model.norm.weight');
+    policy.dispose();
+    const header = await readSafetensorsHeader(join(trained, 'model.safetensors'));
+    const types = new Set([...header.values()].map(({ dtype, shape }) => `${dtype} of rank ${shape.length}`));
+    expect([...types].sort()).toEqual(['BF16 of rank 2', 'F32 of rank 1']);
+    const again = await Policy.load(trained, { dtype: 'bf16' });
+    expect(await again.readParameter('model.norm.weight')).toEqual(norms);
+    expect(await again.logits(tokens)).toEqual(logits);
+    again.dispose();
+  });
+
+  test('has norms in bfloat16 where that has all their bits', async () => {
+    const policy = await Policy.load(fixturePath(name), { dtype: 'bf16' });
+    const rounded = join(scratch, `${name}-rounded`);
+    const exact = join(scratch, `${name}-exact`);
+    await policy.save(rounded, { dtype: 'bf16' });
+    policy.dispose();
+    // The fixture's norms are not those of bfloat16; ones are.
+    const created = await Policy.create(policy.config, policy.tokenizer.files, { dtype: 'bf16' });
+    await created.save(exact);
+    created.dispose();
+    const typesOf = async (folder: string) => {
+      const header = await readSafetensorsHeader(join(folder, 'model.safetensors'));
+      return header.get('model.norm.weight')?.dtype;
+    };
+    expect([await typesOf(rounded), await typesOf(exact)]).toEqual(['F32', 'BF16']);
   });
 
   (python ? test : test.skip)(

@@ -1,10 +1,11 @@
-import { existsSync, writeFileSync } from 'node:fs';
-import { join } from 'node:path';
+import { existsSync, readFileSync, symlinkSync, truncateSync, writeFileSync } from 'node:fs';
+import { join, relative } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { configToJson } from '../../lib/policy/config.js';
 import { readGguf } from '../../lib/policy/gguf.js';
 import { openModel } from '../../lib/policy/model-files.js';
+import { Policy } from '../../lib/policy/policy.js';
 import { inverseFrequencies } from '../../lib/policy/rope.js';
 import { readSafetensorsHeader } from '../../lib/policy/safetensors.js';
 import { Tokenizer } from '../../lib/policy/tokenizer.js';
@@ -20,6 +21,7 @@ import {
   random,
   safetensorsFile,
   smollm,
+  type TestTensor,
   temporaryDirectory,
   tinyConfig,
   tinyWeights,
@@ -124,6 +126,223 @@ describe('a Hugging Face directory', () => {
     expect(five.config.rope).toEqual(expected);
     const linear = await openModel(withConfig({ rope_scaling: { type: 'linear', factor: 4 } }));
     expect(linear.config.rope).toEqual({ type: 'linear', theta: 10_000, factor: 4 });
+  });
+
+  // Inverse frequencies that LlamaConfig.from_dict and LlamaRotaryEmbedding of transformers 5.24 give.
+  const linear5 = { rope_type: 'linear', factor: 4, rope_theta: 500_000 };
+  const llama3 = { rope_type: 'llama3', factor: 8, low_freq_factor: 1, high_freq_factor: 4 };
+  test.each([
+    [
+      'rope_scaling beside rope_parameters',
+      { rope_scaling: { rope_type: 'linear', factor: 2 }, rope_parameters: linear5 },
+      [0.5, 0.05000000074505806, 0.004999999888241291, 0.0005000000237487257],
+    ],
+    [
+      'rope_scaling and rope_theta beside rope_parameters',
+      {
+        rope_theta: 20_000,
+        rope_scaling: { rope_type: 'linear', factor: 2 },
+        rope_parameters: linear5,
+      },
+      [0.5, 0.04204482212662697, 0.0035355340223759413, 0.00029730176902376115],
+    ],
+    [
+      'a default rope_scaling beside rope_parameters',
+      { rope_scaling: { rope_type: 'default' }, rope_parameters: linear5 },
+      [1, 0.10000000149011612, 0.009999999776482582, 0.0010000000474974513],
+    ],
+    [
+      'an empty rope_scaling beside rope_parameters',
+      { rope_scaling: {}, rope_parameters: linear5 },
+      [0.25, 0.009401507675647736, 0.0003535533614922315, 1.3295739336172119e-5],
+    ],
+    [
+      'null for rope_scaling beside rope_parameters',
+      { rope_scaling: null, rope_parameters: linear5 },
+      [0.25, 0.009401507675647736, 0.0003535533614922315, 1.3295739336172119e-5],
+    ],
+    [
+      'rope_parameters without rope_theta',
+      { rope_theta: 20_000, rope_parameters: { rope_type: 'linear', factor: 4 } },
+      [0.25, 0.021022411063313484, 0.0017677670111879706, 0.00014865088451188058],
+    ],
+    [
+      'null for rope_parameters',
+      { rope_parameters: null, rope_scaling: { type: 'linear', factor: 4 } },
+      [0.25, 0.02500000037252903, 0.0024999999441206455, 0.0002500000118743628],
+    ],
+    [
+      'a rope_type beside a type',
+      { rope_scaling: { type: 'linear', rope_type: 'default', factor: 4 } },
+      [1, 0.10000000149011612, 0.009999999776482582, 0.0010000000474974513],
+    ],
+    [
+      'llama3 without the positions it was made from',
+      { max_position_embeddings: 64, rope_scaling: llama3 },
+      [1, 0.013042256236076355, 0.0012499999720603228, 0.0001250000059371814],
+    ],
+    [
+      'llama3 with the positions it was made from outside',
+      {
+        original_max_position_embeddings: 32,
+        rope_scaling: { ...llama3, original_max_position_embeddings: 64 },
+      },
+      [1, 0.012500000186264515, 0.0012499999720603228, 0.0001250000059371814],
+    ],
+  ])('reads %s as transformers does', async (_, change, expected) => {
+    const { config } = await openModel(withConfig({ rope_theta: undefined, ...change }));
+    const frequencies = inverseFrequencies(config.rope, config.headSize);
+    for (const [i, value] of expected.entries()) expect(frequencies[i]).toBeCloseTo(value, 8);
+  });
+
+  describe('where config.json ties the head', () => {
+    const untied = tinyWeights({ ...tinyConfig, tiedHead: false });
+    const head = untied.at(-1) as TestTensor;
+    const embedding = untied[0] as TestTensor;
+    const logits = async (weights: TestTensor[], tied: boolean, save?: string) => {
+      const path = model({
+        'config.json': JSON.stringify({ ...configJson(), tie_word_embeddings: tied }),
+        'model.safetensors': safetensorsFile(weights),
+      });
+      const policy = await Policy.load(path, { device: 'cpu', dtype: 'f32' });
+      try {
+        if (save !== undefined) await policy.save(save);
+        const { tiedHead } = policy.config;
+        return { values: await policy.logits([3, 40, 50]), tiedHead, notices: policy.tokenizer.notices };
+      } finally {
+        policy.dispose();
+      }
+    };
+
+    test('keeps a head that differs from the embedding, says so, and saves it as such', async () => {
+      expect(head.name).toBe('lm_head.weight');
+      const saved = join(directory.path, `saved-${count++}`);
+      const found = await logits(untied, true, saved);
+      expect(found.tiedHead).toBe(false);
+      expect(found.notices).toEqual([expect.stringMatching(/lm_head\.weight differs.*tie_word_embeddings/)]);
+      const right = await logits(untied, false);
+      expect(right.notices).toEqual([]);
+      expect(found.values).toEqual(right.values);
+      expect(JSON.parse(readFileSync(join(saved, 'config.json'), 'utf8'))).toMatchObject({
+        tie_word_embeddings: false,
+      });
+      expect((await openModel(saved)).tokenizer.notices ?? []).toEqual([]);
+    });
+
+    test('ties a head that equals the embedding, and takes one of the two for both', async () => {
+      const plain = await logits(untied.slice(0, -1), true);
+      const both = await logits([...untied.slice(0, -1), { ...head, data: embedding.data }], true);
+      expect(both).toEqual({ ...plain, tiedHead: true, notices: [] });
+      const alone = await logits([...untied.slice(1, -1), { ...head, data: embedding.data }], true);
+      expect(alone).toEqual(plain);
+    });
+  });
+
+  test.each([
+    ['_orig_mod.', (name: string) => `_orig_mod.${name}`],
+    ['module._orig_mod.', (name: string) => `module._orig_mod.${name}`],
+    ['a wrapper in the middle', (name: string) => name.replace('.mlp.', '._checkpoint_wrapped_module.mlp.')],
+    ['base_model.model.', (name: string) => `base_model.model.${name}`],
+    ['no prefix', (name: string) => name.replace(/^model\./, '')],
+  ])('may have names with %s', async (_, renamed) => {
+    const weights = tinyWeights().map((tensor) => ({ ...tensor, name: renamed(tensor.name) }));
+    const plain = await openModel(model());
+    const found = await openModel(model({ 'model.safetensors': safetensorsFile(weights) }));
+    const named = ({ name, shape }: (typeof plain.sources)[number]) => [name, shape];
+    expect(found.sources.map(named)).toEqual(plain.sources.map(named));
+  });
+
+  test('is refused where two tensors have one name, or names are unknown, which are named', async () => {
+    const weights = tinyWeights();
+    const norm = weights.find(({ name }) => name === 'model.norm.weight') as TestTensor;
+    const twice = safetensorsFile([...weights, { ...norm, name: '_orig_mod.model.norm.weight' }]);
+    await expectFailure(
+      () => openModel(model({ 'model.safetensors': twice })),
+      'MALFORMED_FILE',
+      /model\.norm\.weight and _orig_mod\.model\.norm\.weight are both model\.norm\.weight/,
+    );
+    const foreign = safetensorsFile(weights.map((tensor) => ({ ...tensor, name: `gpt.${tensor.name}` })));
+    await expectFailure(
+      () => openModel(model({ 'model.safetensors': foreign })),
+      'MALFORMED_FILE',
+      /expected a tensor model\.embed_tokens\.weight.*only tensors such as gpt\.model\.embed_tokens/,
+    );
+  });
+
+  test('names the files that it reads, and no others', async () => {
+    const path = model({ '.DS_Store': 'x', 'README.md': 'x', 'optimizer.json': '{' });
+    symlinkSync(join(path, 'nowhere'), join(path, 'dangling.safetensors'));
+    const { files } = await openModel(path);
+    expect(files.map((file) => relative(path, file)).sort()).toEqual([
+      'config.json',
+      'generation_config.json',
+      'model.safetensors',
+      'tokenizer.json',
+      'tokenizer_config.json',
+    ]);
+  });
+
+  const pointer =
+    'version https://git-lfs.github.com/spec/v1\n' +
+    'oid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1258daaa5e2ca24d17e2393\nsize 12345\n';
+  test.each(['model.safetensors', 'tokenizer.json', 'config.json'])(
+    'is refused where %s is a Git LFS pointer, which is named',
+    async (name) => {
+      const path = model({ [name]: pointer });
+      await expectFailure(() => openModel(path), 'MALFORMED_FILE', join(path, name), /of 12345 bytes.*LFS/);
+    },
+  );
+
+  test('is refused as a file that is a Git LFS pointer', async () => {
+    for (const extension of ['gguf', 'bin']) {
+      const path = file(Buffer.from(pointer), extension);
+      await expectFailure(() => openModel(path), 'MALFORMED_FILE', path, /of 12345 bytes.*LFS/);
+    }
+  });
+
+  test('with any value for any key of config.json is read or refused, never more', async () => {
+    const deep = (depth: number) => `${'['.repeat(depth)}${']'.repeat(depth)}`;
+    const odd = ['null', '[]', '{}', '""', '"x"', '-1', '0.5', '1e999', 'true', deep(200), deep(100_000)];
+    odd.push('{"__proto__":{"type":1}}', '{"constructor":{"name":{"toString":1}}}', '[{"toString":1}]');
+    const keys = [...Object.keys(configJson()), 'rope_scaling', 'rope_parameters', 'pad_token_id'];
+    keys.push('quantization_config', 'layer_types', 'eos_token_id', '__proto__', 'attention_bias');
+    const path = model();
+    for (const key of keys) {
+      const others = JSON.stringify({ ...configJson(), [key]: undefined }).slice(1);
+      for (const value of odd) {
+        writeFileSync(join(path, 'config.json'), `{${JSON.stringify(key)}:${value},${others}`);
+        try {
+          await openModel(path);
+        } catch (error) {
+          expect(error).toBeInstanceOf(MerfError);
+          expect((error as MerfError).message).toContain(directory.path);
+        }
+      }
+    }
+  });
+
+  test.each([[[null]], [[]], [['x']], [[{ name: 'default' }]], [7], [{}]])(
+    'without a chat template, where tokenizer_config.json has %j for it',
+    async (value) => {
+      const config = JSON.stringify({ ...tokenizerFiles().config, chat_template: value });
+      const { tokenizer } = await openModel(model({ 'tokenizer_config.json': config }));
+      expect(tokenizer.chatTemplate).toBeUndefined();
+    },
+  );
+
+  test('may have an index and a header with keys of every object, or is refused', async () => {
+    for (const name of ['__proto__', 'constructor', 'toString']) {
+      // As bytes, since such keys are not set by assignment.
+      const filler = 'x'.repeat(name.length);
+      const strange = { name: filler, dtype: 'F32', shape: [1], data: new Uint8Array(4) };
+      const named = safetensorsFile([...tinyWeights(), strange]);
+      const typed = safetensorsFile([...tinyWeights(), { ...strange, name: 'extra', dtype: filler }]);
+      for (const filled of [named, typed]) {
+        const bytes = Buffer.from(filled.toString('latin1').replace(filler, name), 'latin1');
+        const error = await failure(() => openModel(model({ 'model.safetensors': bytes })));
+        expect(error.message).toContain(name);
+      }
+    }
   });
 
   test.each([
@@ -365,6 +584,165 @@ describe('a GGUF file', () => {
     });
     await expectFailure(() => open(Float32Array.of(1, 2, 3, 4)), 'UNSUPPORTED', 'rope_freqs');
     await expectFailure(() => open(new Float32Array(8).fill(2)), 'MALFORMED_FILE', 'expected 4 values');
+  });
+
+  test.each([
+    ['a factor without a type', [['rope.scaling.factor', 4]], 4],
+    ['the key of old files', [['rope.scale_linear', 4]], 4],
+    [
+      'both keys',
+      [
+        ['rope.scaling.factor', 2],
+        ['rope.scale_linear', 4],
+      ],
+      2,
+    ],
+    ['a factor of 0', [['rope.scaling.factor', 0]], 1],
+    ['a factor of 1', [['rope.scale_linear', 1]], 1],
+    ['a type and no factor', [['rope.scaling.type', 'linear']], 1],
+    [
+      'the type none beside a factor',
+      [
+        ['rope.scaling.type', 'none'],
+        ['rope.scaling.factor', 4],
+      ],
+      1,
+    ],
+    [
+      'a linear factor',
+      [
+        ['rope.scaling.type', 'linear'],
+        ['rope.scaling.factor', 4],
+      ],
+      4,
+    ],
+  ] as const)('scales positions by %s as llama.cpp does', async (_, given, factor) => {
+    const more = given.map(
+      ([key, value]): GgufField =>
+        typeof value === 'string'
+          ? { key: `llama.${key}`, type: 'string', value }
+          : { key: `llama.${key}`, type: 'f32', value },
+    );
+    const { config } = await openModel(file(ggufFile([...ggufFields(), ...more], ggufTensors()), 'gguf'));
+    expect(config.rope).toEqual(
+      factor === 1 ? { type: 'default', theta: 10_000 } : { type: 'linear', theta: 10_000, factor },
+    );
+  });
+
+  describe('in parts', () => {
+    const splitFields = (no: number, of: number, tensorCount: number): GgufField[] => [
+      { key: 'split.no', type: 'u32', value: no },
+      { key: 'split.count', type: 'u32', value: of },
+      { key: 'split.tensors.count', type: 'i32', value: tensorCount },
+    ];
+    // As gguf-split writes them: the first part has the metadata, and no tensors where it was asked for that.
+    const write = (edit: (parts: Buffer[]) => (Buffer | undefined)[] = (parts) => parts) => {
+      const all = ggufTensors();
+      const shares = [[], all.slice(0, 7), all.slice(7)];
+      const parts = shares.map((tensors, i) =>
+        ggufFile([...(i === 0 ? ggufFields() : []), ...splitFields(i, 3, all.length)], tensors),
+      );
+      const stem = join(directory.path, `split-${count++}`);
+      return edit(parts).map((bytes, i) => {
+        const path = `${stem}-0000${i + 1}-of-00003.gguf`;
+        if (bytes !== undefined) writeFileSync(path, bytes);
+        return path;
+      });
+    };
+
+    test('is one model, whichever part is named', async () => {
+      const paths = write();
+      const whole = await openModel(file(good, 'gguf'));
+      for (const path of paths) {
+        const found = await openModel(path);
+        expect(found.config).toEqual(whole.config);
+        expect(found.files).toEqual(paths);
+        expect(found.sources.map(({ name }) => name)).toEqual(whole.sources.map(({ name }) => name));
+        expect(new Set(found.sources.map((source) => source.path))).toEqual(new Set(paths.slice(1)));
+      }
+      const policies = await Promise.all(
+        [whole.path, paths[0] as string].map((path) => Policy.load(path, { device: 'cpu', dtype: 'f32' })),
+      );
+      const [right, found] = await Promise.all(policies.map((policy) => policy.logits([3, 40, 50])));
+      expect(found).toEqual(right);
+      for (const policy of policies) policy.dispose();
+    });
+
+    test('is refused where a part is missing, another, twice or misnamed', async () => {
+      const missing = write(([first, second]) => [first, second, undefined]);
+      await expectFailure(() => openModel(missing[0] as string), 'FILE_NOT_FOUND', missing[2] as string);
+      const swapped = write(([first, second, third]) => [first, third, second]);
+      await expectFailure(
+        () => openModel(swapped[0] as string),
+        'MALFORMED_FILE',
+        swapped[1] as string,
+        'expected 1 for split.no, as its name says, but found 2',
+      );
+      const all = ggufTensors();
+      const twice = write(([first, second]) => [
+        first,
+        second,
+        ggufFile(splitFields(2, 3, all.length), [all[6] as GgufTensor, ...all.slice(8)]),
+      ]);
+      await expectFailure(() => openModel(twice[0] as string), 'MALFORMED_FILE', 'is in another part too');
+      const fewer = write(([first, second]) => [
+        first,
+        second,
+        ggufFile(splitFields(2, 3, all.length), all.slice(8)),
+      ]);
+      await expectFailure(() => openModel(fewer[0] as string), 'MALFORMED_FILE', 'split.tensors.count');
+      const named = file(ggufFile([...ggufFields(), ...splitFields(0, 3, all.length)], all), 'gguf');
+      await expectFailure(() => openModel(named), 'MALFORMED_FILE', 'model-00001-of-00003.gguf');
+    });
+  });
+
+  test('skips what is large and unasked for, and no list stops the event loop', async () => {
+    const strings = Array.from({ length: 200_000 }, (_, i) => `word ${i}`);
+    const large: GgufField[] = [
+      { key: 'general.words', type: 'strings', value: strings },
+      { key: 'general.numbers', type: 'f32s', value: strings.map((_, i) => i) },
+      { key: 'general.text', type: 'string', value: 'x'.repeat(6 << 20) },
+      { key: 'general.tags', type: 'strings', value: ['a', 'b'] },
+    ];
+    const path = file(ggufFile([...large, ...ggufFields()], ggufTensors()), 'gguf');
+    const whole = await openModel(file(good, 'gguf'));
+    let turns = 0;
+    const timer = setInterval(() => ++turns, 0);
+    const { metadata, tensors: found } = await readGguf(path);
+    clearInterval(timer);
+    expect(turns).toBeGreaterThan(2);
+    expect([...metadata.keys()].filter((key) => key.startsWith('general.')).sort()).toEqual([
+      'general.architecture',
+      'general.tags',
+    ]);
+    expect(metadata.get('general.tags')).toEqual(['a', 'b']);
+    expect(found.size).toBe(whole.sources.length);
+    expect((await openModel(path)).config).toEqual(whole.config);
+  });
+
+  test('that says it has billions of elements is refused or skipped at once', async () => {
+    const liar = (elementType: number, elements: number, room: number) => {
+      const field = Buffer.alloc(8 + 1 + 4 + 4 + 8);
+      field.writeBigUInt64LE(1n, 0);
+      field.write('x', 8);
+      field.writeUInt32LE(9, 9);
+      field.writeUInt32LE(elementType, 13);
+      field.writeBigUInt64LE(BigInt(elements), 17);
+      const header = Buffer.alloc(24);
+      header.write('GGUF', 0);
+      header.writeUInt32LE(3, 4);
+      header.writeBigUInt64LE(1n, 16);
+      const path = file(Buffer.concat([header, field]), 'gguf');
+      truncateSync(path, 49 + room);
+      return path;
+    };
+    const begin = performance.now();
+    // A sparse file has room for all that it says; no memory is taken for it.
+    expect((await readGguf(liar(0, 1e10, 1e10))).metadata.size).toBe(0);
+    await expectFailure(() => readGguf(liar(8, 1e9, 1e10)), 'MALFORMED_FILE', 'bytes to keep');
+    await expectFailure(() => readGguf(liar(9, 1e8, 1e10)), 'MALFORMED_FILE', 'bytes to keep');
+    await expectFailure(() => readGguf(liar(0, 1e10, 1e9)), 'MALFORMED_FILE', 'fit in the file');
+    expect(performance.now() - begin).toBeLessThan(60_000);
   });
 
   test('is refused wherever it is cut, at every byte of its header and at the ends of its tensors', async () => {

@@ -105,11 +105,25 @@ describe('loading', () => {
     await expectFailure(() => Policy.load(undefined as unknown as string), 'INVALID_ARGUMENT', 'path');
   });
 
-  test('refuses a tokenizer with more tokens than the model has rows', async () => {
+  test('refuses a tokenizer that merges to more tokens than the model has rows', async () => {
     const files = tokenizerFiles();
-    (files.tokenizer.added_tokens as object[]).push({ id: 400, content: '<x>', special: true });
+    const model = files.tokenizer.model as { vocab: Record<string, number> };
+    model.vocab = { ...model.vocab, x: 400 };
     const path = writeTinyModel(fresh('large'), { 'tokenizer.json': JSON.stringify(files.tokenizer) });
     await expectFailure(() => load(path), 'MALFORMED_FILE', '272 tokens', '401');
+  });
+
+  test('takes an added token without a row, until it is used', async () => {
+    const files = tokenizerFiles();
+    (files.tokenizer.added_tokens as object[]).push({ id: 400, content: '<x>', special: true });
+    const path = writeTinyModel(fresh('unused'), {
+      'tokenizer.json': JSON.stringify(files.tokenizer),
+      'generation_config.json': JSON.stringify({ eos_token_id: [0, 400] }),
+    });
+    const policy = await load(path);
+    const [group] = await policy.sample(['hello'], { maxTokens: 4, stop: ['<x>'] });
+    expect(group?.completions[0]?.tokens.length).toBeGreaterThan(0);
+    await expectFailure(() => policy.sample(['a<x>']), 'INVALID_ARGUMENT', /prompts\[0\]/, '400');
   });
 
   test('random weights are a function of the seed', async () => {
@@ -148,7 +162,8 @@ describe('sample', () => {
       group.forEach((completion, i) => {
         expect(completion.tokens.length).toBeGreaterThan(0);
         expect(completion.tokens.length).toBeLessThanOrEqual(12);
-        expect(completion.text).toBe(policy.tokenizer.decode(completion.tokens, { skipSpecial: true }));
+        const ends = new Set(policy.tokenizer.eosIds);
+        expect(completion.text).toBe(policy.tokenizer.decode(completion.tokens, { skip: ends }));
         expect(completion.finishReason === 'length').toBe(
           completion.tokens.length === 12 && ![0, 2].includes(completion.tokens[11] as number),
         );
@@ -199,14 +214,35 @@ describe('sample', () => {
     const [byId] = await policy.sample([prompt], { maxTokens: 30, seed: 2, stopTokenIds: [fourth] });
     expect(byId?.completions[0]).toMatchObject({ tokens: tokens.slice(0, first + 1), finishReason: 'stop' });
 
-    const ascii = policy.tokenizer.encode('a')[0] as number;
-    const found = await policy.sample([prompt], { n: 64, maxTokens: 60, seed: 4, stop: ['a'] });
+    // No special token has this letter in its name.
+    const ascii = policy.tokenizer.encode('b')[0] as number;
+    const found = await policy.sample([prompt], { n: 64, maxTokens: 60, seed: 4, stop: ['b'] });
     const stopped = found[0]?.completions.filter(({ finishReason }) => finishReason === 'stop_string') ?? [];
     expect(stopped.length).toBeGreaterThan(0);
     for (const completion of stopped) {
-      expect(completion.text).toMatch(/a$/);
-      expect(completion.text.indexOf('a')).toBe(completion.text.length - 1);
+      expect(completion.text).toMatch(/b$/);
+      expect(completion.text.indexOf('b')).toBe(completion.text.length - 1);
       expect(completion.tokens.at(-1)).toBe(ascii);
+    }
+  });
+
+  test('writes special tokens into the text, finds them as stop strings, and leaves the end token out', async () => {
+    const policy = await load();
+    const name = '<|im_start|>';
+    const [group] = await policy.sample([prompt], { n: 256, maxTokens: 60, seed: 4, stop: [`${name}`] });
+    const completions = group?.completions ?? [];
+    const stopped = completions.filter(({ finishReason }) => finishReason === 'stop_string');
+    expect(stopped.length).toBeGreaterThan(0);
+    for (const { text, tokens } of stopped) {
+      expect(text.endsWith(name)).toBe(true);
+      expect(text.indexOf(name)).toBe(text.length - name.length);
+      expect(tokens.at(-1)).toBe(1);
+    }
+    const ended = completions.filter(({ finishReason }) => finishReason === 'stop');
+    expect(ended.length).toBeGreaterThan(0);
+    for (const { text, tokens } of ended) {
+      expect([0, 2]).toContain(tokens.at(-1));
+      expect(text).toBe(policy.tokenizer.decode(tokens.slice(0, -1)));
     }
   });
 
@@ -491,7 +527,11 @@ describe('forwardBackward and optimStep', () => {
       ['beta1', 1],
       ['beta2', -0.1],
       ['epsilon', '1'],
+      ['epsilon', 0],
+      ['epsilon', 1e-40],
       ['maxGradNorm', -1],
+      ['learningRate', 1e-50],
+      ['maxGradNorm', 1e-50],
     ]) {
       await expectFailure(() => optimStep({ [key as string]: value }), 'INVALID_ARGUMENT', key as string);
     }
@@ -507,6 +547,16 @@ describe('forwardBackward and optimStep', () => {
     );
     await expectFailure(() => policy.score([{ tokens: [1, 272], train: {} }]), 'INVALID_ARGUMENT', '272');
     await expectFailure(() => policy.logits([]), 'INVALID_ARGUMENT', 'tokens');
+  });
+
+  test('say where an update left weights that are not finite', async () => {
+    const policy = await load();
+    await policy.forwardBackward(forest(), { type: 'grpo' });
+    await expectFailure(
+      () => policy.optimStep({ learningRate: 1e38 }),
+      'NON_FINITE',
+      'layernorm.weight that are not finite: the learning rate 1e+38 is too high',
+    );
   });
 
   test('need a trainable policy', async () => {

@@ -6,12 +6,14 @@ import { pathToFileURL } from 'node:url';
 import { afterAll, describe, expect, test } from '@jest/globals';
 import { MerfError } from '../../lib/errors.js';
 import { formatVerifyReport, verifyDataset } from '../../lib/evaluate/verify.js';
+import { Tokenizer } from '../../lib/policy/index.js';
 import { parseCompletion } from '../../lib/reward/completion.js';
 import { RewardSpec } from '../../lib/reward/spec.js';
 import { generatedRows, readRows, requireRows, shuffledRows, splitOf } from '../../lib/tasks/dataset.js';
 import { defineTask } from '../../lib/tasks/define.js';
 import { knightsAndKnaves } from '../../lib/tasks/knights-and-knaves/index.js';
 import { getTask, taskNames } from '../../lib/tasks/registry.js';
+import { tokenizerFiles } from '../policy/helpers.js';
 import { fakeTokenizer } from '../train/fake-policy.js';
 
 const folder = mkdtempSync(join(tmpdir(), 'merf-tasks-'));
@@ -210,8 +212,15 @@ describe('defineTask', () => {
       'MALFORMED_FILE',
       `${wrong}, line 2: Expected a number in column a`,
     ]);
-    const few = await failureOf(() => defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }).open());
+    // A row alone is in one split, whose rows are there, and none are in the other.
+    const one = await defineTask<Sum>({ ...sumTask, data: [{ a: 1, b: 1 }] }).open();
+    const few = await failureOf(() => [
+      one.rows({ split: 'train', seed: 0 }),
+      one.rows({ split: 'test', seed: 0 }),
+    ]);
     expect([few.code, few.message]).toEqual(['EMPTY_DATASET', expect.stringContaining('give test rows')]);
+    const split = splitOf(one.identity({ a: 1, b: 1 }));
+    expect(one.rows({ split, seed: 0 }).size).toBe(1);
     const none = await failureOf(() => defineTask<Sum>({ ...sumTask, data: 5 as never }));
     expect(none.code).toBe('INVALID_ARGUMENT');
     for (const [key, value] of Object.entries({ name: '', spec: {}, messages: 'What?' })) {
@@ -351,6 +360,44 @@ describe('verifyDataset', () => {
       problems: [],
     });
     expect(formatVerifyReport(report)).toContain('Nothing is off.');
+  });
+
+  test('counts rows that name special tokens, and reports them where they become tokens', async () => {
+    const task = await defineTask<{ question: string }>({
+      name: 'questions',
+      spec: new RewardSpec<{ question: string }>({
+        name: 'questions',
+        components: [
+          {
+            name: 'thought',
+            cases: [
+              { name: 'once', score: 1, sentence: 'if it is thought about once' },
+              { name: 'else', score: 0, sentence: 'otherwise' },
+            ],
+            verify: ({ text }) => (text === '<think>no</think>1' ? 'once' : 'else'),
+          },
+        ],
+      }),
+      messages: ({ question }) => [{ role: 'user' as const, content: question }],
+      parse: (fields) => fields as { question: string },
+      reference: () => '<think>no</think>1<|im_end|>',
+      data: Array.from({ length: 40 }, (_, i) => ({ question: `${i}?` })),
+    }).open();
+    const file = write('named.jsonl', '{"question":"a<|im_end|>b"}\n{"question":"c"}\n');
+    const opening = `${tokenizerFiles().chatTemplate}{% if add_generation_prompt %}{{ '<think>' }}{% endif %}`;
+    const files = { ...tokenizerFiles(), chatTemplate: opening };
+    const report = await verifyDataset(task, file, { tokenizer: new Tokenizer(files, 'tiny') });
+    expect(report).toMatchObject({
+      references: { atHighest: 2 },
+      specialTokens: { rows: 1, names: ['<|im_end|>'] },
+      problems: [],
+    });
+    expect(formatVerifyReport(report)).toMatch(/special tokens +1 row's prompt names <\|im_end\|>/);
+    const allowing = new Tokenizer(files, 'tiny', { splitSpecialTokens: false });
+    const { problems } = await verifyDataset(task, file, { tokenizer: allowing });
+    expect(problems).toEqual([
+      { row: 1, where: `${file}, line 1`, reason: expect.stringContaining('becomes a special token') },
+    ]);
   });
 
   test('counts rows that are the same to the task, and test rows that are one of the data', async () => {

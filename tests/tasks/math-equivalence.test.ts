@@ -299,6 +299,15 @@ describe('areEquivalent', () => {
     });
   }
 
+  test.each(['constructor', 'toString', 'hasOwnProperty', '__proto__', 'x + constructor', '2 valueOf'])(
+    'reads the name of a property of every object as a word: %s',
+    async (answer) => {
+      await expect(areEquivalent(answer, answer)).resolves.toBe(true);
+      await expect(areEquivalent(answer, '7')).resolves.toBe(false);
+      await expect(areEquivalent('0.5constructor', '(1, 2)')).resolves.toBe(false);
+    },
+  );
+
   test('takes the last side of an equation for a value, and no value for an equation', async () => {
     expect(await areEquivalent('m+n=113', '113')).toBe(true);
     expect(await areEquivalent('2+3=5', '5')).toBe(true);

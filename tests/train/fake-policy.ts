@@ -49,7 +49,7 @@ export class FakePolicy {
   sway?: (prompt: string) => readonly number[];
   #calls = 0;
 
-  tokenizer = { ...fakeTokenizer, encode: lettersOrCodes };
+  tokenizer = { ...fakeTokenizer, encode: lettersOrCodes, encodeContinuation: lettersOrCodes };
 
   get asPolicy(): TrainablePolicy {
     return this as unknown as TrainablePolicy;

@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { afterAll, beforeAll, describe, expect, test } from '@jest/globals';
 import { readMetrics } from '../../lib/train/metrics.js';
 import { lettersTask, merf, tinyModel } from '../cli/run.js';
+import { expectSameRun } from './same-run.js';
 
 // A real model on the real engine, in a process of its own that is killed.
 let folder: string;
@@ -35,36 +36,7 @@ beforeAll(async () => {
 afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 function expectSameAsUnbroken(run: string) {
-  const files = (of: string) =>
-    ['model', join('checkpoints', 'step-000009', 'policy')].flatMap((part) =>
-      readdirSync(join(folder, of, part)).map((name) => join(part, name)),
-    );
-  const names = files('unbroken');
-  expect(files(run)).toEqual(names);
-  expect(names.some((name) => name.endsWith('.safetensors'))).toBe(true);
-  for (const name of names) {
-    const [expected, actual] = ['unbroken', run].map((of) => readFileSync(join(folder, of, name))) as [
-      Buffer,
-      Buffer,
-    ];
-    expect({ name, equal: actual.equals(expected) }).toEqual({ name, equal: true });
-  }
-  const numbers = (of: string) =>
-    readMetrics(join(folder, of, 'metrics.jsonl')).map(({ step, reward, loss, ratio, kl, gradientNorm }) => ({
-      step,
-      reward,
-      loss,
-      ratio,
-      kl,
-      gradientNorm,
-    }));
-  expect(numbers(run)).toEqual(numbers('unbroken'));
-  const completions = (of: string) =>
-    readdirSync(join(folder, of, 'completions')).map((name) => [
-      name,
-      readFileSync(join(folder, of, 'completions', name), 'utf8'),
-    ]);
-  expect(completions(run)).toEqual(completions('unbroken'));
+  expectSameRun(join(folder, run), join(folder, 'unbroken'), 9);
 }
 
 describe('a run that is interrupted', () => {
@@ -92,26 +64,30 @@ describe('a run that is interrupted', () => {
     expectSameAsUnbroken('killed');
   }, 120_000);
 
-  test('SIGINT ends the step and saves; --resume goes on from there', async () => {
-    const out = join(folder, 'stopped');
-    let sent = false;
-    const stopped = await merf([...settings, '--out', out], {
-      watch: (stdout, child) => {
-        if (sent || !/^step 3\/9/m.test(stdout)) return;
-        sent = true;
-        child.kill('SIGINT');
-      },
-    });
-    expect(stopped.signal).toBeNull();
-    expect(stopped.code).toBe(0);
-    const step = Number(/Stopped after step (\d)/.exec(stopped.stdout)?.[1]);
-    expect(step).toBeGreaterThanOrEqual(3);
-    expect(step).toBeLessThan(9);
-    expect(existsSync(join(out, 'checkpoints', `step-00000${step}`, 'progress.json'))).toBe(true);
-    const resumed = await merf(['train', '--resume', out]);
-    expect(resumed.stdout).toContain(`Resuming after step ${step} `);
-    expectSameAsUnbroken('stopped');
-  }, 120_000);
+  test.each(['SIGINT', 'SIGTERM'] as const)(
+    '%s ends the step and saves; --resume goes on from there',
+    async (signal) => {
+      const out = join(folder, signal);
+      let sent = false;
+      const stopped = await merf([...settings, '--out', out], {
+        watch: (stdout, child) => {
+          if (sent || !/^step 3\/9/m.test(stdout)) return;
+          sent = true;
+          child.kill(signal);
+        },
+      });
+      expect(stopped.signal).toBeNull();
+      expect(stopped.code).toBe(0);
+      const step = Number(/Stopped after step (\d)/.exec(stopped.stdout)?.[1]);
+      expect(step).toBeGreaterThanOrEqual(3);
+      expect(step).toBeLessThan(9);
+      expect(existsSync(join(out, 'checkpoints', `step-00000${step}`, 'progress.json'))).toBe(true);
+      const resumed = await merf(['train', '--resume', out]);
+      expect(resumed.stdout).toContain(`Resuming after step ${step} `);
+      expectSameAsUnbroken(signal);
+    },
+    120_000,
+  );
 
   test('a second Ctrl-C gives up in mid-step; the checkpoint before it stays', async () => {
     const out = join(folder, 'abandoned');

@@ -2,8 +2,11 @@ import { mkdtempSync, rmSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { afterEach, beforeEach, describe, expect, test } from '@jest/globals';
+import { Tokenizer } from '../../lib/policy/index.js';
+import { readExamples } from '../../lib/train/examples.js';
 import { readMetrics } from '../../lib/train/metrics.js';
-import { readExamples, SupervisedTrainer, type SupervisedTrainerOptions } from '../../lib/train/sft.js';
+import { SupervisedTrainer, type SupervisedTrainerOptions } from '../../lib/train/sft.js';
+import { tokenizerFiles } from '../policy/helpers.js';
 import { FakePolicy } from './fake-policy.js';
 import { type FakeRow, fakeTask } from './fake-task.js';
 
@@ -81,6 +84,35 @@ describe('SupervisedTrainer', () => {
     const rows = readMetrics(join(folder, 'run', 'metrics.jsonl'));
     expect(rows.map((row) => row.skippedUpdates)).toEqual([0, 1, 0]);
     expect(rows[1]?.loss).toBeNull();
+  });
+
+  test('writes prompts and completions as the model sees them, and says what it did', async () => {
+    const policy = new FakePolicy();
+    const chatTemplate =
+      "{% for m in messages %}{% if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}" +
+      "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n<think>\\n' }}{% endif %}";
+    const tokenizer = new Tokenizer({ ...tokenizerFiles(), chatTemplate }, 'tiny');
+    Object.assign(policy, { tokenizer });
+    const messages = [
+      { role: 'system', content: 'Be brief.' },
+      { role: 'user', content: 'a<|im_end|>b' },
+    ];
+    const notices: string[] = [];
+    await trainer(policy, {
+      examples: [{ messages, completion: '<think>\nyes</think>no<|im_end|>' }],
+      steps: 1,
+      examplesPerStep: 1,
+      onEvent: (event) => event.type === 'notice' && notices.push(event.message),
+    }).run();
+    const [root] = policy.forests[0] ?? [];
+    const [completion] = root?.children ?? [];
+    expect(tokenizer.decode(root?.tokens ?? [])).toBe(
+      '<|im_start|>user\nBe brief.\n\na<|im_end|>b<|im_end|>\n<|im_start|>assistant\n<think>\n',
+    );
+    expect(Array.from(root?.tokens ?? []).filter((id) => id === 2)).toHaveLength(1);
+    expect(Array.from(completion?.tokens ?? [])).toEqual([...tokenizer.encode('yes</think>no'), 2]);
+    expect(notices.join('\n')).toMatch(/no place for a system message/);
+    expect(notices.join('\n')).toMatch(/1 of 1 examples name special tokens.*<\|im_end\|>/);
   });
 
   test('needs something to learn from, and examples that fit', async () => {

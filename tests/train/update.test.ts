@@ -1,6 +1,6 @@
 import { describe, expect, test } from '@jest/globals';
 import type { Forest, LossStats } from '../../lib/policy/index.js';
-import { update } from '../../lib/train/update.js';
+import { smallnessNotice, update, updateNotice } from '../../lib/train/update.js';
 import { FakePolicy } from './fake-policy.js';
 
 const forest: Forest = [{ tokens: [0], children: [{ tokens: [1, 2, 3], train: { advantage: 1 } }] }];
@@ -72,5 +72,42 @@ describe('update', () => {
     await expect(result).rejects.toMatchObject({ code: 'ABORTED', message: 'step 3 was aborted' });
     expect(policy.gradient).toEqual([0, 0, 0, 0]);
     expect([updates(), policy.updates]).toEqual([0, 0]);
+  });
+});
+
+describe('an update that changes nothing', () => {
+  const saturated = () => {
+    const policy = new FakePolicy();
+    // All probability is on b, as after an update that was far too large: the gradient of its log-probability is 0.
+    policy.logits = [0, 1e6, 0, 0];
+    return policy;
+  };
+  const run = (of: Forest) =>
+    update(saturated().asPolicy, of, { type: 'grpo' }, settings, { step: 3, beforeUpdate: () => undefined });
+  const completion = (advantage: number | number[]): Forest => [
+    { tokens: [0], children: [{ tokens: [1, 1], train: { advantage } }] },
+  ];
+
+  test('is told where there was something to learn, and only there', async () => {
+    const dead = await run(completion(1));
+    expect(dead).toMatchObject({ gradientNorm: 0, dead: true });
+    expect(updateNotice(3, dead)).toMatch(/^Step 3: the gradient was exactly 0.*too high a learning rate/);
+    expect(await run(completion([0, 0.5]))).toMatchObject({ dead: true });
+    for (const forest of [completion(0), completion([0, 0]), []]) {
+      const result = await run(forest);
+      expect(result).not.toHaveProperty('dead');
+      expect(updateNotice(3, result)).toBeUndefined();
+    }
+  });
+
+  test('is foretold of settings that are too small', () => {
+    expect(smallnessNotice(settings)).toBeUndefined();
+    expect(smallnessNotice({ ...settings, learningRate: 1e-7, maxGradNorm: 1 })).toBeUndefined();
+    expect(smallnessNotice({ ...settings, learningRate: 1e-12 })).toMatch(
+      /learning rate of 1e-12 is less than/,
+    );
+    expect(smallnessNotice({ ...settings, maxGradNorm: 1e-10 })).toMatch(
+      /maxGradNorm of 1e-10.*epsilon of 1e-8/,
+    );
   });
 });

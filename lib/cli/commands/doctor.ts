@@ -4,6 +4,7 @@ import type { Command } from 'commander';
 import { type NativeBackend, native } from '../../native.js';
 import { gib } from '../../policy/devices.js';
 import { defaultModel, openModel } from '../../policy/index.js';
+import { print } from '../output.js';
 import { shortPath } from '../paths.js';
 
 export function addDoctor(program: Command): void {
@@ -15,7 +16,7 @@ export function addDoctor(program: Command): void {
 }
 
 async function doctor(): Promise<void> {
-  const line = (name: string, text: string) => process.stdout.write(`${name.padEnd(14)} ${text}\n`);
+  const line = (name: string, text: string) => print(`${name.padEnd(14)} ${text}\n`);
   let well = true;
   line('node', `${process.version} on ${process.platform} ${process.arch}`);
   line('memory', `${gib(totalmem())} in all, ${gib(freemem())} free`);

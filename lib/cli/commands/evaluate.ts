@@ -1,15 +1,18 @@
 import { appendFileSync, writeFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { z } from 'zod';
+import { whileWriting } from '../../atomic-files.js';
+import { withControlsShown } from '../../control-characters.js';
 import { type Evaluation, evaluate } from '../../evaluate/index.js';
 import { Policy } from '../../policy/index.js';
 import { parseMotivationView } from '../../prompt/motivation.js';
 import { type LimitSettings, limitSettings, limitsOf, textOf } from '../../rollout/index.js';
 import { parseSettings } from '../../settings.js';
 import type { TaskFactory } from '../../tasks/index.js';
-import { firstRows } from '../../train/evaluation.js';
+import { firstRows, fittingRows } from '../../train/evaluation.js';
 import { modelShape, withTask } from '../config.js';
 import { addFlags, list, number, whole } from '../flags.js';
+import { print, printError, printJson } from '../output.js';
 import { resolveModel, shortPath } from '../paths.js';
 import { deviceText, loadOptions, type ModelFlags } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
@@ -18,6 +21,7 @@ import { evaluationLine } from '../terminal.js';
 interface Flags extends TaskChoice, ModelFlags, Partial<LimitSettings> {
   data?: string;
   prompts: number;
+  filterOverlongPrompts?: boolean;
   samples: number;
   passAt?: number[];
   motivation: string[];
@@ -45,6 +49,10 @@ export function addEvaluate(program: Command, factory: TaskFactory | undefined):
   command
     .optionsGroup('Evaluation:')
     .option('--prompts <n>', 'how many rows, the first of the held-out ones', whole(1), 100)
+    .option(
+      '--filter-overlong-prompts',
+      'leave out rows whose prompt fills the context, which are an error otherwise',
+    )
     .option('--samples <n>', 'completions of each prompt', whole(1), 1)
     .option('--pass-at <list>', 'the k of pass@k (default: the powers of 2 up to the samples)', (v) =>
       list(v).map(whole(1)),
@@ -71,18 +79,30 @@ async function run(flags: Flags): Promise<void> {
   const task = await openTask(choice);
   const motivations = flags.motivation.map(parseMotivationView);
   for (const view of motivations) task.spec.describe(view);
-  const rows =
+  const all =
     data === undefined
       ? firstRows(await task.rows({ split: 'test', seed: 0 }), flags.prompts)
       : await task.load(data);
   const model = resolveModel(flags.model);
   const policy = await Policy.load(model, loadOptions(flags, false));
-  if (flags.out !== undefined) writeFileSync(flags.out, '');
+  const rows = await fittingRows(all, {
+    policy,
+    task,
+    views: motivations,
+    filter: flags.filterOverlongPrompts ?? false,
+    setting: '--filter-overlong-prompts',
+    onEvent: (event) => {
+      if (event.type === 'notice') printError(`merf: ${event.message}\n`);
+    },
+  });
+  const { out } = flags;
+  if (out !== undefined) whileWriting(out, () => writeFileSync(out, ''));
   const limits = limitsOf(parseSettings(z.object(limitSettings('Evaluation', false)), flags, 'the flags'));
   const results: Evaluation[] = [];
+  const told = new Set<string>();
   if (!flags.json) {
     const where = deviceText(policy);
-    process.stdout.write(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
+    print(`${shortPath(model)} on ${rows.length} rows of ${task.name}, on ${where}\n`);
   }
   for (const [i, motivation] of motivations.entries()) {
     const result = await evaluate(policy, task, rows, {
@@ -95,11 +115,17 @@ async function run(flags: Flags): Promise<void> {
       topP: flags.topP,
       minP: flags.minP,
       seed: flags.seed,
+      // Each view of the motivation would tell the same.
+      onNotice: (message) => {
+        if (!told.has(message)) printError(`merf: ${message}\n`);
+        told.add(message);
+      },
       onProgress: (done, all) => {
-        if (process.stderr.isTTY) process.stderr.write(`\r${flags.motivation[i]}: ${done}/${all}\x1b[K`);
+        if (process.stderr.isTTY)
+          process.stderr.write(`\r${withControlsShown(`${flags.motivation[i]}`)}: ${done}/${all}\x1b[K`);
       },
       onGroup: ({ row, episodes }) => {
-        if (flags.out === undefined) return;
+        if (out === undefined) return;
         const identity = task.identity(row);
         const lines = episodes.map((episode) =>
           JSON.stringify({
@@ -113,19 +139,19 @@ async function run(flags: Flags): Promise<void> {
             parts: episode.reward.parts,
           }),
         );
-        appendFileSync(flags.out, `${lines.join('\n')}\n`);
+        whileWriting(out, () => appendFileSync(out, `${lines.join('\n')}\n`));
       },
     });
     if (process.stderr.isTTY) process.stderr.write('\r\x1b[K');
     results.push(result);
     if (!flags.json) {
-      process.stdout.write(`${evaluationLine(result)}\n`);
+      print(`${evaluationLine(result)}\n`);
       for (const [component, cases] of Object.entries(result.cases)) {
         const shares = Object.entries(cases).map(([name, share]) => `${name} ${(100 * share).toFixed(1)}%`);
-        process.stdout.write(`    ${component}: ${shares.join(', ')}\n`);
+        print(`    ${component}: ${shares.join(', ')}\n`);
       }
     }
   }
-  if (flags.json) process.stdout.write(`${JSON.stringify(results, null, 2)}\n`);
+  if (flags.json) printJson(results);
   policy.dispose();
 }

@@ -1,23 +1,25 @@
 import type { Command } from 'commander';
 import { MerfError } from '../../errors.js';
+import type { TokenizerOptions } from '../../policy/index.js';
 import { formatMotivation, type MotivationMix, parseMotivation } from '../../prompt/motivation.js';
 import { episodePrompt } from '../../rollout/index.js';
 import { parseSettings } from '../../settings.js';
 import type { Task, TaskFactory } from '../../tasks/index.js';
 import { AdaptiveMotivation, adaptiveWord } from '../../train/adaptive.js';
 import { grpoSchema } from '../../train/settings.js';
-import { modelShape, withTask } from '../config.js';
+import { modelShape, tokenizerShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
+import { print, TextPrinter } from '../output.js';
 import { openTokenizer } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 
-interface PromptFlags extends TaskChoice {
+interface PromptFlags extends TaskChoice, TokenizerOptions {
   model?: string;
   motivation: string;
   split: 'train' | 'test';
   seed: number;
   row: number;
-  reference?: boolean;
+  verbatim?: boolean;
 }
 
 export function addPrompt(program: Command, factory: TaskFactory | undefined): void {
@@ -27,7 +29,7 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
     .description(
       "Prints the prompt of one of a task's rows with the model's chat template applied, as the model will see it.",
     );
-  addFlags(command, withTask({ model: modelShape.model }, factory));
+  addFlags(command, withTask({ model: modelShape.model, ...tokenizerShape }, factory));
   command
     .optionsGroup('Prompt:')
     .option(
@@ -39,6 +41,7 @@ export function addPrompt(program: Command, factory: TaskFactory | undefined): v
     .option('--row <n>', 'which row, from 0', whole(0), 0)
     .option('--split <name>', 'train or test', 'train')
     .option('--seed <n>', 'seed of the rows and their order', whole(0), 0)
+    .option('--verbatim', 'print control characters in it as they are, not written out')
     .addHelpText(
       'after',
       '\nExamples:\n' +
@@ -60,23 +63,26 @@ async function prompt(flags: PromptFlags): Promise<void> {
   const rows = await task.rows({ split: flags.split, seed: flags.seed });
   const adaptive = flags.motivation === adaptiveWord;
   const schedule = adaptive ? [{ step: 0, value: firstMix(task) }] : parseMotivation(flags.motivation);
-  const { tokenizer } = await openTokenizer(flags.model);
+  const { tokenizer } = await openTokenizer(flags.model, flags);
   const row = rows.at(flags.row);
   const alone = schedule.length === 1 && schedule[0]?.value.length === 1;
-  if (adaptive) process.stdout.write(`${aboutAdaptive}\n`);
+  const printer = new TextPrinter(flags.verbatim ?? false);
+  if (adaptive) print(`${aboutAdaptive}\n`);
   for (const { step, value: mix } of schedule) {
     for (const view of new Set(mix)) {
       const { text, tokens } = episodePrompt(tokenizer, task, row, view);
-      if (alone) process.stdout.write(text);
+      if (alone) printer.print(text);
       else {
         const share = `${mix.filter((one) => one === view).length} of ${mix.length} completions`;
         const from = schedule.length > 1 ? `from step ${step + 1}, ` : '';
         const title = `${from}${share} under ${formatMotivation(view)}, ${tokens.length} tokens`;
-        process.stdout.write(`${'='.repeat(80)}\n${title}\n\n${text}\n`);
+        print(`${'='.repeat(80)}\n${title}\n\n`);
+        printer.print(`${text}\n`);
       }
     }
   }
-  if (process.stdout.isTTY) process.stdout.write('\n');
+  if (process.stdout.isTTY) print('\n');
+  printer.close();
 }
 
 const aboutAdaptive =

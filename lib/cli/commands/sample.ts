@@ -1,11 +1,12 @@
 import { readFileSync } from 'node:fs';
 import type { Command } from 'commander';
 import { Policy } from '../../policy/index.js';
-import { collect } from '../../rollout/index.js';
+import { checkPrompts, collect } from '../../rollout/index.js';
 import { modelShape } from '../config.js';
-import { addFlags, number, whole } from '../flags.js';
+import { addFlags, number, texts, whole } from '../flags.js';
+import { print, printError, TextPrinter } from '../output.js';
 import { resolveModel } from '../paths.js';
-import { loadOptions, type ModelFlags } from '../policies.js';
+import { loadOptions, type ModelFlags, tellNotices } from '../policies.js';
 
 interface SampleFlags extends ModelFlags {
   prompt: string;
@@ -19,6 +20,7 @@ interface SampleFlags extends ModelFlags {
   minP?: number;
   stop?: string[];
   seed: number;
+  verbatim?: boolean;
 }
 
 export function addSample(program: Command): void {
@@ -40,13 +42,14 @@ export function addSample(program: Command): void {
     .option('--top-k <n>', 'draw among the k likeliest tokens; 0: off', whole(0))
     .option('--top-p <n>', 'draw among the likeliest tokens of this total probability; 1: off', number)
     .option('--min-p <n>', "drop tokens below this share of the likeliest one's probability; 0: off", number)
-    .option('--stop <text...>', 'strings that end a completion')
+    .option('--stop <text...>', 'strings that end a completion, as they stand or as JSON', texts('stop'))
     .option('--seed <n>', 'the same seed draws the same completions', whole(0), 0)
+    .option('--verbatim', 'print control characters in completions as they are, not written out')
     .addHelpText(
       'after',
       '\nExamples:\n' +
         "  merf sample --model SmolLM2-135M-Instruct.Q4_1.gguf --prompt 'What is the capital of France?' --temperature 0\n" +
-        '  merf prompt --task knights-and-knaves | merf sample --raw --prompt -\n',
+        '  merf prompt --task knights-and-knaves --verbatim | merf sample --raw --prompt -\n',
     )
     .action(sample);
 }
@@ -58,7 +61,7 @@ async function sample(flags: SampleFlags): Promise<void> {
   const { reason } = policy.device;
   // Where there is a driver somebody may expect a GPU.
   if (reason !== undefined && !reason.startsWith('No NVIDIA driver')) {
-    process.stderr.write(`merf: on the CPU: ${reason}\n`);
+    printError(`merf: on the CPU: ${reason}\n`);
   }
   const task = {
     messages: () =>
@@ -69,6 +72,8 @@ async function sample(flags: SampleFlags): Promise<void> {
             { role: 'user', content: prompt },
           ],
   };
+  const printer = new TextPrinter(flags.verbatim ?? false);
+  tellNotices(checkPrompts(policy.tokenizer, task, prompt, ['none']));
   const abort = new AbortController();
   const onInterrupt = () => abort.abort();
   process.once('SIGINT', onInterrupt);
@@ -84,15 +89,17 @@ async function sample(flags: SampleFlags): Promise<void> {
       stop: flags.stop,
       seed: flags.seed,
       signal: abort.signal,
-      ...(streams && { onToken: ({ text }: { text: string }) => void process.stdout.write(text) }),
+      ...(streams && { onToken: ({ text }: { text: string }) => printer.print(text) }),
     });
-    if (streams) process.stdout.write('\n');
+    if (streams) print('\n');
     else {
       for (const [i, { completion }] of (group?.episodes ?? []).entries()) {
         const { tokenCount, finishReason, raw } = completion;
-        process.stdout.write(`--- ${i + 1} (${tokenCount} tokens, ${finishReason})\n${raw}\n`);
+        print(`--- ${i + 1} (${tokenCount} tokens, ${finishReason})\n`);
+        printer.print(`${raw}\n`);
       }
     }
+    printer.close();
   } finally {
     process.off('SIGINT', onInterrupt);
     policy.dispose();

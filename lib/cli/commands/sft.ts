@@ -1,12 +1,12 @@
-import { existsSync, readFileSync } from 'node:fs';
-import { extname } from 'node:path';
 import type { Command } from 'commander';
 import type { z } from 'zod';
 import { MerfError } from '../../errors.js';
 import { Policy } from '../../policy/index.js';
+import { firstFields } from '../../tasks/dataset.js';
 import type { TaskFactory } from '../../tasks/index.js';
+import { holdsExample, readExamples } from '../../train/examples.js';
 import { sftSchema } from '../../train/settings.js';
-import { readExamples, SupervisedTrainer } from '../../train/sft.js';
+import { SupervisedTrainer } from '../../train/sft.js';
 import { type SftFileSettings, sftFileSchema } from '../config.js';
 import { shortPath } from '../paths.js';
 import { deviceText } from '../policies.js';
@@ -19,8 +19,9 @@ export function addSft(program: Command, factory: TaskFactory | undefined): void
     .command('sft')
     .summary('warm a model up on prompts and completions, so that it writes the demanded format')
     .description(
-      'Supervised finetuning, the loss on completions alone. Learns from --data, a .jsonl file whose lines have a ' +
-        '"completion" and either "messages" or a "prompt"; without it, from the demonstrations that --task writes.\n\n' +
+      'Supervised finetuning, the loss on completions alone. Learns from --data, a .jsonl or .parquet file whose rows ' +
+        'have a "prompt" and a "completion", both text or both messages, or "messages", in which every reply of the ' +
+        'assistant is learned; without it, from the demonstrations that --task writes.\n\n' +
         'The folder of the run is that of merf train, without completions.',
     );
   addRunFlags(command, schema);
@@ -36,17 +37,19 @@ export function addSft(program: Command, factory: TaskFactory | undefined): void
 }
 
 async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<void> {
-  const { settings, out, resume, configPath } = await gather(flags, schema, 'sft', 'sft');
+  const { settings, out, resumed, configPath } = await gather(flags, schema, 'sft', 'sft');
   const config = settings as SftFileSettings;
   const { data } = config;
-  const isExamples = typeof data === 'string' && extname(data) === '.jsonl' && holdsExamples(data);
-  if (!isExamples && config.task === undefined) {
+  if (data === undefined && config.task === undefined) {
     throw new MerfError(
       'INVALID_CONFIG',
       'Expected --data with prompts and completions, or a --task that demonstrates',
     );
   }
-  const examples = isExamples ? await readExamples(data) : undefined;
+  const file = typeof data === 'string' ? data : undefined;
+  // Without a task whatever stands there are examples, so that the line which is none is named.
+  const isExamples = file !== undefined && (config.task === undefined || (await areExamples(file)));
+  const examples = isExamples ? await readExamples(file) : undefined;
   const { data: _, ...withoutData } = config;
   const task = config.task === undefined ? undefined : await openTask(isExamples ? withoutData : config);
   const launch = launchOf(config, schema, sftSchema, configPath);
@@ -63,7 +66,7 @@ async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<v
       ...(examples && { examples }),
       ...(task && { task }),
       out,
-      resume,
+      ...resumed,
       launch,
       onEvent: view.event,
     });
@@ -71,8 +74,7 @@ async function sft(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<v
   });
 }
 
-function holdsExamples(file: string): boolean {
-  if (!existsSync(file)) throw new MerfError('FILE_NOT_FOUND', `No data at ${file}`);
-  const first = readFileSync(file, 'utf8').split('\n', 1)[0] ?? '';
-  return /"completion"\s*:/.test(first);
+async function areExamples(file: string): Promise<boolean> {
+  const fields = await firstFields(file);
+  return fields !== undefined && holdsExample(fields);
 }

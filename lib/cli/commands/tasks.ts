@@ -2,6 +2,7 @@ import type { Command } from 'commander';
 import { dataShape } from '../../tasks/define.js';
 import { taskFactories } from '../../tasks/index.js';
 import { describeOptions } from '../flags.js';
+import { print, printJson } from '../output.js';
 
 export function addTasks(program: Command): void {
   program
@@ -21,14 +22,14 @@ function tasks({ json }: { json?: boolean }): void {
     return { name, summary, options: describeOptions(Object.fromEntries(own)) };
   });
   if (json) {
-    process.stdout.write(`${JSON.stringify(listed, null, 2)}\n`);
+    printJson(listed);
     return;
   }
   for (const { name, summary, options } of listed) {
-    process.stdout.write(`${name}\n  ${summary}\n`);
+    print(`${name}\n  ${summary}\n`);
     const width = Math.max(0, ...options.map(({ flag }) => flag.length));
     for (const { flag, description } of options) {
-      process.stdout.write(`    ${flag.padEnd(width)}  ${description}\n`);
+      print(`    ${flag.padEnd(width)}  ${description}\n`);
     }
   }
 }

@@ -20,8 +20,8 @@ export function addTrain(program: Command, factory: TaskFactory | undefined): vo
       'Trains a model by GRPO on a task. By default the prompt states the reward rules in full, which is MeRF; ' +
         '--motivation none is the plain RLVR baseline.\n\n' +
         'The folder of the run holds metrics.jsonl (a line a step), completions/ (every completion with its score, ' +
-        'as JSONL and as a transcript), checkpoints/ and, in the end, model/ in Hugging Face layout. Ctrl-C ends the ' +
-        'step, saves and leaves; a second Ctrl-C gives up at once.',
+        'as JSONL and as a transcript), checkpoints/ and, in the end, model/ in Hugging Face layout. Ctrl-C or ' +
+        'SIGTERM ends the step, saves and leaves; a second one gives up at once.',
     );
   addRunFlags(command, schema);
   command
@@ -40,7 +40,7 @@ export function addTrain(program: Command, factory: TaskFactory | undefined): vo
 
 async function train(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise<void> {
   const name = typeof flags.task === 'string' && extname(flags.task) === '' ? flags.task : 'train';
-  const { settings, out, resume, configPath } = await gather(flags, schema, 'grpo', name);
+  const { settings, out, resumed, configPath } = await gather(flags, schema, 'grpo', name);
   const config = settings as TrainSettings;
   const task = await openTask(config);
   const launch = launchOf(config, schema, grpoSchema, configPath);
@@ -60,7 +60,7 @@ async function train(flags: RunFlags & TaskChoice, schema: z.ZodObject): Promise
       ...(config.curriculum !== undefined && { openTask: (changed) => openTaskWith(config, changed) }),
       ...(reference && { reference }),
       out,
-      resume,
+      ...resumed,
       launch,
       onEvent: view.event,
     });

@@ -1,13 +1,15 @@
 import type { Command } from 'commander';
 import { formatVerifyReport, verifyDataset } from '../../evaluate/index.js';
+import type { TokenizerOptions } from '../../policy/index.js';
 import { parseMotivationView } from '../../prompt/motivation.js';
 import type { TaskFactory } from '../../tasks/index.js';
-import { modelShape, withTask } from '../config.js';
+import { modelShape, tokenizerShape, withTask } from '../config.js';
 import { addFlags, whole } from '../flags.js';
+import { print, printJson } from '../output.js';
 import { openTokenizer } from '../policies.js';
 import { openTask, type TaskChoice } from '../task.js';
 
-interface VerifyFlags extends TaskChoice {
+interface VerifyFlags extends TaskChoice, TokenizerOptions {
   model?: string;
   testData?: string;
   motivation: string;
@@ -27,7 +29,11 @@ export function addVerify(program: Command, factory: TaskFactory | undefined): v
         'wording, and with --test-data the test rows that are the same as a row of the data. Exits with 1 where something ' +
         'is off.',
     );
-  const { data: _, testData: __, ...shape } = withTask({ model: modelShape.model }, factory);
+  const {
+    data: _,
+    testData: __,
+    ...shape
+  } = withTask({ model: modelShape.model, ...tokenizerShape }, factory);
   addFlags(command, shape);
   command
     .optionsGroup('Checks:')
@@ -45,15 +51,14 @@ async function verify(flags: VerifyFlags): Promise<void> {
   const { data, testData, ...choice } = flags;
   const task = await openTask(choice);
   const view = parseMotivationView(flags.motivation);
-  const { tokenizer, contextLength } = await openTokenizer(flags.model);
+  const { tokenizer, contextLength } = await openTokenizer(flags.model, flags);
   const report = await verifyDataset(task, data as string, {
     motivation: view,
     tokenizer,
     maxPromptTokens: contextLength - flags.maxTokens,
     ...(testData !== undefined && { testFile: testData }),
   });
-  process.stdout.write(
-    `${flags.json ? JSON.stringify(report, null, 2) : formatVerifyReport(report, flags.problems)}\n`,
-  );
+  if (flags.json) printJson(report);
+  else print(`${formatVerifyReport(report, flags.problems)}\n`);
   if (report.problems.length > 0) process.exitCode = 1;
 }

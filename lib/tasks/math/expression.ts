@@ -156,7 +156,7 @@ class Compiler {
     if (name === 'Apply') return this.#inverse(operands);
     if (name === 'Delimiter' && operands.length > 2) throw new Unreadable('odd delimiters');
     if (name === 'Delimiter') return this.#node(operands[0]);
-    const operation = operations[name];
+    const operation = Object.hasOwn(operations, name) ? operations[name] : undefined;
     if (!operation || operands.length < operation.least || operands.length > operation.most) {
       throw new Unreadable(`${name} of ${operands.length} operands has no meaning here`);
     }
@@ -195,7 +195,9 @@ class Compiler {
     for (let i = 0; i < operands.length; i++) {
       const name = operands[i];
       const operation =
-        typeof name === 'string' && !this.#bound.includes(name) ? operations[name] : undefined;
+        typeof name === 'string' && !this.#bound.includes(name) && Object.hasOwn(operations, name)
+          ? operations[name]
+          : undefined;
       if (!operation) {
         factors.push(this.#node(name));
         continue;

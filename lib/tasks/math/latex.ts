@@ -308,7 +308,7 @@ class Reader {
   #item(tokens: Token[], depth: number): void {
     if (depth > maxDepth) throw new Unreadable('the answer nests too deeply');
     const read = this.#raw[this.#position++] as string;
-    const raw = spellings[read] ?? read;
+    const raw = Object.hasOwn(spellings, read) ? (spellings[read] as string) : read;
     if (/^\s/.test(raw)) return;
     if (raw === '{') {
       const inner = this.#rest(depth);
@@ -369,7 +369,9 @@ class Reader {
       this.#position++;
       return;
     }
-    if (!silent.has(raw) && !silentSigns.has(raw)) tokens.push(synonyms[raw] ?? raw);
+    if (!silent.has(raw) && !silentSigns.has(raw)) {
+      tokens.push(Object.hasOwn(synonyms, raw) ? (synonyms[raw] as string) : raw);
+    }
   }
 
   /** The rest of the group whose opening brace was read. */

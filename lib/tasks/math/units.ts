@@ -53,7 +53,8 @@ export function canonicalUnit(unit: string): string {
     else if (name === 'cubic' || name === 'cu') power = '^3';
     else if (name !== '' && name !== 'of') {
       const singular = name.length > 2 ? name.replace(/(?<!s)s$/, '') : name;
-      result.push(`${unitSynonyms[singular] ?? singular}${exponent || power}`);
+      const known = Object.hasOwn(unitSynonyms, singular) ? unitSynonyms[singular] : singular;
+      result.push(`${known}${exponent || power}`);
       power = '';
     } else if (exponent !== '' && result.length > 0) result.push(`${result.pop()}${exponent}`);
   }

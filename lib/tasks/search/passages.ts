@@ -1,7 +1,7 @@
 import { readdir, readFile, stat } from 'node:fs/promises';
 import { basename, extname, join, relative } from 'node:path';
 import { describeValue, MerfError } from '../../errors.js';
-import { type Fields, readRows, requireRows } from '../dataset.js';
+import { type Fields, loadRows } from '../dataset.js';
 
 /** What a search returns. */
 export interface Passage {
@@ -33,7 +33,7 @@ export async function readCorpus(path: string, passageCharacters: number): Promi
 }
 
 async function readTable(file: string): Promise<Passage[]> {
-  const passages = requireRows(await readRows(file, parsePassage));
+  const passages = await loadRows(file, parsePassage);
   const seen = new Set<string>();
   return passages.map((passage, i) => {
     const id = passage.id === '' ? `${i + 1}` : passage.id;

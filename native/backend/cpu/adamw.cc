@@ -170,7 +170,10 @@ HWY_EXPORT(adamw);
 HWY_EXPORT(sum_of_squares);
 
 void CpuBackend::adamw(const std::vector<AdamWTensor>& tensors, const AdamWOptions& options) {
-  for (const AdamWTensor& tensor : tensors) HWY_DYNAMIC_DISPATCH(adamw)(num_threads(), tensor, options);
+  for (const AdamWTensor& tensor : tensors) {
+    check_interrupted();
+    HWY_DYNAMIC_DISPATCH(adamw)(num_threads(), tensor, options);
+  }
 }
 
 double CpuBackend::sum_of_squares(const std::vector<Tensor>& tensors) {

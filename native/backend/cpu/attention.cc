@@ -171,12 +171,14 @@ void forward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsView
     // The last queries see the most keys: longest first.
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = s.kv_heads * query_blocks - 1; i >= s.kv_heads * (s.first_query / query_tokens); --i) {
+      if (backend.interrupted()) continue;
       const int64_t head = i % s.kv_heads, first = i / s.kv_heads * query_tokens;
       forward_block<T>(s, mask, q, keys + head * key_blocks * block_keys,
                        values + head * key_blocks * block_values, padded, head, first,
                        std::min(first + query_tokens, s.tokens) - 1, own, out, lse);
     }
   }
+  backend.check_interrupted();
 }
 
 void attention_forward(CpuBackend& backend, const AttentionShape& s, const HeadsView& q, const HeadsView& k,

@@ -307,7 +307,8 @@ void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsVie
     }
     const BackwardScratch<Operand> own(scratch.as<float>() + omp_get_thread_num() * scratch_size,
                                        query_tokens * group, size, padded);
-    for (int64_t task; (task = next_task.fetch_add(1)) < s.kv_heads * key_blocks;) {
+    // A task that was taken is done, whatever happens: those behind it wait for its turn.
+    for (int64_t task; !backend.interrupted() && (task = next_task.fetch_add(1)) < s.kv_heads * key_blocks;) {
       const int64_t head = task % s.kv_heads, block = task / s.kv_heads, row = head * rows;
       const BackwardRows<Operand> head_rows{query + row * stride,
                                             doutput + row * stride,
@@ -329,6 +330,7 @@ void backward_typed(CpuBackend& backend, const AttentionShape& s, const HeadsVie
       }
     }
   }
+  backend.check_interrupted();
 }
 
 void attention_backward(CpuBackend& backend, const AttentionShape& s, const HeadsView& dout,

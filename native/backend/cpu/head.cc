@@ -267,6 +267,7 @@ class HeadBlocks {
 
   // The logits of the strip of source rows [begin, end) in the block that begins with `block`.
   void compute_logits(int64_t block, int64_t begin, int64_t end) {
+    backend_.check_interrupted();
     const int64_t at = begin - block, count = end - begin;
     for (int64_t i = begin; i < end; ++i) source_rows_.as<int32_t>()[i - begin] = plan_.sources[i].row;
     const Tensor hidden = gathered_.rows(at, at + count);

@@ -102,7 +102,7 @@ bool rows_evict_each_other(const float* c, int64_t n) {
 bool rows_evict_each_other(const bf16*, int64_t) { return false; }
 
 template <typename Out>
-void multiply_panels(int threads, const PanelProduct& product, Out* c) {
+void multiply_panels(const CpuBackend& backend, const PanelProduct& product, Out* c) {
   const int64_t bytes = static_cast<int64_t>(size_of(product.dtype));
   const int64_t m = product.m, n = product.n, depth = product.depth;
   const int64_t stretch = equal_parts(depth, kStretchBytes / (kPanel * bytes), 2);
@@ -111,10 +111,11 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
   const int64_t panels = panels_of(n), blocks = (m + block_rows - 1) / block_rows;
   const int64_t panel_bytes = depth * kPanel * bytes;
   const bool streams = rows_evict_each_other(c, n);
-  parallel_for(threads, blocks * panels, 1, [&](int64_t begin, int64_t end) {
+  const bool long_product = m > kRows;
+  parallel_for(backend.num_threads(), blocks * panels, 1, [&](int64_t begin, int64_t end) {
     alignas(64) float tile[kMostBlockRows * kPanel];
     TileKernels kernels;
-    for (int64_t work = begin; work < end; ++work) {
+    for (int64_t work = begin; work < end && !(long_product && backend.interrupted()); ++work) {
       const int64_t first = work / panels * block_rows, last = std::min(m, first + block_rows);
       const int64_t p = work % panels, column = p * kPanel, width = std::min(kPanel, n - column);
       const uint8_t* panel = product.panels + p * panel_bytes;
@@ -152,13 +153,14 @@ void multiply_panels(int threads, const PanelProduct& product, Out* c) {
     }
     if (streams) hwy::FlushStream();
   });
+  if (long_product) backend.check_interrupted();
 }
 
 void multiply(CpuBackend& backend, const PanelProduct& product, const Tensor& c) {
   if (c.dtype == DType::f32) {
-    multiply_panels(backend.num_threads(), product, c.as<float>());
+    multiply_panels(backend, product, c.as<float>());
   } else {
-    multiply_panels(backend.num_threads(), product, c.as<bf16>());
+    multiply_panels(backend, product, c.as<bf16>());
   }
 }
 
@@ -232,6 +234,7 @@ void CpuBackend::linear(const Tensor& x, const PackedWeight& weight, const Tenso
   const auto& packed = static_cast<const CpuPackedWeight&>(weight);
   const int64_t k = packed.inputs, m = x.size() / k;
   if (packed.amx.wanted) {
+    check_interrupted();
     amx_->linear(x, packed.amx, packed.outputs, k, bias, y, accumulate);
     return;
   }
@@ -250,6 +253,7 @@ void CpuBackend::linear_backward_input(const Tensor& dy, const PackedWeight& wei
   const DType computed = packed.computed;
   const int64_t n = packed.outputs, k = packed.inputs, m = dy.size() / n;
   if (packed.amx.wanted) {
+    check_interrupted();
     amx_->linear_backward_input(dy, packed.amx, n, k, dx, accumulate);
     return;
   }
@@ -288,6 +292,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
   }
   const DType computed = has_tile_kernels(dy.dtype) ? dy.dtype : DType::f32;
   if (amx_ && computed == DType::bf16) {
+    check_interrupted();
     amx_->linear_backward_weight(dy, x, dw);
     return;
   }
@@ -299,6 +304,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
   const Tensor x_panels = allocate(computed, {panels, tokens, kPanel});
   const Tensor columns = allocate(computed, {num_threads(), most_outputs, tokens});
   for (int64_t begin = 0; begin < m; begin += tokens) {
+    check_interrupted();
     const int64_t rows = std::min(tokens, m - begin),
                   depth = (rows + kTokenStep - 1) / kTokenStep * kTokenStep;
     pack_rows(num_threads(), computed, right.as<const uint8_t>() + begin * k * bytes, rows, k, depth,
@@ -307,7 +313,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
       uint8_t* mine = columns.as<uint8_t>() + omp_get_thread_num() * most_outputs * tokens * bytes;
       int64_t packed = -1;
       TileKernels kernels;
-      for (int64_t work = first; work < last; ++work) {
+      for (int64_t work = first; work < last && !interrupted(); ++work) {
         const int64_t chunk = work / panels, q = work % panels;
         const int64_t output = chunk * most_outputs, outputs = std::min(most_outputs, n - output);
         if (chunk != packed) {
@@ -333,6 +339,7 @@ void CpuBackend::linear_backward_weight(const Tensor& dy, const Tensor& x, const
       }
     });
   }
+  check_interrupted();
 }
 
 }  // namespace merf

@@ -24,9 +24,10 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kPage = size_t{64} << 10;
 constexpr size_t kHugePage = size_t{2} << 20;
 constexpr size_t kIdleBytes = size_t{96} << 20;
-// Asking the system what is left costs some microseconds, so only where it matters.
+// Asking the system what is left costs some microseconds, so it is done once for so many bytes that are new.
 constexpr size_t kCheckedBytes = size_t{32} << 20;
 constexpr size_t kReserveBytes = size_t{64} << 20;
+constexpr size_t kUnlimited = std::numeric_limits<size_t>::max();
 
 size_t round_up(size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -41,10 +42,26 @@ size_t block_size(size_t bytes) {
   return round_up(bytes, power / 8);
 }
 
-size_t read_bytes(const char* path) {
+// The number that a file holds; unlimited where there is none, as in "max".
+size_t read_bytes(const std::string& path) {
   std::ifstream file(path);
   size_t value = 0;
-  return file >> value ? value : std::numeric_limits<size_t>::max();
+  return file >> value ? value : kUnlimited;
+}
+
+size_t read_statistic(const std::string& path, const std::string& name) {
+  std::ifstream file(path);
+  std::string key;
+  for (size_t value = 0; file >> key >> value;) {
+    if (key == name) return value;
+  }
+  return 0;
+}
+
+// Aligned as wanted, whatever the size: std::aligned_alloc takes multiples of the alignment alone.
+void* allocate_aligned(size_t alignment, size_t bytes) {
+  void* data = nullptr;
+  return posix_memalign(&data, alignment, bytes) == 0 ? data : nullptr;
 }
 
 size_t read_meminfo(const std::string& key) {
@@ -58,32 +75,66 @@ size_t read_meminfo(const std::string& key) {
   return std::numeric_limits<size_t>::max();
 }
 
+// How the two versions of control groups name things.
+struct ControlGroupFiles {
+  const char* folder;
+  const char* limit;
+  const char* used;
+  const char* cached;  // of memory.stat
+};
+constexpr ControlGroupFiles kVersion2 = {"/sys/fs/cgroup", "/memory.max", "/memory.current", "inactive_file"};
+constexpr ControlGroupFiles kVersion1 = {"/sys/fs/cgroup/memory", "/memory.limit_in_bytes",
+                                         "/memory.usage_in_bytes", "total_inactive_file"};
+
+// Lowers `memory` to what a group and those above it leave. A container may see its group's path from outside of the
+// file system that it has, so paths that are not there are passed over.
+void apply_limits(const std::string& root, const ControlGroupFiles& files, std::string path,
+                  ControlGroupMemory& memory) {
+  while (!path.empty() && path.back() == '/') path.pop_back();
+  while (true) {
+    const std::string group = root + files.folder + path;
+    const size_t limit = read_bytes(group + files.limit), used = read_bytes(group + files.used);
+    memory.limit = std::min(memory.limit, limit);
+    if (limit != kUnlimited && used != kUnlimited) {
+      // The page cache counts as used but is given up under pressure.
+      const size_t cached = read_statistic(group + "/memory.stat", files.cached);
+      const size_t held = used - std::min(used, cached);
+      memory.available = std::min(memory.available, limit - std::min(limit, held));
+    }
+    if (path.empty()) return;
+    path.resize(path.find_last_of('/'));
+  }
+}
+
 }  // namespace
+
+ControlGroupMemory control_group_memory(const std::string& root) {
+  ControlGroupMemory memory;
+  std::ifstream file(root + "/proc/self/cgroup");
+  // A line is "hierarchy:controllers:path"; version 2 has the hierarchy 0 and names no controllers.
+  for (std::string line; std::getline(file, line);) {
+    const size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string::npos || second == std::string::npos) continue;
+    std::string controllers(1, ',');
+    controllers.append(line, first + 1, second - first - 1).push_back(',');
+    const std::string path = line.substr(second + 1);
+    if (path.empty() || path[0] != '/') continue;
+    if (controllers == ",,") apply_limits(root, kVersion2, path, memory);
+    if (controllers.find(",memory,") != std::string::npos) apply_limits(root, kVersion1, path, memory);
+  }
+  return memory;
+}
 
 size_t total_memory() {
   const long pages = sysconf(_SC_PHYS_PAGES);
   const long page = sysconf(_SC_PAGE_SIZE);
-  const size_t physical = pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page)
-                                                : std::numeric_limits<size_t>::max();
-  return std::min(physical, read_bytes("/sys/fs/cgroup/memory.max"));
+  const size_t physical =
+      pages > 0 && page > 0 ? static_cast<size_t>(pages) * static_cast<size_t>(page) : kUnlimited;
+  return std::min(physical, control_group_memory().limit);
 }
 
 size_t available_memory() {
-  size_t available = read_meminfo("MemAvailable:");
-  const size_t limit = read_bytes("/sys/fs/cgroup/memory.max");
-  const size_t current = read_bytes("/sys/fs/cgroup/memory.current");
-  if (limit != std::numeric_limits<size_t>::max() && current != std::numeric_limits<size_t>::max()) {
-    // The page cache counts as current but is given up under pressure.
-    size_t cached = 0;
-    std::ifstream stat("/sys/fs/cgroup/memory.stat");
-    std::string name;
-    for (size_t value = 0; stat >> name >> value;) {
-      if (name == "inactive_file") cached = value;
-    }
-    const size_t held = current - std::min(current, cached);
-    available = std::min(available, limit - std::min(limit, held));
-  }
-  return available;
+  return std::min(read_meminfo("MemAvailable:"), control_group_memory().available);
 }
 
 class PooledStorage final : public Storage {
@@ -126,21 +177,23 @@ std::shared_ptr<Storage> MemoryPool::allocate(size_t requested) {
     idle_bytes_ -= found;
     idle_.erase(best);
   } else {
-    if (bytes >= kCheckedBytes) {
-      // Blocks handed out but not yet written to do not show in what the system reports as available, so the sum of
-      // all is held against what there was at the start as well.
-      if (used_ + bytes > limit_) {
-        refuse(in_words(used_) + " are in use of the " + in_words(limit_) + " available at the start");
-      }
+    // Blocks handed out but not yet written to do not show in what the system reports as available, so the sum of
+    // all is held against what there was at the start as well.
+    if (used_ + bytes > limit_) {
+      refuse(in_words(used_) + " are in use of the " + in_words(limit_) + " available at the start");
+    }
+    unchecked_ += bytes;
+    if (unchecked_ >= kCheckedBytes) {
       if (bytes + kReserveBytes > available_memory()) drop_idle(0);
       const size_t available = available_memory();
       if (bytes + kReserveBytes > available) refuse(in_words(available) + " are available");
+      unchecked_ = 0;
     }
     const size_t alignment = bytes >= kHugePage ? kHugePage : kAlignment;
-    data = std::aligned_alloc(alignment, bytes);
+    data = allocate_aligned(alignment, bytes);
     if (data == nullptr) {
       drop_idle(0);
-      data = std::aligned_alloc(alignment, bytes);
+      data = allocate_aligned(alignment, bytes);
     }
     if (data == nullptr) refuse("the system has no more");
 #ifdef MADV_HUGEPAGE

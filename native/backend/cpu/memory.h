@@ -3,9 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <list>
 #include <memory>
 #include <mutex>
+#include <string>
 
 #include "backend/tensor.h"
 
@@ -41,7 +43,16 @@ class MemoryPool : public std::enable_shared_from_this<MemoryPool> {
   size_t used_ = 0;
   size_t peak_ = 0;
   size_t limit_ = 0;
+  size_t unchecked_ = 0;  // taken from the system since it was asked what is left
 };
+
+// What the control groups of this process, of either version, leave it; the greatest number where they have no limit.
+struct ControlGroupMemory {
+  size_t limit = std::numeric_limits<size_t>::max();
+  size_t available = std::numeric_limits<size_t>::max();
+};
+// `root` stands before the paths of /proc and /sys, for tests.
+ControlGroupMemory control_group_memory(const std::string& root = "");
 
 // Bytes that could be allocated now without swapping or being killed, as far as the system tells.
 size_t available_memory();

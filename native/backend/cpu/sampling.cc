@@ -369,6 +369,7 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
     float* own_weights = weights.as<float>() + omp_get_thread_num() * 2 * room;
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
+      if (interrupted()) continue;
       const int32_t* key = keys.as<int32_t>() + 2 * row;
       const double uniform =
           sampling_uniform(options.seed, static_cast<uint32_t>(key[0]), static_cast<uint32_t>(key[1]),
@@ -382,6 +383,7 @@ void CpuBackend::sample_tokens(const Tensor& logits, const Tensor& keys, const T
       if (entropies) entropies.as<float>()[row] = drawn.entropy;
     }
   }
+  check_interrupted();
 }
 
 void CpuBackend::next_tokens(const Tensor& drawn, const Tensor& sources, const Tensor& ids) {
