@@ -4,6 +4,7 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { evaluate } from '../lib/evaluate/index.js';
 import { Policy } from '../lib/policy/index.js';
+import type { MotivationView } from '../lib/prompt/motivation.js';
 import { knightsAndKnaves } from '../lib/tasks/knights-and-knaves/index.js';
 import { learningRateAt } from '../lib/train/schedule.js';
 import { Corpus } from './seed-model/corpus.js';
@@ -61,7 +62,11 @@ const heldOut = Array.from({ length: 256 }, (_, i) => source.at(i));
  * Says how the policy does on held-out puzzles, with the settings of `merf evaluate --samples 2 --max-tokens 192 --seed 1`,
  * and how often notes that come to their end, in the demanded format, are right.
  */
-async function report(policy: Policy, puzzles: number, motivations: readonly string[]): Promise<void> {
+async function report(
+  policy: Policy,
+  puzzles: number,
+  motivations: readonly MotivationView[],
+): Promise<void> {
   for (const motivation of motivations) {
     let finished = 0;
     let right = 0;
