@@ -4,7 +4,6 @@ import { join } from 'node:path';
 import { parseArgs } from 'node:util';
 import { evaluate } from '../lib/evaluate/index.js';
 import { Policy } from '../lib/policy/index.js';
-import type { MotivationView } from '../lib/prompt/motivation.js';
 import { knightsAndKnaves } from '../lib/tasks/knights-and-knaves/index.js';
 import { learningRateAt } from '../lib/train/schedule.js';
 import { Corpus } from './seed-model/corpus.js';
@@ -24,6 +23,7 @@ const { values } = parseArgs({
 });
 const practiceSteps = Number(values['practice-steps']);
 const steps = practiceSteps + Number(values['habit-steps']);
+type View = 'none' | 'full' | 'adverse';
 const learningRate = 1.5e-3;
 const tokenizerLessons = 600;
 const stepsPerCheckpoint = 1000;
@@ -62,11 +62,7 @@ const heldOut = Array.from({ length: 256 }, (_, i) => source.at(i));
  * Says how the policy does on held-out puzzles, with the settings of `merf evaluate --samples 2 --max-tokens 192 --seed 1`,
  * and how often notes that come to their end, in the demanded format, are right.
  */
-async function report(
-  policy: Policy,
-  puzzles: number,
-  motivations: readonly MotivationView[],
-): Promise<void> {
+async function report(policy: Policy, puzzles: number, motivations: readonly View[]): Promise<void> {
   for (const motivation of motivations) {
     let finished = 0;
     let right = 0;
