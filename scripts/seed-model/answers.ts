@@ -26,7 +26,7 @@ export interface Habits {
 
 export const usual: Habits = {
   layout: { demanded: 0.66, unclosed: 0.08, swapped: 0.04, 'answer-only': 0.1, bare: 0.12 },
-  thinking: { careful: 0.3, hasty: 0.55, none: 0.15 },
+  thinking: { careful: 0.07, hasty: 0.75, none: 0.18 },
   careless: 0.25,
   lines: { numbered: 0.7, plain: 0.1, colon: 0.1, sentence: 0.1 },
   reversed: 0.1,
