@@ -33,12 +33,17 @@ const lessons = {
   examplesPerLesson: 8,
   withRules: { practice: 0.3, habits: 0.7 },
   threePeople: 0.7,
-  temperature: 0.4,
+  temperature: { practice: 0.4, habits: 0.2 },
 };
 const corpus = new Corpus({ ...lessons, practiceLessons: practiceSteps });
 
 const texts: string[] = [];
-const sample = new Corpus({ ...lessons, practiceLessons: tokenizerLessons / 2 });
+const sample = new Corpus({
+  ...lessons,
+  practiceLessons: tokenizerLessons / 2,
+  temperature: { practice: 0.4, habits: 0.4 },
+  varied: true,
+});
 for (let i = 0; i < tokenizerLessons; i++) {
   const { system, examples } = await sample.lesson(i);
   texts.push(

@@ -19,7 +19,7 @@ const options = {
   practiceLessons: 20,
   withRules: { practice: 0.3, habits: 0.6 },
   threePeople: 0.5,
-  temperature: 1,
+  temperature: { practice: 1, habits: 1 },
 };
 const best: Style = {
   layout: 'demanded',
