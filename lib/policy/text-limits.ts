@@ -85,6 +85,7 @@ const maxRuns = 8;
  * @throws TookTooLong
  */
 export function within<T>(milliseconds: number, work: () => T): T {
+  const start = process.cpuUsage();
   for (let run = 1; ; ++run) {
     sandbox.work = work;
     const before = process.cpuUsage();
@@ -92,12 +93,17 @@ export function within<T>(milliseconds: number, work: () => T): T {
       return script.runInContext(sandbox, { timeout: milliseconds }) as T;
     } catch (error) {
       if ((error as NodeJS.ErrnoException).code !== 'ERR_SCRIPT_EXECUTION_TIMEOUT') throw error;
-      const { user, system } = process.cpuUsage(before);
-      if (run === maxRuns || (user + system) / 1000 > shareOfProcessor * milliseconds) {
+      const isBusy = millisecondsSince(before) > shareOfProcessor * milliseconds;
+      if (run === maxRuns || isBusy || millisecondsSince(start) > milliseconds) {
         throw new TookTooLong(`it took longer than ${milliseconds} ms`);
       }
     } finally {
       sandbox.work = undefined;
     }
   }
+}
+
+function millisecondsSince(earlier: NodeJS.CpuUsage): number {
+  const { user, system } = process.cpuUsage(earlier);
+  return (user + system) / 1000;
 }
