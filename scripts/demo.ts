@@ -12,8 +12,8 @@ import { Trainer } from '../lib/train/trainer.js';
 
 const { values } = parseArgs({
   options: {
-    steps: { type: 'string', default: '60' },
-    puzzles: { type: 'string', default: '256' },
+    steps: { type: 'string', default: '20' },
+    puzzles: { type: 'string', default: '128' },
     seed: { type: 'string', default: '0' },
     'learning-rate': { type: 'string', default: '2e-4' },
     model: { type: 'string' },
@@ -98,7 +98,7 @@ async function train({ name, settings }: Recipe) {
           `${name.padEnd(15)}  step ${String(event.step).padStart(3)}/${steps}  reward ${reward.toFixed(2).padStart(5)}  ` +
           `correct ${percent(Number(correct)).padStart(6)}  ${sparkline(rewards, 40)}`;
         if (live) process.stdout.write(`\r\x1b[2K${line.slice(0, (process.stdout.columns ?? 100) - 1)}`);
-        else if (event.step % 10 === 0 || event.step === steps) process.stdout.write(`${line}\n`);
+        else if (event.step % 5 === 0 || event.step === steps) process.stdout.write(`${line}\n`);
       },
     });
     await trainer.run();
@@ -187,8 +187,8 @@ ${table
   )
   .join('\n')}
 
-What to look for: the first column is what is left when nobody tells the rules. MeRF leans on being told; a model that is
-drawn under the rules, learns with and without them and then without should keep what they gave it.
+What to look for: the first column, accuracy when nobody tells the rules, after the last recipe (drawn under the rules,
+learned with and without them, then trained without) against RLVR, which has to find out by chance what the rules suggest.
 Training took ${runs.map(({ name, seconds }) => `${duration(seconds)} by ${name}`).join(', ')}, everything together ${duration(elapsed())}, on ${device}.
 Metrics, completions and models are in ${shortPath(folder)}.
 `);
