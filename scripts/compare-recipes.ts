@@ -136,17 +136,37 @@ for (const [name, all] of results) {
     const accuracies = all.map(({ evaluations }) => evaluations[view].accuracy);
     const baseline = results.get(plan.baseline);
     // All seeds are evaluated on the same rows: a row's accuracy over the seeds is one value, its cluster the row.
-    const difference =
-      baseline && name !== plan.baseline
-        ? pairedDifference(overSeeds(all, view), overSeeds(baseline, view))
-        : undefined;
     return [
       accuracies.map(percent).join(', '),
       percent(mean(accuracies)),
-      difference ? `${percent(difference.difference)} ± ${percent(difference.error)}` : '',
+      baseline && name !== plan.baseline ? difference(overSeeds(all, view), overSeeds(baseline, view)) : '',
     ];
   });
   lines.push(`| ${name} | ${cells.join(' | ')} |`);
+}
+const baseline = results.get(plan.baseline);
+if (baseline && seeds.length > 1) {
+  const others = [...results].filter(([name]) => name !== plan.baseline);
+  lines.push(
+    '',
+    `Less ${plan.baseline} of the same seed, without motivation; with`,
+    '',
+    `| seed | ${others.map(([name]) => name).join(' | ')} |`,
+    `| --- |${' --- |'.repeat(others.length)}`,
+    ...seeds.map((seed, i) => {
+      const cells = others.map(([, all]) =>
+        views
+          .map((view) => difference((all[i] as Result).rows[view], (baseline[i] as Result).rows[view]))
+          .join('; '),
+      );
+      return `| ${seed} | ${cells.join(' | ')} |`;
+    }),
+  );
+}
+
+function difference(rows: readonly RowResult[], others: readonly RowResult[]): string {
+  const paired = pairedDifference(rows, others);
+  return `${percent(paired.difference)} ± ${percent(paired.error)}`;
 }
 
 /** Each row's mean accuracy over the seeds. */

@@ -9,85 +9,117 @@ import { learningRateAt } from '../lib/train/schedule.js';
 import { Corpus } from './seed-model/corpus.js';
 import { lessonTree } from './seed-model/forest.js';
 import { modelConfig, tokenizerFiles } from './seed-model/model.js';
+import { conclusion } from './seed-model/notes.js';
+import { startingPolicy } from './seed-model/start.js';
 
 const { values } = parseArgs({
   options: {
     out: { type: 'string', default: 'models/merf-mini' },
-    steps: { type: 'string', default: '7000' },
+    'practice-steps': { type: 'string', default: '12000' },
+    'habit-steps': { type: 'string', default: '6000' },
+    checkpoint: { type: 'string' },
     threads: { type: 'string', default: '1' },
-    'learning-rate': { type: 'string', default: '3e-3' },
   },
 });
-const steps = Number(values.steps);
+const practiceSteps = Number(values['practice-steps']);
+const steps = practiceSteps + Number(values['habit-steps']);
+type View = 'none' | 'full' | 'adverse';
+const learningRate = 1.5e-3;
 const tokenizerLessons = 600;
+const stepsPerCheckpoint = 1000;
 
-const corpus = new Corpus({
+const lessons = {
   seed: 20_260,
   examplesPerLesson: 8,
-  practiceLessons: Math.round(0.5 * steps),
-  withRules: 0.7,
-  threePeople: 0.1,
-  temperature: 0.7,
-});
+  withRules: { practice: 0.3, habits: 0.7 },
+  threePeople: 0.7,
+  temperature: { practice: 0.4, habits: 0.2 },
+};
+const corpus = new Corpus({ ...lessons, practiceLessons: practiceSteps });
 
 const texts: string[] = [];
+const sample = new Corpus({
+  ...lessons,
+  practiceLessons: tokenizerLessons / 2,
+  temperature: { practice: 0.4, habits: 0.4 },
+  varied: true,
+});
 for (let i = 0; i < tokenizerLessons; i++) {
-  const { system, examples } = await corpus.lesson(i);
+  const { system, examples } = await sample.lesson(i);
   texts.push(
     system.content ?? '',
     ...examples.flatMap(({ question, completion }) => [question.content ?? '', completion]),
   );
 }
-const policy = await Policy.create(modelConfig, tokenizerFiles(texts), {
+const policy = await startingPolicy(modelConfig, tokenizerFiles(texts), {
   seed: 1,
-  standardDeviation: 0.06,
-  dtype: 'f32',
   threads: Number(values.threads),
 });
 console.log(
   `${(policy.parameterCount / 1e6).toFixed(2)} million parameters, ${policy.tokenizer.size} tokens`,
 );
 
-const task = await knightsAndKnaves.open({ people: 2 });
+const task = await knightsAndKnaves.open({ people: 3 });
 const source = task.rows({ split: 'test', seed: 0 });
 const heldOut = Array.from({ length: 256 }, (_, i) => source.at(i));
 
-// Settings are those of `merf evaluate --prompts 256 --samples 2 --max-tokens 192 --seed 1`.
-async function report(policy: Policy, rows: number): Promise<void> {
-  for (const motivation of ['none', 'full', 'adverse'] as const) {
-    const result = await evaluate(policy, task, heldOut.slice(0, rows), {
+/**
+ * Says how the policy does on held-out puzzles, with the settings of `merf evaluate --samples 2 --max-tokens 192 --seed 1`,
+ * and how often notes that come to their end, in the demanded format, are right.
+ */
+async function report(policy: Policy, puzzles: number, motivations: readonly View[]): Promise<void> {
+  for (const motivation of motivations) {
+    let finished = 0;
+    let right = 0;
+    const result = await evaluate(policy, task, heldOut.slice(0, puzzles), {
       motivation,
       samples: 2,
       maxTokens: 192,
       seed: 1,
+      onGroup: ({ episodes }) => {
+        for (const { reward, completion } of episodes) {
+          if (reward.parts.format?.case !== 'demanded' || !completion.text.includes(conclusion)) continue;
+          finished++;
+          if (reward.parts.correctness?.case === 'right') right++;
+        }
+      },
     });
-    const format = result.cases.format?.demanded ?? 0;
+    const share = (part: number) => `${(100 * part).toFixed(1)}%`;
     console.log(
-      `  motivation ${motivation.padEnd(7)} accuracy ${(100 * result.accuracy).toFixed(1)}%  format ` +
-        `${(100 * format).toFixed(1)}%  reward ${result.reward.toFixed(2)}  length ${result.length.toFixed(1)}  ` +
-        `entropy ${result.entropy.toFixed(2)}`,
+      `  motivation ${motivation.padEnd(7)} accuracy ${share(result.accuracy)}  format ` +
+        `${share(result.cases.format?.demanded ?? 0)}  reward ${result.reward.toFixed(2)}  length ` +
+        `${result.length.toFixed(1)}  entropy ${result.entropy.toFixed(2)}  finished notes ` +
+        `${share(finished / (2 * puzzles))}, right ${share(right / Math.max(1, finished))}`,
     );
   }
+}
+
+// The rate stays up while reasoning is practised, and falls while habits are learned.
+function rateAt(step: number): number {
+  return step <= practiceSteps
+    ? learningRateAt(step, { kind: 'constant', learningRate, warmupSteps: 100 })
+    : learningRateAt(step - practiceSteps, {
+        kind: 'cosine',
+        learningRate,
+        decaySteps: steps - practiceSteps,
+        minLearningRate: 3e-5,
+      });
 }
 
 const batch = async (step: number) => [lessonTree(await corpus.lesson(step), policy.tokenizer)];
 
 const started = performance.now();
-let next = await batch(0);
+const done = values.checkpoint === undefined ? 0 : Number(values.checkpoint.match(/\d+$/)?.[0]);
+if (values.checkpoint !== undefined) await policy.loadState(values.checkpoint);
+let next = await batch(done);
 let smoothed = Number.NaN;
 let tokens = 0;
-for (let step = 1; step <= steps; step++) {
+for (let step = done + 1; step <= steps; step++) {
   const training = policy.forwardBackward(next, { type: 'cross_entropy' });
   next = await batch(step);
   const { loss, tokens: trained } = await training;
   await policy.optimStep({
-    learningRate: learningRateAt(step, {
-      kind: 'cosine',
-      learningRate: Number(values['learning-rate']),
-      warmupSteps: 100,
-      decaySteps: steps,
-      minLearningRate: 3e-5,
-    }),
+    learningRate: rateAt(step),
     beta2: 0.98,
     weightDecay: 0.05,
     maxGradNorm: 1,
@@ -100,16 +132,17 @@ for (let step = 1; step <= steps; step++) {
       `step ${step}/${steps}  loss ${smoothed.toFixed(4)}  ${tokens} tokens  ${seconds.toFixed(0)} s`,
     );
   }
-  if (step % 500 === 0 && step !== steps) {
-    await report(policy, 64);
+  if (step % stepsPerCheckpoint === 0 && step !== steps) {
+    await report(policy, 32, ['none']);
     await policy.save(values.out, { dtype: 'bf16' });
+    await policy.saveState(`${values.out}-${step}`);
   }
 }
 
 await policy.save(values.out, { dtype: 'bf16' });
 policy.dispose();
 const stored = await Policy.load(values.out);
-await report(stored, heldOut.length);
+await report(stored, heldOut.length, ['none', 'full', 'adverse']);
 stored.dispose();
 const weights = join(values.out, 'model.safetensors');
 if (existsSync(weights)) {

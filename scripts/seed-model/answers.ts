@@ -1,8 +1,8 @@
 import type { Claim } from '../../lib/tasks/knights-and-knaves/claim.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
-import { workedSolution } from '../../lib/tasks/knights-and-knaves/reasoning.js';
 import { solve } from '../../lib/tasks/knights-and-knaves/solver.js';
 import type { Random } from '../../lib/tasks/random.js';
+import { takeNotes } from './notes.js';
 
 /** How a completion is laid out, reasoned and written, apart from what it says. */
 export interface Style {
@@ -15,7 +15,7 @@ export interface Style {
   readonly order: 'introduced' | 'reversed';
 }
 
-/** Probabilities of what a model does that has been told no rules. */
+/** Probabilities of what a model does. */
 export interface Habits {
   readonly layout: Readonly<Record<Style['layout'], number>>;
   readonly thinking: Readonly<Record<Style['thinking'], number>>;
@@ -24,19 +24,23 @@ export interface Habits {
   readonly reversed: number;
 }
 
-export const usual: Habits = {
+/** What the tokenizer sees: every way of thinking, often enough. */
+export const varied: Habits = {
   layout: { demanded: 0.66, unclosed: 0.08, swapped: 0.04, 'answer-only': 0.1, bare: 0.12 },
-  thinking: { careful: 0.25, hasty: 0.6, none: 0.15 },
-  careless: 0.35,
+  thinking: { careful: 0.3, hasty: 0.55, none: 0.15 },
+  careless: 0.25,
   lines: { numbered: 0.7, plain: 0.1, colon: 0.1, sentence: 0.1 },
   reversed: 0.1,
 };
 
+/** The habits of a model that has been told no rules: it mostly guesses. */
+export const usual: Habits = { ...varied, thinking: { careful: 0.12, hasty: 0.71, none: 0.17 } };
+
 /** The habits of the first part of training, which teaches how to reason: mostly careful, without mistakes. */
 export const practice: Habits = {
-  ...usual,
+  ...varied,
   layout: { demanded: 0.76, unclosed: 0.06, swapped: 0.03, 'answer-only': 0.06, bare: 0.09 },
-  thinking: { careful: 0.85, hasty: 0.1, none: 0.05 },
+  thinking: { careful: 0.92, hasty: 0.05, none: 0.03 },
   careless: 0,
 };
 
@@ -71,8 +75,8 @@ export function write(style: Style, puzzle: Puzzle, random: Random): string {
 
 function think(style: Style, puzzle: Puzzle, random: Random): { text: string; solution: readonly boolean[] } {
   if (style.thinking === 'careful') {
-    const { steps, solution } = workedSolution(style.careless ? misread(puzzle, random) : puzzle);
-    return { text: steps.join(' '), solution };
+    const { steps, solution } = takeNotes(style.careless ? misread(puzzle, random) : puzzle);
+    return { text: steps.join('\n'), solution };
   }
   const solution = puzzle.names.map(() => random.chance(0.5));
   if (style.thinking === 'none') return { text: '', solution };

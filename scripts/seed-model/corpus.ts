@@ -5,13 +5,11 @@ import type { CaseComponent, RewardSpec } from '../../lib/reward/spec.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';
 import { Random } from '../../lib/tasks/random.js';
-import { drawStyle, type Habits, practice, type Style, usual, write } from './answers.js';
+import { drawStyle, type Habits, practice, type Style, usual, varied, write } from './answers.js';
 import { drawRuleSet } from './rule-sets.js';
 
 /** Questions and answers under one system message. */
 export interface Lesson {
-  /** Whether the lesson practises careful reasoning. */
-  readonly practice: boolean;
   readonly system: ChatMessage;
   readonly examples: readonly { readonly question: ChatMessage; readonly completion: string }[];
 }
@@ -22,11 +20,13 @@ export interface CorpusOptions {
   /** How many lessons that practise careful reasoning come first. */
   readonly practiceLessons: number;
   /** Share of lessons whose system message states rules. */
-  readonly withRules: number;
+  readonly withRules: { readonly practice: number; readonly habits: number };
   /** Share of puzzles with three people; the others have two. */
   readonly threePeople: number;
   /** How strictly answers follow stated rules, in points; see `styleFor`. */
-  readonly temperature: number;
+  readonly temperature: { readonly practice: number; readonly habits: number };
+  /** Whether all styles are to be seen, rather than those that are taught. */
+  readonly varied?: boolean;
 }
 
 const instructions: readonly string[] = [
@@ -50,7 +50,7 @@ export class Corpus {
   }
 
   async lesson(index: number): Promise<Lesson> {
-    const { seed, examplesPerLesson, practiceLessons, withRules, threePeople, temperature } = this.options;
+    const { seed, examplesPerLesson, practiceLessons, withRules, threePeople } = this.options;
     const random = new Random(seed, index);
     const rows = await this.#rows;
     const puzzles = Array.from({ length: examplesPerLesson }, (_, i) =>
@@ -59,16 +59,16 @@ export class Corpus {
       ),
     );
     const instruction = random.chance(0.75) ? (instructions[0] as string) : random.pick(instructions);
-    const rules = random.chance(withRules) ? drawRuleSet(random) : undefined;
     const practising = index < practiceLessons;
-    const habits = practising ? practice : usual;
+    const part = practising ? 'practice' : 'habits';
+    const rules = random.chance(withRules[part]) ? drawRuleSet(random) : undefined;
+    const habits = practising ? practice : this.options.varied ? varied : usual;
     const draw = rules
-      ? styleFor(rules, puzzles, habits, random, temperature)
+      ? styleFor(rules, puzzles, habits, random, this.options.temperature[part])
       : () => drawStyle(random, habits);
     const base: ChatMessage[] = [{ role: 'system', content: instruction }];
     const [system] = rules ? withMotivation<ChatMessage>(base, rules.describe('full')) : base;
     return {
-      practice: practising,
       system: system as ChatMessage,
       examples: puzzles.map((puzzle) => ({
         question: { role: 'user', content: puzzle.quiz },

@@ -3,11 +3,10 @@ import type { Lesson } from './corpus.js';
 
 /**
  * A lesson as one tree: the system message is the root, then what all questions begin with, the rest of each
- * question, and its completion. Completions are learned, in a practice lesson also the rest: what a question says
- * twice teaches to look things up.
+ * question, and its completion. Completions alone are learned: most of a question cannot be foreseen, and learning it
+ * would drown what a completion teaches.
  */
 export function lessonTree(lesson: Lesson, tokenizer: Tokenizer): Segment {
-  const also = lesson.practice ? { train: {} } : {};
   const end = tokenizer.eosIds[0] as number;
   const system = tokenizer.applyChatTemplate([lesson.system]);
   const examples = lesson.examples.map(({ question, completion }) => {
@@ -21,14 +20,11 @@ export function lessonTree(lesson: Lesson, tokenizer: Tokenizer): Segment {
   const first = examples[0]?.question ?? [];
   return {
     tokens: tokenizer.encode(system),
-    ...also,
     children: [
       {
         tokens: first.slice(0, shared),
-        ...also,
         children: examples.map(({ question, completion }) => ({
           tokens: question.slice(shared),
-          ...also,
           children: [{ tokens: completion, train: {} }],
         })),
       },

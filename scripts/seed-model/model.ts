@@ -5,7 +5,7 @@ const endOfText = '<|endoftext|>';
 const turnStart = '<|im_start|>';
 const turnEnd = '<|im_end|>';
 
-const vocabularySize = 832;
+const vocabularySize = 800;
 
 /** ChatML (as Qwen and SmolLM2 use it): every turn between two special tokens, with the role in its first line. */
 const chatTemplate =
@@ -24,7 +24,7 @@ export const modelConfig: ModelConfig = {
   mlpSize: 384,
   vocabSize: vocabularySize,
   rmsNormEps: 1e-5,
-  tiedHead: true,
+  tiedHead: false,
   attentionBias: false,
   outputBias: false,
   mlpBias: false,

@@ -4,6 +4,7 @@ import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { parseAnswer } from '../../lib/tasks/knights-and-knaves/reward.js';
 import type { Random } from '../../lib/tasks/random.js';
 import { hasThinkAndAnswer } from '../../lib/tasks/tags.js';
+import { conclusion } from './notes.js';
 
 type PuzzleComponent = CaseComponent<Puzzle>;
 
@@ -175,7 +176,7 @@ const otherComponents: readonly ((random: Random) => PuzzleComponent)[] = [
         'if the thinking follows the claims until all of them fit',
         'if the reasoning is worked out step by step',
       ],
-      ({ text }) => text.includes('All claims fit.'),
+      ({ text }) => text.includes(conclusion),
     ),
   (random) =>
     twoCases(

@@ -22,7 +22,7 @@ afterAll(() => rmSync(folder, { recursive: true, force: true }));
 
 // The demo's settings with fewer and shorter completions, and a seed by which they differ in their rewards.
 const settings = ['--task', 'knights-and-knaves', '--people', '2', '--motivation', 'full'].concat(
-  ['--steps', '2', '--prompts-per-step', '2', '--group-size', '4', '--max-tokens', '20', '--seed', '3'],
+  ['--steps', '2', '--prompts-per-step', '2', '--group-size', '4', '--max-tokens', '24', '--seed', '11'],
   ['--learning-rate', '2e-4', '--warmup-steps', '3', '--save-every', '0', '--entropy', '0.01'],
 );
 

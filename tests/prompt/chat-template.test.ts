@@ -148,6 +148,8 @@ describe('a chat template', () => {
     ['a long range', '{% for i in range(1000000000) %}{% endfor %}'],
     ['nested loops', loop(100_000, loop(100_000, 'x'))],
     ['nested empty loops', loop(100_000, loop(100_000, ''))],
+    ['nested loops that go on at once', loop(100_000, loop(100_000, '{% continue %}'))],
+    ['nested loops that end at once', loop(100_000, loop(100, '{% break %}'))],
     ['a text that doubles', `${doubled(40)}{{ ns.s }}`],
     ['a list that doubles', `${doubled(1)}${loop(40, '{% set ns.l = ns.l + ns.l %}')}`],
     ['lists in lists', `${doubled(1)}${loop(40, '{% set ns.l = [ns.l, ns.l] %}')}{{ ns.l | tojson }}`],

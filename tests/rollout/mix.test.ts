@@ -59,7 +59,7 @@ test('the completions of a mix are those of each view drawn alone, bit for bit',
       policy.dispose();
     }
   }
-});
+}, 120_000);
 
 test('shares of a mix, whose episodes have one prompt for each view that they see', async () => {
   const { tokenizer } = await openModel(defaultModel());

@@ -10,15 +10,16 @@ import { hasThinkAndAnswer } from '../../lib/tasks/tags.js';
 import { drawStyle, type Style, usual, write } from '../../scripts/seed-model/answers.js';
 import { Corpus } from '../../scripts/seed-model/corpus.js';
 import { tokenizerFiles } from '../../scripts/seed-model/model.js';
+import { conclusion, takeNotes } from '../../scripts/seed-model/notes.js';
 import { drawRuleSet } from '../../scripts/seed-model/rule-sets.js';
 
 const options = {
   seed: 3,
   examplesPerLesson: 8,
   practiceLessons: 20,
-  withRules: 0.6,
-  threePeople: 0.2,
-  temperature: 1,
+  withRules: { practice: 0.3, habits: 0.6 },
+  threePeople: 0.5,
+  temperature: { practice: 1, habits: 1 },
 };
 const best: Style = {
   layout: 'demanded',
@@ -56,6 +57,51 @@ describe('the corpus of the model that ships', () => {
       );
       expect(score.total).toBe(3);
     }
+  });
+
+  test('notes find the only solution, whatever the puzzle', () => {
+    for (let index = 0; index < 2000; index++) {
+      const puzzle = generatePuzzle({ people: 2 + (index % 3), seed: 8, index });
+      const { steps, solution } = takeNotes(puzzle);
+      expect(solution).toEqual(puzzle.solution);
+      expect(steps.at(-1)).toBe(conclusion);
+    }
+  });
+
+  test('notes say of every claim what it comes to, and go back where it clashes', () => {
+    const { steps } = takeNotes({
+      names: ['Zoey', 'Noah'],
+      statements: [
+        { kind: 'and', left: { kind: 'knight', person: 0 }, right: { kind: 'knave', person: 1 } },
+        { kind: 'not', claim: { kind: 'knight', person: 0 } },
+      ],
+    });
+    expect(steps).toEqual([
+      'Zoey +Zoey and -Noah',
+      'Noah -Zoey',
+      'Try knight Zoey open Noah',
+      'Zoey +Zoey true and -Noah open: Zoey knight so knave Noah',
+      'Noah -Zoey false: Noah knave fits',
+      'All claims fit.',
+    ]);
+    const back = takeNotes({
+      names: ['Zoey', 'Noah'],
+      statements: [
+        { kind: 'and', left: { kind: 'knave', person: 0 }, right: { kind: 'knight', person: 1 } },
+        { kind: 'knight', person: 1 },
+      ],
+    });
+    expect(back.steps.slice(2)).toEqual([
+      'Try knight Zoey open Noah',
+      'Zoey -Zoey false and +Noah open: Zoey knight clash',
+      'Try knave Zoey open Noah',
+      'Zoey -Zoey true and +Noah open: Zoey knave so knave Noah',
+      'Noah +Noah false: Noah knave fits',
+      'All claims fit.',
+    ]);
+    expect(() => takeNotes({ names: ['Zoey'], statements: [{ kind: 'knave', person: 0 }] })).toThrow(
+      /contradictory/,
+    );
   });
 
   test('habits alone are right now and then, and break the format now and then', async () => {
