@@ -67,16 +67,15 @@ export function contestant(tf, inputs, sizes) {
     },
     'policy loss': async () => {
       const out = tf.tidy(() => {
-        const index = tf.tensor2d(
-          Array.from(inputs.targets, (target, r) => [r, target]),
-          [rows, 2],
-          'int32',
-        );
+        // TensorFlow.js has no gradient of gatherND, so the targets are chosen by a product.
+        const ones = new Float32Array(rows * vocabulary);
+        for (let r = 0; r < rows; r++) ones[r * vocabulary + inputs.targets[r]] = 1;
+        const chosen = tf.tensor(ones, [rows, vocabulary]);
         const advantages = tf.tensor1d(inputs.advantages);
         const old = tf.tensor1d(inputs.oldLogprobs);
         const { value, grads } = tf.valueAndGrads((states, head) => {
           const logits = tf.matMul(states, head, false, true);
-          const logprobs = tf.gatherND(tf.logSoftmax(logits), index);
+          const logprobs = tf.sum(tf.mul(tf.logSoftmax(logits), chosen), 1);
           const ratio = tf.exp(tf.sub(logprobs, old));
           const clipped = tf.clipByValue(ratio, 0.8, 1.2);
           return tf.neg(tf.mean(tf.minimum(tf.mul(ratio, advantages), tf.mul(clipped, advantages))));
