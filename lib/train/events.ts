@@ -1,11 +1,12 @@
 import { MerfError } from '../errors.js';
-import type { RunResult, TrainingEvent } from './loop.js';
+import type { RunResult, TrainingEvent, TrainingLoop } from './loop.js';
 
 /**
- * The events of a trainer's runs, for a listener and for those who iterate over them. Iterating holds the run back: a step
- * begins only once all events of the one before were taken, so that no more than a step's events ever wait.
+ * What all trainers do alike: one run at a time, stopping, and events for a listener and for those who iterate over the
+ * trainer. Iterating holds the run back: a step begins only once all events of the one before were taken, so that no more
+ * than a step's events ever wait.
  */
-export class RunEvents {
+export abstract class IterableTrainer {
   readonly #listener: ((event: TrainingEvent) => void) | undefined;
   #queue: TrainingEvent[] | undefined;
   /** Fulfils the promise of who waits for an event, and of the run that waits until they are taken. */
@@ -13,41 +14,25 @@ export class RunEvents {
   #onTaken: (() => void) | undefined;
   #running: Promise<RunResult> | undefined;
   #result: RunResult | undefined;
+  #loop: TrainingLoop | undefined;
+  #stopping = false;
 
   constructor(listener: ((event: TrainingEvent) => void) | undefined) {
     this.#listener = listener;
   }
 
-  /** What the last run that came to its end came to. */
-  get result(): RunResult | undefined {
-    return this.#result;
-  }
+  /** Trains once, by `runLoop`. */
+  protected abstract train(options: { signal?: AbortSignal }): Promise<RunResult>;
 
-  readonly tell = (event: TrainingEvent): void => {
-    this.#listener?.(event);
-    this.#queue?.push(event);
-    this.#wake();
-  };
-
-  /** Waits until all events were taken and the next one is asked for, or the signal fires. */
-  readonly taken = async (signal: AbortSignal): Promise<void> => {
-    const onAbort = () => this.#onTaken?.();
-    signal.addEventListener('abort', onAbort);
-    try {
-      while (this.#queue !== undefined && !signal.aborted && !this.#isAwaited()) {
-        await new Promise<void>((resolve) => {
-          this.#onTaken = resolve;
-        });
-      }
-    } finally {
-      signal.removeEventListener('abort', onAbort);
-    }
-  };
-
-  /** Keeps track of a run. @throws MerfError BUSY where one goes on */
-  async run(start: () => Promise<RunResult>): Promise<RunResult> {
-    if (this.#running) throw new MerfError('BUSY', 'This trainer is running already');
-    this.#running = start();
+  /**
+   * Trains until `steps` are done or stop() is called. `signal` gives up at once: what the step in progress did is
+   * lost, the last checkpoint stays.
+   * @throws MerfError BUSY where it is running, ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE,
+   *   DEVICE_LOST naming the checkpoint to go on from, and what the policy throws
+   */
+  async run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
+    this.#requireIdle();
+    this.#running = this.train(options);
     try {
       this.#result = await this.#running;
       return this.#result;
@@ -56,21 +41,22 @@ export class RunEvents {
     }
   }
 
-  /** Waits for the end of a run that goes on, however it ends. */
-  async end(): Promise<void> {
-    await this.#running?.catch(() => undefined);
-  }
-
   /**
-   * Starts a run and gives its events. Who leaves early has it stopped, and waits for its end.
-   * @throws MerfError BUSY where a run goes on, and what the run throws
+   * Runs as `run` does and gives the events, as in
+   *
+   *     for await (const event of trainer) if (event.type === 'step') console.log(event.metrics);
+   *
+   * A step begins only once the events of the one before were taken. Leaving the loop early, by `break` or by an error,
+   * ends the run as stop() does: what is done is saved, and the loop is left when that has happened.
+   * @returns what the run came to, which is also `result`
+   * @throws MerfError BUSY where the trainer is running, and what `run` throws
    */
-  async *iterate(run: () => Promise<RunResult>, stop: () => void): AsyncGenerator<TrainingEvent, RunResult> {
-    if (this.#running) throw new MerfError('BUSY', 'This trainer is running already');
+  async *events(options: { signal?: AbortSignal } = {}): AsyncGenerator<TrainingEvent, RunResult> {
+    this.#requireIdle();
     const queue: TrainingEvent[] = [];
     this.#queue = queue;
     let hasEnded = false;
-    const running = run().finally(() => {
+    const running = this.run(options).finally(() => {
       hasEnded = true;
       this.#wake();
     });
@@ -87,10 +73,63 @@ export class RunEvents {
       this.#queue = undefined;
       this.#onTaken?.();
       if (!hasEnded) {
-        stop();
+        this.stop();
         await running;
       }
     }
+  }
+
+  [Symbol.asyncIterator](): AsyncGenerator<TrainingEvent, RunResult> {
+    return this.events();
+  }
+
+  /** What the last run came to; undefined where none has come to its end. */
+  get result(): RunResult | undefined {
+    return this.#result;
+  }
+
+  /** Ends the run after the step in progress, which is then saved. */
+  stop(): void {
+    this.#stopping = true;
+    this.#loop?.stop();
+  }
+
+  /** Stops a run that goes on, and waits for its end. The policy is its owner's to dispose of. */
+  async [Symbol.asyncDispose](): Promise<void> {
+    this.stop();
+    await this.#running?.catch(() => undefined);
+  }
+
+  /** Runs the loop, which stop() ends whether it was called before or is called in its midst. */
+  protected runLoop(loop: TrainingLoop, signal: AbortSignal | undefined): Promise<RunResult> {
+    this.#loop = loop;
+    if (this.#stopping) loop.stop();
+    return loop.run(signal);
+  }
+
+  protected readonly tell = (event: TrainingEvent): void => {
+    this.#listener?.(event);
+    this.#queue?.push(event);
+    this.#wake();
+  };
+
+  /** Waits until all events were taken and the next one is asked for, or the signal fires. */
+  protected readonly taken = async (signal: AbortSignal): Promise<void> => {
+    const onAbort = () => this.#onTaken?.();
+    signal.addEventListener('abort', onAbort);
+    try {
+      while (this.#queue !== undefined && !signal.aborted && !this.#isAwaited()) {
+        await new Promise<void>((resolve) => {
+          this.#onTaken = resolve;
+        });
+      }
+    } finally {
+      signal.removeEventListener('abort', onAbort);
+    }
+  };
+
+  #requireIdle(): void {
+    if (this.#running) throw new MerfError('BUSY', 'This trainer is running already');
   }
 
   #next(): Promise<void> {

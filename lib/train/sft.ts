@@ -14,7 +14,7 @@ import { defaultsOf, keysThatMatter, parseSettings } from '../settings.js';
 import { notePlace, placeOf } from '../tasks/dataset.js';
 import { Random, type RowSource, shuffledRows, type Task } from '../tasks/index.js';
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
-import { RunEvents } from './events.js';
+import { IterableTrainer } from './events.js';
 import type { Example } from './examples.js';
 import { contentHash } from './identity.js';
 import { type RunResult, type StepProgress, type TrainingEvent, TrainingLoop } from './loop.js';
@@ -61,15 +61,12 @@ export interface SftMetrics {
 }
 
 /** Supervised finetuning on completions alone: the warm start of models that never write the demanded format. */
-export class SupervisedTrainer<Row = unknown> {
+export class SupervisedTrainer<Row = unknown> extends IterableTrainer {
   readonly settings: SftSettings;
   readonly #options: SupervisedTrainerOptions<Row>;
-  readonly #events: RunEvents;
-  #loop: TrainingLoop | undefined;
   /** The token that a completion ends with. */
   #end: number | undefined;
   readonly #bounds: PromptBounds;
-  #stopping = false;
 
   /** @throws MerfError INVALID_CONFIG, INVALID_ARGUMENT, UNSUPPORTED for a task that cannot demonstrate */
   constructor(options: SupervisedTrainerOptions<Row>) {
@@ -86,6 +83,7 @@ export class SupervisedTrainer<Row = unknown> {
       launch,
       ...settings
     } = options;
+    super(onEvent);
     const parsed = parseSettings(sftSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     if (parsed.evaluateEvery > 0 && task === undefined) {
@@ -107,18 +105,12 @@ export class SupervisedTrainer<Row = unknown> {
       checkViews(task, [...parsed.motivation, ...parsed.evaluateMotivations].map(parseMotivationView));
     this.settings = parsed;
     this.#options = options;
-    this.#events = new RunEvents(onEvent);
     this.#bounds = new PromptBounds(policy.tokenizer);
   }
 
-  /** Trains until `steps` are done or stop() is called, as Trainer.run does. */
-  run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    return this.#events.run(() => this.#run(options));
-  }
-
-  async #run(options: { signal?: AbortSignal }): Promise<RunResult> {
+  protected override async train(options: { signal?: AbortSignal }): Promise<RunResult> {
     const { policy, task, out, resume, checkpoint, launch } = this.#options;
-    const onEvent = this.#events.tell;
+    const onEvent = this.tell;
     const settings = this.settings;
     const told = { onEvent, signal: options.signal };
     const filtering = { filter: settings.filterOverlongExamples, setting: 'filterOverlongExamples' };
@@ -141,7 +133,7 @@ export class SupervisedTrainer<Row = unknown> {
     const evaluationRows = task
       ? await fittingRows(held, { policy, task, views, ...filtering, ...told })
       : held;
-    this.#loop = new TrainingLoop({
+    const loop = new TrainingLoop({
       kind: 'sft',
       policy,
       out,
@@ -153,55 +145,16 @@ export class SupervisedTrainer<Row = unknown> {
       identity: { ...modelIdentity(policy), data: examples.fingerprint },
       ...(launch && { launch }),
       onEvent,
-      ready: this.#events.taken,
+      ready: this.taken,
       ...(task && {
         evaluate: (step, signal) =>
           evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       }),
       step: (...of) => this.#step(examples, ...of),
     });
-    if (this.#stopping) this.#loop.stop();
     const message = smallnessNotice(settings);
     if (message !== undefined) onEvent({ type: 'notice', message });
-    return this.#loop.run(options.signal);
-  }
-
-  /**
-   * Runs as `run` does and gives the events, as in
-   *
-   *     for await (const event of trainer) if (event.type === 'step') console.log(event.metrics);
-   *
-   * A step begins only once the events of the one before were taken. Leaving the loop early, by `break` or by an error,
-   * ends the run as stop() does: what is done is saved, and the loop is left when that has happened.
-   * @returns what the run came to, which is also `result`
-   * @throws MerfError BUSY where the trainer is running, and what `run` throws
-   */
-  events(options: { signal?: AbortSignal } = {}): AsyncGenerator<TrainingEvent, RunResult> {
-    return this.#events.iterate(
-      () => this.run(options),
-      () => this.stop(),
-    );
-  }
-
-  [Symbol.asyncIterator](): AsyncGenerator<TrainingEvent, RunResult> {
-    return this.events();
-  }
-
-  /** What the last run came to; undefined where none has come to its end. */
-  get result(): RunResult | undefined {
-    return this.#events.result;
-  }
-
-  /** Ends the run after the step in progress, which is then saved. */
-  stop(): void {
-    this.#stopping = true;
-    this.#loop?.stop();
-  }
-
-  /** Stops a run that goes on, and waits for its end. The policy is its owner's to dispose of. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.stop();
-    await this.#events.end();
+    return this.runLoop(loop, options.signal);
   }
 
   /**
@@ -301,7 +254,7 @@ export class SupervisedTrainer<Row = unknown> {
     progress: StepProgress,
   ) {
     const { policy } = this.#options;
-    const onEvent = this.#events.tell;
+    const onEvent = this.tell;
     const s = this.settings;
     const started = performance.now();
     onEvent({ type: 'phase', phase: 'training', step });

@@ -32,7 +32,7 @@ import { CompletionLog, recordsOf } from './completions.js';
 import { Course, type CourseStage, type StepLesson } from './course.js';
 import { type CurriculumPlan, checkCurriculum, type OpenTask } from './curriculum.js';
 import { evaluateDuringTraining, fittingRows, heldOutRows } from './evaluation.js';
-import { RunEvents } from './events.js';
+import { IterableTrainer } from './events.js';
 import { hintMetrics, withFailed } from './hints.js';
 import { contentHash, fingerprint } from './identity.js';
 import { keptTogether } from './kept.js';
@@ -160,7 +160,7 @@ const stepsBeforeAdvice = 3;
  *     const trainer = new Trainer({ policy, task, out: 'runs/first', steps: 50, learningRate: 1e-5 });
  *     await trainer.run();
  */
-export class Trainer<Row = unknown> {
+export class Trainer<Row = unknown> extends IterableTrainer {
   readonly settings: GrpoSettings;
   readonly #options: TrainerOptions<Row>;
   readonly #motivation: Motivation | undefined;
@@ -173,9 +173,6 @@ export class Trainer<Row = unknown> {
   readonly #curriculum: CurriculumPlan | undefined;
   readonly #completions: CompletionLog;
   readonly #motivationLog: MetricsLog;
-  readonly #events: RunEvents;
-  #loop: TrainingLoop | undefined;
-  #stopping = false;
   #stepsWithoutSignal = 0;
 
   /** @throws MerfError INVALID_CONFIG naming the setting, INVALID_ARGUMENT for a view that the task does not have */
@@ -194,6 +191,7 @@ export class Trainer<Row = unknown> {
       launch,
       ...settings
     } = options;
+    super(onEvent);
     const parsed = parseSettings(grpoSchema, settings);
     if (parsed.schedule !== 'constant') parsed.decaySteps ??= parsed.steps;
     parsed.scaleAdvantages ??= parsed.loss !== 'dr_grpo';
@@ -210,7 +208,6 @@ export class Trainer<Row = unknown> {
     this.#curriculum = checkCurriculum(parsed.curriculum, options);
     this.settings = parsed;
     this.#options = options;
-    this.#events = new RunEvents(onEvent);
     this.#adaptive = this.#newAdaptive();
     this.#motivation = this.#adaptive ? undefined : parseMotivation(parsed.motivation);
     this.#hint = parsed.hintFailed === undefined ? undefined : parseMotivationView(parsed.hintFailed);
@@ -238,19 +235,9 @@ export class Trainer<Row = unknown> {
     }
   }
 
-  /**
-   * Trains until `steps` are done or stop() is called. `signal` gives up at once: what the step in progress did is
-   * lost, the last checkpoint stays.
-   * @throws MerfError BUSY where it is running, ABORTED, RESUME_MISMATCH, VERIFIER_FAILED, VERIFIER_TIMEOUT, NON_FINITE, DEVICE_LOST naming the
-   *   checkpoint to go on from, and what the policy throws
-   */
-  run(options: { signal?: AbortSignal } = {}): Promise<RunResult> {
-    return this.#events.run(() => this.#run(options));
-  }
-
-  async #run(options: { signal?: AbortSignal }): Promise<RunResult> {
+  protected override async train(options: { signal?: AbortSignal }): Promise<RunResult> {
     const { policy, task, out, resume, checkpoint, launch } = this.#options;
-    const onEvent = this.#events.tell;
+    const onEvent = this.tell;
     const settings = this.settings;
     // A resumed run keeps what it kept before, however much memory is free by now.
     settings.keepActivations ??= resume
@@ -281,11 +268,11 @@ export class Trainer<Row = unknown> {
     const course = await Course.open({ policy, task, rows, settings, curriculum, hint, views, ...told });
     for (const stage of course.stages) checkViews(stage.task, this.#views);
     for (const message of checkPrompts(policy.tokenizer, task, rows.at(0), views)) {
-      this.#emit({ type: 'notice', message });
+      this.tell({ type: 'notice', message });
     }
     this.#adaptive = this.#newAdaptive();
     const state = keptTogether({ ...course.kept, adaptive: this.#adaptive });
-    this.#loop = new TrainingLoop({
+    const loop = new TrainingLoop({
       kind: 'grpo',
       policy,
       out,
@@ -311,7 +298,7 @@ export class Trainer<Row = unknown> {
       },
       ...(launch && { launch }),
       onEvent,
-      ready: this.#events.taken,
+      ready: this.taken,
       discardAfter: (step) => {
         this.#completions.discardAfter(step);
         this.#motivationLog.truncate(step);
@@ -321,48 +308,9 @@ export class Trainer<Row = unknown> {
         evaluateDuringTraining({ policy, task, rows: evaluationRows, settings, step, onEvent, signal }),
       step: (...of) => this.#step(course, ...of),
     });
-    if (this.#stopping) this.#loop.stop();
     const message = smallnessNotice(settings);
-    if (message !== undefined) this.#emit({ type: 'notice', message });
-    return this.#loop.run(options.signal);
-  }
-
-  /**
-   * Runs as `run` does and gives the events, as in
-   *
-   *     for await (const event of trainer) if (event.type === 'step') console.log(event.metrics);
-   *
-   * A step begins only once the events of the one before were taken. Leaving the loop early, by `break` or by an error,
-   * ends the run as stop() does: what is done is saved, and the loop is left when that has happened.
-   * @returns what the run came to, which is also `result`
-   * @throws MerfError BUSY where the trainer is running, and what `run` throws
-   */
-  events(options: { signal?: AbortSignal } = {}): AsyncGenerator<TrainingEvent, RunResult> {
-    return this.#events.iterate(
-      () => this.run(options),
-      () => this.stop(),
-    );
-  }
-
-  [Symbol.asyncIterator](): AsyncGenerator<TrainingEvent, RunResult> {
-    return this.events();
-  }
-
-  /** What the last run came to; undefined where none has come to its end. */
-  get result(): RunResult | undefined {
-    return this.#events.result;
-  }
-
-  /** Ends the run after the step in progress, which is then saved. */
-  stop(): void {
-    this.#stopping = true;
-    this.#loop?.stop();
-  }
-
-  /** Stops a run that goes on, and waits for its end. The policy is its owner's to dispose of. */
-  async [Symbol.asyncDispose](): Promise<void> {
-    this.stop();
-    await this.#events.end();
+    if (message !== undefined) this.tell({ type: 'notice', message });
+    return this.runLoop(loop, options.signal);
   }
 
   #newAdaptive(): AdaptiveMotivation | undefined {
@@ -386,7 +334,7 @@ export class Trainer<Row = unknown> {
   ) {
     const clock = new Stopwatch();
     const mix = this.#mixAt(step);
-    this.#emit({ type: 'phase', phase: 'rollout', step });
+    this.tell({ type: 'phase', phase: 'rollout', step });
     const { stage, position: first } = course.at(step, position);
     const drawn = await stage.source.draw(step, first, mix, signal);
     const { groups, times } = drawn;
@@ -441,7 +389,7 @@ export class Trainer<Row = unknown> {
     this.#motivationLog.append({ ...record });
     for (const [name, { decision, why }] of Object.entries(record.components)) {
       if (decision === 'stays') continue;
-      this.#emit({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
+      this.tell({ type: 'notice', message: `Step ${step}: the words of ${name} are ${decision}: ${why}` });
     }
   }
 
@@ -453,7 +401,7 @@ export class Trainer<Row = unknown> {
     signal: AbortSignal | undefined,
     beforeUpdate: () => void,
   ): Promise<{ tally: UpdateTally; gap: PromptGap | undefined }> {
-    this.#emit({ type: 'phase', phase: 'training', step });
+    this.tell({ type: 'phase', phase: 'training', step });
     const { policy, reference } = this.#options;
     const { settings } = this;
     const lessons = await Lessons.prepare(groups, advantages, {
@@ -478,7 +426,7 @@ export class Trainer<Row = unknown> {
         const loss = { ...this.#loss(), normalizer: lesson.normalizer };
         const result = await update(policy, lesson.forest, loss, settings, { step, signal, beforeUpdate });
         const message = updateNotice(step, result);
-        if (message !== undefined) this.#emit({ type: 'notice', message });
+        if (message !== undefined) this.tell({ type: 'notice', message });
         if (!result.skipped && pass === 0 && result.stats) lessons.note(lesson, result.stats.logprobs);
         tally.add(countTokens(lesson.forest), result);
       }
@@ -501,7 +449,7 @@ export class Trainer<Row = unknown> {
       const message =
         `For ${stepsBeforeAdvice} steps all completions of a prompt have had the same reward, so every advantage was ` +
         `0: ${advice} other prompts, more completions of each or a higher temperature`;
-      this.#emit({ type: 'notice', message });
+      this.tell({ type: 'notice', message });
     }
     const all = groups.flatMap(({ episodes }) => episodes);
     const byView = new Map<string, Episode[]>();
@@ -534,10 +482,6 @@ export class Trainer<Row = unknown> {
     // The penalty of an anchor alone compares prompts, and its old log-probabilities are the policy's own.
     const common = { type, clipLow, clipHigh, kl, klRatio: klRatio && kl > 0, entropy, temperature };
     return { ...common, ...(type === 'dr_grpo' && { maxTokens }) };
-  }
-
-  #emit(event: TrainingEvent): void {
-    this.#events.tell(event);
   }
 }
 
