@@ -1,7 +1,6 @@
 // What the options of a task are declared with.
 export { z } from 'zod';
 export { defineConfig, type SftConfig, type TrainConfig } from './cli/config.js';
-export { MerfError, type MerfErrorCode } from './errors.js';
 export * from './evaluate/index.js';
 export {
   type AdvantageKind,
@@ -10,19 +9,8 @@ export {
 } from './kernels/group-advantages.js';
 export * as kernels from './kernels/index.js';
 export * from './policy/index.js';
-export {
-  formatMotivation,
-  type Motivation,
-  type MotivationMix,
-  type MotivationView,
-  parseMotivation,
-  type Schedule,
-  type Stage,
-  stageAt,
-  viewOf,
-  withMotivation,
-} from './prompt/motivation.js';
 export * from './reward/index.js';
+export * from './reward.js';
 export * from './rollout/index.js';
 export * from './tasks/index.js';
 export * from './train/index.js';

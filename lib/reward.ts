@@ -15,26 +15,7 @@ export {
   viewOf,
   withMotivation,
 } from './prompt/motivation.js';
-export {
-  type CompletionInput,
-  type FinishReason,
-  type ParsedCompletion,
-  parseCompletion,
-  type TurnText,
-} from './reward/completion.js';
-export { formatScore } from './reward/describe.js';
-export {
-  type CaseComponent,
-  type Component,
-  type JudgeOptions,
-  type NumericComponent,
-  type Reward,
-  type RewardCase,
-  type RewardPart,
-  RewardSpec,
-  type RewardSpecOptions,
-  type VerifierContext,
-} from './reward/spec.js';
+export * from './reward/portable.js';
 export { type CountdownOptions, countdown } from './tasks/countdown/index.js';
 export { countdownReward } from './tasks/countdown/reward.js';
 export {

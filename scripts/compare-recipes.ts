@@ -124,6 +124,7 @@ for (const seed of seeds) {
   for (const name of names) results.set(name, [...(results.get(name) ?? []), await train(name, seed)]);
 }
 
+const baseline = results.get(plan.baseline);
 const lines = [
   `${heldOut.length} held-out rows (${before.evaluations.none.clusters} distinct) x ${plan.evaluation.samples}, seeds ${seeds.join(', ')}; accuracy in %`,
   '',
@@ -134,7 +135,6 @@ const lines = [
 for (const [name, all] of results) {
   const cells = views.flatMap((view) => {
     const accuracies = all.map(({ evaluations }) => evaluations[view].accuracy);
-    const baseline = results.get(plan.baseline);
     // All seeds are evaluated on the same rows: a row's accuracy over the seeds is one value, its cluster the row.
     return [
       accuracies.map(percent).join(', '),
@@ -144,7 +144,6 @@ for (const [name, all] of results) {
   });
   lines.push(`| ${name} | ${cells.join(' | ')} |`);
 }
-const baseline = results.get(plan.baseline);
 if (baseline && seeds.length > 1) {
   const others = [...results].filter(([name]) => name !== plan.baseline);
   lines.push(

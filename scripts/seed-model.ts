@@ -6,6 +6,7 @@ import { evaluate } from '../lib/evaluate/index.js';
 import { Policy } from '../lib/policy/index.js';
 import { knightsAndKnaves } from '../lib/tasks/knights-and-knaves/index.js';
 import { learningRateAt } from '../lib/train/schedule.js';
+import { varied } from './seed-model/answers.js';
 import { Corpus } from './seed-model/corpus.js';
 import { lessonTree } from './seed-model/forest.js';
 import { modelConfig, tokenizerFiles } from './seed-model/model.js';
@@ -42,7 +43,7 @@ const sample = new Corpus({
   ...lessons,
   practiceLessons: tokenizerLessons / 2,
   temperature: { practice: 0.4, habits: 0.4 },
-  varied: true,
+  habits: varied,
 });
 for (let i = 0; i < tokenizerLessons; i++) {
   const { system, examples } = await sample.lesson(i);

@@ -73,4 +73,5 @@ for (const [of, place] of [['processor', 0] as const, ['elapsed', 1] as const]) 
   }
   console.log('');
 }
+// Threads of TensorFlow.js would keep the process from its end.
 process.exit();

@@ -1,23 +1,4 @@
 import './guard.js';
 
-export {
-  type CompletionInput,
-  type FinishReason,
-  type ParsedCompletion,
-  parseCompletion,
-  type TurnText,
-} from './completion.js';
-export { formatScore } from './describe.js';
-export {
-  type CaseComponent,
-  type Component,
-  type JudgeOptions,
-  type NumericComponent,
-  type Reward,
-  type RewardCase,
-  type RewardPart,
-  RewardSpec,
-  type RewardSpecOptions,
-  type VerifierContext,
-} from './spec.js';
+export * from './portable.js';
 export { inWorker, type WorkerOptions, type WorkerVerifier } from './worker.js';

@@ -5,7 +5,7 @@ import type { CaseComponent, RewardSpec } from '../../lib/reward/spec.js';
 import type { Puzzle } from '../../lib/tasks/knights-and-knaves/generator.js';
 import { knightsAndKnaves, knightsAndKnavesInstruction } from '../../lib/tasks/knights-and-knaves/index.js';
 import { Random } from '../../lib/tasks/random.js';
-import { drawStyle, type Habits, practice, type Style, usual, varied, write } from './answers.js';
+import { drawStyle, type Habits, practice, type Style, usual, write } from './answers.js';
 import { drawRuleSet } from './rule-sets.js';
 
 /** Questions and answers under one system message. */
@@ -25,8 +25,8 @@ export interface CorpusOptions {
   readonly threePeople: number;
   /** How strictly answers follow stated rules, in points; see `styleFor`. */
   readonly temperature: { readonly practice: number; readonly habits: number };
-  /** Whether all styles are to be seen, rather than those that are taught. */
-  readonly varied?: boolean;
+  /** The habits that follow the practice (default: the usual ones). */
+  readonly habits?: Habits;
 }
 
 const instructions: readonly string[] = [
@@ -62,7 +62,7 @@ export class Corpus {
     const practising = index < practiceLessons;
     const part = practising ? 'practice' : 'habits';
     const rules = random.chance(withRules[part]) ? drawRuleSet(random) : undefined;
-    const habits = practising ? practice : this.options.varied ? varied : usual;
+    const habits = practising ? practice : (this.options.habits ?? usual);
     const draw = rules
       ? styleFor(rules, puzzles, habits, random, this.options.temperature[part])
       : () => drawStyle(random, habits);

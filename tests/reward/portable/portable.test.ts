@@ -28,6 +28,14 @@ const bundle = async (options: BuildOptions) => {
   return outputFiles?.[0]?.text as string;
 };
 
+/** What the program of a bundle comes to where there is nothing but JavaScript, timers and signals. */
+function programIn(text: string): unknown {
+  const given = { setTimeout, clearTimeout, AbortController, AbortSignal, TextEncoder, performance };
+  const context = createContext(given);
+  runInContext(`(() => {${text.replaceAll('globalThis', 'this')}}).call(this)`, context);
+  return runInContext('program()', context);
+}
+
 test('a bundle for browsers is below 60 KB gzipped', async () => {
   const text = await bundle({ entryPoints: ['lib/reward.ts'], format: 'esm' });
   const bytes = gzipSync(text, { level: 9 }).length;
@@ -47,7 +55,7 @@ test('the check finds modules of Node', async () => {
 test('all of it is in merf, as the same classes and functions', () => {
   const everything: Record<string, unknown> = { ...merf };
   for (const [name, value] of Object.entries(reward)) {
-    // Of tensors the one in merf takes some as well, so that it is asynchronous.
+    // The function in merf takes tensors as well as numbers, so that it is asynchronous.
     if (name === 'groupAdvantages') expect(typeof everything[name]).toBe('function');
     else expect(everything[name]).toBe(value);
   }
@@ -90,16 +98,7 @@ describe('gives the same', () => {
   });
 
   test('where there is nothing but JavaScript and timers', async () => {
-    const context = createContext({
-      setTimeout,
-      clearTimeout,
-      AbortController,
-      AbortSignal,
-      TextEncoder,
-      performance,
-    });
-    runInContext(`(() => {${forPages.replaceAll('globalThis', 'this')}}).call(this)`, context);
-    expect(await runInContext('program()', context)).toBe(expected);
+    expect(await programIn(forPages)).toBe(expected);
   });
 
   for (const { name, path, run } of runtimes) {
@@ -131,16 +130,7 @@ describe('files', () => {
         resolveDir: root,
       },
     });
-    const context = createContext({
-      setTimeout,
-      clearTimeout,
-      AbortController,
-      AbortSignal,
-      TextEncoder,
-      performance,
-    });
-    runInContext(`(() => {${text.replaceAll('globalThis', 'this')}}).call(this)`, context);
-    const [template, data] = (await runInContext('program()', context)) as string[];
+    const [template, data] = (await programIn(text)) as string[];
     expect(template).toMatch(/^UNSUPPORTED: .*template:words\.txt.*\{ template: TEXT \}/);
     expect(data).toMatch(/^UNSUPPORTED: .*rows\.jsonl/);
   });
